@@ -1,0 +1,126 @@
+"""Known errors: what was wanted, what was found, what to do; each with a kind and an exit code.
+
+Everything a user can cause ends here. What is not a `CosettleError` is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line."""
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    INPUT = 3
+    UNCLEAN = 4
+    DAMAGED = 5
+    INTERRUPTED = 130
+
+
+class CosettleError(Exception):
+    """One sentence, optionally with what was wanted, what was found and a hint.
+
+    `details` are further lines (one per missing file, say) printed between the sentence and the hint.
+    """
+
+    kind: ClassVar[str] = "error"
+    exit_code: ClassVar[ExitCode] = ExitCode.BUG
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        wanted: object = None,
+        found: object = None,
+        hint: str | None = None,
+        details: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.wanted = None if wanted is None else str(wanted)
+        self.found = None if found is None else str(found)
+        self.hint = hint
+        self.details = tuple(details)
+
+    def lines(self) -> list[str]:
+        """Return the lines to print: the sentence, details, wanted/found, hint."""
+        lines = [f"error: {self.message}", *(f"  {line}" for line in self.details)]
+        if self.wanted is not None:
+            lines.append(f"  wanted: {self.wanted}")
+        if self.found is not None:
+            lines.append(f"  found:  {self.found}")
+        if self.hint is not None:
+            lines.append(f"hint: {self.hint}")
+        return lines
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.wanted, self.found, self.hint, self.details))
+
+
+def _rebuild(
+    cls: type[CosettleError],
+    message: str,
+    wanted: str | None,
+    found: str | None,
+    hint: str | None,
+    details: tuple[str, ...],
+) -> CosettleError:
+    return cls(message, wanted=wanted, found=found, hint=hint, details=details)
+
+
+class UsageError(CosettleError):
+    """The command or call cannot mean anything (unknown name, contradicting options)."""
+
+    kind = "usage"
+    exit_code = ExitCode.USAGE
+
+
+class InputError(CosettleError):
+    """Something given is missing or malformed."""
+
+    kind = "input"
+    exit_code = ExitCode.INPUT
+
+
+class MediaError(InputError):
+    """A video, frame or annotation is missing or cannot be decoded."""
+
+    kind = "media"
+
+
+class CheckpointError(InputError):
+    """A weights file is missing, unsafe, of another family, or does not fit."""
+
+    kind = "checkpoint"
+
+
+class FingerprintError(InputError):
+    """A store or file was made with other settings."""
+
+    kind = "fingerprint"
+
+
+class OutputError(CosettleError):
+    """An output cannot be written (no space, read-only, missing folder)."""
+
+    kind = "output"
+    exit_code = ExitCode.INPUT
+
+
+class UncleanError(CosettleError):
+    """The work finished, but not clean: some videos failed or an expectation was missed."""
+
+    kind = "unclean"
+    exit_code = ExitCode.UNCLEAN
+
+
+class DamagedStoreError(CosettleError):
+    """Committed bytes of a store are missing or fail their checksum."""
+
+    kind = "damaged"
+    exit_code = ExitCode.DAMAGED

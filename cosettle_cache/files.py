@@ -1,0 +1,91 @@
+"""Durable files: written under a temporary name, flushed, renamed, so a name never holds half a file.
+
+Everything that must survive a killed process or a lost power supply is written through here.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from cosettle_cache.errors import OutputError
+
+Buffer = bytes | bytearray | memoryview
+
+_OUTPUT_REASONS = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is exhausted",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "the folder is not writable",
+    errno.EPERM: "the folder is not writable",
+    errno.ENOENT: "the folder does not exist (any more)",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EIO: "the device reports an input/output error",
+}
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn operating-system errors of writing `path` into an `OutputError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = _OUTPUT_REASONS.get(error.errno or 0)
+        if reason is None:
+            raise
+        hint = "free some space and run the same command again; finished slots are kept"
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            hint = "choose another output folder or change its permissions"
+        raise OutputError(f"{path} cannot be written: {reason}", hint=hint) from error
+
+
+def make_folder(path: Path) -> Path:
+    """Create `path` and its parents; raise `OutputError` when that is impossible."""
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside `path` that no reader looks at and that clean-up recognises."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+
+
+def write_durably(path: Path, chunks: Iterable[Buffer]) -> None:
+    """Write `chunks` to `path` so that the name holds either the whole new file or what it held before."""
+    temporary = temporary_name(path)
+    with output_errors(path):
+        try:
+            with temporary.open("wb", buffering=0) as file:
+                for chunk in chunks:
+                    _write_all(file.fileno(), memoryview(chunk).cast("B"))
+                os.fdatasync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of the bytes of `path`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_all(descriptor: int, view: memoryview) -> None:
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,299 @@
+"""The frozen types that travel between rooms: what a video, a grid, an encoding, a slot and a score are.
+
+Nothing here touches disk, decodes an image or imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+
+class MediaKind(StrEnum):
+    """How a video lies on disk: a folder of frame images, or one video file."""
+
+    FRAMES = "frames"
+    FILE = "file"
+
+
+class LabelKind(StrEnum):
+    """What a dataset annotates: object masks, body-part masks, or key points."""
+
+    MASKS = "masks"
+    PARTS = "parts"
+    KEYPOINTS = "keypoints"
+
+
+class PlanKind(StrEnum):
+    """The two store plans: training samples, or every (k-th) frame."""
+
+    PAIRS = "pairs"
+    FRAMES = "frames"
+
+
+class Role(StrEnum):
+    """What an encoding is for: the two frames of a sample, the shifted first one, or a plain frame."""
+
+    A = "a"
+    B = "b"
+    SHIFTED = "shifted"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Grid:
+    """Rows and columns of patch tokens (pixels have height and width)."""
+
+    rows: int
+    cols: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of patch tokens."""
+        return self.rows * self.cols
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """Return the grid written as `rowsxcols`."""
+        rows, cols = text.split("x")
+        return cls(int(rows), int(cols))
+
+
+@dataclass(frozen=True, slots=True)
+class PositionShift:
+    """Co-Settle's positional-encoding augmentation with its offsets made explicit.
+
+    The position embedding is enlarged to `int((1 + ratio) * grid)` and the crop of the grid's own size whose
+    top-left corner is (`row`, `col`) is used instead (released code; PROTOCOLS 7.2).
+    """
+
+    ratio: float = 10.0
+    row: int = 0
+    col: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """A crop box in pixels of the resized image: top-left corner and size."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """One encoded view: which frame of which video, how cropped and flipped, with which position shift.
+
+    `frame` counts from 0 in the manifest row's own frame range. `view` is the view set in a pairs plan and the
+    number of the shift (0 = plain) in a frames plan.
+    """
+
+    video_id: str
+    frame: int
+    view: int
+    role: Role
+    crop: Crop | None = None
+    flip: bool = False
+    shift: PositionShift | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A fixed number of consecutive encodings of one array: one shard, one writer, one unit of resume.
+
+    `index` numbers the slots of the whole plan; `shard` numbers those of the array of `grid`; `start` is the
+    row of the first encoding in that array.
+    """
+
+    index: int
+    grid: Grid
+    shard: int
+    start: int
+    encodings: tuple[Encoding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayout:
+    """The array of one grid: how many encodings, per slot (shard) and per inner chunk, and how wide."""
+
+    grid: Grid
+    n_encodings: int
+    slot_encodings: int
+    chunk_encodings: int
+    n_channels: int
+
+    @property
+    def n_slots(self) -> int:
+        """Number of slots; the last one may be part-filled."""
+        return -(-self.n_encodings // self.slot_encodings)
+
+    @property
+    def encoding_bytes(self) -> int:
+        """Bytes of one encoding in float16."""
+        return self.grid.n_tokens * self.n_channels * 2
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One manifest row. `media` and `labels` are relative to the data root and use forward slashes.
+
+    `first_frame` is the index (in natural order) of the first frame used, `n_frames` how many follow;
+    `height` and `width` are pixels; `fps` is frames per second where known. `labelled_frames` counts the
+    annotated frames.
+    """
+
+    video_id: str
+    media: str
+    media_kind: MediaKind
+    n_frames: int
+    height: int
+    width: int
+    dataset: str = ""
+    split: str = ""
+    first_frame: int = 0
+    fps: float | None = None
+    labels: str | None = None
+    label_kind: LabelKind | None = None
+    labelled_frames: int = 0
+    n_objects: int = 0
+    class_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Videos in order, and where the list came from (builder, source, date: free text by key)."""
+
+    videos: tuple[Video, ...]
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __iter__(self) -> Iterator[Video]:
+        return iter(self.videos)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One key in which two fingerprints differ."""
+
+    key: str
+    wanted: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Everything that decides the tokens of a store; two stores with equal fingerprints hold equal tokens."""
+
+    spec_version: int
+    backbone: str
+    weights_sha256: str
+    token_rule: str
+    position_rule: str
+    preprocessing: str
+    plan: Mapping[str, Any]
+    dtype: str
+    precision: str
+    manifest_digest: str
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Fingerprint:
+        """Rebuild from `to_json`; unknown keys are refused by the constructor."""
+        return cls(**document)
+
+    def differences(self, found: Fingerprint) -> list[Difference]:
+        """List the keys in which `found` differs from this (wanted) fingerprint, nested keys with dots."""
+        wanted_flat, found_flat = _flat(self.to_json()), _flat(found.to_json())
+        keys = sorted(wanted_flat.keys() | found_flat.keys())
+        pairs = ((key, wanted_flat.get(key, "(absent)"), found_flat.get(key, "(absent)")) for key in keys)
+        return [Difference(key, str(a), str(b)) for key, a, b in pairs if a != b]
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@dataclass(frozen=True, slots=True)
+class EvalProtocol:
+    """Every constant of a label-propagation protocol (PROTOCOLS 1.1-1.4).
+
+    `size` is a size rule (`480x880`, see `cosettle_cache.plan`). `n_context` is the queue length in frames
+    (the first frame is always in the context besides), `radius` is in patches, `temperature` divides cosines.
+    `first_frame_copies` says that missing queue frames at the start count as copies of the first frame;
+    `mask_first` that the spatial mask also covers the first frame.
+    """
+
+    name: str
+    size: str
+    top_k: int
+    n_context: int
+    radius: float
+    temperature: float
+    window: str = "disc"
+    mask_first: bool = False
+    first_frame_copies: bool = True
+    label_resize: str = "bilinear"
+    decoder: str = "argmax"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One object of one video under one protocol; `tokens` is `raw` or the projection's name.
+
+    Means, recalls and decays are shares (0 to 1). Provenance fields repeat in every row on purpose.
+    """
+
+    task: str
+    dataset: str
+    video_id: str
+    object_id: int
+    tokens: str
+    j_mean: float
+    j_recall: float
+    j_decay: float
+    f_mean: float
+    f_recall: float
+    f_decay: float
+    n_frames: int
+    scored_size: str
+    boundary_tolerance_px: int
+    protocol: str
+    protocol_json: str
+    manifest_digest: str
+    backbone: str
+    weights_sha256: str
+    projection_sha256: str
+    versions_json: str
+
+    @property
+    def jf_mean(self) -> float:
+        """Mean of J and F, the benchmark's main figure."""
+        return (self.j_mean + self.f_mean) / 2
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        """Names of the fields, in order."""
+        return [item.name for item in fields(cls)]
