@@ -22,7 +22,7 @@ VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillo
 
 @dataclass(frozen=True, slots=True)
 class PairsSettings:
-    """The paper's training recipe: `n_views` samples per clip, each two frames `gap` (share of the clip) apart.
+    """The paper's training recipe: `n_views` samples per clip, each two frames `gap` of the clip apart.
 
     `size` is pixels per side; crop scale and aspect ranges and the flip probability are the released ones.
     """

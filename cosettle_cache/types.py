@@ -91,8 +91,8 @@ class Crop:
 class Encoding:
     """One encoded view: which frame of which video, how cropped and flipped, with which position shift.
 
-    `frame` counts from 0 in the manifest row's own frame range. `view` is the view set in a pairs plan and the
-    number of the shift (0 = plain) in a frames plan.
+    `frame` counts from 0 in the manifest row's own frame range. `view` is the view set in a pairs plan and
+    the number of the shift (0 = plain) in a frames plan.
     """
 
     video_id: str

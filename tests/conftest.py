@@ -1,0 +1,45 @@
+"""Shared fixtures: where golden values and real data lie, and what skips when they are absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+SHARED = Path(os.environ.get("COSETTLE_SHARED", TESTS.parent.parent / "shared"))
+
+
+def golden_path(relative: str) -> Path:
+    """Return a golden file, committed or beside the checkout; skip when it is in neither place."""
+    for root in (TESTS / "golden", SHARED / "golden"):
+        if (root / relative).exists():
+            return root / relative
+    pytest.skip(f"golden file {relative} is neither in tests/golden nor in the shared folder")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Path]:
+    return golden_path
+
+
+@pytest.fixture(scope="session")
+def golden_json() -> Callable[[str], Any]:
+    return lambda relative: json.loads(golden_path(relative).read_text())
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Return a path of the shared real data; skip when the folder is absent."""
+
+    def find(relative: str) -> Path:
+        path = SHARED / "data" / relative
+        if not path.exists():
+            pytest.skip(f"shared data {relative} is absent")
+        return path
+
+    return find
