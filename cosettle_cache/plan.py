@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cosettle_cache.config import FramesSettings, PairsSettings, settings_json
-from cosettle_cache.errors import InputError, UsageError
+from cosettle_cache.sizes import check_grid, resolve_size
 from cosettle_cache.types import (
     ArrayLayout,
     Crop,
@@ -32,6 +32,71 @@ from cosettle_cache.types import (
 SLOT_BYTES = 64 * 2**20
 MAX_SLOT_ENCODINGS = 256
 ENCODINGS_PER_SAMPLE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PairsRecipe:
+    """Which encodings a video gets in a pairs plan: per view set plain a, plain b, shifted a."""
+
+    settings: PairsSettings
+    patch: int
+    kind = PlanKind.PAIRS
+    chunk_encodings = ENCODINGS_PER_SAMPLE
+
+    @property
+    def unit(self) -> int:
+        """Encodings that a slot should not split, so that a clip is decoded once."""
+        return self.settings.n_views * ENCODINGS_PER_SAMPLE
+
+    def image_size(self, video: Video) -> tuple[int, int]:
+        """Return (height, width) in pixels: the training square, whatever the video's own size."""
+        return self.settings.size, self.settings.size
+
+    def n_encodings(self, video: Video) -> int:
+        """Return how many encodings `video` gets."""
+        return self.unit
+
+    def encoding(self, video: Video, row: int) -> Encoding:
+        """Return encoding number `row` of `video`."""
+        view, part = divmod(row, ENCODINGS_PER_SAMPLE)
+        side = self.settings.size // self.patch
+        return make_sample(self.settings, video, view, Grid(side, side))[part]
+
+
+@dataclass(frozen=True, slots=True)
+class FramesRecipe:
+    """Which encodings a video gets in a frames plan: all kept frames plain, then shifted once per repeat."""
+
+    settings: FramesSettings
+    patch: int
+    kind = PlanKind.FRAMES
+    chunk_encodings = 1
+    unit = 1
+
+    def image_size(self, video: Video) -> tuple[int, int]:
+        """Return (height, width) in pixels by the size rule."""
+        return resolve_size(self.settings.size, video.height, video.width)
+
+    def n_encodings(self, video: Video) -> int:
+        """Return how many encodings `video` gets."""
+        return self._n_kept(video) * (1 + self.settings.n_shifted)
+
+    def encoding(self, video: Video, row: int) -> Encoding:
+        """Return encoding number `row` of `video`."""
+        repeat, number = divmod(row, self._n_kept(video))
+        frame = number * self.settings.every
+        if repeat == 0:
+            return Encoding(video.video_id, frame, 0, Role.PLAIN)
+        height, width = self.image_size(video)
+        draw = _uniforms(self.settings.seed, video.video_id, repeat, frame, n=2)
+        shift = _draw_shift(self.settings.shift_ratio, Grid(height // self.patch, width // self.patch), draw)
+        return Encoding(video.video_id, frame, repeat, Role.SHIFTED, shift=shift)
+
+    def _n_kept(self, video: Video) -> int:
+        return -(-video.n_frames // self.settings.every)
+
+
+Recipe = PairsRecipe | FramesRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +119,13 @@ class _ArrayPlan:
 class Plan:
     """All slots of a store. `slot(i)` is computed on demand; nothing grows with the number of encodings."""
 
-    settings: PairsSettings | FramesSettings
-    patch: int
+    recipe: Recipe
     _arrays: tuple[_ArrayPlan, ...]
 
     @property
     def kind(self) -> PlanKind:
         """Whether this is a pairs or a frames plan."""
-        return PlanKind.PAIRS if isinstance(self.settings, PairsSettings) else PlanKind.FRAMES
+        return self.recipe.kind
 
     @property
     def arrays(self) -> tuple[ArrayLayout, ...]:
@@ -89,25 +153,20 @@ class Plan:
         shard = index - array.first_slot
         start = shard * array.layout.slot_encodings
         stop = min(start + array.layout.slot_encodings, array.layout.n_encodings)
-        encodings = tuple(self._encodings_between(array, start, stop))
-        return Slot(index, array.layout.grid, shard, start, encodings)
-
-    def image_size(self, video: Video) -> tuple[int, int]:
-        """Return the (height, width) in pixels at which the frames of `video` are encoded."""
-        return _image_size(self.settings, video)
+        return Slot(index, array.layout.grid, shard, start, tuple(self._encodings(array, start, stop)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan's kind and settings, as they stand in a store's fingerprint."""
         slots = {str(layout.grid): layout.slot_encodings for layout in self.arrays}
-        return {"kind": str(self.kind), "slot_encodings": slots, **settings_json(self.settings)}
+        return {"kind": str(self.kind), "slot_encodings": slots, **settings_json(self.recipe.settings)}
 
-    def _encodings_between(self, array: _ArrayPlan, start: int, stop: int) -> Iterator[Encoding]:
+    def _encodings(self, array: _ArrayPlan, start: int, stop: int) -> Iterator[Encoding]:
         first = bisect_right([span.start for span in array.spans], start) - 1
         for span in array.spans[first:]:
             if span.start >= stop:
                 return
-            rows = range(max(start, span.start) - span.start, min(stop, span.stop) - span.start)
-            yield from (video_encoding(self.settings, span.video, self.patch, row) for row in rows)
+            for row in range(max(start, span.start), min(stop, span.stop)):
+                yield self.recipe.encoding(span.video, row - span.start)
 
 
 def make_plan(
@@ -120,50 +179,38 @@ def make_plan(
 ) -> Plan:
     """Return the plan of all encodings of `manifest` for an encoder of `patch` pixels and `dim` channels.
 
-    `slot_encodings` overrides the slot size (it is rounded to whole samples in a pairs plan). Raises
+    `slot_encodings` overrides the slot size (rounded down to whole samples in a pairs plan). Raises
     `InputError` when an image size is not a multiple of the patch.
     """
+    pairs = isinstance(settings, PairsSettings)
+    recipe: Recipe = PairsRecipe(settings, patch) if pairs else FramesRecipe(settings, patch)
     by_grid: dict[Grid, list[Video]] = {}
     for video in manifest:
-        by_grid.setdefault(_grid(settings, video, patch), []).append(video)
+        grid = check_grid(*recipe.image_size(video), patch, video.video_id)
+        by_grid.setdefault(grid, []).append(video)
     arrays: list[_ArrayPlan] = []
     first_slot = 0
     for grid, videos in sorted(by_grid.items()):
-        spans = _spans(settings, videos)
-        layout = _layout(settings, grid, spans[-1].stop, dim, slot_encodings)
+        spans = _spans(recipe, videos)
+        layout = _layout(recipe, grid, spans[-1].stop, dim, slot_encodings)
         arrays.append(_ArrayPlan(layout, first_slot, spans))
         first_slot += layout.n_slots
-    return Plan(settings, patch, tuple(arrays))
-
-
-def video_encoding(settings: PairsSettings | FramesSettings, video: Video, patch: int, row: int) -> Encoding:
-    """Return encoding number `row` of `video`: a, b, shifted a per view set, or all plain frames then shifts."""
-    if isinstance(settings, PairsSettings):
-        view, part = divmod(row, ENCODINGS_PER_SAMPLE)
-        return make_sample(settings, video, view, settings.size // patch)[part]
-    repeat, number = divmod(row, _n_kept(settings, video))
-    frame = number * settings.every
-    if repeat == 0:
-        return Encoding(video.video_id, frame, 0, Role.PLAIN)
-    grid = _grid(settings, video, patch)
-    draw = _uniforms(settings.seed, video.video_id, repeat, frame, n=2)
-    return Encoding(
-        video.video_id, frame, repeat, Role.SHIFTED, shift=_draw_shift(settings.shift_ratio, grid, draw)
-    )
+    return Plan(recipe, tuple(arrays))
 
 
 def make_sample(
-    settings: PairsSettings, video: Video, view: int, side: int
+    settings: PairsSettings, video: Video, view: int, grid: Grid
 ) -> tuple[Encoding, Encoding, Encoding]:
-    """Return one training sample: plain frame a, plain frame b, shifted frame a, one crop and flip for all.
+    """Return one training sample: plain frame a, plain frame b, shifted frame a; one crop and flip for all.
 
-    `side` is the grid's rows (= columns). The recipe is the released one (PROTOCOLS 5.6, 7.3).
+    The recipe is the released one (PROTOCOLS 5.6, 7.3), except that the shift is drawn per sample instead of
+    per batch, so that a sample does not depend on its neighbours.
     """
     draw = _uniforms(settings.seed, video.video_id, view, n=9)
     frame_a, frame_b = choose_pair(video.n_frames, settings.gap, draw[0], draw[1])
     crop = choose_crop(settings, draw[2:6])
     flip = draw[6] < settings.flip_probability
-    shift = _draw_shift(settings.shift_ratio, Grid(side, side), draw[7:9])
+    shift = _draw_shift(settings.shift_ratio, grid, draw[7:9])
     return (
         Encoding(video.video_id, frame_a, view, Role.A, crop, flip),
         Encoding(video.video_id, frame_b, view, Role.B, crop, flip),
@@ -198,91 +245,21 @@ def choose_crop(settings: PairsSettings, draw: Sequence[float]) -> Crop:
     return Crop(int(draw[2] * (size - height + 1)), int(draw[3] * (size - width + 1)), height, width)
 
 
-def resolve_size(rule: str, height: int, width: int) -> tuple[int, int]:
-    """Return the (height, width) in pixels that a size rule gives for frames of `height` x `width`.
-
-    Rules: `480x880` (exactly, aspect ignored), `native`, `short:480/64` (short side 480, long side floored to
-    a multiple of 64, as DINO does), `long:880/64` (long side 880, short side floored, as T-CORE does for VIP).
-    """
-    if rule == "native":
-        return height, width
-    side, _, numbers = rule.rpartition(":")
-    try:
-        first, second = (int(number) for number in numbers.split("/" if side else "x"))
-    except ValueError as error:
-        raise _bad_rule(rule) from error
-    if min(first, second) < 1 or side not in ("", "short", "long"):
-        raise _bad_rule(rule)
-    return (first, second) if not side else _fit(side, first, second, height, width)
-
-
-def _bad_rule(rule: str) -> UsageError:
-    return UsageError(
-        f"{rule!r} is no size", wanted="HEIGHTxWIDTH, native, short:S/M or long:S/M", found=rule
-    )
-
-
-def _fit(side: str, target: int, multiple: int, height: int, width: int) -> tuple[int, int]:
-    anchor = min(height, width) if side == "short" else max(height, width)
-    other = max(height, width) if side == "short" else min(height, width)
-    fitted = other * target // anchor // multiple * multiple
-    anchor_is_height = (height == anchor) if height != width else True
-    return (target, fitted) if anchor_is_height else (fitted, target)
-
-
-def check_multiple(height: int, width: int, patch: int, what: str) -> Grid:
-    """Return the grid of `height` x `width` pixels; raise `InputError` when the patch does not divide them."""
-    if height >= patch and width >= patch and height % patch == 0 and width % patch == 0:
-        return Grid(height // patch, width // patch)
-    near = f"{max(height // patch, 1) * patch}x{max(width // patch, 1) * patch}"
-    raise InputError(
-        f"{what} would be encoded at a size that is not a multiple of the patch",
-        wanted=f"multiples of {patch} pixels",
-        found=f"{height}x{width}",
-        hint=f"--size {near}",
-    )
-
-
-def _grid(settings: PairsSettings | FramesSettings, video: Video, patch: int) -> Grid:
-    return check_multiple(*_image_size(settings, video), patch, video.video_id)
-
-
-def _image_size(settings: PairsSettings | FramesSettings, video: Video) -> tuple[int, int]:
-    if isinstance(settings, PairsSettings):
-        return settings.size, settings.size
-    return resolve_size(settings.size, video.height, video.width)
-
-
-def _n_kept(settings: FramesSettings, video: Video) -> int:
-    return -(-video.n_frames // settings.every)
-
-
-def _n_encodings(settings: PairsSettings | FramesSettings, video: Video) -> int:
-    if isinstance(settings, PairsSettings):
-        return settings.n_views * ENCODINGS_PER_SAMPLE
-    return _n_kept(settings, video) * (1 + settings.n_shifted)
-
-
-def _spans(settings: PairsSettings | FramesSettings, videos: Sequence[Video]) -> tuple[_Span, ...]:
+def _spans(recipe: Recipe, videos: Sequence[Video]) -> tuple[_Span, ...]:
     spans: list[_Span] = []
     start = 0
     for video in videos:
-        spans.append(_Span(video, start, start + _n_encodings(settings, video)))
+        spans.append(_Span(video, start, start + recipe.n_encodings(video)))
         start = spans[-1].stop
     return tuple(spans)
 
 
 def _layout(
-    settings: PairsSettings | FramesSettings,
-    grid: Grid,
-    n_encodings: int,
-    dim: int,
-    slot_encodings: int | None,
+    recipe: Recipe, grid: Grid, n_encodings: int, dim: int, slot_encodings: int | None
 ) -> ArrayLayout:
-    chunk = ENCODINGS_PER_SAMPLE if isinstance(settings, PairsSettings) else 1
     wanted = slot_encodings or min(MAX_SLOT_ENCODINGS, SLOT_BYTES // (grid.n_tokens * dim * 2))
-    per_slot = max(wanted // chunk, 1) * chunk
-    return ArrayLayout(grid, n_encodings, per_slot, chunk, dim)
+    unit = recipe.unit if wanted >= recipe.unit else recipe.chunk_encodings
+    return ArrayLayout(grid, n_encodings, max(wanted // unit, 1) * unit, recipe.chunk_encodings, dim)
 
 
 def _draw_shift(ratio: float, grid: Grid, draw: Sequence[float]) -> PositionShift:
