@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import av
 import numpy as np
@@ -107,6 +108,40 @@ def iter_frames(video: Video, data_root: Path, indices: Sequence[int] | None = N
     for image in source(path, absolute):
         _check_size(image, video, path)
         yield image
+
+
+class FrameReader:
+    """Frames of one video for callers that come back for later frames: a video file is not decoded anew.
+
+    Threads may share it; those that read a video file take turns.
+    """
+
+    def __init__(self, video: Video, data_root: Path) -> None:
+        self.video = video
+        self._lock = Lock()
+        self._data_root = data_root
+        self._frames: Iterator[Image8] = iter(())
+        self._next: int | None = None
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image8]:
+        """Yield the frames `indices` (ascending); see `iter_frames` for the errors."""
+        if self.video.media_kind is MediaKind.FRAMES:
+            yield from iter_frames(self.video, self._data_root, indices)
+            return
+        with self._lock:
+            for index in indices:
+                yield self._seek(index)
+
+    def _seek(self, index: int) -> Image8:
+        if self._next is None or index < self._next:
+            self._frames, self._next = iter_frames(self.video, self._data_root), 0
+        for image in self._frames:
+            self._next += 1
+            if self._next == index + 1:
+                return image
+        raise MediaError(
+            f"{self.video.media} ends early", wanted=f"frame {index}", found=f"{self._next} frames"
+        )
 
 
 def read_image(path: Path) -> Image8:

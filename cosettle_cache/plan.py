@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from cosettle_cache.config import FramesSettings, PairsSettings, settings_json
@@ -149,23 +150,33 @@ class Plan:
 
     def slot(self, index: int) -> Slot:
         """Return slot `index` (0 to `n_slots` - 1)."""
-        array = self._arrays[bisect_right([a.first_slot for a in self._arrays], index) - 1]
-        shard = index - array.first_slot
-        start = shard * array.layout.slot_encodings
-        stop = min(start + array.layout.slot_encodings, array.layout.n_encodings)
-        return Slot(index, array.layout.grid, shard, start, tuple(self._encodings(array, start, stop)))
+        array, shard, rows = self._locate(index)
+        return Slot(index, array.layout.grid, shard, rows.start, tuple(self._encodings(array, rows)))
+
+    def slot_length(self, index: int) -> int:
+        """Return how many encodings slot `index` holds."""
+        return len(self._locate(index)[2])
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan's kind and settings, as they stand in a store's fingerprint."""
         slots = {str(layout.grid): layout.slot_encodings for layout in self.arrays}
         return {"kind": str(self.kind), "slot_encodings": slots, **settings_json(self.recipe.settings)}
 
-    def _encodings(self, array: _ArrayPlan, start: int, stop: int) -> Iterator[Encoding]:
-        first = bisect_right([span.start for span in array.spans], start) - 1
-        for span in array.spans[first:]:
-            if span.start >= stop:
+    def _locate(self, index: int) -> tuple[_ArrayPlan, int, range]:
+        """Return the array of a slot, its number there and its rows."""
+        if not 0 <= index < self.n_slots:
+            raise IndexError(f"slot {index} of {self.n_slots}")
+        array = self._arrays[bisect_right([a.first_slot for a in self._arrays], index) - 1]
+        shard = index - array.first_slot
+        start = shard * array.layout.slot_encodings
+        return array, shard, range(start, min(start + array.layout.slot_encodings, array.layout.n_encodings))
+
+    def _encodings(self, array: _ArrayPlan, rows: range) -> Iterator[Encoding]:
+        first = bisect_right(array.spans, rows.start, key=lambda span: span.start) - 1
+        for span in islice(array.spans, first, None):
+            if span.start >= rows.stop:
                 return
-            for row in range(max(start, span.start), min(stop, span.stop)):
+            for row in range(max(rows.start, span.start), min(rows.stop, span.stop)):
                 yield self.recipe.encoding(span.video, row - span.start)
 
 
@@ -182,8 +193,7 @@ def make_plan(
     `slot_encodings` overrides the slot size (rounded down to whole samples in a pairs plan). Raises
     `InputError` when an image size is not a multiple of the patch.
     """
-    pairs = isinstance(settings, PairsSettings)
-    recipe: Recipe = PairsRecipe(settings, patch) if pairs else FramesRecipe(settings, patch)
+    recipe = _make_recipe(settings, patch)
     by_grid: dict[Grid, list[Video]] = {}
     for video in manifest:
         grid = check_grid(*recipe.image_size(video), patch, video.video_id)
@@ -243,6 +253,12 @@ def choose_crop(settings: PairsSettings, draw: Sequence[float]) -> Crop:
     width = min(round(math.sqrt(area * aspect)), size)
     height = min(round(math.sqrt(area / aspect)), size)
     return Crop(int(draw[2] * (size - height + 1)), int(draw[3] * (size - width + 1)), height, width)
+
+
+def _make_recipe(settings: PairsSettings | FramesSettings, patch: int) -> Recipe:
+    if isinstance(settings, PairsSettings):
+        return PairsRecipe(settings, patch)
+    return FramesRecipe(settings, patch)
 
 
 def _spans(recipe: Recipe, videos: Sequence[Video]) -> tuple[_Span, ...]:
