@@ -1,0 +1,148 @@
+"""Heads, their start, their files and their digests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cosettle_cache.errors import CheckpointError, UsageError
+from cosettle_cache.projection import (
+    HEADS,
+    INITS,
+    Projection,
+    load_projection,
+    projection_sha256,
+    read_provenance,
+    released_init,
+    save_projection,
+)
+from safetensors.torch import load_file, save_file
+
+PROJECTION_ONLY = ("blip", "dino", "ibot", "ijepa", "mocov3")
+WITH_ENCODER = ("clip", "dinov2", "mae")
+
+
+def test_linear_head_is_linear_tanh_layernorm() -> None:
+    projection = Projection(6, init="pytorch", seed=1)
+    tokens = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    linear = projection.linears[0]
+    inner = torch.tanh(tokens @ linear.weight.T + linear.bias)
+    centred = inner - inner.mean(-1, keepdim=True)
+    wanted = centred / (inner.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(projection(tokens), wanted, atol=1e-5)
+
+
+def test_affine_head_has_no_tanh() -> None:
+    projection = Projection(6, "affine", init="pytorch", seed=1)
+    tokens = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(projection(tokens), projection.norm(projection.linears[0](tokens)))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_one_vector_and_many_give_the_same(head: str) -> None:
+    projection = Projection(5, head)
+    tokens = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(projection(tokens)[1, 2, 3], projection(tokens[1, 2, 3]), atol=1e-6)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_weights_come_from_the_seed_alone(init: str) -> None:
+    state = torch.random.get_rng_state()
+    first, again, other = (Projection(16, "mlp2", init=init, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert projection_sha256(first) == projection_sha256(again) != projection_sha256(other)
+
+
+def test_init_rules_have_their_spread() -> None:
+    spread = {name: Projection(256, init=name).linears[0].weight.std().item() for name in INITS}
+    assert spread["trunc_normal"] == pytest.approx(0.02, rel=0.02)
+    assert spread["xavier_uniform"] == pytest.approx((2 / 512) ** 0.5, rel=0.02)
+    assert spread["pytorch"] == pytest.approx((1 / 3 / 256) ** 0.5, rel=0.02)
+    assert Projection(256, init="pytorch").linears[0].bias.abs().max() > 0
+    assert Projection(256, init="trunc_normal").linears[0].bias.abs().max() == 0
+
+
+def test_released_init_by_backbone() -> None:
+    assert released_init("mae_b") == released_init("mae") == released_init("mocov3_b") == "xavier_uniform"
+    assert released_init("clip_b") == "pytorch"
+    assert released_init("dinov2_b") == released_init("timm/vit_tiny_patch16_224") == "trunc_normal"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_file_round_trip(tmp_path: Path, head: str) -> None:
+    projection = Projection(8, head, seed=5)
+    path = tmp_path / "projection.safetensors"
+    save_projection(path, projection, {"backbone": "mae_b", "settings": '{"seed": 5}'})
+    loaded = load_projection(path)
+    assert (loaded.head, loaded.dim) == (head, 8)
+    assert projection_sha256(loaded) == projection_sha256(projection)
+    assert read_provenance(path) == {"backbone": "mae_b", "settings": '{"seed": 5}'}
+    first = path.read_bytes()
+    save_projection(path, loaded, read_provenance(path))
+    assert path.read_bytes() == first
+
+
+def test_digest_names_head_and_values() -> None:
+    linear, affine = Projection(4, "linear"), Projection(4, "affine")
+    assert projection_sha256(linear) != projection_sha256(affine)
+    before = projection_sha256(linear)
+    with torch.no_grad():
+        linear.norm.bias[0] += 1e-6
+    assert projection_sha256(linear) != before
+
+
+def test_another_width_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    save_projection(path, Projection(8), {})
+    with pytest.raises(CheckpointError) as raised:
+        load_projection(path, dim=12)
+    assert (raised.value.wanted, raised.value.found) == ("12", "8")
+
+
+def test_missing_file_and_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_projection(tmp_path / "none.safetensors")
+    with pytest.raises(UsageError, match="unknown head"):
+        Projection(4, "conv")
+    with pytest.raises(UsageError, match="unknown init"):
+        Projection(4, init="zeros")
+
+
+@pytest.mark.parametrize("family", PROJECTION_ONLY)
+def test_authors_file_projects_as_released(golden: Callable[[str], Path], family: str) -> None:
+    check_authors_file(golden, family, "ours_projection_only.pth")
+
+
+@pytest.mark.parametrize("family", WITH_ENCODER)
+def test_authors_file_with_encoder_projects_as_released(golden: Callable[[str], Path], family: str) -> None:
+    check_authors_file(golden, family, "ours.pth")
+
+
+def check_authors_file(golden: Callable[[str], Path], family: str, name: str) -> None:
+    projection = load_projection(golden(f"backbones/{family}/{name}"), dim=128)
+    expected = load_file(golden(f"backbones/{family}/expected.safetensors"))
+    assert projection.head == "linear"
+    found = projection(expected["tokens_224"])
+    assert (found - expected["projected_224"]).abs().max() < 1e-4
+
+
+def test_authors_mlp_is_recognised(tmp_path: Path) -> None:
+    tensors = {f"adapter.adapter.adapter_linear{k}.weight": torch.eye(4) * k for k in (1, 2)}
+    tensors |= {f"adapter.adapter.adapter_linear{k}.bias": torch.zeros(4) for k in (1, 2)}
+    tensors |= {f"adapter.adapter.adapter_layer_norm1.{leaf}": torch.ones(4) for leaf in ("weight", "bias")}
+    torch.save({"model": tensors}, tmp_path / "ours.pth")
+    save_file(tensors, tmp_path / "ours.safetensors")
+    for name in ("ours.pth", "ours.safetensors"):
+        projection = load_projection(tmp_path / name)
+        assert projection.head == "mlp2"
+        assert torch.equal(projection.linears[1].weight, torch.eye(4) * 2)
+
+
+def test_a_projection_with_a_missing_bias_is_refused(tmp_path: Path) -> None:
+    tensors = {"adapter.adapter.adapter_linear.weight": torch.eye(4)}
+    tensors |= {f"adapter.adapter.adapter_layer_norm1.{leaf}": torch.ones(4) for leaf in ("weight", "bias")}
+    torch.save({"model": tensors}, tmp_path / "ours.pth")
+    with pytest.raises(CheckpointError, match="does not fit the linear head"):
+        load_projection(tmp_path / "ours.pth")
