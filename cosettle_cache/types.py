@@ -234,12 +234,13 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class EvalProtocol:
-    """Every constant of a label-propagation protocol (PROTOCOLS 1.1-1.4).
+    """Every constant of a label-propagation protocol (PROTOCOLS 1.1-1.4); made by `make_protocol`.
 
-    `size` is a size rule (`480x880`, see `cosettle_cache.plan`). `n_context` is the queue length in frames
-    (the first frame is always in the context besides), `radius` is in patches, `temperature` divides cosines.
-    `first_frame_copies` says that missing queue frames at the start count as copies of the first frame;
-    `mask_first` that the spatial mask also covers the first frame.
+    `size` is a size rule (see `cosettle_cache.sizes`). `n_context` is the queue length in frames (the first
+    frame is always in the context besides), `radius` is in patches, `temperature` divides cosines. `window`
+    is `disc` (distance below the radius) or `square` (distance along each axis at most the radius);
+    `mask_first` says that it limits the first frame as well, `first_frame_copies` that queue places without
+    a frame, at the start of a video, count as copies of the first frame inside the window.
     """
 
     name: str
@@ -248,11 +249,9 @@ class EvalProtocol:
     n_context: int
     radius: float
     temperature: float
-    window: str = "disc"
-    mask_first: bool = False
-    first_frame_copies: bool = True
-    label_resize: str = "bilinear"
-    decoder: str = "argmax"
+    window: str
+    mask_first: bool
+    first_frame_copies: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
