@@ -47,6 +47,12 @@ class CosettleError(Exception):
         self.hint = hint
         self.details = tuple(details)
 
+    @property
+    def summary(self) -> str:
+        """The error in one line, for a table or a record."""
+        found = f" (wanted {self.wanted}, found {self.found})" if self.found is not None else ""
+        return f"{self.message}{found}"
+
     def lines(self) -> list[str]:
         """Return the lines to print: the sentence, details, wanted/found, hint."""
         lines = [f"error: {self.message}", *(f"  {line}" for line in self.details)]

@@ -279,7 +279,7 @@ class _Extraction:
         batch: list[_Image] = []
         for task, result in results:
             if isinstance(result, MediaError):
-                failures[task.reader.video.video_id] = _reason(result)
+                failures[task.reader.video.video_id] = result.summary
                 continue
             for image in result:
                 batch.append(image)
@@ -304,8 +304,3 @@ class _Extraction:
         with self.clock.stage("write"):
             self.writer.commit(slot, shard, failures)
         self.failures.update(failures)
-
-
-def _reason(error: MediaError) -> str:
-    found = f" (wanted {error.wanted}, found {error.found})" if error.found else ""
-    return f"{error.message}{found}"

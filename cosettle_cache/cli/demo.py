@@ -1,0 +1,47 @@
+"""`cosettle-cache demo`: the whole path on the built-in clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosettle_cache.cli.options import Quiet
+from cosettle_cache.cli.run import run_recipe
+from cosettle_cache.console import Talk
+from cosettle_cache.errors import CheckpointError, InputError
+from cosettle_cache.recipes import Recipe, read_recipe
+
+#: The recipe lies beside the package in a checkout and inside it when installed.
+_RECIPE_FOLDERS = (Path(__file__).parents[2] / "pipelines", Path(__file__).parents[1] / "pipelines")
+
+
+def demo(quiet: Quiet = False) -> int:
+    """Extract, train and propagate on the built-in sprites clips; two minutes on two CPU cores.
+
+    Example: cosettle-cache demo
+    """
+    talk = Talk(quiet=quiet)
+    recipe = _with_best_weights(read_recipe(_recipe_path()), talk)
+    code = run_recipe(recipe, talk)
+    talk.result("pictures: demo/run/curves.png, demo/sprites")
+    return code
+
+
+def _recipe_path() -> Path:
+    for folder in _RECIPE_FOLDERS:
+        if (folder / "sprites.toml").is_file():
+            return folder / "sprites.toml"
+    raise InputError("the demo recipe is missing", wanted="pipelines/sprites.toml")
+
+
+def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
+    """Return the recipe with published weights where the hub can be reached, else as it is: seeded random."""
+    from cosettle_cache.backbones import load_backbone
+
+    name = recipe.option("backbone")
+    try:
+        load_backbone(name)
+    except CheckpointError as error:
+        talk.note(f"encoder: {name} with seeded random weights ({error.message})")
+        return recipe
+    talk.note(f"encoder: {name} with its published weights")
+    return recipe.without_option("weights")

@@ -1,0 +1,104 @@
+"""`cosettle-cache extract`: stage one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cosettle_cache.cli.options import DataRoot, Device, DryRun, Json, Quiet, Weights
+from cosettle_cache.config import FramesSettings, PairsSettings
+from cosettle_cache.console import Talk
+from cosettle_cache.errors import ExitCode
+from cosettle_cache.types import PlanKind
+
+_PAIRS, _FRAMES = PairsSettings(), FramesSettings()
+
+
+def extract(
+    backbone: Annotated[
+        str, typer.Option(help="mae_b, timm/MODEL_ID, or a family name with --weights FILE.")
+    ],
+    weights: Weights = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Which videos; default: what the data root holds.")
+    ] = None,
+    data_root: DataRoot = None,
+    out: Annotated[Path, typer.Option(help="The store to write or resume.")] = Path("store.zarr"),
+    plan: Annotated[PlanKind, typer.Option(help="Training samples, or every k-th frame.")] = PlanKind.PAIRS,
+    views: Annotated[int, typer.Option(min=1, help="View sets per clip (pairs).")] = _PAIRS.n_views,
+    gap: Annotated[
+        float, typer.Option(min=0, max=1, help="Distance of a pair, share of the clip.")
+    ] = _PAIRS.gap,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels: 224 (pairs); 480x880, native, short:480/64 (frames).")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Take every k-th frame (frames).")] = _FRAMES.every,
+    shifted: Annotated[
+        int, typer.Option(min=0, help="Shifted encodings per frame (frames).")
+    ] = _FRAMES.n_shifted,
+    seed: Annotated[int, typer.Option(help="Seed of frame choice, crops and shifts.")] = 0,
+    device: Device = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 arithmetic in the encoder.")] = "fp32",
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where width/64 is wrong.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
+    decode_threads: Annotated[int | None, typer.Option(min=1, help="Threads that prepare images.")] = None,
+    slot_encodings: Annotated[int | None, typer.Option(min=1, help="Encodings per slot (shard).")] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Encode videos once into a store. Run it again to resume; finished slots are kept.
+
+    Example: cosettle-cache extract --backbone mae_b --manifest clips.parquet --data-root /data
+    """
+    from cosettle_cache.cli.data import manifest_data, training_data
+    from cosettle_cache.cli.jobs import (
+        StoreJob,
+        find_weights,
+        plan_job,
+        report_lines,
+        run_job,
+        summarise_plan,
+    )
+
+    talk = Talk(quiet=quiet)
+    data = manifest_data(manifest, data_root) if manifest else training_data(data_root, talk)
+    weights = find_weights(weights, data_root)
+    settings = _settings(plan, views, gap, size, every, shifted, seed)
+    job = StoreJob(
+        data,
+        backbone,
+        weights,
+        settings,
+        out,
+        device,
+        precision,
+        batch,
+        decode_threads,
+        slot_encodings,
+        heads,
+    )
+    if dry_run:
+        summary = asdict(summarise_plan(job, plan_job(job)))
+        lines = [f"{key}: {value}" for key, value in summary.items()]
+        talk.result(json.dumps(summary, indent=2) if as_json else "\n".join(lines))
+        return int(ExitCode.DONE)
+    report = run_job(job, talk)
+    talk.result(json.dumps(asdict(report), indent=2) if as_json else "\n".join(report_lines(job, report)))
+    if report.interrupted:
+        return int(ExitCode.INTERRUPTED)
+    return int(ExitCode.UNCLEAN if report.failures else ExitCode.DONE)
+
+
+def _settings(
+    plan: PlanKind, views: int, gap: float, size: str | None, every: int, shifted: int, seed: int
+) -> PairsSettings | FramesSettings:
+    if plan is PlanKind.FRAMES:
+        return FramesSettings(size=size or _FRAMES.size, every=every, n_shifted=shifted, seed=seed)
+    if size is not None and not size.isdigit():
+        raise typer.BadParameter(f"a pairs plan has square images: --size 224, not {size}")
+    return PairsSettings(n_views=views, gap=gap, size=int(size or _PAIRS.size), seed=seed)

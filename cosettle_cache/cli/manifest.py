@@ -1,0 +1,137 @@
+"""`cosettle-cache manifest`: build, check and show lists of videos."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
+from cosettle_cache.console import Talk
+from cosettle_cache.errors import ExitCode, UncleanError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True, help="Build, check and show manifests (which videos, where, how long)."
+)
+
+ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="Parquet or CSV manifest.")]
+
+
+@app.command()
+def build(
+    dataset: Annotated[str, typer.Argument(help="davis, kinetics, folder or sprites.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="The dataset's folder; relative to the data root.")
+    ] = None,
+    data_root: DataRoot = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default DATASET.parquet.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split, for davis and sprites; default val.")] = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> int:
+    """Build a manifest from a dataset folder.
+
+    Example: cosettle-cache manifest build folder clips --data-root /data --out clips.parquet
+    """
+    from cosettle_cache.datasets import build_manifest
+    from cosettle_cache.manifest import write_manifest
+
+    talk = Talk(quiet=quiet)
+    root, base = _roots(dataset, folder, data_root)
+    options = {} if split is None else {"split": split}
+    result = build_manifest(dataset, base, root, **options)
+    path = out or Path(f"{dataset}.parquet")
+    if not dry_run:
+        write_manifest(path, result.manifest)
+    talk.result(f"{path}: {len(result.manifest)} videos, {_frames(result.manifest.videos)} frames")
+    for media, reason in result.failures.items():
+        talk.warn(f"left out {media}: {reason}")
+    return int(ExitCode.UNCLEAN if result.failures else ExitCode.DONE)
+
+
+@app.command()
+def check(
+    manifest: ManifestPath,
+    data_root: DataRoot = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every frame instead of looking only.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Find missing, changed or broken media and annotations before the encoder does.
+
+    Example: cosettle-cache manifest check clips.parquet --data-root /data --decode
+    """
+    from cosettle_cache.cli.data import manifest_data
+    from cosettle_cache.datasets.check import check_media
+
+    talk = Talk(quiet=quiet)
+    data = manifest_data(manifest, data_root)
+    problems = check_media(data.manifest, data.root, decode=decode, progress=talk.progress("check"))
+    if as_json:
+        talk.result(json.dumps({"videos": len(data.manifest), "problems": problems}, indent=2))
+    else:
+        talk.result(f"{manifest}: {len(data.manifest)} videos, {len(problems)} with problems")
+    if problems:
+        details = [f"{video_id}: {reason}" for video_id, reason in problems.items()]
+        raise UncleanError(f"{len(problems)} videos have problems", details=details)
+    return int(ExitCode.DONE)
+
+
+@app.command()
+def show(manifest: ManifestPath, as_json: Json = False) -> None:
+    """Print what a manifest holds.
+
+    Example: cosettle-cache manifest show data_manifests/davis2017_val.parquet
+    """
+    from cosettle_cache.manifest import manifest_digest, read_manifest
+
+    talk = Talk()
+    content = read_manifest(manifest)
+    if as_json:
+        videos = [asdict(video) for video in content]
+        talk.result(json.dumps({"provenance": dict(content.provenance), "videos": videos}, indent=2))
+        return
+    sizes = Counter(f"{video.height}x{video.width}" for video in content)
+    columns = ["video", "frames", "size", "fps", "labels", "objects", "class"]
+    rows = [
+        [
+            video.video_id,
+            str(video.n_frames),
+            f"{video.height}x{video.width}",
+            f"{video.fps:.4g}" if video.fps else "",
+            str(video.label_kind or ""),
+            str(video.n_objects or ""),
+            video.class_name or "",
+        ]
+        for video in content
+    ]
+    talk.table(str(manifest), columns, rows)
+    talk.result(f"{len(content)} videos, {_frames(content.videos)} frames, {len(sizes)} sizes")
+    talk.result(f"digest {manifest_digest(content)}")
+    for key, value in content.provenance.items():
+        talk.result(f"{key}: {value}")
+
+
+def _roots(dataset: str, folder: Path | None, data_root: Path | None) -> tuple[Path, Path]:
+    """Return the data root and the dataset's folder."""
+    if dataset == "sprites":
+        from cosettle_cache.datasets.sprites import ensure_sprites
+
+        root = ensure_sprites()
+        return root, root
+    if data_root is None and folder is None:
+        raise UsageError(
+            "which folder?", wanted="a folder or --data-root", hint="cosettle-cache manifest build -h"
+        )
+    root = data_root or folder or Path()
+    return root, root / folder if data_root and folder else root
+
+
+def _frames(videos: tuple[object, ...]) -> int:
+    return sum(getattr(video, "n_frames", 0) for video in videos)

@@ -1,0 +1,250 @@
+"""`cosettle-cache propagate`: labels of the first frame through stored tokens, and the scores."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cosettle_cache.cli.options import (
+    DataRoot,
+    Device,
+    DryRun,
+    Json,
+    Quiet,
+    Weights,
+    interruptible,
+    pick_device,
+)
+from cosettle_cache.config import FramesSettings
+from cosettle_cache.console import Talk, human_bytes, human_seconds
+from cosettle_cache.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.protocols import make_protocol
+from cosettle_cache.types import EvalProtocol
+
+if TYPE_CHECKING:
+    from cosettle_cache.cli.data import Data
+    from cosettle_cache.propagate import PropagationReport
+    from cosettle_cache.store import FeatureStore
+
+#: Where `extract` and `train` leave their results when nothing else is said.
+DEFAULT_STORE = Path("store.zarr")
+DEFAULT_PROJECTION = Path("runs/store/projection.safetensors")
+DEFAULT_BACKBONE = "mae_b"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked of `propagate`, before anything is derived."""
+
+    task: str
+    features: Path | None
+    projections: tuple[Path, ...]
+    backbone: str | None
+    weights: str | None
+    data_root: Path | None
+    out: Path | None
+    overlays: str
+    search: str
+    device: str | None
+    precision: str
+
+
+def propagate(
+    task: Annotated[str, typer.Option(help="davis (any folder in the DAVIS layout) or sprites.")],
+    features: Annotated[Path | None, typer.Option(help="A frames store; default: made on the way.")] = None,
+    projection: Annotated[
+        list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="Preset.")] = "cosettle",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Protocol field, as top_k=10; repeatable.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Encoder of a store made on the way.")] = None,
+    weights: Weights = None,
+    data_root: DataRoot = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for masks, overlays, scores.")] = None,
+    overlays: Annotated[str, typer.Option(help="none, first (one video) or all.")] = "first",
+    search: Annotated[str, typer.Option(help="auto, faiss or torch; all exact.")] = "auto",
+    device: Device = None,
+    precision: Annotated[str, typer.Option(help="Of an encoder run on the way.")] = "fp32",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Propagate first-frame labels, raw and projected, and score them.
+
+    Example: cosettle-cache propagate --task davis --features davis.zarr
+    """
+    talk = Talk(quiet=quiet)
+    chosen = make_protocol(protocol, task=task, **_overrides(override or []))
+    request = Request(
+        task,
+        features,
+        tuple(projection or ()),
+        backbone,
+        weights,
+        data_root,
+        out,
+        overlays,
+        search,
+        device,
+        precision,
+    )
+    if dry_run:
+        talk.result(json.dumps({"protocol": chosen.to_json(), **_plain(request)}, indent=2))
+        return int(ExitCode.DONE)
+    return _propagate(request, chosen, talk, as_json)
+
+
+def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bool) -> int:
+    from cosettle_cache import results
+    from cosettle_cache.propagate import propagate_store
+
+    store, data_root, failed = _features(request, protocol, talk)
+    projections = _projections(request, store, talk)
+    out = request.out or Path("runs") / f"{request.task}-{store.path.stem}"
+    talk.note(f"protocol: {json.dumps(protocol.to_json())}")
+    with interruptible(talk, "video") as stop:
+        report = propagate_store(
+            store,
+            data_root,
+            protocol,
+            out,
+            task=request.task,
+            projections=projections,
+            overlays=request.overlays,
+            search=request.search,
+            device=pick_device(request.device),
+            progress=talk.progress("propagate"),
+            stop=stop,
+        )
+    if report.scores:
+        results.write_scores(out, report.scores)
+        _print(report, out, talk, as_json)
+    if report.interrupted:
+        return int(ExitCode.INTERRUPTED)
+    failures = {**failed, **report.failures}
+    if failures:
+        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
+        raise UncleanError(f"{len(failures)} videos were not propagated", details=details)
+    return int(ExitCode.DONE)
+
+
+def _features(
+    request: Request, protocol: EvalProtocol, talk: Talk
+) -> tuple[FeatureStore, Path, dict[str, str]]:
+    """Return the store, the data root, and the videos that failed on the way."""
+    from cosettle_cache.cli.data import media_root
+    from cosettle_cache.store import open_store
+
+    if request.features is not None:
+        store = open_store(request.features)
+        return store, media_root(store.manifest, request.data_root), dict(store.failures)
+    data = _task_data(request, talk)
+    path, failures = _make_store(request, protocol, data, talk)
+    return open_store(path), data.root, failures
+
+
+def _task_data(request: Request, talk: Talk) -> Data:
+    from cosettle_cache.cli.data import davis_data, sprites_data
+
+    return sprites_data("val") if request.task == "sprites" else davis_data(request.data_root, talk)
+
+
+def _make_store(
+    request: Request, protocol: EvalProtocol, data: Data, talk: Talk
+) -> tuple[Path, dict[str, str]]:
+    from cosettle_cache.cli.jobs import StoreJob, run_job
+
+    backbone, weights = _encoder(request, talk)
+    name = re.sub("[/:]", "-", f"{request.task}-{backbone}-{protocol.size}.zarr")
+    talk.note(f"no --features given: encoding {data.origin} with {backbone} into {name}")
+    settings = FramesSettings(size=protocol.size)
+    job = StoreJob(
+        data, backbone, weights, settings, Path(name), device=request.device, precision=request.precision
+    )
+    report = run_job(job, talk)
+    if report.interrupted:
+        raise KeyboardInterrupt
+    return job.out, dict(report.failures)
+
+
+def _encoder(request: Request, talk: Talk) -> tuple[str, str | None]:
+    """Return the encoder asked for, else the one of the store that `extract` leaves, else the default."""
+    from cosettle_cache.cli.jobs import find_weights
+    from cosettle_cache.store import open_store
+
+    if request.backbone is not None or not DEFAULT_STORE.exists():
+        return request.backbone or DEFAULT_BACKBONE, find_weights(request.weights, request.data_root)
+    encoder = open_store(DEFAULT_STORE).encoder
+    talk.note(f"encoder of {DEFAULT_STORE}: {encoder['name']}, weights {encoder['weights_argument']}")
+    return encoder["name"], request.weights or encoder["weights_argument"]
+
+
+def _projections(request: Request, store: FeatureStore, talk: Talk) -> list[tuple[str, Any]]:
+    from cosettle_cache.projection import load_projection
+
+    paths = list(request.projections)
+    if not paths and request.features is None and DEFAULT_PROJECTION.is_file():
+        talk.note(f"projection: {DEFAULT_PROJECTION}")
+        paths = [DEFAULT_PROJECTION]
+    loaded = [(_projection_name(path), load_projection(path)) for path in paths]
+    names = [name for name, _ in loaded]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            "two projections have the same name", wanted="different folders or file names", found=names
+        )
+    dim = store.arrays[0].n_channels
+    for path, (_, projection) in zip(paths, loaded, strict=True):
+        if projection.dim != dim:
+            raise UsageError(
+                f"{path} does not fit {store.path}", wanted=f"width {dim}", found=f"width {projection.dim}"
+            )
+    return loaded
+
+
+def _projection_name(path: Path) -> str:
+    """`runs/mine/projection.safetensors` is `mine`, any other file goes by its own name."""
+    return path.absolute().parent.name if path.stem == "projection" else path.stem
+
+
+def _print(report: PropagationReport, out: Path, talk: Talk, as_json: bool) -> None:
+    from cosettle_cache.results import score_table, summary_json
+
+    if as_json:
+        talk.result(json.dumps(summary_json(report.scores), indent=2))
+        return
+    header, rows = score_table(report.scores)
+    talk.table(f"{report.scores[0].protocol}, {report.scores[0].dataset}: percent", header, rows)
+    talk.result(
+        f"{report.n_frames} frames in {human_seconds(report.seconds.total)}, "
+        f"peak memory {human_bytes(report.peak_memory_bytes)}"
+    )
+    talk.result(f"masks, overlays and scores: {out}")
+
+
+def _overrides(pairs: list[str]) -> dict[str, object]:
+    kinds = {item.name: str(item.type) for item in fields(EvalProtocol)}
+    return dict(_override(pair, kinds) for pair in pairs)
+
+
+def _override(pair: str, kinds: dict[str, str]) -> tuple[str, object]:
+    key, equals, text = pair.partition("=")
+    if not equals:
+        raise UsageError(f"{pair!r} sets nothing", wanted="FIELD=VALUE, as top_k=10")
+    kind = kinds.get(key, "str")
+    try:
+        if kind == "bool":
+            return key, {"true": True, "false": False}[text.lower()]
+        return key, {"int": int, "float": float}.get(kind, str)(text)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{key} cannot be {text!r}", wanted=f"a value of type {kind}") from error
+
+
+def _plain(request: Request) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(request), default=str))  # type: ignore[no-any-return]
