@@ -1,0 +1,209 @@
+"""J&F of the DAVIS-2017 benchmark (semi-supervised rules), frame by frame straight from the index maps.
+
+In come the true and the predicted mask of each frame, in order; out goes one `ObjectScore` per object, equal
+to the official tool's figures (PROTOCOLS 4). Nothing is expanded per object beyond the object's own box.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from jaxtyping import Float64, UInt8
+
+from cosettle_cache.errors import InputError
+
+#: Index of pixels that belong to nobody; in the truth they count as background, in a prediction as an error.
+VOID = 255
+#: Boundary tolerance as a share of the image diagonal (davis2017-evaluation).
+TOLERANCE_SHARE = 0.008
+
+Mask = UInt8[np.ndarray, "height width"]
+# A prediction's size is checked by hand: a wrong one is an input error, not a bug.
+AnyMask = UInt8[np.ndarray, "_ _"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ObjectScore:
+    """J and F of one object in every scored frame, and the benchmark's three statistics of each.
+
+    Mean and recall (frames strictly above 0.5) are shares from 0 to 1. Decay is the mean of the first quarter
+    of the frames less that of the last; neighbouring quarters share a frame.
+    """
+
+    object_id: int
+    j: Float64[np.ndarray, " frame"]
+    f: Float64[np.ndarray, " frame"]
+    j_mean: float
+    j_recall: float
+    j_decay: float
+    f_mean: float
+    f_recall: float
+    f_decay: float
+
+
+def davis_j_and_f(
+    truth: UInt8[np.ndarray, "frame height width"], prediction: UInt8[np.ndarray, "_ _ _"]
+) -> list[ObjectScore]:
+    """Score every object of a clip under the semi-supervised rules.
+
+    Both arrays hold index maps `[frame height width]` from the annotated frame on, 0 for background. The
+    objects are 1 to the largest index of the first true frame, void (255) aside; the first and the last frame
+    are not scored. An object that the prediction lacks counts as empty; one that the truth lacks raises
+    `InputError`.
+    """
+    if len(truth) != len(prediction):
+        raise InputError(
+            "truth and prediction differ in length",
+            wanted=f"{len(truth)} frames",
+            found=f"{len(prediction)} frames",
+        )
+    if not len(truth):
+        raise _too_short(0)
+    scorer = DavisScorer.from_first_mask(truth[0])
+    for true_mask, predicted_mask in zip(truth, prediction, strict=True):
+        scorer.add(true_mask, predicted_mask)
+    return scorer.finish()
+
+
+class DavisScorer:
+    """J&F of one clip as its frames come; besides the figures it holds one pair of masks at any time.
+
+    Pass every frame to `add`, the annotated first one and the last one too: they are left out here.
+    """
+
+    def __init__(self, n_objects: int, height: int, width: int) -> None:
+        if n_objects < 1:
+            raise InputError(
+                "the first true mask holds no object", wanted="an index from 1 to 254", found="0"
+            )
+        self.object_ids = range(1, n_objects + 1)
+        self.tolerance = boundary_tolerance(height, width)
+        self._size = (height, width)
+        self._disk = _disk(self.tolerance)
+        self._n_added = 0
+        self._pending: tuple[Mask, AnyMask] | None = None
+        self._figures: list[list[tuple[float, float]]] = []
+
+    @classmethod
+    def from_first_mask(cls, mask: Mask) -> DavisScorer:
+        """Return a scorer for the objects and the size of the first true mask."""
+        return cls(_n_objects(mask), *mask.shape)
+
+    def add(self, truth: AnyMask, prediction: AnyMask) -> None:
+        """Take the next frame; raise `InputError` for a mask of another size or with an unknown object."""
+        self._check_size("true", truth)
+        self._check_size("predicted", prediction)
+        if self._pending is not None and self._n_added > 1:
+            self._score(*self._pending)
+        # That a frame is not the last shows one frame later; meanwhile the caller may reuse its arrays.
+        self._pending = (truth.copy(), prediction.copy())
+        self._n_added += 1
+
+    def finish(self) -> list[ObjectScore]:
+        """Return one score per object, in order; raise `InputError` for a clip of fewer than three frames."""
+        if not self._figures:
+            raise _too_short(self._n_added)
+        figures = np.asarray(self._figures, dtype=np.float64).transpose(1, 2, 0)
+        return [_object_score(i, j, f) for i, (j, f) in zip(self.object_ids, figures, strict=True)]
+
+    def _score(self, truth: Mask, prediction: Mask) -> None:
+        self._check_ids(prediction)
+        pairs = ((_is_object(truth, i), _is_object(prediction, i)) for i in self.object_ids)
+        self._figures.append([_j_and_f(*_crop(*pair), self._disk) for pair in pairs])
+
+    def _check_size(self, which: str, mask: AnyMask) -> None:
+        if mask.shape != self._size:
+            raise InputError(
+                f"the {which} mask of frame {self._n_added} has another size",
+                wanted=_size_text(self._size),
+                found=_size_text(mask.shape),
+                hint="score at the annotation's own size; resize predicted masks by nearest neighbour",
+            )
+
+    def _check_ids(self, prediction: Mask) -> None:
+        if prediction.max() > self.object_ids[-1]:
+            unknown = sorted(set(np.unique(prediction).tolist()) - {0, *self.object_ids})
+            raise InputError(
+                f"the predicted mask of frame {self._n_added - 1} has objects that the first true mask lacks",
+                wanted=f"indices 0 to {self.object_ids[-1]}",
+                found=", ".join(map(str, unknown)),
+            )
+
+
+def boundary_tolerance(height: int, width: int) -> int:
+    """Return how many pixels two boundaries may lie apart and still match."""
+    return math.ceil(TOLERANCE_SHARE * math.hypot(height, width))
+
+
+def _n_objects(first_mask: Mask) -> int:
+    return int(np.where(first_mask == VOID, 0, first_mask).max(initial=0))
+
+
+def _is_object(mask: Mask, object_id: int) -> Mask:
+    return np.asarray(mask == object_id).view(np.uint8)
+
+
+def _disk(radius: int) -> UInt8[np.ndarray, "side side"]:
+    row, col = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    return np.asarray(row**2 + col**2 <= radius**2, dtype=np.uint8)
+
+
+def _crop(truth: Mask, prediction: Mask) -> tuple[AnyMask, AnyMask]:
+    """Cut both to the box of their union and the pixel around it, beyond which no boundary can lie."""
+    left, top, width, height = cv2.boundingRect(truth | prediction)
+    rows = slice(max(top - 1, 0), top + height + 1)
+    cols = slice(max(left - 1, 0), left + width + 1)
+    return truth[rows, cols], prediction[rows, cols]
+
+
+def _j_and_f(truth: Mask, prediction: Mask, disk: AnyMask) -> tuple[float, float]:
+    union = np.count_nonzero(truth | prediction)
+    if union == 0:
+        return 1.0, 1.0
+    return np.count_nonzero(truth & prediction) / union, _boundary_f(truth, prediction, disk)
+
+
+def _boundary_f(truth: Mask, prediction: Mask, disk: AnyMask) -> float:
+    true_edge, predicted_edge = _boundary(truth), _boundary(prediction)
+    n_true, n_predicted = np.count_nonzero(true_edge), np.count_nonzero(predicted_edge)
+    if n_true == 0 or n_predicted == 0:
+        return float(n_true == n_predicted)
+    precision = np.count_nonzero(predicted_edge & cv2.dilate(true_edge, disk)) / n_predicted
+    recall = np.count_nonzero(true_edge & cv2.dilate(predicted_edge, disk)) / n_true
+    return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
+
+
+def _boundary(mask: Mask) -> Mask:
+    """Mark the pixels that differ from their right, lower or lower-right neighbour; the rim is no boundary."""
+    return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8), anchor=(0, 0))
+
+
+def _object_score(
+    object_id: int, j: Float64[np.ndarray, " frame"], f: Float64[np.ndarray, " frame"]
+) -> ObjectScore:
+    return ObjectScore(object_id, j, f, *_statistics(j), *_statistics(f))
+
+
+def _statistics(figures: Float64[np.ndarray, " frame"]) -> tuple[float, float, float]:
+    """Return mean, recall and decay; the quarters' ends are rounded half up, as the official tool does.
+
+    The official tool keeps the ends in 8 bits, so its decay is wrong beyond 256 scored frames (PROTOCOLS 4.1);
+    here they are plain integers.
+    """
+    last = len(figures) - 1
+    second, fourth = (last + 2) // 4, (3 * last + 2) // 4
+    decay = figures[: second + 1].mean() - figures[fourth:].mean()
+    return float(figures.mean()), float((figures > 0.5).mean()), float(decay)
+
+
+def _too_short(n_frames: int) -> InputError:
+    return InputError(
+        "the clip is too short to be scored", wanted="at least 3 frames", found=f"{n_frames} frames"
+    )
+
+
+def _size_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
