@@ -1,4 +1,4 @@
-"""Check a manifest against the disk: every frame and annotation that it promises, before an encoder starts."""
+"""Check a manifest against the disk: every frame and annotation it promises, before an encoder starts."""
 
 from __future__ import annotations
 
