@@ -1,0 +1,115 @@
+"""Index parts: one small sealed Parquet file per slot, whose presence commits the slot.
+
+In come a slot and what failed in it; out go the bytes of its part, and back. One row per encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cosettle_cache.store.layout import PART_SUFFIX, SPEC_VERSION, BytesError, part_folder
+from cosettle_cache.store.sealed import seal, unseal
+from cosettle_cache.tables import make_table, read_metadata, with_metadata
+from cosettle_cache.types import ArrayLayout, Encoding, Slot
+
+#: Columns of the index; `error` says why an encoding is absent and is null where it is present.
+SCHEMA = pa.schema(
+    [
+        pa.field("array", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("slot", pa.int64(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("frame", pa.int64(), nullable=False),
+        pa.field("view", pa.int32(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("crop_top", pa.int32()),
+        pa.field("crop_left", pa.int32()),
+        pa.field("crop_height", pa.int32()),
+        pa.field("crop_width", pa.int32()),
+        pa.field("flip", pa.bool_(), nullable=False),
+        pa.field("shift_ratio", pa.float64()),
+        pa.field("shift_row", pa.int32()),
+        pa.field("shift_col", pa.int32()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One index part: its rows, the size of the shard it commits, and how many encodings failed."""
+
+    table: pa.Table
+    shard_bytes: int
+    n_failed: int
+
+
+def encode_part(slot: Slot, errors: Sequence[str | None], shard_bytes: int) -> bytes:
+    """Return the index part of `slot`; `errors` has one entry per encoding, None where it is present."""
+    rows = [
+        {"array": str(slot.grid), "row": slot.start + number, "slot": slot.index, "error": error}
+        | _encoding_columns(encoding)
+        for number, (encoding, error) in enumerate(zip(slot.encodings, errors, strict=True))
+    ]
+    metadata = {
+        "spec_version": str(SPEC_VERSION),
+        "shard_bytes": str(shard_bytes),
+        "n_failed": str(sum(error is not None for error in errors)),
+    }
+    return seal(with_metadata(make_table(rows, SCHEMA), metadata))
+
+
+def read_part(path: Path) -> Part:
+    """Read an index part; raise `BytesError` when it is unreadable or fails its checksum."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BytesError(f"it cannot be read ({error.strerror})") from error
+    table = unseal(data)
+    metadata = read_metadata(table)
+    if not table.schema.equals(SCHEMA) or not {"shard_bytes", "n_failed"} <= metadata.keys():
+        raise BytesError("its columns are not those of an index part")
+    return Part(table, int(metadata["shard_bytes"]), int(metadata["n_failed"]))
+
+
+def committed_shards(root: Path, layout: ArrayLayout) -> list[int]:
+    """Return the shards of an array that have an index part, in order: one folder listing."""
+    folder = part_folder(root, layout.grid)
+    stems = (path.stem for path in folder.iterdir() if path.suffix == PART_SUFFIX)
+    shards = (int(stem) for stem in stems if stem.isdecimal())
+    return sorted(shard for shard in shards if shard < layout.n_slots)
+
+
+def describe_rows(table: pa.Table) -> list[str]:
+    """Return one line per video: which of its encodings are in `table`."""
+    columns = table.select(["video_id", "row", "frame"]).to_pylist()
+    lines = []
+    for video_id, group in groupby(columns, key=lambda item: item["video_id"]):
+        items = list(group)
+        frames = _span(sorted({item["frame"] for item in items}))
+        lines.append(f"{video_id}: frames {frames} (rows {_span([item['row'] for item in items])})")
+    return lines
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _encoding_columns(encoding: Encoding) -> dict[str, Any]:
+    return dict(_columns(encoding))
+
+
+def _columns(encoding: Encoding) -> Iterator[tuple[str, Any]]:
+    for name in ("video_id", "frame", "view", "flip"):
+        yield name, getattr(encoding, name)
+    yield "role", str(encoding.role)
+    for name in ("top", "left", "height", "width"):
+        yield f"crop_{name}", getattr(encoding.crop, name, None)
+    for name in ("ratio", "row", "col"):
+        yield f"shift_{name}", getattr(encoding.shift, name, None)

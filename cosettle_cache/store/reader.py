@@ -1,0 +1,210 @@
+"""Reading a store: which slots are committed, what they hold, and the tokens themselves.
+
+The index decides what exists, never Zarr; every chunk is checked against its checksum. In come video or
+sample ids; out go float16 arrays, or an error that names what is damaged or not there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float16, Int64, UInt8
+
+from cosettle_cache.errors import DamagedStoreError, InputError, UsageError
+from cosettle_cache.manifest import manifest_from_table
+from cosettle_cache.store.catalog import Catalog
+from cosettle_cache.store.chunks import ChunkSource
+from cosettle_cache.store.header import check_array, read_header
+from cosettle_cache.store.layout import BytesError, SlotState, manifest_path
+from cosettle_cache.store.sealed import unseal
+from cosettle_cache.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
+
+SampleIds = Sequence[int] | Int64[np.ndarray, " n"]
+ENCODINGS_PER_SAMPLE = 3
+_RESUME = "run the same extract command again; it goes on with the slots that are missing"
+
+
+def open_store(path: str | Path) -> FeatureStore:
+    """Open a store read-only; it shows the slots that are committed now.
+
+    Raises `InputError` when there is none or a newer one, `DamagedStoreError` when its metadata is damaged.
+    """
+    return FeatureStore(Path(path))
+
+
+class FeatureStore:
+    """A store open for reading; any number of threads may share it, and pickling opens it anew.
+
+    Tokens are float16 `[... row col channel]`, as the encoder gave them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        for layout in header.arrays:
+            check_array(path, layout)
+        self.path = path
+        self.fingerprint: Fingerprint = header.fingerprint
+        self.encoder: Mapping[str, Any] = header.encoder
+        self.arrays: tuple[ArrayLayout, ...] = header.arrays
+        self.plan_kind = PlanKind(header.fingerprint.plan["kind"])
+        self._chunks = ChunkSource(path, header.arrays)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open_store, (os.path.abspath(self.path),))  # noqa: PTH100
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest the store was made from."""
+        path = manifest_path(self.path)
+        try:
+            return manifest_from_table(unseal(path.read_bytes()), str(path))
+        except (BytesError, OSError) as error:
+            raise DamagedStoreError(f"the manifest {path} is damaged: {error}") from error
+
+    @property
+    def n_slots(self) -> int:
+        """Number of slots, committed or not."""
+        return len(self._chunks.slots)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every slot is done: none to do, none with failed encodings."""
+        return self.slot_states()[SlotState.DONE] == self.n_slots
+
+    def slot_states(self) -> Mapping[str, int]:
+        """Return the number of slots that are todo, done and failed."""
+        n_committed = int(self._chunks.committed.sum())
+        n_failed = len(self._catalog.failed_slots)
+        counts = {
+            SlotState.TODO: self.n_slots - n_committed,
+            SlotState.DONE: n_committed - n_failed,
+            SlotState.FAILED: n_failed,
+        }
+        return Counter({str(state): count for state, count in counts.items()})
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Reason by video id, for every video with an encoding that failed."""
+        return self._catalog.failures
+
+    @property
+    def index(self) -> pa.Table:
+        """One row per encoding of the committed slots, in array and row order; see docs/store.md."""
+        return self._catalog.index
+
+    @cached_property
+    def video_ids(self) -> tuple[str, ...]:
+        """Videos whose plain encodings are all present, in manifest order."""
+        return tuple(video.video_id for video in self.manifest if self._is_present(video))
+
+    def grid(self, video_id: str) -> Grid:
+        """Return the grid of a video's tokens."""
+        return self.arrays[self._plain_rows(video_id)[0]].grid
+
+    def n_frames(self, video_id: str) -> int:
+        """Return the number of plain encodings of a video (frames plan)."""
+        return len(self._plain_rows(video_id)[1])
+
+    def tokens(self, video_id: str) -> Float16[np.ndarray, "frame row col dim"]:
+        """Return the plain tokens of a video in frame order (frames plan)."""
+        array, rows = self._plain_rows(video_id)
+        layout = self.arrays[array]
+        out = np.empty((len(rows), layout.grid.rows, layout.grid.cols, layout.n_channels), np.float16)
+        for row, flat in zip(rows.tolist(), _as_bytes(out), strict=True):
+            self._chunks.read(array, row, flat)
+        return out
+
+    def iter_tokens(self, video_id: str) -> Iterator[Float16[np.ndarray, "row col dim"]]:
+        """Yield the plain tokens of a video frame by frame; each is fresh memory (frames plan)."""
+        array, rows = self._plain_rows(video_id)
+        layout = self.arrays[array]
+        return map(partial(self._frame, array, layout), rows.tolist())
+
+    @cached_property
+    def sample_ids(self) -> Int64[np.ndarray, " n"]:
+        """Ids of the samples that exist, ascending (pairs plan)."""
+        self._check_plan(PlanKind.PAIRS)
+        return self._catalog.sample_ids
+
+    @cached_property
+    def sample_table(self) -> pa.Table:
+        """Columns `sample`, `video_id`, `view`, one row per id in `sample_ids` (pairs plan)."""
+        self._check_plan(PlanKind.PAIRS)
+        return self._catalog.sample_table
+
+    def samples(self, ids: SampleIds) -> Float16[np.ndarray, "n 3 row col dim"]:
+        """Return samples in the order of `ids`: plain a, plain b, shifted a (pairs plan)."""
+        self._check_plan(PlanKind.PAIRS)
+        out = np.empty((len(ids), *self._sample_shape), np.float16)
+        self.read_into(ids, out)
+        return out
+
+    def read_into(self, ids: SampleIds, out: Float16[np.ndarray, "n 3 row col dim"]) -> None:
+        """Fill `out`, C-contiguous, with the samples `ids`; its memory may be used again and again."""
+        self._check_plan(PlanKind.PAIRS)
+        wanted = (len(ids), *self._sample_shape)
+        if out.shape != wanted or out.dtype != np.float16 or not out.flags.c_contiguous:
+            found = f"{out.dtype} {out.shape}" + ("" if out.flags.c_contiguous else ", not contiguous")
+            raise UsageError("the buffer for samples does not fit", wanted=f"float16 {wanted}", found=found)
+        for sample, flat in zip(ids, _as_bytes(out), strict=True):
+            self._chunks.read(0, int(sample), flat)
+
+    @cached_property
+    def _catalog(self) -> Catalog:
+        return Catalog(self._chunks.read_index(), self.arrays)
+
+    @property
+    def _sample_shape(self) -> tuple[int, int, int, int]:
+        layout = self.arrays[0]
+        return (ENCODINGS_PER_SAMPLE, layout.grid.rows, layout.grid.cols, layout.n_channels)
+
+    def _frame(self, array: int, layout: ArrayLayout, row: int) -> Float16[np.ndarray, "row col dim"]:
+        out = np.empty((layout.grid.rows, layout.grid.cols, layout.n_channels), np.float16)
+        self._chunks.read(array, row, _as_bytes(out[None])[0])
+        return out
+
+    def _plain_rows(self, video_id: str) -> tuple[int, Int64[np.ndarray, " frame"]]:
+        """Return the array and the rows of a video's plain encodings; raise `InputError` unless all exist."""
+        self._check_plan(PlanKind.FRAMES)
+        if video_id not in self._videos:
+            known = ", ".join(list(self._videos)[:8])
+            raise InputError(f"{self.path} has no video {video_id}", found=known)
+        if not self._is_present(self._videos[video_id]):
+            reason = self.failures.get(video_id, "some of its slots have not been extracted yet")
+            raise InputError(f"{self.path} does not hold all tokens of {video_id}: {reason}", hint=_RESUME)
+        array, rows = self._catalog.plain_rows[video_id]
+        return array, rows
+
+    @cached_property
+    def _videos(self) -> dict[str, Video]:
+        return {video.video_id: video for video in self.manifest}
+
+    def _is_present(self, video: Video) -> bool:
+        return self._catalog.n_plain.get(video.video_id, 0) == self._n_planned(video)
+
+    def _n_planned(self, video: Video) -> int:
+        plan = self.fingerprint.plan
+        if self.plan_kind is PlanKind.PAIRS:
+            return 2 * int(plan.get("n_views", 1))
+        return -(-video.n_frames // int(plan.get("every", 1)))
+
+    def _check_plan(self, kind: PlanKind) -> None:
+        if self.plan_kind is not kind:
+            raise UsageError(
+                f"{self.path} is a store of another plan",
+                wanted=f"a {kind} plan",
+                found=f"a {self.plan_kind} plan",
+                hint=f"cosettle-cache extract --plan {kind} makes one",
+            )
+
+
+def _as_bytes(out: Float16[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n byte"]:
+    """Return a view of contiguous tokens as one row of bytes per chunk."""
+    return out.reshape(len(out), -1).view(np.uint8)
