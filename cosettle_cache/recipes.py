@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache import tables
 from cosettle_cache.errors import InputError
 
 #: Commands that take `--data-root`.
@@ -108,6 +107,8 @@ def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
 
 def check_expectations(recipe: Recipe) -> list[Outcome]:
     """Return every expectation beside the figure in the recipe's summary file."""
+    from cosettle_cache import tables  # pyarrow is slow to import, and `--help` passes here
+
     if recipe.summary is None:
         return []
     means = tables.read_json(recipe.summary)["means"]

@@ -1,63 +1,65 @@
-"""The command line: one module per command, in the order of the story. Heavy imports happen inside commands.
-
-Known errors become one sentence and an exit code here, and nowhere else.
-"""
+"""The command line: one module per command, in story order; heavy imports happen inside commands."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from cosettle_cache.cli import demo, extract, manifest, propagate, run, store, train
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import CosettleError, ExitCode
+from cosettle_cache.cli.entry import exits
 
 HELP = """Run a frozen image encoder once; train, propagate and measure on its stored tokens.
 
 The order of work: manifest, extract, train, propagate. Without any data the built-in sprites clips serve.
 """
 
+#: Commands in the order of the story, as `--help` lists them.
+STORY = ("manifest", "extract", "train", "propagate", "store", "run", "demo")
+
+
+class StoryOrder(TyperGroup):
+    """A command group that lists its commands in the order of the story."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the command names."""
+        return sorted(super().list_commands(ctx), key=STORY.index)
+
+
 app = typer.Typer(
     name="cosettle-cache",
+    cls=StoryOrder,
     help=HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(manifest.app, name="manifest")
-app.command()(extract.extract)
-app.command()(train.train)
-app.command()(propagate.propagate)
+app.command()(exits(extract.extract))
+app.command()(exits(train.train))
+app.command()(exits(propagate.propagate))
 app.add_typer(store.app, name="store")
-app.command()(run.run)
-app.command()(demo.demo)
+app.command()(exits(run.run))
+app.command()(exits(demo.demo))
 
 
 def main() -> None:
     """Entry point of the `cosettle-cache` script."""
-    sys.exit(run_command(sys.argv[1:]))
+    app()
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; only a bug leaves as an exception."""
+    """Run one command line in this process and return its exit code."""
     try:
-        code = app(args=list(arguments), prog_name="cosettle-cache", standalone_mode=False)
-    except CosettleError as error:
-        Talk().error(error)
-        return int(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        Talk().warn("interrupted")
-        return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has gone; say nothing more, not even while the interpreter closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(ExitCode.DONE)
-    return int(code or ExitCode.DONE)
+        app(args=list(arguments), prog_name="cosettle-cache")
+    except SystemExit as end:
+        return int(end.code or 0)
+    raise AssertionError("a command line ends by exiting")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(sys.argv[1:]))

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cosettle_cache.cli.entry import exits
 from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
 from cosettle_cache.console import Talk
 from cosettle_cache.errors import ExitCode, UncleanError, UsageError
@@ -22,6 +23,7 @@ ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="Parquet 
 
 
 @app.command()
+@exits
 def build(
     dataset: Annotated[str, typer.Argument(help="davis, kinetics, folder or sprites.")],
     folder: Annotated[
@@ -54,6 +56,7 @@ def build(
 
 
 @app.command()
+@exits
 def check(
     manifest: ManifestPath,
     data_root: DataRoot = None,
@@ -84,6 +87,7 @@ def check(
 
 
 @app.command()
+@exits
 def show(manifest: ManifestPath, as_json: Json = False) -> None:
     """Print what a manifest holds.
 

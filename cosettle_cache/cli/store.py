@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
+from cosettle_cache.cli.entry import exits
 from cosettle_cache.cli.options import Json
 from cosettle_cache.console import Talk, human_bytes
 
-app = typer.Typer(no_args_is_help=True, help="Look into stores.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into stores.")
 
 
 @app.callback()
@@ -21,6 +22,7 @@ def group() -> None:
 
 
 @app.command()
+@exits
 def info(store: Annotated[Path, typer.Argument(metavar="STORE")], as_json: Json = False) -> None:
     """Print a store's plan, encoder, slots, bytes and failed videos.
 
