@@ -1,0 +1,145 @@
+"""Extraction against the bare encoder: images per second of both, side by side, interleaved, medians.
+
+The bare side runs the same encoder on the same prepared images, already in memory, in the same batches, and
+throws the tokens away. The ratio is what decoding, preparing, checking and writing cost.
+
+    python benchmarks/extract.py --backbone timm/vit_base_patch16_224 --clips 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from cosettle_cache.backbones import Backbone, load_backbone
+from cosettle_cache.cli.data import manifest_data, sprites_data
+from cosettle_cache.config import FramesSettings, PairsSettings
+from cosettle_cache.console import Talk
+from cosettle_cache.extract import ExtractReport, extract, make_fingerprint
+from cosettle_cache.frames import iter_frames
+from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.store import StoreWriter
+from cosettle_cache.types import Encoding, Manifest
+from cosettle_cache.views import View, make_views
+
+
+def main() -> None:
+    options = _options()
+    data = manifest_data(options.manifest, options.data_root) if options.manifest else sprites_data("train")
+    manifest = Manifest(data.manifest.videos[: options.clips])
+    settings = (
+        FramesSettings(size=options.size)
+        if options.plan == "frames"
+        else PairsSettings(n_views=options.views)
+    )
+    backbone = load_backbone(options.backbone, weights=options.weights, device=options.device)
+    plan = make_plan(manifest, settings, patch=backbone.patch, dim=backbone.dim)
+    batches = _prepared_batches(plan, manifest, data.root, backbone, options.batch)
+    _bare(backbone, batches[:2])
+    rows = []
+    for _ in range(options.repeats):
+        rows.append((_bare(backbone, batches), _extract(plan, manifest, data.root, backbone, options)))
+    _report(options, plan, rows)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbone", default="timm/vit_base_patch16_224")
+    parser.add_argument("--weights", default="random")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--manifest", type=Path, help="default: the built-in sprites clips")
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--plan", choices=("pairs", "frames"), default="pairs")
+    parser.add_argument("--size", default="480x880", help="of a frames plan")
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--views", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    return parser.parse_args()
+
+
+def _prepared_batches(
+    plan: Plan, manifest: Manifest, root: Path, backbone: Backbone, batch: int
+) -> list[list[tuple[View, Encoding]]]:
+    """Return the plan's images, prepared, in batches that do not cross slots, as extraction forms them."""
+    videos = {video.video_id: video for video in manifest}
+    batches = []
+    for index in range(plan.n_slots):
+        items: list[tuple[View, Encoding]] = []
+        for encoding in plan.slot(index).encodings:
+            video = videos[encoding.video_id]
+            views = make_views(plan, *plan.recipe.image_size(video), backbone.mean, backbone.std)
+            (image,) = iter_frames(video, root, [encoding.frame])
+            items.append((views.prepare(image, [encoding])[0], encoding))
+        batches += [items[start : start + batch] for start in range(0, len(items), batch)]
+    return batches
+
+
+def _bare(backbone: Backbone, batches: list[list[tuple[View, Encoding]]]) -> float:
+    """Return images per second of the encoder alone."""
+    stacked = [(torch.stack([v for v, _ in items]), [e.shift for _, e in items]) for items in batches]
+    started = time.perf_counter()
+    for images, shifts in stacked:
+        tokens = backbone.encode(images.to(backbone.device), shifts)
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+    return sum(map(len, batches)) / (time.perf_counter() - started)
+
+
+def _extract(
+    plan: Plan, manifest: Manifest, root: Path, backbone: Backbone, options: argparse.Namespace
+) -> ExtractReport:
+    folder = Path(tempfile.mkdtemp(prefix="extract-benchmark-"))
+    try:
+        fingerprint = make_fingerprint(backbone, plan, manifest)
+        writer = StoreWriter.create_or_resume(folder / "s.zarr", plan.arrays, fingerprint, manifest, {})
+        threads = min(4, os.cpu_count() or 1)
+        return extract(
+            plan, manifest, root, backbone, writer, batch_size=options.batch, decode_threads=threads
+        )
+    finally:
+        shutil.rmtree(folder)
+
+
+def _report(options: argparse.Namespace, plan: Plan, rows: list[tuple[float, ExtractReport]]) -> None:
+    bare = statistics.median(rate for rate, _ in rows)
+    full = statistics.median(report.images_per_s for _, report in rows)
+    ratio = statistics.median(report.images_per_s / rate for rate, report in rows)
+    seconds = rows[-1][1].seconds
+    figures = {
+        "backbone": options.backbone,
+        "device": options.device,
+        "plan": options.plan,
+        "batch": options.batch,
+        "images": plan.n_encodings,
+        "bare_images_per_s": round(bare, 2),
+        "extract_images_per_s": round(full, 2),
+        "ratio": round(ratio, 3),
+        "decode_s": round(seconds.decode, 2),
+        "encode_s": round(seconds.encode, 2),
+        "write_s": round(seconds.write, 2),
+        "wait_images_s": round(seconds.wait_images, 2),
+        "wait_writer_s": round(seconds.wait_writer, 2),
+    }
+    Talk().table(
+        "extraction over the bare encoder", ["figure", "value"], [[k, str(v)] for k, v in figures.items()]
+    )
+    text = json.dumps(figures)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
