@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import typer
@@ -59,7 +58,3 @@ def run_command(arguments: Sequence[str]) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     raise AssertionError("a command line ends by exiting")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(sys.argv[1:]))

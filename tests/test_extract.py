@@ -1,0 +1,243 @@
+"""Stage one on real files with a tiny seeded encoder: parity, resume, failures, full disks, kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cosettle_cache.backbones import Backbone, load_backbone
+from cosettle_cache.config import FramesSettings, PairsSettings
+from cosettle_cache.datasets import build_manifest
+from cosettle_cache.errors import FingerprintError
+from cosettle_cache.extract import ExtractReport, extract, make_fingerprint
+from cosettle_cache.frames import read_frame
+from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.store import FeatureStore, StoreWriter, open_store
+from cosettle_cache.types import Manifest
+from cosettle_cache.views import make_views
+
+PAIRS = PairsSettings(n_views=2, size=64)
+FRAMES = FramesSettings(size="48x64", n_shifted=1)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone("timm/test_vit", weights="random")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six short clips of smooth moving texture, one of them portrait."""
+    root = tmp_path_factory.mktemp("clips")
+    for clip in range(6):
+        height, width = (72, 96) if clip != 3 else (96, 72)
+        rows, cols = np.mgrid[:height, :width]
+        (root / f"clip{clip}").mkdir()
+        for frame in range(9):
+            phase = 0.13 * (cols + 2 * frame) + 0.07 * rows * (clip + 1)
+            image = np.stack([128 + 100 * np.sin(phase + k) for k in range(3)], -1).astype(np.uint8)
+            Image.fromarray(image).save(root / f"clip{clip}" / f"{frame}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture
+def own_clips(clips: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    for path in clips.rglob("*.jpg"):
+        target = tmp_path / "clips" / path.relative_to(clips)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path / "clips"
+
+
+def manifest_of(root: Path) -> Manifest:
+    return build_manifest("folder", root, root).manifest
+
+
+def plan_of(manifest: Manifest, settings: PairsSettings | FramesSettings, slot: int = 12) -> Plan:
+    return make_plan(manifest, settings, patch=16, dim=64, slot_encodings=slot)
+
+
+def run(
+    root: Path,
+    out: Path,
+    backbone: Backbone,
+    settings: PairsSettings | FramesSettings = PAIRS,
+    manifest: Manifest | None = None,
+    stop: Event | None = None,
+) -> ExtractReport:
+    manifest = manifest or manifest_of(root)
+    plan = plan_of(manifest, settings)
+    fingerprint = make_fingerprint(backbone, plan, manifest)
+    writer = StoreWriter.create_or_resume(out, plan.arrays, fingerprint, manifest, {"name": backbone.name})
+    try:
+        return extract(plan, manifest, root, backbone, writer, batch_size=5, stop=stop)
+    finally:
+        writer.close()
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """All files of a store that hold tokens or index, by name."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def one_by_one(root: Path, store: FeatureStore, plan: Plan, backbone: Backbone, slot: int) -> torch.Tensor:
+    """The oracle: decode, prepare and encode each encoding of a slot alone."""
+    videos = {video.video_id: video for video in store.manifest}
+    tokens = []
+    for encoding in plan.slot(slot).encodings:
+        video = videos[encoding.video_id]
+        views = make_views(plan, *plan.recipe.image_size(video), backbone.mean, backbone.std)
+        (view,) = views.prepare(read_frame(video, root, encoding.frame), [encoding])
+        tokens.append(backbone.encode(view[None], encoding.shift)[0])
+    return torch.stack(tokens)
+
+
+def test_pairs_equal_the_encoder_one_by_one(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    report = run(clips, tmp_path / "s.zarr", backbone)
+    assert (report.failures, report.n_encodings, report.interrupted) == ({}, 6 * 2 * 3, False)
+    store = open_store(tmp_path / "s.zarr")
+    plan = plan_of(store.manifest, PAIRS)
+    stored = np.concatenate(list(store.samples(store.sample_ids)))
+    wanted = torch.cat([one_by_one(clips, store, plan, backbone, i) for i in range(plan.n_slots)])
+    assert np.abs(stored - wanted.numpy()).max() < 5e-3
+
+
+def test_frames_equal_the_encoder_one_by_one(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "s.zarr", backbone, FRAMES)
+    store = open_store(tmp_path / "s.zarr")
+    assert len(store.video_ids) == 6
+    plan = plan_of(store.manifest, FRAMES)
+    wanted = one_by_one(clips, store, plan, backbone, 0)[:9]
+    assert np.abs(store.tokens("clip0") - wanted.numpy()).max() < 5e-3
+    assert [frame.shape for frame in store.iter_tokens("clip3")] == [(3, 4, 64)] * 9
+
+
+def test_the_shift_moves_tokens(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "s.zarr", backbone)
+    store = open_store(tmp_path / "s.zarr")
+    plain, _, shifted = store.samples(store.sample_ids[:1])[0].astype(np.float32)
+    assert np.abs(plain - shifted).mean() > 1e-3
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "straight.zarr", backbone)
+    stop = Event()
+    stop.set()
+    first = run(clips, tmp_path / "stopped.zarr", backbone, stop=stop)
+    assert (first.n_slots, first.interrupted) == (1, True)
+    assert open_store(tmp_path / "stopped.zarr").slot_states()["done"] == 1
+    second = run(clips, tmp_path / "stopped.zarr", backbone)
+    assert (second.n_slots_before, second.interrupted) == (1, False)
+    assert tree(tmp_path / "straight.zarr") == tree(tmp_path / "stopped.zarr")
+    third = run(clips, tmp_path / "stopped.zarr", backbone)
+    assert (third.n_slots, third.n_encodings) == (0, 0)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def resize(path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(path)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, resize, Path.unlink])
+def test_a_bad_video_is_named_and_costs_only_itself(
+    own_clips: Path, tmp_path: Path, backbone: Backbone, damage: Callable[[Path], None]
+) -> None:
+    manifest = manifest_of(own_clips)
+    for path in (own_clips / "clip2").iterdir():
+        if path.name != "0.jpg":
+            damage(path)
+    report = run(own_clips, tmp_path / "s.zarr", backbone, FRAMES, manifest)
+    assert list(report.failures) == ["clip2"]
+    store = open_store(tmp_path / "s.zarr")
+    assert "clip2" not in store.video_ids
+    assert len(store.video_ids) == 5
+    assert "clip2" in store.failures
+    assert store.slot_states()["failed"] > 0
+    assert np.isfinite(store.tokens("clip4")).all()
+
+
+def test_overflow_is_a_failure_not_an_infinity(clips: Path, tmp_path: Path) -> None:
+    loud = load_backbone("timm/test_vit", weights="random", seed=1)
+    for parameter in loud.model.norm.parameters():
+        parameter.data.mul_(1e6).add_(1e6)
+    report = run(clips, tmp_path / "s.zarr", loud)
+    assert set(report.failures) == {f"clip{i}" for i in range(6)}
+    assert "float16" in report.failures["clip0"]
+    assert len(open_store(tmp_path / "s.zarr").sample_ids) == 0
+
+
+def test_other_settings_never_resume(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "s.zarr", backbone)
+    with pytest.raises(FingerprintError) as caught:
+        run(clips, tmp_path / "s.zarr", backbone, PairsSettings(n_views=2, size=64, seed=5))
+    assert any("plan.seed" in line for line in caught.value.details)
+    with pytest.raises(FingerprintError) as caught:
+        run(clips, tmp_path / "s.zarr", load_backbone("timm/test_vit", weights="random", seed=7))
+    assert any("weights_sha256" in line for line in caught.value.details)
+
+
+def command(clips: Path, out: Path) -> list[str]:
+    words = "extract --backbone timm/test_vit --weights random --views 2 --size 64 --slot-encodings 6 --quiet"
+    places = ["--manifest", str(clips.parent / "m.parquet"), "--data-root", str(clips), "--out", str(out)]
+    return [sys.executable, "-m", "cosettle_cache.cli", *words.split(), "--batch", "2", *places]
+
+
+def test_killed_extractions_finish_to_the_same_bytes(clips: Path, tmp_path: Path) -> None:
+    from cosettle_cache.manifest import write_manifest
+
+    write_manifest(clips.parent / "m.parquet", manifest_of(clips))
+    straight, killed = tmp_path / "straight.zarr", tmp_path / "killed.zarr"
+    subprocess.run(command(clips, straight), check=True)
+    chance = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command(clips, killed))
+        while process.poll() is None and not (killed / "index").exists():
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(clips, killed), check=True)
+    assert tree(straight) == tree(killed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_loses_nothing(clips: Path, tmp_path: Path) -> None:
+    from cosettle_cache.manifest import write_manifest
+
+    write_manifest(clips.parent / "m.parquet", manifest_of(clips))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        full = subprocess.run(command(clips, disk / "s.zarr"), check=False, capture_output=True, text=True)
+        assert full.returncode == 3
+        assert "no space left on the device" in full.stderr
+        assert "Traceback" not in full.stderr
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        subprocess.run(command(clips, disk / "s.zarr"), check=True)
+        subprocess.run(command(clips, tmp_path / "straight.zarr"), check=True)
+        assert tree(disk / "s.zarr") == tree(tmp_path / "straight.zarr")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
