@@ -36,9 +36,9 @@ def create_store(path: Path, header: Header, manifest: Manifest) -> None:
 
     Raises `InputError` when `path` holds something else, `OutputError` when it cannot be written.
     """
-    _check_vacant(path)
-    make_folder(path.parent)
     with output_errors(path):
+        _check_vacant(path)
+        make_folder(path.parent)
         _remove_dead_builds(path)
         build = temporary_name(path)
         try:

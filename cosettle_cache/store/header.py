@@ -6,6 +6,7 @@ In comes the folder of a store; out goes a `Header`, or an error that says why t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Header:
 
 def is_zarr(path: Path) -> bool:
     """Say whether `path` is a Zarr v3 node of any kind."""
-    return (path / ROOT_METADATA).is_file()
+    return os.path.isfile(path / ROOT_METADATA)  # noqa: PTH113 (False, not an error, where looking is forbidden)
 
 
 def read_header(path: Path) -> Header:
@@ -96,7 +97,7 @@ def check_same(wanted: Header, found: Header, path: Path) -> None:
 
 
 def _read_attribute(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         raise InputError(f"{path} does not exist", wanted="a store", hint=_MAKE_ONE.format(path=path))
     if not is_zarr(path):
         raise InputError(
@@ -107,6 +108,8 @@ def _read_attribute(path: Path) -> dict[str, Any]:
         )
     try:
         document = json.loads((path / ROOT_METADATA).read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DamagedStoreError(f"the header of {path} is damaged: {error}") from error
     attribute = document.get("attributes", {}).get(ATTRIBUTE) if isinstance(document, dict) else None

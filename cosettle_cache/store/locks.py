@@ -19,8 +19,8 @@ class WriterLock:
 
     def __init__(self, path: Path) -> None:
         # Locks of network file systems need a descriptor that can write; folders cannot have one.
-        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
-        self._descriptor = os.open(path, flags)
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         self.alone = self._try_alone()
 
     def share(self) -> None:

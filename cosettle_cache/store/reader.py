@@ -6,6 +6,7 @@ sample ids; out go float16 arrays, or an error that names what is damaged or not
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float16, Int64, UInt8
+from jaxtyping import Float16, Int, Int64, UInt8
 
 from cosettle_cache.errors import DamagedStoreError, InputError, UsageError
 from cosettle_cache.manifest import manifest_from_table
@@ -26,7 +27,7 @@ from cosettle_cache.store.layout import BytesError, SlotState, manifest_path
 from cosettle_cache.store.sealed import unseal
 from cosettle_cache.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
 
-SampleIds = Sequence[int] | Int64[np.ndarray, " n"]
+SampleIds = Sequence[int] | Int[np.ndarray, " n"]
 ENCODINGS_PER_SAMPLE = 3
 _RESUME = "run the same extract command again; it goes on with the slots that are missing"
 
@@ -207,4 +208,4 @@ class FeatureStore:
 
 def _as_bytes(out: Float16[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n byte"]:
     """Return a view of contiguous tokens as one row of bytes per chunk."""
-    return out.reshape(len(out), -1).view(np.uint8)
+    return out.reshape(len(out), math.prod(out.shape[1:])).view(np.uint8)
