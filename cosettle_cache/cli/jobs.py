@@ -135,6 +135,9 @@ def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
 
 def report_lines(job: StoreJob, report: ExtractReport) -> list[str]:
     """Return what a finished extraction prints."""
+    failed = [f"failed: {video_id}: {reason}" for video_id, reason in report.failures.items()]
+    if not report.n_slots and not report.interrupted:
+        return [f"{job.out}: all {report.n_slots_before} slots were there already"]
     seconds = report.seconds
     resumed = f" ({report.n_slots_before} slots were there already)" if report.n_slots_before else ""
     stages = (
@@ -142,12 +145,11 @@ def report_lines(job: StoreJob, report: ExtractReport) -> list[str]:
         f"write {human_seconds(seconds.write)}; waited {human_seconds(seconds.wait_images)} for images, "
         f"{human_seconds(seconds.wait_writer)} for the writer"
     )
-    return [
+    done = (
         f"{job.out}: {report.n_encodings} encodings in {report.n_slots} slots, "
-        f"{human_seconds(seconds.total)}, {report.images_per_s:.1f} images/s{resumed}",
-        stages,
-        *(f"failed: {video_id}: {reason}" for video_id, reason in report.failures.items()),
-    ]
+        f"{human_seconds(seconds.total)}, {report.images_per_s:.1f} images/s{resumed}"
+    )
+    return [done, stages, *failed]
 
 
 def _batch_size(plan: Plan, device: str) -> int:
