@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -71,17 +70,13 @@ def _train(
 ) -> int:
     from cosettle_cache.cli.options import interruptible, pick_device
     from cosettle_cache.store import open_store
+    from cosettle_cache.train import make_train_plan
     from cosettle_cache.train import train as train_room
 
     talk = Talk(quiet=quiet)
     store = open_store(features)
     if dry_run:
-        document = {
-            "features": str(features),
-            "out": str(out),
-            "samples": len(store.sample_ids),
-            **asdict(settings),
-        }
+        document = {"out": str(out), **make_train_plan(store, settings).to_json()}
         talk.result(json.dumps(document, indent=2))
         return int(ExitCode.DONE)
     talk.note(f"{out}: {settings.head} head on {len(store.sample_ids)} samples of {features}")
@@ -92,7 +87,7 @@ def _train(
     for warning in report.warnings:
         talk.warn(warning)
     if as_json:
-        talk.result(json.dumps(asdict(report), indent=2, default=str))
+        talk.result(json.dumps(report.to_json(), indent=2))
     else:
         talk.result(
             f"{out / 'projection.safetensors'}: {report.steps} steps, {report.samples} samples, "
