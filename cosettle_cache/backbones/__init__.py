@@ -1,5 +1,36 @@
 """Frozen encoders: normalised images in, dense patch tokens out.
 
 A registry table (no torch) names the published encoders; small converters bring every checkpoint layout to
-one model class. Importing the package costs nothing: torch and timm are imported when an encoder is loaded.
+one class. Importing the package costs nothing: torch and timm come in when an encoder is loaded.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cosettle_cache.backbones.families import FAMILIES, Family
+from cosettle_cache.backbones.registry import BACKBONES, BackboneInfo, NamedBackbone
+
+if TYPE_CHECKING:
+    from cosettle_cache.backbones.encoder import Backbone
+    from cosettle_cache.backbones.loading import describe_backbone, load_backbone
+
+_HOMES = {"Backbone": "encoder", "describe_backbone": "loading", "load_backbone": "loading"}
+
+__all__ = [
+    "BACKBONES",
+    "FAMILIES",
+    "Backbone",
+    "BackboneInfo",
+    "Family",
+    "NamedBackbone",
+    "describe_backbone",
+    "load_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
