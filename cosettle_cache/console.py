@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -21,6 +21,7 @@ from cosettle_cache.errors import CosettleError
 PLAIN_INTERVAL_S = 30.0
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What a room tells the outside while it works."""
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cosettle_cache.errors import UsageError
-from cosettle_cache.losses import kl_separability, pool_tokens, transfer_loss
-from cosettle_cache.projection import Projection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+
+from cosettle_cache.errors import UsageError
+from cosettle_cache.losses import kl_separability, pool_tokens, transfer_loss
+from cosettle_cache.projection import Projection
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -90,7 +91,7 @@ def test_kl_sums_over_tokens_and_is_nearly_a_cosine_distance() -> None:
     cosine = (first * second).sum(-1).mean().item()
     forward, backward = kl_separability(second, first).item(), kl_separability(first, second).item()
     assert forward == pytest.approx(588 / 768 * (1 - cosine), rel=2e-3)
-    assert backward == pytest.approx(forward, abs=2e-5)
+    assert backward == pytest.approx(forward, rel=1e-3)
 
 
 def test_pooling_keeps_row_major_order_and_does_not_normalise() -> None:

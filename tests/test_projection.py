@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from cosettle_cache.errors import CheckpointError, UsageError
 from cosettle_cache.projection import (
     HEADS,
@@ -18,7 +20,6 @@ from cosettle_cache.projection import (
     released_init,
     save_projection,
 )
-from safetensors.torch import load_file, save_file
 
 PROJECTION_ONLY = ("blip", "dino", "ibot", "ijepa", "mocov3")
 WITH_ENCODER = ("clip", "dinov2", "mae")

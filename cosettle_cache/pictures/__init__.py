@@ -1,0 +1,1 @@
+"""Pictures for people: learning curves, and label maps laid over frames."""

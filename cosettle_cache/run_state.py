@@ -1,0 +1,183 @@
+"""What a training run leaves on disk while it goes: one line of figures per step, and a checkpoint.
+
+Both together are the state of the run: a checkpoint knows how many bytes of figures came before it, so that
+a resumed run continues both where it was taken. Nothing in a checkpoint is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosettle_cache.errors import CheckpointError, FingerprintError, InputError
+from cosettle_cache.files import output_errors, write_durably
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """Where the results of a run lie."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """What a stopped run goes on from."""
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One line of figures per step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """The picture of the figures."""
+        return self.folder / "curves.png"
+
+    @property
+    def projection(self) -> Path:
+        """The result; there once the run is complete."""
+        return self.folder / "projection.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """The report as JSON."""
+        return self.folder / "train.json"
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, so that nothing of it passes for this one's."""
+        for path in (self.checkpoint, self.metrics, self.curves, self.projection, self.report):
+            with output_errors(path):
+                path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """One line of `metrics.jsonl`: the loss terms of one step (before its update), and its learning rate."""
+
+    step: int
+    epoch: int
+    lr: float
+    total: float
+    cycle: float
+    separability: float
+    cycle_accuracy: float
+    identity_cosine: float
+
+
+class FiguresLog:
+    """`metrics.jsonl`, open for appending after the first `n_bytes`; what came later is cut off."""
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        self._path = path
+        with output_errors(path):
+            self._file = path.open("ab")
+            found = self._file.seek(0, os.SEEK_END)
+            self._file.truncate(n_bytes)
+        if found < n_bytes:
+            self._file.close()
+            raise InputError(
+                f"{path} is shorter than when the checkpoint was taken",
+                wanted=f"{n_bytes} bytes or more",
+                found=f"{found} bytes",
+                hint="train into another folder, or start over without resuming",
+            )
+
+    def __enter__(self) -> FiguresLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, figures: StepFigures) -> None:
+        """Write one line."""
+        with output_errors(self._path):
+            self._file.write((json.dumps(asdict(figures)) + "\n").encode())
+            self._file.flush()
+
+    def sync(self) -> int:
+        """Wait until every line is safely on disk; return the bytes written."""
+        with output_errors(self._path):
+            os.fdatasync(self._file.fileno())
+            return self._file.seek(0, os.SEEK_END)
+
+
+def read_figures(path: Path) -> list[StepFigures]:
+    """Return the figures of every step in `metrics.jsonl`."""
+    return [StepFigures(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything that the next step depends on.
+
+    `step` counts the steps done; `origin` is what decides the run (settings, store), flat, by dotted key;
+    `n_metrics_bytes` the length of `metrics.jsonl` at that moment.
+    """
+
+    step: int
+    origin: Mapping[str, str]
+    n_metrics_bytes: int
+    projection: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` so that the name always holds a whole one."""
+    document = {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
+    buffer = io.BytesIO()
+    torch.save(document, buffer)
+    write_durably(path, [buffer.getbuffer()])
+
+
+#: What torch's restricted reader meets in a damaged file, or in one that holds something else.
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU; raise `CheckpointError` when it is damaged or none of ours."""
+    data = io.BytesIO(path.read_bytes())
+    try:
+        return Checkpoint(**torch.load(data, map_location="cpu", weights_only=True))
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of a training run",
+            found=str(error).splitlines()[0][:120],
+            hint="train into another folder, or start over without resuming",
+        ) from error
+
+
+def check_origin(path: Path, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise `FingerprintError` listing every key in which a checkpoint's origin differs from this run's."""
+    keys = sorted(wanted.keys() | found.keys())
+    pairs = [(key, wanted.get(key, "(absent)"), found.get(key, "(absent)")) for key in keys]
+    details = [f"{key}: wanted {a}, found {b}" for key, a, b in pairs if a != b]
+    if details:
+        raise FingerprintError(
+            f"{path} was made with other settings or on another store",
+            details=details,
+            hint="train into another folder, or start over without resuming",
+        )
+
+
+def flat_text(document: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a nested document as text by dotted key."""
+    flat: dict[str, str] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat |= flat_text(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
