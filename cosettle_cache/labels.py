@@ -31,8 +31,9 @@ class FirstLabels:
 def encode_mask(mask: Mask, size: Size, grid: Grid) -> FirstLabels:
     """Return the label map of a first frame whose network input has `size` (height, width) in pixels.
 
-    `mask` holds object indices and no void. It is resized to the input by nearest neighbour, its classes are those left there, and each is
-    shrunk to the grid bilinearly: of a patch of 16 pixels only the central 2x2 count (PROTOCOLS 1.2.8).
+    `mask` holds object indices and no void. It is resized to the input by nearest neighbour, its classes are
+    those left there, and each is shrunk to the grid bilinearly: of a patch of 16 pixels only the central 2x2
+    count (PROTOCOLS 1.2.8).
     """
     at_input = resize_mask(mask, size)
     object_ids = tuple(np.unique(at_input).tolist())

@@ -1,4 +1,4 @@
-"""Stage three: labels of a video's first frame travel through stored tokens, are written and scored.
+"""Stage three: labels of every video's first frame travel through stored tokens, are written and scored.
 
 A feature store, annotated first frames and a protocol go in; palette masks, overlays and one score row per
 object, for raw and for projected tokens, come out. Nothing kept grows with the length of a video.
@@ -6,88 +6,326 @@ object, for raw and for projected tokens, come out. Nothing kept grows with the 
 
 from __future__ import annotations
 
-from typing import TypeVar
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 
-from cosettle_cache.affinity import transition
+from cosettle_cache.config import package_versions
+from cosettle_cache.console import SILENT, Progress
+from cosettle_cache.datasets.davis import DavisSequence, open_sequence, read_mask, write_mask
+from cosettle_cache.errors import DamagedStoreError, FingerprintError, InputError, OutputError, UsageError
+from cosettle_cache.files import make_folder
+from cosettle_cache.frames import iter_frames
+from cosettle_cache.labels import FirstLabels, Mask, Size, decode_mask, encode_mask
+from cosettle_cache.metrics import DavisScorer, ObjectScore
+from cosettle_cache.pictures.overlays import write_overlays
+from cosettle_cache.projection import Projection, projection_sha256
+from cosettle_cache.propagator import Propagator, propagate
 from cosettle_cache.protocols import check_protocol
-from cosettle_cache.search import ContextSearch, Neighbors
-from cosettle_cache.types import EvalProtocol, Grid
+from cosettle_cache.search import make_ranker
+from cosettle_cache.sizes import resolve_size
+from cosettle_cache.store import FeatureStore
+from cosettle_cache.types import EvalProtocol, PlanKind, Score, Video
 
-LabelMap = Float32[Tensor, "row col class"]
-_Frame = TypeVar("_Frame", int, Tensor)
+__all__ = ["PropagationReport", "Propagator", "StageSeconds", "check_store", "propagate", "propagate_store"]
+
+#: Name of the tokens as the encoder gave them, beside the projections' names.
+RAW = "raw"
+OVERLAYS = ("none", "first", "all")
+#: Where overlays go, beside one folder of masks per kind of tokens.
+OVERLAY_FOLDER = "overlays"
 
 
-class Propagator:
-    """Carries the label map of one video's first frame from frame to frame (PROTOCOLS 1.2).
+@dataclass(slots=True)
+class StageSeconds:
+    """Seconds of the calling thread per stage, and of the whole run; overlays are drawn beside it."""
 
-    Feed the tokens of every frame in order, the first included. Memory is bounded by the context.
+    read: float = 0.0
+    propagate: float = 0.0
+    write: float = 0.0
+    score: float = 0.0
+    wait_overlays: float = 0.0
+    total: float = 0.0
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to `stage`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, stage, getattr(self, stage) + time.perf_counter() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class PropagationReport:
+    """What one run of `propagate_store` did.
+
+    `scores` has one row per video, kind of tokens and object, for videos annotated throughout; `failures`
+    maps video ids to reasons; `n_frames` counts frames once, however many projections shared them.
     """
 
-    def __init__(
-        self,
-        first_labels: Float[Tensor, "row col class"],
-        protocol: EvalProtocol,
-        *,
-        device: str | torch.device = "cpu",
-        search: str = "auto",
-    ) -> None:
-        check_protocol(protocol)
-        self._protocol, self._search_name = protocol, search
-        self._device = torch.device(device)
-        self._shape = first_labels.shape
-        n_cells, n_classes = first_labels[..., 0].numel(), first_labels.shape[2]
-        # Place 0 is the first frame's for good; frame t > 0 goes to place 1 + (t - 1) % n_context.
-        self._labels = torch.zeros(1 + protocol.n_context, n_cells, n_classes, device=self._device)
-        self._labels[0] = first_labels.to(self._labels).flatten(0, 1)
-        self._search: ContextSearch | None = None
-        self._n_seen = 0
+    scores: tuple[Score, ...]
+    n_frames: int
+    failures: Mapping[str, str]
+    seconds: StageSeconds
+    peak_memory_bytes: int
+    interrupted: bool
 
-    def step(self, tokens: Float[Tensor, "row col dim"]) -> LabelMap:
-        """Return the label map of the next frame; for the first frame that is the given one.
 
-        Raises `InputError` for tokens that do not fit the labels' grid or are not finite.
-        """
-        if self._search is None:
-            self._search = self._make_search(tokens)
-        neighbors = self._search.step(tokens)
-        labels = self._labels[0] if neighbors is None else self._carry(neighbors)
-        self._n_seen += 1
-        return labels.view(self._shape)
+def propagate_store(
+    store: FeatureStore,
+    data_root: Path,
+    protocol: EvalProtocol,
+    out: Path,
+    *,
+    task: str = "davis",
+    projections: Sequence[tuple[str, Projection]] = (),
+    overlays: str = "first",
+    search: str = "auto",
+    device: str = "cpu",
+    progress: Progress = SILENT,
+    stop: Event | None = None,
+) -> PropagationReport:
+    """Propagate the first masks of every video of `store`; raw and projected tokens share each read.
 
-    def _make_search(self, tokens: Tensor) -> ContextSearch:
-        grid = Grid(self._shape[0], self._shape[1])
-        return ContextSearch(
-            grid, tokens.shape[-1], self._protocol, device=self._device, search=self._search_name
+    Writes `out/TOKENS/VIDEO/FRAME.png`, as the benchmark reads them, and overlays of no, the first or all
+    videos. A video that cannot be read is recorded in the report and does not end the run; setting `stop`
+    ends it after the video in hand. Raises `FingerprintError` when the store was made for another size.
+    """
+    check_store(store, protocol)
+    kinds = _make_kinds(projections, store.arrays[0].n_channels, device)
+    make_ranker(search, torch.device(device))
+    if overlays not in OVERLAYS:
+        raise UsageError(f"{overlays!r} says nothing about overlays", wanted=", ".join(OVERLAYS))
+    run = _Run(store, data_root, protocol, out, task, kinds, search, device, progress)
+    return run.propagate(overlays, stop or Event())
+
+
+def check_store(store: FeatureStore, protocol: EvalProtocol) -> None:
+    """Raise `FingerprintError` unless `store` holds every frame of its videos at the protocol's size."""
+    check_protocol(protocol)
+    if store.plan_kind is not PlanKind.FRAMES:
+        raise _wrong_store(store, "a frames plan", f"a {store.plan_kind} plan", protocol)
+    plan = store.fingerprint.plan
+    if int(plan["every"]) != 1:
+        raise _wrong_store(store, "every frame", f"every {plan['every']}th frame", protocol)
+    for video in store.manifest:
+        wanted, found = (_size(rule, video) for rule in (protocol.size, str(plan["size"])))
+        if wanted != found:
+            at = [f"{video.video_id} at {height}x{width}" for height, width in (wanted, found)]
+            raise _wrong_store(store, at[0], at[1], protocol)
+
+
+def _wrong_store(store: FeatureStore, wanted: str, found: str, protocol: EvalProtocol) -> FingerprintError:
+    return FingerprintError(
+        f"{store.path} does not fit the protocol {protocol.name}",
+        wanted=wanted,
+        found=found,
+        hint=f"cosettle-cache extract --plan frames --size {protocol.size}",
+    )
+
+
+def _size(rule: str, video: Video) -> Size:
+    return resolve_size(rule, video.height, video.width)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One kind of tokens: raw, or through one projection."""
+
+    name: str
+    projection: Projection | None
+    sha256: str
+
+    def apply(self, tokens: Float[Tensor, "row col dim"]) -> Float[Tensor, "row col dim"]:
+        if self.projection is None:
+            return tokens
+        projected: Tensor = self.projection(tokens.float())
+        return projected
+
+
+def _make_kinds(projections: Sequence[tuple[str, Projection]], dim: int, device: str) -> list[_Kind]:
+    names = [RAW, *(name for name, _ in projections)]
+    if len({*names, OVERLAY_FOLDER}) <= len(names):
+        wanted = f"different names, not {RAW} and not {OVERLAY_FOLDER}"
+        raise UsageError("projections need names of their own", wanted=wanted, found=", ".join(names[1:]))
+    for name, projection in projections:
+        if projection.dim != dim:
+            raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
+    heads = (_Kind(name, head.to(device).eval(), projection_sha256(head)) for name, head in projections)
+    return [_Kind(RAW, None, ""), *heads]
+
+
+_Frame = tuple[str, Float[Tensor, "row col dim"], Mask | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """One kind of tokens on its way through one video."""
+
+    kind: _Kind
+    propagator: Propagator
+    scorer: DavisScorer
+    folder: Path
+
+
+@dataclass(slots=True)
+class _Run:
+    """One call of `propagate_store`: what it was given, and what comes of it."""
+
+    store: FeatureStore
+    data_root: Path
+    protocol: EvalProtocol
+    out: Path
+    task: str
+    kinds: list[_Kind]
+    search: str
+    device: str
+    progress: Progress
+    seconds: StageSeconds = field(default_factory=StageSeconds)
+    scores: list[Score] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    n_videos: int = 0
+    n_frames: int = 0
+
+    def propagate(self, overlays: str, stop: Event) -> PropagationReport:
+        videos = self.store.manifest.videos
+        self.progress.start(sum(video.n_frames for video in videos), "frames")
+        with self.seconds.timed("total"):
+            self._propagate_videos(videos, overlays, stop)
+        self.progress.finish()
+        return PropagationReport(
+            scores=tuple(self.scores),
+            n_frames=self.n_frames,
+            failures=self.failures,
+            seconds=self.seconds,
+            peak_memory_bytes=_peak_memory_bytes(),
+            interrupted=self.n_videos < len(videos),
         )
 
-    def _carry(self, neighbors: Neighbors) -> Float32[Tensor, "cell class"]:
-        """Return the weighted mean of the neighbours' labels, and keep it as the next frame's context."""
-        weights = transition(neighbors.similarity, neighbors.count, self._protocol.temperature)
-        labels = self._labels[self._place(neighbors.frame), neighbors.position]
-        carried = (weights[:, :, None] * labels).sum(dim=1)
-        if self._protocol.n_context:
-            self._labels[self._place(self._n_seen)] = carried
-        return carried
+    def _propagate_videos(self, videos: Sequence[Video], overlays: str, stop: Event) -> None:
+        drawings: dict[str, Future[None]] = {}
+        # Overlays are drawn beside the propagation, from what is on disk.
+        with ThreadPoolExecutor(1, "overlays") as painter:
+            for video in videos:
+                if stop.is_set():
+                    break
+                sequence = self._try_video(video)
+                if sequence and (overlays == "all" or (overlays == "first" and not drawings)):
+                    drawings[video.video_id] = painter.submit(self._draw, sequence)
+            with self.seconds.timed("wait_overlays"):
+                self._collect(drawings)
 
-    def _place(self, frame: _Frame) -> _Frame:
-        # n_context may be 0; then every neighbour is in the first frame.
-        queued = 1 + (frame - 1) % max(self._protocol.n_context, 1)
-        return queued * (frame > 0)
+    def _try_video(self, video: Video) -> DavisSequence | None:
+        self.n_videos += 1
+        try:
+            sequence = open_sequence(video, self.data_root)
+            self.scores.extend(self._propagate_video(sequence))
+        except (InputError, DamagedStoreError) as error:
+            self.failures[video.video_id] = error.summary
+            return None
+        return sequence
+
+    @torch.inference_mode()
+    def _propagate_video(self, sequence: DavisSequence) -> list[Score]:
+        video, first_mask = sequence.video, sequence.first_mask()
+        size = _size(self.protocol.size, video)
+        first = encode_mask(first_mask, size, self.store.grid(video.video_id))
+        tracks = [self._make_track(kind, video, first, first_mask) for kind in self.kinds]
+        for name, tokens, truth in self._read(sequence):
+            for track in tracks:
+                with self.seconds.timed("propagate"):
+                    label_map = track.propagator.step(track.kind.apply(tokens))
+                    mask = decode_mask(label_map, first.object_ids, size, first_mask.shape)
+                self._keep(track, name, mask, truth)
+            self.n_frames += 1
+            self.progress.advance()
+        if len(sequence.labelled) < video.n_frames:
+            return []
+        return [self._score(video, track, item) for track in tracks for item in track.scorer.finish()]
+
+    def _make_track(self, kind: _Kind, video: Video, first: FirstLabels, first_mask: Mask) -> _Track:
+        propagator = Propagator(first.label_map, self.protocol, device=self.device, search=self.search)
+        folder = make_folder(self.out / kind.name / video.video_id)
+        return _Track(kind, propagator, DavisScorer.from_first_mask(first_mask), folder)
+
+    def _read(self, sequence: DavisSequence) -> Iterator[_Frame]:
+        """Yield name, tokens and true mask of every frame; the only place that reads the store."""
+        frames = self.store.iter_tokens(sequence.video.video_id)
+        for index, name in enumerate(sequence.frame_names):
+            with self.seconds.timed("read"):
+                tokens = torch.from_numpy(next(frames)).to(self.device)
+                truth = sequence.mask(index)
+            yield name, tokens, truth
+
+    def _keep(self, track: _Track, name: str, mask: Mask, truth: Mask | None) -> None:
+        with self.seconds.timed("write"):
+            write_mask(track.folder / f"{name}.png", mask)
+        if truth is not None:
+            with self.seconds.timed("score"):
+                track.scorer.add(truth, mask)
+
+    def _score(self, video: Video, track: _Track, item: ObjectScore) -> Score:
+        fingerprint = self.store.fingerprint
+        versions = {"extract": dict(fingerprint.versions), "propagate": package_versions()}
+        return Score(
+            task=self.task,
+            dataset=video.dataset,
+            video_id=video.video_id,
+            object_id=item.object_id,
+            tokens=track.kind.name,
+            j_mean=item.j_mean,
+            j_recall=item.j_recall,
+            j_decay=item.j_decay,
+            f_mean=item.f_mean,
+            f_recall=item.f_recall,
+            f_decay=item.f_decay,
+            n_frames=video.n_frames,
+            scored_size=f"{video.height}x{video.width}",
+            boundary_tolerance_px=track.scorer.tolerance,
+            protocol=self.protocol.name,
+            protocol_json=json.dumps(self.protocol.to_json(), sort_keys=True),
+            manifest_digest=fingerprint.manifest_digest,
+            backbone=fingerprint.backbone,
+            weights_sha256=fingerprint.weights_sha256,
+            projection_sha256=track.kind.sha256,
+            versions_json=json.dumps(versions, sort_keys=True),
+        )
+
+    def _draw(self, sequence: DavisSequence) -> None:
+        video = sequence.video
+        for kind in self.kinds:
+            masks = self.out / kind.name / video.video_id
+            write_overlays(
+                iter_frames(video, self.data_root),
+                (read_mask(masks / f"{name}.png") for name in sequence.frame_names),
+                n_frames=video.n_frames,
+                fps=video.fps,
+                folder=self.out / OVERLAY_FOLDER / video.video_id,
+                name=kind.name,
+            )
+
+    def _collect(self, drawings: Mapping[str, Future[None]]) -> None:
+        for video_id, drawing in drawings.items():
+            try:
+                drawing.result()
+            except (InputError, OutputError) as error:
+                self.failures[video_id] = f"its overlays: {error.summary}"
 
 
-def propagate(
-    tokens: Float[Tensor, "frame row col dim"] | Float[np.ndarray, "frame row col dim"],
-    first_labels: Float[Tensor, "row col class"],
-    protocol: EvalProtocol,
-    *,
-    device: str | torch.device = "cpu",
-    search: str = "auto",
-) -> Float32[Tensor, "frame row col class"]:
-    """Return the label maps of a video; frame 0 is `first_labels`."""
-    propagator = Propagator(first_labels, protocol, device=device, search=search)
-    return torch.stack([propagator.step(torch.as_tensor(frame)).cpu() for frame in tokens])
+def _peak_memory_bytes() -> int:
+    """Return the most resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

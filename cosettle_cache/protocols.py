@@ -35,7 +35,8 @@ _COSETTLE = EvalProtocol(
 
 #: Preset -> task -> protocol.
 PRESETS: Mapping[str, Mapping[str, EvalProtocol]] = MappingProxyType(
-    {"cosettle": MappingProxyType({"davis": _COSETTLE})}
+    # The sprites clips are small and made for any patch of 16: resizing them would only cost time.
+    {"cosettle": MappingProxyType({"davis": _COSETTLE, "sprites": replace(_COSETTLE, size="native")})}
 )
 
 
