@@ -154,7 +154,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except _UNREADABLE as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of a training run",
-            found=str(error).splitlines()[0][:120],
+            found=(str(error) or type(error).__name__).splitlines()[0][:120],
             hint="train into another folder, or start over without resuming",
         ) from error
 

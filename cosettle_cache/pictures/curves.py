@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from cosettle_cache.files import write_durably
 from cosettle_cache.run_state import StepFigures
@@ -67,4 +68,5 @@ def _smooth(values: Sequence[float], width: int) -> Float[np.ndarray, " step"]:
     sums = np.concatenate([[0.0], np.cumsum(values)])
     middle = np.arange(len(values))
     first, after = np.maximum(middle - width, 0), np.minimum(middle + width + 1, len(values))
-    return (sums[after] - sums[first]) / (after - first)
+    means: NDArray[np.float64] = (sums[after] - sums[first]) / (after - first)
+    return means
