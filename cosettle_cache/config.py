@@ -79,6 +79,25 @@ class TrainSettings:
         return self.base_lr * self.batch_size / 256
 
 
+@dataclass(frozen=True, slots=True)
+class SpritesSettings:
+    """The built-in clips: how many of each split, how long, and their size in pixels."""
+
+    n_train: int = 12
+    n_val: int = 4
+    train_frames: int = 20
+    val_frames: int = 24
+    height: int = 240
+    width: int = 432
+    jpeg_quality: int = 90
+    seed: int = 0
+
+    @property
+    def resolution(self) -> str:
+        """Name of the resolution folder."""
+        return f"{self.height}p"
+
+
 def digest(document: Any) -> str:
     """Return the hex SHA-256 of `document` as canonical JSON."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

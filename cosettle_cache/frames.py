@@ -146,7 +146,7 @@ class FrameReader:
 
 def read_image(path: Path) -> Image8:
     """Return one image file as RGB; raise `MediaError` when it is missing, truncated or no image."""
-    with _decode_errors(path), Image.open(path) as image:
+    with decode_errors(path), Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -172,7 +172,7 @@ def _file_frames(path: Path, indices: Sequence[int]) -> Iterator[Image8]:
 
 
 def _decode_file(path: Path) -> Iterator[Image8]:
-    with _decode_errors(path), av.open(str(path)) as container:
+    with decode_errors(path), av.open(str(path)) as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
         empty = True
@@ -192,7 +192,7 @@ def _upright(frame: av.VideoFrame) -> Image8:
 
 
 def _count_packets(path: Path) -> tuple[int, float | None]:
-    with _decode_errors(path), av.open(str(path)) as container:
+    with decode_errors(path), av.open(str(path)) as container:
         stream = _video_stream(container, path)
         n_frames = sum(1 for packet in container.demux(stream) if packet.size)
         rate = stream.average_rate
@@ -220,7 +220,7 @@ def _probe_folder(folder: Path) -> MediaInfo:
 
 
 def _image_size(path: Path) -> tuple[int, int]:
-    with _decode_errors(path), Image.open(path) as image:
+    with decode_errors(path), Image.open(path) as image:
         return image.height, image.width
 
 
@@ -235,7 +235,8 @@ def _check_size(image: Image8, video: Video, path: Path) -> None:
 
 
 @contextmanager
-def _decode_errors(path: Path) -> Iterator[None]:
+def decode_errors(path: Path) -> Iterator[None]:
+    """Turn whatever decoding `path` raises into a `MediaError` that names it."""
     # FileNotFoundError first: PyAV's own errors derive from OSError as well.
     try:
         if path.is_file() and path.stat().st_size == 0:

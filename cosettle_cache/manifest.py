@@ -113,7 +113,7 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_row(video: Video, where: str) -> None:
     for path in (video.media, video.labels):
-        if path is not None and not _is_safe(path):
+        if path is not None and not is_safe_path(path):
             raise InputError(f"{where} has an unsafe path", wanted="a relative path without ..", found=path)
     if video.n_frames < 1 or video.first_frame < 0:
         found = f"n_frames={video.n_frames}, first_frame={video.first_frame}"
@@ -124,7 +124,8 @@ def _check_row(video: Video, where: str) -> None:
         )
 
 
-def _is_safe(path: str) -> bool:
+def is_safe_path(path: str) -> bool:
+    """Say whether a manifest may hold `path`: relative, forward slashes, no `..`, no drive."""
     pure = PurePosixPath(path)
     return (
         bool(path)

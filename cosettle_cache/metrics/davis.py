@@ -177,7 +177,7 @@ def _boundary_f(truth: Mask, prediction: Mask, disk: AnyMask) -> float:
 
 
 def _boundary(mask: Mask) -> Mask:
-    """Mark the pixels that differ from their right, lower or lower-right neighbour; the rim is no boundary."""
+    """Mark the pixels that differ from their right, lower or lower-right neighbour; not the rim."""
     return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8), anchor=(0, 0))
 
 
@@ -190,7 +190,7 @@ def _object_score(
 def _statistics(figures: Float64[np.ndarray, " frame"]) -> tuple[float, float, float]:
     """Return mean, recall and decay; the quarters' ends are rounded half up, as the official tool does.
 
-    The official tool keeps the ends in 8 bits, so its decay is wrong beyond 256 scored frames (PROTOCOLS 4.1);
+    The official tool keeps the ends in 8 bits, so its decay fails beyond 256 scored frames (PROTOCOLS 4.1);
     here they are plain integers.
     """
     last = len(figures) - 1

@@ -1,0 +1,37 @@
+"""Dataset folders: which layout holds which videos and labels where.
+
+In comes a folder in a public layout, out goes a manifest of it and, for evaluation, the labels of its videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cosettle_cache.datasets.build import BuildResult
+from cosettle_cache.datasets.davis import DavisSequence, build_davis_manifest, open_sequence
+from cosettle_cache.datasets.folder import build_folder_manifest
+from cosettle_cache.datasets.kinetics import build_kinetics_manifest
+from cosettle_cache.datasets.sprites import build_sprites_manifest
+from cosettle_cache.errors import UsageError
+
+__all__ = ["BUILDERS", "BuildResult", "DavisSequence", "build_manifest", "open_sequence"]
+
+BUILDERS: dict[str, Callable[..., BuildResult]] = {
+    "davis": build_davis_manifest,
+    "kinetics": build_kinetics_manifest,
+    "folder": build_folder_manifest,
+    "sprites": build_sprites_manifest,
+}
+
+
+def build_manifest(name: str, root: Path, data_root: Path, **options: Any) -> BuildResult:
+    """Return the manifest of the folder `root` in the layout `name`, and the reasons of what was left out.
+
+    Media paths are relative to `data_root`. `options` are the layout's own, `split` for all of them. Raises
+    `UsageError` for an unknown layout and `InputError` for a folder without a usable clip.
+    """
+    if name not in BUILDERS:
+        raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(BUILDERS), found=name)
+    return BUILDERS[name](root, data_root, **options)

@@ -1,0 +1,33 @@
+"""The Kinetics layout: one folder per class, in it one folder of frames or one video file per clip.
+
+In comes the folder of classes, out goes a manifest whose rows carry the class.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosettle_cache.datasets.build import (
+    BuildResult,
+    Clip,
+    Source,
+    build,
+    entries,
+    is_video_file,
+    name_clips,
+    subfolders,
+)
+
+
+def build_kinetics_manifest(root: Path, data_root: Path, split: str = "") -> BuildResult:
+    """Return the clips `class/video/*.jpg` and `class/video.mp4` under `root`, both in natural order.
+
+    A class folder without clips counts as a failure, so that a half-copied dataset shows.
+    """
+    clips = [clip for folder in subfolders(root) for clip in _class_clips(folder, root)]
+    return build(clips, Source("kinetics", split, root, data_root))
+
+
+def _class_clips(folder: Path, root: Path) -> list[Clip]:
+    media = [path for path in entries(folder) if path.is_dir() or is_video_file(path)]
+    return list(name_clips(media or [folder], root, folder.name))
