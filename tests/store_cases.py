@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,14 @@ def folder_bytes(path: Path) -> dict[str, bytes]:
     """Return the bytes of every file in a folder, by relative name."""
     files = (item for item in path.rglob("*") if item.is_file())
     return {str(item.relative_to(path)): item.read_bytes() for item in files}
+
+
+def crash_case() -> Case:
+    return pairs_case(8, n_views=1, side=4, dim=64, slot_encodings=3)
+
+
+def write_and_die(path: Path, started: Connection) -> None:
+    """Write a whole store in a process that somebody kills."""
+    case = crash_case()
+    started.send(True)
+    case.write(path)

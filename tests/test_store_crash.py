@@ -10,13 +10,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
 import pytest
-from store_cases import Case, folder_bytes, frames_case, pairs_case
+from store_cases import Case, crash_case, folder_bytes, frames_case, pairs_case, write_and_die
 
 from cosettle_cache.errors import InputError, OutputError
 from cosettle_cache.store import open_store
@@ -24,17 +23,6 @@ from cosettle_cache.store import open_store
 N_KILLS = 10
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["cosettle_cache.plan", "cosettle_cache.store", "zarr"])
-
-
-def crash_case() -> Case:
-    return pairs_case(8, n_views=1, side=4, dim=64, slot_encodings=3)
-
-
-def write_and_die(path: Path, started: Connection) -> None:
-    """Write a whole store in a process that somebody kills."""
-    case = crash_case()
-    started.send(True)
-    case.write(path)
 
 
 def start_writer(path: Path) -> multiprocessing.Process:

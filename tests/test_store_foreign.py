@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,15 @@ def test_same_tokens(read: Reader, make_case: Callable[[], Case], tmp_path: Path
             found = read(path, str(layout.grid))
         assert found.dtype == np.float16
         assert np.array_equal(found.view(np.uint16), case.array(layout.grid).view(np.uint16))
+
+
+def test_the_example_of_the_spec_runs(tmp_path: Path) -> None:
+    case = pairs_case()
+    page = Path(__file__).parent.parent / "docs" / "store.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {"path": case.write(tmp_path / "store.zarr")}
+    exec(example, names)
+    assert np.array_equal(names["encoding"], case.array(case.plan.arrays[0].grid)[-1])
 
 
 def test_index_and_manifest_are_plain_parquet(tmp_path: Path) -> None:

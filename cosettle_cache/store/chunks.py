@@ -132,9 +132,8 @@ class ChunkSource:
 
 def _committed_slots(path: Path, slots: SlotTable) -> Bool[np.ndarray, " slot"]:
     committed = np.zeros(len(slots), bool)
-    for number, layout in enumerate(slots.arrays):
-        shards = committed_shards(path, layout)
-        committed[[slots.index_of(number, shard) for shard in shards]] = True
+    for first, layout in zip(slots.firsts, slots.arrays, strict=False):
+        committed[first : first + layout.n_slots][committed_shards(path, layout)] = True
     return committed
 
 

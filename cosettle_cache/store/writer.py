@@ -128,9 +128,8 @@ class StoreWriter:
                 sync(path.parent)
 
     def _committed(self) -> Iterator[int]:
-        for number, layout in enumerate(self.slots.arrays):
-            for shard in committed_shards(self.path, layout):
-                yield self.slots.index_of(number, shard)
+        for first, layout in zip(self.slots.firsts, self.slots.arrays, strict=False):
+            yield from (first + shard for shard in committed_shards(self.path, layout))
 
     def _has_failures(self, place: SlotPlace) -> bool:
         try:
