@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cosettle_cache.backbones import load_backbone
 from cosettle_cache.errors import UsageError
 from cosettle_cache.losses import kl_separability, pool_tokens, transfer_loss
-from cosettle_cache.projection import Projection
+from cosettle_cache.projection import Projection, load_projection
+from cosettle_cache.types import PositionShift
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -144,3 +146,27 @@ def test_released_loss_of_the_first_batch(
     assert terms.total.item() == pytest.approx(first["loss"], rel=1e-5)
     assert terms.cycle_accuracy.item() == pytest.approx(first["cycle_accuracy"], rel=1e-6)
     assert terms.identity_cosine.item() == pytest.approx(first["identity_cosine"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mae"])
+def test_released_loss_and_gradient_behind_an_encoder(
+    golden: Callable[[str], Path], golden_json: Callable[[str], Any], family: str
+) -> None:
+    path = golden(f"backbones/{family}/ours.pth")
+    backbone, projection = load_backbone(family, weights=path), load_projection(path)
+    expected = load_file(golden(f"backbones/{family}/expected.safetensors"))
+    shift = PositionShift(10.0, *golden_json(f"backbones/{family}/expected.json")["loss_pea_offset_hw"])
+    mean, std = (torch.tensor(value)[:, None, None] for value in (backbone.mean, backbone.std))
+    images = (expected["image_224"] / 255 - mean) / std
+    plain, shifted = backbone.encode(images), backbone.encode(images, shift)
+    terms = transfer_loss(projection, torch.stack([plain, plain.flip(0), shifted], dim=1))
+    assert terms.total.item() == pytest.approx(expected["loss"].item(), rel=1e-4)
+    assert terms.cycle_accuracy.item() == pytest.approx(expected["cycle_accuracy"].item(), rel=1e-4)
+    assert terms.identity_cosine.item() == pytest.approx(expected["identity_cosine"].item(), rel=1e-4)
+    terms.total.backward()
+    linear, norm = projection.linears[0], projection.norm
+    for name, found in (("adapter_linear", linear), ("adapter_layer_norm1", norm)):
+        for leaf in ("weight", "bias"):
+            wanted = expected[f"grad.adapter.{name}.{leaf}"]
+            error = (getattr(found, leaf).grad - wanted).norm() / wanted.norm()
+            assert error <= 1e-3, (name, leaf)
