@@ -90,7 +90,7 @@ class FiguresLog:
                 f"{path} is shorter than when the checkpoint was taken",
                 wanted=f"{n_bytes} bytes or more",
                 found=f"{found} bytes",
-                hint="train into another folder, or start over without resuming",
+                hint="choose another folder with --out, or remove this one to start over",
             )
 
     def __enter__(self) -> FiguresLog:
@@ -155,7 +155,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} is not a checkpoint of a training run",
             found=(str(error) or type(error).__name__).splitlines()[0][:120],
-            hint="train into another folder, or start over without resuming",
+            hint="choose another folder with --out, or remove this one to start over",
         ) from error
 
 
@@ -168,7 +168,7 @@ def check_origin(path: Path, wanted: Mapping[str, str], found: Mapping[str, str]
         raise FingerprintError(
             f"{path} was made with other settings or on another store",
             details=details,
-            hint="train into another folder, or start over without resuming",
+            hint="choose another folder with --out, or remove this one to start over",
         )
 
 

@@ -49,7 +49,7 @@ def sample_terms(
     return entropies, hits, float((wanted * np.log(wanted / found)).sum())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     n=st.integers(1, 3),
     rows=st.integers(1, 3),
