@@ -24,6 +24,7 @@ _OUTPUT_REASONS = {
     errno.EACCES: "the folder is not writable",
     errno.EPERM: "the folder is not writable",
     errno.ENOENT: "the folder does not exist (any more)",
+    errno.EEXIST: "a file of that name is in the way",
     errno.ENOTDIR: "a part of the path is a file",
     errno.EIO: "the device reports an input/output error",
 }

@@ -29,6 +29,7 @@ RIGHT_ARM, LEFT_ARM, RIGHT_LEG, LEFT_LEG, RIGHT_SHOE, LEFT_SHOE = 14, 15, 16, 17
 
 _WHITE, _BLACK = plain((0.97, 0.97, 0.95)), plain((0.05, 0.05, 0.08))
 
+Joint = Float[np.ndarray, "2"]
 Joints = Float[np.ndarray, "joint 2"]
 
 
@@ -90,7 +91,7 @@ def _eye(x: float, y: float, size: float) -> tuple[Piece, ...]:
 def _make_ball(rng: Generator, hue: float) -> Creature:
     skin = sprite_texture(rng, hue)
     patch = sprite_texture(rng, hue + 0.5)
-    ball = Piece(_ellipse(1, 1), np.eye(3), skin)
+    ball = Piece(_ellipse(1.0, 1.0), np.eye(3), skin)
     return lambda _: Pose((ball, Piece(_ellipse(0.45, 0.45), np.eye(3), patch)))
 
 
@@ -103,15 +104,15 @@ def _make_star(rng: Generator, hue: float) -> Creature:
 
 def _make_fish(rng: Generator, hue: float) -> Creature:
     scales, fins = sprite_texture(rng, hue), sprite_texture(rng, hue + 0.15)
-    tail = _points((0.05, -0.08), (-0.55, -0.5), (-0.42, 0), (-0.55, 0.5), (0.05, 0.08))
+    tail = _points((0.05, -0.08), (-0.55, -0.5), (-0.42, 0.0), (-0.55, 0.5), (0.05, 0.08))
     top_fin = _points((-0.35, -0.4), (-0.2, -0.85), (0.4, -0.4))
-    side_fin = _ellipse(0.3, 0.14, -0.25, 0)
+    side_fin = _ellipse(0.3, 0.14, -0.25, 0.0)
 
     def pose(phase: float) -> Pose:
         wag = 0.45 * np.sin(phase)
         return Pose(
             (
-                Piece(tail, move(-0.9, 0) @ turn(wag), fins),
+                Piece(tail, move(-0.9, 0.0) @ turn(wag), fins),
                 Piece(top_fin, np.eye(3), fins),
                 Piece(_ellipse(1.1, 0.56), np.eye(3), scales),
                 Piece(side_fin, move(0.15, 0.15) @ turn(0.3 + 0.5 * wag), fins),
@@ -137,7 +138,7 @@ def _make_bird(rng: Generator, hue: float) -> Creature:
                 Piece(_ellipse(0.9, 0.4), turn(-0.12), plumage),
                 Piece(_ellipse(0.33, 0.31, 0.8, -0.24), np.eye(3), plumage),
                 *_eye(0.88, -0.3, 0.09),
-                Piece(wing, move(-0.08, 0) @ stretch(1.0, 0.25 + 0.8 * beat), wings),
+                Piece(wing, move(-0.08, 0.0) @ stretch(1.0, 0.25 + 0.8 * beat), wings),
             )
         )
 
@@ -185,7 +186,7 @@ class _Side:
 
     arm: tuple[Piece, ...]
     leg: tuple[Piece, ...]
-    joints: tuple[Joints, ...]
+    joints: tuple[Joint, ...]
 
 
 def _make_figure(rng: Generator, hue: float) -> Creature:
@@ -207,13 +208,13 @@ def _figure_pose(phase: float, wear: _Wardrobe) -> Pose:
     trunk = _points((-0.3, -0.72), (0.3, -0.72), (0.27, -0.2), (0.24, 0.12), (-0.24, 0.12), (-0.27, -0.2))
     seat = _points((-0.25, 0.02), (0.25, 0.02), (0.27, 0.36), (-0.27, 0.36))
     hair = transform(turn(-0.3), _ellipse(0.31, 0.3, -0.03, -0.09))
-    head = move(0, -1.06)
+    head = move(0.0, -1.06)
     pieces = (
         *left.arm,
         *left.leg,
         *right.leg,
         Piece(seat, np.eye(3), wear.pants, PANTS),
-        Piece(_limb(0.2, 0.1, 0.1), move(0, -0.88), wear.skin, FACE),
+        Piece(_limb(0.2, 0.1, 0.1), move(0.0, -0.88), wear.skin, FACE),
         Piece(trunk, np.eye(3), wear.shirt, SHIRT),
         Piece(hair, head, wear.hair, HAIR),
         Piece(_ellipse(0.24, 0.27, 0.06, 0.03), head, wear.skin, FACE),
@@ -221,23 +222,23 @@ def _figure_pose(phase: float, wear: _Wardrobe) -> Pose:
         *right.arm,
     )
     pairs = [joint for pair in zip(right.joints, left.joints, strict=True) for joint in pair]
-    neck, belly, face = _points((0, -0.74)), _points((0, -0.15)), _points((0.05, -1.04))
-    return Pose(pieces, _jhmdb_order([neck, belly, face], pairs))
+    middle = _points((0.0, -0.74), (0.0, -0.15), (0.05, -1.04))
+    return Pose(pieces, _jhmdb_order(list(middle), pairs))
 
 
-def _jhmdb_order(middle: list[Joints], pairs: list[Joints]) -> Joints:
+def _jhmdb_order(middle: list[Joint], pairs: list[Joint]) -> Joints:
     """Neck, belly, face; then right and left shoulder, hip, elbow, knee, wrist, ankle (PROTOCOLS 2.1)."""
     shoulders, elbows, wrists, hips, knees, ankles = (pairs[i : i + 2] for i in range(0, 12, 2))
-    return np.concatenate([*middle, *shoulders, *hips, *elbows, *knees, *wrists, *ankles])
+    return np.stack([*middle, *shoulders, *hips, *elbows, *knees, *wrists, *ankles])
 
 
 def _side(offset: float, phase: float, wear: _Wardrobe, classes: tuple[int, int, int]) -> _Side:
     swing = np.sin(phase)
     shoulder = move(2.2 * offset, -0.62) @ turn(-0.65 * swing - 0.8 * offset)
-    elbow = shoulder @ move(0, 0.46) @ turn(-0.45 - 0.25 * swing)
+    elbow = shoulder @ move(0.0, 0.46) @ turn(-0.45 - 0.25 * swing)
     hip = move(1.2 * offset, 0.26) @ turn(0.55 * swing)
-    knee = hip @ move(0, 0.55) @ turn(0.1 + 0.7 * max(0.0, -np.cos(phase - 0.4)))
-    ankle = knee @ move(0, 0.52)
+    knee = hip @ move(0.0, 0.55) @ turn(0.1 + 0.7 * max(0.0, -np.cos(phase - 0.4)))
+    ankle = knee @ move(0.0, 0.52)
     arm_class, leg_class, shoe_class = classes
     arm = (
         Piece(_limb(0.46, 0.13, 0.11), shoulder, wear.shirt, arm_class),
@@ -248,8 +249,8 @@ def _side(offset: float, phase: float, wear: _Wardrobe, classes: tuple[int, int,
         Piece(_limb(0.5, 0.125, 0.09), knee, wear.legs, leg_class),
         Piece(_ellipse(0.2, 0.095, 0.09, 0.06), ankle, wear.shoes, shoe_class),
     )
-    places = (shoulder, elbow, elbow @ move(0, 0.42), hip, knee, ankle)
-    return _Side(arm, leg, tuple(place[:2, 2][None] for place in places))
+    places = (shoulder, elbow, elbow @ move(0.0, 0.42), hip, knee, ankle)
+    return _Side(arm, leg, tuple(place[:2, 2] for place in places))
 
 
 #: Who can appear in a clip.

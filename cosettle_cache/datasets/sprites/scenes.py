@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from numpy.random import Generator, default_rng
 
 from cosettle_cache.datasets.sprites.creatures import KINDS, Creature, Joints, Kind
@@ -23,7 +23,7 @@ from cosettle_cache.datasets.sprites.drawing import (
     turn,
     warp,
 )
-from cosettle_cache.datasets.sprites.textures import Tile, background_texture
+from cosettle_cache.datasets.sprites.textures import Picture, background_texture
 
 #: Every object shows at least this share of the frame's pixels at the start, and of its own.
 MIN_SHARE_OF_FRAME, MIN_SHARE_OF_OBJECT = 0.006, 0.5
@@ -90,7 +90,7 @@ class Scene:
 
     height: int
     width: int
-    background: Tile
+    background: Float32[np.ndarray, "_ _ 3"]
     drift: Point
     zoom: float
     roll: float
@@ -152,7 +152,7 @@ def _shows(
     return np.asarray(inside & (there == figure))
 
 
-def _background(scene: Scene, moment: float) -> Tile:
+def _background(scene: Scene, moment: float) -> Picture:
     height, width = scene.height, scene.width
     zoom = scene.zoom**moment
     shift = move(scene.drift[0] * width * moment, scene.drift[1] * height * moment)

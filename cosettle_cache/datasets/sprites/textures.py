@@ -17,6 +17,7 @@ from numpy.random import Generator
 TILE = 192
 
 Tile = Float32[np.ndarray, "side side 3"]
+Picture = Float32[np.ndarray, "height width 3"]
 Colour = Float32[np.ndarray, "3"]
 Pattern = Float[np.ndarray, "side side"]
 
@@ -34,7 +35,7 @@ def sprite_texture(rng: Generator, hue: float) -> Tile:
     return _grained(_blend(pattern, dark, light), rng, 0.10)
 
 
-def background_texture(rng: Generator, hue: float, height: int, width: int) -> Float32[np.ndarray, "_ _ 3"]:
+def background_texture(rng: Generator, hue: float, height: int, width: int) -> Picture:
     """Return a muted texture of the given size: large patches of two colours under a finer pattern."""
     side = max(height, width)
     patches = _noise(rng, side, cells=int(rng.integers(4, 8)), octaves=6)
