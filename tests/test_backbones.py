@@ -1,4 +1,4 @@
-"""Tokens of the families against released values, of timm models against timm; sizes, shifts, random weights."""
+"""Tokens of the families against released values, of timm models against timm; sizes, shifts, randomness."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from timm.models.eva import Eva
 
-from cosettle_cache.backbones import BACKBONES, describe_backbone, load_backbone
+from cosettle_cache.backbones import BACKBONES, FAMILIES, describe_backbone, load_backbone
+from cosettle_cache.backbones.body import VitBody
+from cosettle_cache.backbones.checkpoints import read_checkpoint
+from cosettle_cache.backbones.converters import infer_architecture, sort_tensors
 from cosettle_cache.backbones.families import PositionResize
 from cosettle_cache.backbones.positions import Positions, enlarged_length
+from cosettle_cache.backbones.published import make_vit, vit_from_file
 from cosettle_cache.errors import InputError, UsageError
+from cosettle_cache.losses import transfer_loss
+from cosettle_cache.projection import load_projection
 from cosettle_cache.types import Grid, PositionShift
 
 TINY = "timm/test_vit"
@@ -39,10 +47,9 @@ def tiny():
     return load_backbone(TINY, weights="random")
 
 
-@pytest.mark.parametrize("family", ["mae"])
-@pytest.mark.parametrize("file", ["base.pth", "ours.pth"])
-def test_tokens_equal_the_released_ones(golden, golden_json, family, file):
-    backbone = load_backbone(family, weights=golden(f"backbones/{family}/{file}"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_the_released_ones(golden, golden_json, family):
+    backbone = load_backbone(family, weights=golden(f"backbones/{family}/base.pth"))
     expected = load_file(golden(f"backbones/{family}/expected.safetensors"))
     row, col = golden_json(f"backbones/{family}/expected.json")["pea_offset_hw"]
     square, wide = (normalised(backbone, expected[f"image_{size}"]) for size in ("224", "176x272"))
@@ -54,9 +61,73 @@ def test_tokens_equal_the_released_ones(golden, golden_json, family, file):
         assert (tokens.flatten(1, 2) - expected[key]).abs().max() <= 2e-4, key
 
 
-def test_real_vit_tiny_equals_timm(shared_data):
-    import timm
+@pytest.mark.parametrize("family", ["clip", "ijepa", "dinov2"])
+def test_some_tokens_equal_the_released_ones(golden, golden_json, family):
+    """The part of the released values that is small enough to be committed."""
+    backbone = load_backbone(family, weights=golden(f"backbones/{family}/base.pth"))
+    expected = load_file(golden(f"backbones/{family}/expected_part.safetensors"))
+    shift = PositionShift(10.0, *golden_json(f"backbones/{family}/expected.json")["pea_offset_hw"])
+    for key in ("tokens_224", "tokens_224_pea", "tokens_176x272"):
+        if key in expected:
+            images = normalised(backbone, expected[f"image_{key.split('_')[1]}"])
+            tokens = backbone.encode(images, shift if key.endswith("pea") else None).flatten(1, 2)
+            at = expected["at"][: expected[key].shape[1]]
+            assert (tokens[:, at] - expected[key]).abs().max() <= 2e-4, key
 
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_objective_on_two_samples_equals_the_released_one(golden, golden_json, family):
+    """Encoder and projection from the authors' files, tokens, loss and gradients of the projection."""
+    facts = golden_json(f"backbones/{family}/expected.json")
+    expected = load_file(golden(f"backbones/{family}/expected.safetensors"))
+    whole = family in {"mae", "clip", "dinov2"}
+    authors = golden(f"backbones/{family}/{'ours' if whole else 'ours_projection_only'}.pth")
+    backbone = load_backbone(family, weights=authors if whole else golden(f"backbones/{family}/base.pth"))
+    projection = load_projection(authors, dim=backbone.dim)
+    images = normalised(backbone, expected["image_224"])
+    plain = backbone.encode(images)
+    shifted = backbone.encode(images, PositionShift(10.0, *facts["loss_pea_offset_hw"]))
+    projected = projection(plain).flatten(1, 2)
+    assert (projected - expected["projected_224"]).abs().max() <= 2e-4
+    terms = transfer_loss(projection, torch.stack([plain, plain.flip(0), shifted], 1))
+    assert terms.total.item() == pytest.approx(facts["loss"], rel=1e-4)
+    assert terms.cycle_accuracy.item() == pytest.approx(facts["cycle_accuracy"], abs=1e-6)
+    assert terms.identity_cosine.item() == pytest.approx(facts["identity_cosine"], rel=1e-4)
+    terms.total.backward()
+    for name, parameter in zip(
+        ("linear", "layer_norm1"), (projection.linears[0], projection.norm), strict=True
+    ):
+        for leaf in ("weight", "bias"):
+            found, released = getattr(parameter, leaf).grad, expected[f"grad.adapter.adapter_{name}.{leaf}"]
+            assert (found - released).norm() <= 1e-3 * released.norm(), (name, leaf)
+
+
+def test_blips_positions_are_brought_to_224_pixels(golden):
+    path = golden("backbones/blip/base.pth")
+    positions = read_checkpoint(path)["visual_encoder.pos_embed"].float()
+    planes = positions[0, 1:].T.reshape(1, -1, 24, 24)
+    wanted = F.interpolate(planes, size=(14, 14), mode="bicubic")[0].permute(1, 2, 0)
+    vit = vit_from_file(*_sorted(path, "blip"))
+    torch.testing.assert_close(vit.pos_embed[0].unflatten(0, (14, 14)), wanted)
+
+
+def _sorted(path, family):
+    file = sort_tensors(str(path), FAMILIES[family], read_checkpoint(path))
+    return file, infer_architecture(file)
+
+
+def test_wide_models_keep_their_published_heads():
+    state = {
+        "patch_embed.proj.weight": torch.empty(1280, 3, 14, 14, device="meta"),
+        "pos_embed": torch.empty(1, 257, 1280, device="meta"),
+        "blocks.31.mlp.fc1.weight": torch.empty(5120, 1280, device="meta"),
+        "blocks.0.mlp.fc1.weight": torch.empty(5120, 1280, device="meta"),
+    }
+    architecture = infer_architecture(sort_tensors("h.pth", FAMILIES["mae"], state))
+    assert architecture == BACKBONES["mae_h"].architecture
+
+
+def test_real_vit_tiny_equals_timm(shared_data):
     path = shared_data("weights/vit_tiny_patch16_224_in1k.safetensors")
     backbone = load_backbone("timm/vit_tiny_patch16_224", weights=path)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True)
@@ -146,9 +217,72 @@ def test_random_weights_repeat_and_leave_the_generator_alone():
     assert first.weights_source == "random:3"
 
 
-def test_a_file_in_timms_layout(tiny, tmp_path):
-    import timm
+def small_eva(**options):
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return Eva(**sizes, dynamic_img_size=True, use_rot_pos_emb=True, **options).eval()
 
+
+OTHER_KINDS = {
+    "dinov3": lambda: small_eva(
+        rope_type="dinov3", use_abs_pos_emb=False, num_reg_tokens=4, rope_rotate_half=True
+    ),
+    "eva02": lambda: small_eva(rope_type="cat", ref_feat_shape=(4, 4)),
+    "rope": lambda: small_eva(rope_type="cat", use_abs_pos_emb=False),
+    "mixed": lambda: small_eva(rope_type="mixed", use_abs_pos_emb=True),
+    "distilled": lambda: timm.create_model(
+        "deit_tiny_distilled_patch16_224",
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        dynamic_img_size=True,
+    ).eval(),
+    "registers_patch_14": lambda: timm.create_model(
+        "vit_small_patch14_reg4_dinov2",
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        init_values=1.0,
+        dynamic_img_size=True,
+    ).eval(),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_timm_models_of_other_kinds(kind):
+    """Rotary positions (fixed, normalised, learned), registers, 14-pixel patches, a second prefix token."""
+    vit = OTHER_KINDS[kind]()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    body, patch = VitBody(vit, PositionResize.ANTIALIAS), vit.patch_embed.patch_size[0]
+    grid, n_prefix = Grid(4, 6), vit.num_prefix_tokens
+    images = torch.rand(2, 3, 4 * patch, 6 * patch, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        reference = vit.forward_features(images)
+        plain = body.tokens(images, None, grid, [None, None])
+        mixed = body.tokens(images, None, grid, [None, PositionShift(10.0, 3, 4)])
+    assert torch.equal(plain, reference)
+    torch.testing.assert_close(mixed[0], plain[0], atol=1e-5, rtol=1e-4)
+    assert (mixed[1] - plain[1])[n_prefix:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["rope", "mixed", "eva02"])
+def test_rotary_shifts_refine_the_coordinates(kind):
+    """With ratio 1 every second position of the refined grid is a position of the grid."""
+    rotary, grid = VitBody(OTHER_KINDS[kind](), PositionResize.ANTIALIAS).rotary, Grid(4, 6)
+    plain, shifted = (
+        rotary.tables(grid, [shift])[-1].reshape(-1, 4, 6, 64) for shift in (None, PositionShift(1.0, 2, 4))
+    )
+    torch.testing.assert_close(shifted[:, ::2, ::2], plain[:, 1:3, 2:5])
+
+
+def test_a_rotary_model_by_name():
+    backbone = load_backbone("timm/vit_tiny_patch16_dinov3_qkvb", weights="random")
+    assert "rotary" in backbone.position_rule
+    assert backbone.encode(torch.zeros(1, 3, 32, 48)).shape == (1, 2, 3, backbone.dim)
+
+
+def test_a_file_in_timms_layout(tiny, tmp_path):
     model = timm.create_model("test_vit", num_classes=7)
     torch.save(model.state_dict(), tmp_path / "own.pth")
     backbone = load_backbone(TINY, weights=tmp_path / "own.pth")
@@ -193,8 +327,6 @@ def test_precision_and_device_are_checked():
 
 
 def test_parameter_counts_are_those_of_the_models():
-    from cosettle_cache.backbones.published import make_vit
-
     for row in (BACKBONES[name] for name in ("mae_b", "ijepa_b", "clip_b", "dinov2_b")):
         with torch.device("meta"):
             vit = make_vit(row.family, row.architecture)

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer taken apart at its positions, so that one forward gives each image its own shift.
+"""A timm ViT taken apart at its positions, so that one forward gives each image its own shift.
 
 Images and shifts come in; all tokens after the blocks and the family's final norm go out.
 """
@@ -13,19 +13,21 @@ from torch import Tensor
 
 from cosettle_cache.backbones.families import FinalNorm, PositionResize
 from cosettle_cache.backbones.positions import Positions
+from cosettle_cache.errors import UsageError
 from cosettle_cache.types import Grid, PositionShift
 
 Shifts = Sequence[PositionShift | None]
 
 
 class VitBody:
-    """A frozen timm VisionTransformer with its prefix tokens (CLS, registers) and positions held apart."""
+    """A frozen timm VisionTransformer or Eva; prefix tokens (CLS, registers) and positions are held apart."""
 
     def __init__(self, vit: Any, resize: PositionResize, final_norm: FinalNorm = FinalNorm.ALWAYS) -> None:
         self.vit = vit
         self.final_norm = final_norm
         self.prefix, embedding = split_positions(vit)
         self.positions = None if embedding is None else Positions(embedding, resize)
+        self.rotary = _rotary(vit)
 
     def tokens(self, images: Tensor, image_of: Sequence[int] | None, grid: Grid, shifts: Shifts) -> Tensor:
         """Return all tokens [n, prefix + patch, dim] of the views (image number, shift)."""
@@ -34,9 +36,19 @@ class VitBody:
             patches = patches[list(image_of)]
         if self.positions is not None:
             patches = patches + _embeddings(self.positions, grid, shifts)
+        elif self.rotary is None and any(shifts):
+            raise UsageError("this encoder has no positions to shift", wanted="absolute or rotary positions")
         tokens = torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1)
-        tokens = self.vit.blocks(self.vit.norm_pre(tokens))
-        return self._normed(tokens, shifts)
+        return self._normed(self._blocks(self.vit.norm_pre(tokens), grid, shifts), shifts)
+
+    def _blocks(self, tokens: Tensor, grid: Grid, shifts: Shifts) -> Tensor:
+        if self.rotary is None:
+            for block in self.vit.blocks:
+                tokens = block(tokens)
+            return tokens
+        for block, table in zip(self.vit.blocks, self.rotary.tables(grid, shifts), strict=True):
+            tokens = block(tokens, rope=table)
+        return tokens
 
     def _normed(self, tokens: Tensor, shifts: Shifts) -> Tensor:
         normed: Tensor = self.vit.norm(tokens)
@@ -50,7 +62,8 @@ def split_positions(vit: Any) -> tuple[Tensor, Tensor | None]:
     """Return the prefix tokens with their positions added, and the patch positions [row col dim] if any."""
     found = (getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token"))
     parts = [part for part in found if part is not None]
-    prefix = torch.cat(parts, 1) if parts else torch.empty(1, 0, vit.embed_dim, device=_device(vit))
+    empty = vit.patch_embed.proj.weight.new_empty(1, 0, vit.embed_dim)
+    prefix = torch.cat([empty, *parts], 1)
     if vit.pos_embed is None:
         return prefix.detach(), None
     positions = vit.pos_embed
@@ -58,6 +71,14 @@ def split_positions(vit: Any) -> tuple[Tensor, Tensor | None]:
         prefix = prefix + positions[:, : prefix.shape[1]]
         positions = positions[:, prefix.shape[1] :]
     return prefix.detach(), positions.detach()[0].unflatten(0, vit.patch_embed.grid_size)
+
+
+def _rotary(vit: Any) -> Any:
+    if getattr(vit, "rope", None) is None:
+        return None
+    from cosettle_cache.backbones.rotary import Rotary
+
+    return Rotary(vit.rope, len(vit.blocks))
 
 
 def _embeddings(positions: Positions, grid: Grid, shifts: Shifts) -> Tensor:
@@ -72,8 +93,3 @@ def _embeddings(positions: Positions, grid: Grid, shifts: Shifts) -> Tensor:
     every = plain.repeat(len(shifts), 1, 1)
     every[moved] = shifted
     return every
-
-
-def _device(vit: Any) -> torch.device:
-    device: torch.device = vit.patch_embed.proj.weight.device
-    return device

@@ -6,6 +6,7 @@ the proxy variables are respected.
 
 from __future__ import annotations
 
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -61,7 +62,9 @@ def _from_url(name: str, source: Source) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # Written under a temporary name and renamed; the bar goes to stderr.
-        download_url_to_file(source.url, str(path), hash_prefix=source.sha256 or None, progress=True)
+        download_url_to_file(
+            source.url, str(path), hash_prefix=source.sha256 or None, progress=sys.stderr.isatty()
+        )
     except (OSError, RuntimeError) as error:
         raise _unreachable(name, source, str(error)) from error
     return path

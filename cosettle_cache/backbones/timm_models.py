@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def load(name: str, weights: str | Path | None, device: torch.device, precision:
         body,
         record,
         token_rule="patch tokens of timm's forward_features",  # noqa: S106
-        position_rule=f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}",
+        position_rule=_position_rule(body),
         device=device,
         precision=precision,
     )
@@ -64,7 +65,14 @@ def describe(name: str) -> BackboneInfo:
     return BackboneInfo(name, "timm", model.embed_dim, patch, Grid(rows, cols), mean, std)
 
 
-def load_strictly(vit: VisionTransformer, path: Path) -> None:
+def _position_rule(body: VitBody) -> str:
+    rules = [f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}"] if body.positions else []
+    if body.rotary:
+        rules.append("rotary, timm's coordinates; shift: coordinates refined by (1 + ratio), cropped")
+    return "; ".join(rules) or "none"
+
+
+def load_strictly(vit: VisionTransformer | Eva, path: Path) -> None:
     """Load a state dict in timm's layout; only a classifier's tensors may be left over."""
     tensors = {name.removeprefix("module."): tensor for name, tensor in read_checkpoint(path).items()}
     wanted, classifier = vit.state_dict(), {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
@@ -92,10 +100,10 @@ def _outline(name: str) -> Any:
     _check_known(model_id)
     with torch.device("meta"):
         model = timm.create_model(model_id, pretrained=False, num_classes=0)
-    if not isinstance(model, VisionTransformer) or not isinstance(model.patch_embed, PatchEmbed):
+    if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, PatchEmbed):
         raise UsageError(
             f"{name} is not a Vision Transformer with one grid of patch tokens",
-            wanted="a model of timm's VisionTransformer class",
+            wanted="a model of timm's VisionTransformer or Eva class",
             found=type(model).__name__,
             hint="python -c 'import timm; print(timm.list_models(\"vit_*\"))'",
         )
