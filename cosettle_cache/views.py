@@ -22,7 +22,7 @@ from cosettle_cache.plan import PairsRecipe, Plan
 from cosettle_cache.types import Encoding
 
 Rgb = tuple[float, float, float]
-View = Float[Tensor, "3 height width"]
+View = Float[Tensor, "3 view_height view_width"]
 
 
 @dataclass(frozen=True, slots=True)

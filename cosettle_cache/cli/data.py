@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cosettle_cache.console import Talk
@@ -27,11 +28,15 @@ DAVIS_FOLDERS = (("davis", "DAVIS"), ("davis", "davis-2017"), ("davis", "davis")
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Videos, the folder their paths are relative to, and one line that says where they come from."""
+    """Videos, the folder their paths are relative to, and one line that says where they come from.
+
+    `failures` maps media that were found but cannot be used to reasons.
+    """
 
     manifest: Manifest
     root: Path
     origin: str
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 def manifest_data(path: Path, data_root: Path | None) -> Data:
@@ -91,5 +96,5 @@ def _build(layout: str, folder: Path, data_root: Path, split: str, talk: Talk) -
     options = {"split": split} if layout == "davis" else {}
     built = build_manifest(layout, folder, data_root, **options)
     for media, reason in built.failures.items():
-        talk.warn(f"{media}: {reason}")
-    return Data(built.manifest, data_root, f"{folder} ({len(built.manifest)} videos)")
+        talk.warn(f"left out {media}: {reason}")
+    return Data(built.manifest, data_root, f"{folder} ({len(built.manifest)} videos)", built.failures)

@@ -91,7 +91,7 @@ def extract(
     talk.result(json.dumps(asdict(report), indent=2) if as_json else "\n".join(report_lines(job, report)))
     if report.interrupted:
         return int(ExitCode.INTERRUPTED)
-    return int(ExitCode.UNCLEAN if report.failures else ExitCode.DONE)
+    return int(ExitCode.UNCLEAN if report.failures or data.failures else ExitCode.DONE)
 
 
 def _settings(

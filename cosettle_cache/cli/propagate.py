@@ -171,7 +171,7 @@ def _make_store(
     report = run_job(job, talk)
     if report.interrupted:
         raise KeyboardInterrupt
-    return job.out, dict(report.failures)
+    return job.out, {**data.failures, **report.failures}
 
 
 def _encoder(request: Request, talk: Talk) -> tuple[str, str | None]:
@@ -193,19 +193,8 @@ def _projections(request: Request, store: FeatureStore, talk: Talk) -> list[tupl
     if not paths and request.features is None and DEFAULT_PROJECTION.is_file():
         talk.note(f"projection: {DEFAULT_PROJECTION}")
         paths = [DEFAULT_PROJECTION]
-    loaded = [(_projection_name(path), load_projection(path)) for path in paths]
-    names = [name for name, _ in loaded]
-    if len(set(names)) < len(names):
-        raise UsageError(
-            "two projections have the same name", wanted="different folders or file names", found=names
-        )
     dim = store.arrays[0].n_channels
-    for path, (_, projection) in zip(paths, loaded, strict=True):
-        if projection.dim != dim:
-            raise UsageError(
-                f"{path} does not fit {store.path}", wanted=f"width {dim}", found=f"width {projection.dim}"
-            )
-    return loaded
+    return [(_projection_name(path), load_projection(path, dim=dim)) for path in paths]
 
 
 def _projection_name(path: Path) -> str:

@@ -75,11 +75,11 @@ def _train(
 
     talk = Talk(quiet=quiet)
     store = open_store(features)
+    plan = make_train_plan(store, settings)
     if dry_run:
-        document = {"out": str(out), **make_train_plan(store, settings).to_json()}
-        talk.result(json.dumps(document, indent=2))
+        talk.result(json.dumps({"out": str(out), **plan.to_json()}, indent=2))
         return int(ExitCode.DONE)
-    talk.note(f"{out}: {settings.head} head on {len(store.sample_ids)} samples of {features}")
+    talk.note(f"{out}: {settings.head} head, {plan.n_steps} steps of {plan.batch_size} samples of {features}")
     with interruptible(talk, "step") as stop:
         report = train_room(
             store, settings, out, device=pick_device(device), progress=talk.progress("train"), stop=stop
