@@ -55,7 +55,7 @@ def decode_mask(
     return resize_mask(lookup[classes].cpu().numpy(), mask_size)
 
 
-def resize_mask(mask: Mask, size: Size) -> Mask:
+def resize_mask(mask: Mask, size: Size) -> UInt8[np.ndarray, "_ _"]:
     """Return `mask` at `size` by OpenCV's nearest neighbour, which rounds source coordinates down."""
     if mask.shape == size:
         return mask

@@ -1,0 +1,127 @@
+"""What the propagation tests share: a dense oracle, random protocols, and a tiny data set with its store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+from store_cases import PATCH, Case
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cosettle_cache.config import FramesSettings
+from cosettle_cache.datasets.davis import build_davis_manifest, write_mask
+from cosettle_cache.plan import make_plan
+from cosettle_cache.protocols import make_protocol
+from cosettle_cache.types import EvalProtocol, Slot
+
+SEARCHES = ("torch", "faiss")
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Tensors of tests are too small for threads, which only wait for each other on a busy machine."""
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    faiss.omp_set_num_threads(before[1])
+
+
+def dense_oracle(tokens: Tensor, first_labels: Tensor, protocol: EvalProtocol) -> tuple[Tensor, bool]:
+    """Return the label maps the plain way, in float64, and whether a tie leaves them open.
+
+    Every frame of the context stands side by side, copies of the first one included (PROTOCOLS 1.2).
+    """
+    n_frames, rows, cols, _ = tokens.shape
+    unit = normalize(tokens.double(), dim=-1).flatten(1, 2)
+    row, col = (
+        cell.flatten() for cell in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    )
+    down, right = (row[:, None] - row).abs(), (col[:, None] - col).abs()
+    inside = down**2 + right**2 < protocol.radius**2
+    if protocol.window == "square":
+        inside = (down <= protocol.radius) & (right <= protocol.radius)
+    everywhere = torch.ones_like(inside)
+    labels = [first_labels.double().flatten(0, 1)]
+    open_tie = False
+    for t in range(1, n_frames):
+        queue = [max(frame, 0) for frame in range(t - protocol.n_context, t)]
+        if not protocol.first_frame_copies:
+            queue = [frame for frame in range(t - protocol.n_context, t) if frame > 0]
+        context = [(0, inside if protocol.mask_first else everywhere), *((frame, inside) for frame in queue)]
+        cosines = torch.cat([(unit[t] @ unit[s].T).where(seen, -torch.inf) for s, seen in context], dim=1)
+        identity = torch.cat([torch.arange(rows * cols) + s * rows * cols for s, _ in context])
+        best, index = cosines.topk(min(protocol.top_k + 1, cosines.shape[1]), dim=1)
+        if best.shape[1] > protocol.top_k:
+            close = best[:, -2] - best[:, -1] < 1e-6  # two infinities differ by nan, which is not close
+            open_tie |= bool((close & (identity[index[:, -2]] != identity[index[:, -1]])).any())
+            best, index = best[:, :-1], index[:, :-1]
+        known = torch.cat([labels[s] for s, _ in context])
+        labels.append((torch.softmax(best / protocol.temperature, 1)[..., None] * known[index]).sum(1))
+    return torch.stack(labels).view(n_frames, rows, cols, -1).float(), open_tie
+
+
+@st.composite
+def protocols(draw: st.DrawFn) -> EvalProtocol:
+    """Any protocol that can be honoured on a small grid."""
+    return make_protocol(
+        top_k=draw(st.integers(1, 12)),
+        n_context=draw(st.integers(0, 6)),
+        radius=draw(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 40.0])),
+        temperature=draw(st.sampled_from([0.05, 0.7, 1.0])),
+        window=draw(st.sampled_from(["disc", "square"])),
+        mask_first=draw(st.booleans()),
+        first_frame_copies=draw(st.booleans()),
+    )
+
+
+@st.composite
+def videos(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Tokens `[frame row col dim]` of a random video and its first label map `[row col class]`."""
+    n_frames, rows, cols = draw(st.integers(1, 8)), draw(st.integers(1, 5)), draw(st.integers(1, 18))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    tokens = torch.randn(n_frames, rows, cols, draw(st.sampled_from([8, 24])), generator=generator)
+    labels = torch.rand(rows, cols, draw(st.integers(1, 4)), generator=generator)
+    return tokens, labels / labels.sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class SquaresCase(Case):
+    """Tokens that show what a patch holds: one channel each for background, object 1 and object 2."""
+
+    def slot_tokens(self, slot: Slot) -> np.ndarray:
+        frames = [square_mask(slot.grid.rows, slot.grid.cols, encoding.frame) for encoding in slot.encodings]
+        return np.stack([np.eye(3, dtype=np.float16)[frame] for frame in frames])
+
+
+def square_mask(rows: int, cols: int, frame: int) -> np.ndarray:
+    """Object 1 walks right and object 2 left, one cell a frame."""
+    mask = np.zeros((rows, cols), np.uint8)
+    mask[: rows // 2, frame % cols] = 1
+    mask[rows // 2 :, -1 - frame % cols] = 2
+    return mask
+
+
+def make_squares(root: Path, names: tuple[str, ...] = ("left", "right"), n_frames: int = 5) -> SquaresCase:
+    """Write a DAVIS folder of 64x96 pixels under `root` and return it with its 4x6 tokens."""
+    for name in names:
+        frames, masks = (root / "DAVIS" / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
+        frames.mkdir(parents=True)
+        masks.mkdir(parents=True)
+        for index in range(n_frames):
+            mask = square_mask(4, 6, index).repeat(PATCH, 0).repeat(PATCH, 1)
+            Image.fromarray(80 * mask).convert("RGB").save(frames / f"{index:05d}.jpg")
+            write_mask(masks / f"{index:05d}.png", mask)
+    manifest = build_davis_manifest(root / "DAVIS", root).manifest
+    manifest = replace(manifest, videos=tuple(replace(video, fps=12.0) for video in manifest))
+    plan = make_plan(manifest, FramesSettings(size="native"), patch=PATCH, dim=3)
+    return SquaresCase(manifest, plan)

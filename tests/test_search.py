@@ -1,0 +1,128 @@
+"""The searches: multiplicity, windows, the certificate, the queue, and what tokens they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from propagation_cases import SEARCHES, protocols, single_thread, videos
+
+from cosettle_cache.errors import InputError, UsageError
+from cosettle_cache.protocols import make_protocol
+from cosettle_cache.search import ContextSearch, FaissRanker, Queue, TorchRanker, make_ranker, make_slabs
+from cosettle_cache.types import Grid
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with single_thread():
+        yield
+
+
+def make_search(protocol, rows=3, cols=4, dim=8, search="torch"):
+    return ContextSearch(Grid(rows, cols), dim, protocol, device=CPU, search=search)
+
+
+@settings(max_examples=60, deadline=None)
+@given(videos(), protocols())
+def test_both_searches_find_the_same(video, protocol):
+    tokens, _ = video
+    _, rows, cols, dim = tokens.shape
+    searches = [make_search(protocol, rows, cols, dim, search) for search in SEARCHES]
+    for frame in tokens:
+        a, b = (search.step(frame) for search in searches)
+        if a is not None:
+            torch.testing.assert_close(a.similarity, b.similarity, atol=1e-5, rtol=0)
+            assert torch.equal(a.count.sum(1), b.count.sum(1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(videos(), protocols())
+def test_neighbours_are_what_they_say(video, protocol):
+    tokens, _ = video
+    n_frames, rows, cols, dim = tokens.shape
+    unit = torch.nn.functional.normalize(tokens, dim=-1).flatten(1, 2)
+    search = make_search(protocol, rows, cols, dim)
+    search.step(tokens[0])
+    for t in range(1, n_frames):
+        found = search.step(tokens[t])
+        there = found.count > 0
+        cosine = (unit[t][:, None] * unit[found.frame.long(), found.position.long()]).sum(-1)
+        torch.testing.assert_close(found.similarity[there], cosine[there], atol=1e-5, rtol=0)
+        assert (found.similarity.diff(dim=1)[there[:, 1:]] <= 0).all()
+        assert (found.frame[there] < t).all()
+        assert ((found.frame == 0) | (found.frame >= t - protocol.n_context))[there].all()
+        assert (found.count.sum(1) <= protocol.top_k).all()
+
+
+@pytest.mark.parametrize("t", [1, 2, 19, 20, 21, 25])
+def test_the_first_frame_stands_as_often_as_in_the_padded_clip(t):
+    protocol = make_protocol(top_k=60, radius=0.5)
+    search = make_search(protocol, 1, 1)
+    for _ in range(t):
+        search.step(torch.ones(1, 1, 8))
+    found = search.step(torch.ones(1, 1, 8))
+    assert found.count[found.frame == 0].sum() == 1 + max(0, 21 - t)
+    assert found.count[found.frame > 0].sum() == min(t - 1, 20)
+
+
+def test_copies_of_the_first_frame_stay_inside_the_window():
+    protocol = make_protocol(top_k=100, radius=1, n_context=4)
+    search = make_search(protocol, 1, 3)
+    tokens = torch.randn(1, 3, 8)
+    search.step(tokens)
+    found = search.step(tokens)
+    near = found.position == torch.arange(3)[:, None]
+    there = found.count > 0
+    assert there.sum() == 9
+    assert (found.count[near & there] == 5).all()
+    assert (found.count[~near & there] == 1).all()
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_the_certificate_sends_queries_to_the_dense_search(k):
+    # Every key outside the window beats every key inside: what FAISS fetches is all hidden.
+    queries, blocked = torch.ones(5, 4), torch.ones(5, 40, dtype=torch.bool)
+    keys = torch.full((40, 2, 4), 1.0)
+    keys[:8] = torch.rand(8, 2, 4) * 0.5
+    blocked[:, :8] = False
+    values, index = FaissRanker().rank(queries, keys, blocked, k)
+    dense_values, dense_index = TorchRanker().rank(queries, keys, blocked, k)
+    torch.testing.assert_close(values, dense_values)
+    assert torch.equal(index, dense_index)
+    assert (index // 2 < 8).all()
+
+
+def test_a_queue_replaces_its_oldest_frame():
+    queue = Queue(3, Grid(2, 1), 1, CPU)
+    for frame in range(1, 6):
+        queue.append(torch.full((2, 1), float(frame)), frame)
+    assert sorted(queue.frames.tolist()) == [3, 4, 5]
+    assert torch.equal(queue.keys[:, :, 0], queue.frames.float().expand(2, 3))
+
+
+def test_slabs_cover_every_query_once_and_open_windows_have_no_mask():
+    slabs = make_slabs(Grid(4, 20), make_protocol(radius=3), CPU)
+    assert [col for slab in slabs for col in range(20)[slab.query_cols]] == list(range(20))
+    assert all(slab.blocked is not None for slab in slabs)
+    assert all(slab.blocked is None for slab in make_slabs(Grid(4, 20), make_protocol(radius=30), CPU))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_tokens_that_cannot_be_are_refused(search):
+    context = make_search(make_protocol(), search=search)
+    context.step(torch.randn(3, 4, 8))
+    with pytest.raises(InputError, match="another shape"):
+        context.step(torch.randn(3, 5, 8))
+    with pytest.raises(InputError, match="not finite"):
+        context.step(torch.full((3, 4, 8), torch.nan))
+
+
+def test_searches_that_cannot_run_are_refused():
+    with pytest.raises(UsageError, match="no search"):
+        make_ranker("annoy", CPU)
+    with pytest.raises(UsageError, match="CPU only"):
+        make_ranker("faiss", torch.device("cuda"))
+    assert isinstance(make_ranker("auto", torch.device("cuda")), TorchRanker)
