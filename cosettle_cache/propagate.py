@@ -120,7 +120,7 @@ def check_store(store: FeatureStore, protocol: EvalProtocol) -> None:
         raise _wrong_store(store, "a frames plan", f"a {store.plan_kind} plan", protocol)
     plan = store.fingerprint.plan
     if int(plan["every"]) != 1:
-        raise _wrong_store(store, "every frame", f"every {plan['every']}th frame", protocol)
+        raise _wrong_store(store, "every frame", f"one frame in {plan['every']}", protocol)
     for video in store.manifest:
         wanted, found = (_size(rule, video) for rule in (protocol.size, str(plan["size"])))
         if wanted != found:
