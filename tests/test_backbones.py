@@ -42,6 +42,15 @@ def oracle_shift(embedding, grid, shift):
     return large[shift.row : shift.row + grid.rows, shift.col : shift.col + grid.cols].flatten(0, 1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny tensors: on a busy machine threads wait for each other ten times longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return load_backbone(TINY, weights="random")

@@ -6,19 +6,21 @@ the proxy variables are respected.
 
 from __future__ import annotations
 
-import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cosettle_cache.backbones.registry import Source
 from cosettle_cache.config import cache_folder
 from cosettle_cache.errors import CheckpointError
-from cosettle_cache.files import sha256_file
+from cosettle_cache.files import output_errors, sha256_file, write_durably
 
 #: Seconds to wait for the first answer of a server; the hub client alone would retry for half a minute.
 PROBE_TIMEOUT_S = 4.0
+#: Seconds without a byte after which a download is given up.
+STALL_TIMEOUT_S = 60.0
 
 
 def fetch(name: str, source: Source) -> Path:
@@ -40,12 +42,13 @@ def fetch(name: str, source: Source) -> Path:
 
 def _from_hub(name: str, source: Source) -> Path:
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
     cached = huggingface_hub.try_to_load_from_cache(source.hub_id, source.file)
     if isinstance(cached, str):
         return Path(cached)
-    _check_online(name, source, huggingface_hub.constants.ENDPOINT)
+    _check_online(name, source, constants.ENDPOINT)
     try:
         return Path(huggingface_hub.hf_hub_download(source.hub_id, source.file))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -53,27 +56,34 @@ def _from_hub(name: str, source: Source) -> Path:
 
 
 def _from_url(name: str, source: Source) -> Path:
-    from torch.hub import download_url_to_file
-
     path = cache_folder() / "weights" / name / source.file
     if path.is_file():
         return path
     _check_online(name, source, source.url)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Written under a temporary name and renamed; the bar goes to stderr.
-        download_url_to_file(
-            source.url, str(path), hash_prefix=source.sha256 or None, progress=sys.stderr.isatty()
-        )
-    except (OSError, RuntimeError) as error:
+        with urllib.request.urlopen(source.url, timeout=STALL_TIMEOUT_S) as response:  # noqa: S310
+            write_durably(path, _body(response))
+    except (OSError, EOFError) as error:
         raise _unreachable(name, source, str(error)) from error
     return path
 
 
-def _check_online(name: str, source: Source, address: str) -> None:
-    import huggingface_hub
+def _body(response: Any) -> Iterator[bytes]:
+    """Yield the body of a response; a connection that ends early is an error, not a short file."""
+    expected, received = response.headers.get("Content-Length"), 0
+    while chunk := response.read(1 << 20):
+        received += len(chunk)
+        yield chunk
+    if expected is not None and received != int(expected):
+        raise EOFError(f"the connection ended after {received:,} of {int(expected):,} bytes")
 
-    if huggingface_hub.constants.is_offline_mode():
+
+def _check_online(name: str, source: Source, address: str) -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         raise _unreachable(name, source, "HF_HUB_OFFLINE is set and the file is not in the cache")
     request: Any = urllib.request.Request(address, method="HEAD")  # noqa: S310  (addresses of our table)
     try:
