@@ -172,7 +172,7 @@ class Talk:
         Console(no_color=_no_color(), width=width).print(table)
 
 
-def human_bytes(n_bytes: float) -> str:
+def human_bytes(n_bytes: int | float) -> str:
     """Return a byte count with a decimal unit, as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n_bytes) < 1000:
@@ -181,7 +181,7 @@ def human_bytes(n_bytes: float) -> str:
     return f"{n_bytes:.2f} TB"
 
 
-def human_seconds(seconds: float) -> str:
+def human_seconds(seconds: int | float) -> str:
     """Return a duration as seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.1f} s"

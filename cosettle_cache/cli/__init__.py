@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -22,7 +23,7 @@ STORY = ("manifest", "extract", "train", "propagate", "store", "run", "demo")
 class StoryOrder(TyperGroup):
     """A command group that lists its commands in the order of the story."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+    def list_commands(self, ctx: Any) -> list[str]:
         """Return the command names."""
         return sorted(super().list_commands(ctx), key=STORY.index)
 

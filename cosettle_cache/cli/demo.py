@@ -22,7 +22,7 @@ def demo(quiet: Quiet = False) -> int:
     talk = Talk(quiet=quiet)
     recipe = _with_best_weights(read_recipe(_recipe_path()), talk)
     code = run_recipe(recipe, talk)
-    talk.result("pictures: demo/run/curves.png, demo/sprites")
+    talk.result("pictures: demo/sprites/curves.png and demo/propagated/overlays")
     return code
 
 
