@@ -111,7 +111,7 @@ class Trainer:
         return InputError(
             f"{len(bad)} samples of the batch {where} hold tokens that are not finite",
             details=self._names(bad),
-            hint="cosettle-cache store verify finds damage; otherwise extract these clips again",
+            hint="extract these clips again into another store",
         )
 
     def _names(self, ids: Ids, limit: int = 8) -> list[str]:
