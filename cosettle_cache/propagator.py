@@ -1,4 +1,4 @@
-"""Labels from frame to frame: the neighbours of `cosettle_cache.search` turned into label maps.
+"""Labels from frame to frame: the neighbours of `cosettle_cache.context` turned into label maps.
 
 The tokens of consecutive frames and the first frame's label map go in; one soft label map per frame comes
 out. Nothing is read or written, and nothing kept grows with the length of a video.
@@ -14,8 +14,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from cosettle_cache.affinity import transition
+from cosettle_cache.context import ContextSearch, Neighbors
 from cosettle_cache.protocols import check_protocol
-from cosettle_cache.search import ContextSearch, Neighbors
 from cosettle_cache.types import EvalProtocol, Grid
 
 LabelMap = Float32[Tensor, "row col class"]

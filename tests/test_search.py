@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from propagation_cases import SEARCHES, protocols, single_thread, videos
 
+from cosettle_cache.context import ContextSearch, Queue
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.protocols import make_protocol
-from cosettle_cache.search import ContextSearch, FaissRanker, Queue, TorchRanker, make_ranker, make_slabs
+from cosettle_cache.search import FaissRanker, TorchRanker, make_ranker, make_slabs
 from cosettle_cache.types import Grid
 
 CPU = torch.device("cpu")
