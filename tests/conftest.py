@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+# As the command line does, and for the same reason: tests share their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 TESTS = Path(__file__).parent
 SHARED = Path(os.environ.get("COSETTLE_SHARED", TESTS.parent.parent / "shared"))
 
