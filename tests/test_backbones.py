@@ -342,6 +342,20 @@ def test_parameter_counts_are_those_of_the_models():
         assert sum(parameter.numel() for parameter in vit.parameters()) == row.n_parameters, row.name
 
 
+def test_the_documentation_has_every_encoder_and_every_quirk():
+    text = (Path(__file__).parent.parent / "docs/backbones.md").read_text()
+    for row in BACKBONES.values():
+        assert f"| `{row.name}` | {row.n_parameters / 1e6:.1f} M |" in text
+        assert str(row.source) in text
+    for family in FAMILIES.values():
+        assert not [line for line in (family.token_rule, *family.quirks) if line not in text]
+
+
 def test_the_table_needs_no_torch():
-    code = "import sys, cosettle_cache.backbones; assert not {'torch', 'timm'} & set(sys.modules)"
+    code = """
+import sys
+from cosettle_cache.backbones import BACKBONES, describe_backbone
+assert describe_backbone("dino_s8").dim == BACKBONES["dino_s8"].architecture.width
+assert not {"torch", "timm"} & set(sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

@@ -13,10 +13,11 @@ from cosettle_cache.backbones.families import FAMILIES, Family
 from cosettle_cache.backbones.registry import BACKBONES, BackboneInfo, NamedBackbone
 
 if TYPE_CHECKING:
+    from cosettle_cache.backbones.describing import describe_backbone
     from cosettle_cache.backbones.encoder import Backbone
-    from cosettle_cache.backbones.loading import describe_backbone, load_backbone
+    from cosettle_cache.backbones.loading import load_backbone
 
-_HOMES = {"Backbone": "encoder", "describe_backbone": "loading", "load_backbone": "loading"}
+_HOMES = {"Backbone": "encoder", "describe_backbone": "describing", "load_backbone": "loading"}
 
 __all__ = [
     "BACKBONES",

@@ -41,6 +41,11 @@ class VitBody:
         tokens = torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1)
         return self._normed(self._blocks(self.vit.norm_pre(tokens), grid, shifts), shifts)
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks in place; they are alike, so the compiler works once."""
+        for block in self.vit.blocks:
+            block.compile()
+
     def _blocks(self, tokens: Tensor, grid: Grid, shifts: Shifts) -> Tensor:
         if self.rotary is None:
             for block in self.vit.blocks:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cosettle_cache.backbones.families import Family
 from cosettle_cache.backbones.registry import BACKBONES, Architecture
-from cosettle_cache.errors import CheckpointError
+from cosettle_cache.errors import CheckpointError, InputError
 from cosettle_cache.types import Grid
 
 #: The authors' projection lies beside the encoder in their files.
@@ -81,7 +81,7 @@ def infer_architecture(file: EncoderFile, heads: int | None = None) -> Architect
     return Architecture(
         width,
         depth,
-        heads or _default_heads(file, width, depth),
+        _heads(file, width, depth, heads),
         patch,
         model_grid(file, patch),
         tensors["blocks.0.mlp.fc1.weight"].shape[0],
@@ -197,19 +197,22 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _default_heads(file: EncoderFile, width: int, depth: int) -> int:
-    for named in BACKBONES.values():
+def _heads(file: EncoderFile, width: int, depth: int, heads: int | None) -> int:
+    for named in BACKBONES.values() if heads is None else ():
         sizes = named.architecture
         if (named.family.name, sizes.width, sizes.depth) == (file.family.name, width, depth):
             return sizes.heads
-    if width % 64:
+    if heads is None and width % 64:
         raise CheckpointError(
             f"the number of attention heads of {file.path} does not follow from its width",
             wanted="a width that is a multiple of 64",
             found=f"width {width}",
             hint="--heads N",
         )
-    return width // 64
+    heads = width // 64 if heads is None else heads
+    if heads < 1 or width % heads:
+        raise InputError("the heads do not divide the width", wanted=f"a divisor of {width}", found=heads)
+    return heads
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

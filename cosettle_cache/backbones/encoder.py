@@ -55,6 +55,7 @@ class Backbone:
         self.token_rule, self.position_rule = token_rule, position_rule
         self.precision, self.device = precision, torch.device(device)
         self._body = body
+        self._autocast = PRECISIONS[precision]
 
     def grid(self, height: int, width: int) -> Grid:
         """Return the grid of patch tokens of an image of this size in pixels."""
@@ -94,6 +95,14 @@ class Backbone:
         """
         return self._encode(images, [image for image, _ in views], [shift for _, shift in views])
 
+    def compile_blocks(self) -> None:
+        """Put the blocks through torch.compile; `precision` says so, as tokens move in the last bits.
+
+        The first batch of every size takes longer, by the compiler's time.
+        """
+        self._body.compile_blocks()
+        self.precision = f"{self.precision} compiled"
+
     def _encode(
         self, images: Tensor, image_of: Sequence[int] | None, shifts: Sequence[PositionShift | None]
     ) -> Tensor:
@@ -107,9 +116,8 @@ class Backbone:
         return patches.view(len(patches), grid.rows, grid.cols, self.dim)
 
     def _numerics(self) -> AbstractContextManager[Any]:
-        dtype = PRECISIONS[self.precision]
-        if dtype is not None:
-            return torch.autocast(self.device.type, dtype=dtype)
+        if self._autocast is not None:
+            return torch.autocast(self.device.type, dtype=self._autocast)
         if self.device.type == "cuda":
             # Convolutions default to TF32, which moves tokens by 1e-3.
             return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

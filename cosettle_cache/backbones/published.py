@@ -1,6 +1,6 @@
 """Encoders of the eight families: rows of the registry, and files of a family at any size.
 
-A name and where its weights are come in; a `Backbone` goes out, or what is known of it without its weights.
+A name and where its weights are come in; a `Backbone` goes out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from cosettle_cache.backbones.converters import (
     sort_tensors,
 )
 from cosettle_cache.backbones.encoder import SHIFT_RULE, Backbone
-from cosettle_cache.backbones.families import FAMILIES, IMAGENET_MEAN, IMAGENET_STD, Family
+from cosettle_cache.backbones.families import Family
 from cosettle_cache.backbones.hub import fetch
-from cosettle_cache.backbones.registry import BACKBONES, Architecture, BackboneInfo, unknown_name
-from cosettle_cache.backbones.weights import RANDOM, Weights, file_weights, random_weights, seeded
-from cosettle_cache.errors import InputError, UsageError
+from cosettle_cache.backbones.registry import BACKBONES, RANDOM, Architecture, family_of, make_info, sizeless
+from cosettle_cache.backbones.weights import Weights, file_weights, random_weights, seeded
+from cosettle_cache.errors import UsageError
 
 
 def load(
@@ -45,7 +45,7 @@ def load(
         record = file_weights(path, str(BACKBONES[name].source) if weights is None else None)
     body = VitBody(vit.eval().requires_grad_(False).to(device), family.resize, family.final_norm)
     return Backbone(
-        _info(name, family, architecture),
+        make_info(name, family, architecture),
         body,
         record,
         token_rule=family.token_rule,
@@ -53,26 +53,6 @@ def load(
         device=device,
         precision=precision,
     )
-
-
-def describe(name: str, weights: str | Path | None, heads: int | None) -> BackboneInfo:
-    """Return what the registry or, for a family, the shapes in its file say; weights are not loaded."""
-    family = family_of(name)
-    if name in BACKBONES:
-        return _info(name, family, BACKBONES[name].architecture)
-    if weights is None or str(weights) == RANDOM:
-        raise _sizeless(name)
-    file = sort_tensors(str(weights), family, read_checkpoint(weights))
-    return _info(name, family, infer_architecture(file, _checked_heads(heads)))
-
-
-def family_of(name: str) -> Family:
-    """Return the family of a registry name or of a family's own name."""
-    if name in BACKBONES:
-        return BACKBONES[name].family
-    if name in FAMILIES:
-        return FAMILIES[name]
-    raise unknown_name(name)
 
 
 def make_vit(family: Family, architecture: Architecture) -> VisionTransformer:
@@ -134,7 +114,7 @@ def _folded(file: EncoderFile, state: dict[str, Tensor], architecture: Architect
 
 def _random(name: str, family: Family, seed: int) -> tuple[Architecture, VisionTransformer, Weights]:
     if name not in BACKBONES:
-        raise _sizeless(name)
+        raise sizeless(name)
     architecture = BACKBONES[name].architecture
     vit = seeded(seed, partial(make_vit, family, architecture))
     return architecture, vit, random_weights(name, seed, vit)
@@ -142,13 +122,13 @@ def _random(name: str, family: Family, seed: int) -> tuple[Architecture, VisionT
 
 def _fetched(name: str) -> Path:
     if name not in BACKBONES:
-        raise _sizeless(name)
+        raise sizeless(name)
     return fetch(name, BACKBONES[name].source)
 
 
 def _architecture(name: str, file: EncoderFile, heads: int | None) -> Architecture:
     if name not in BACKBONES:
-        return infer_architecture(file, _checked_heads(heads, file))
+        return infer_architecture(file, heads)
     if heads not in {None, BACKBONES[name].architecture.heads}:
         raise UsageError(
             f"{name} has its own number of heads",
@@ -157,32 +137,3 @@ def _architecture(name: str, file: EncoderFile, heads: int | None) -> Architectu
             hint=f"--backbone {BACKBONES[name].family.name} takes the sizes from the file",
         )
     return BACKBONES[name].architecture
-
-
-def _checked_heads(heads: int | None, file: EncoderFile | None = None) -> int | None:
-    weight = file.tensors.get("patch_embed.proj.weight") if file else None
-    width = len(weight) if weight is not None else 0
-    if heads is not None and (heads < 1 or width % heads):
-        raise InputError("the heads do not divide the width", wanted=f"a divisor of {width}", found=heads)
-    return heads
-
-
-def _sizeless(name: str) -> UsageError:
-    sizes = [row.name for row in BACKBONES.values() if row.family.name == name]
-    return UsageError(
-        f"{name} is a family: its sizes come from a weights file",
-        wanted=f"{name} with --weights FILE, or one of {', '.join(sizes)}",
-        found=name,
-    )
-
-
-def _info(name: str, family: Family, architecture: Architecture) -> BackboneInfo:
-    return BackboneInfo(
-        name,
-        family.name,
-        architecture.width,
-        architecture.patch,
-        architecture.grid,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-    )

@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from cosettle_cache.backbones.families import FAMILIES, Family
+from cosettle_cache.backbones.families import FAMILIES, IMAGENET_MEAN, IMAGENET_STD, Family
 from cosettle_cache.errors import UsageError
 from cosettle_cache.types import Grid
 
 #: Prefix of the names of timm's own models.
 TIMM_PREFIX = "timm/"
+#: The value of `weights` that asks for seeded random ones.
+RANDOM = "random"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,12 +222,32 @@ def n_parameters(family: Family, architecture: Architecture) -> int:
     return architecture.depth * block + embed + positions * width + norms
 
 
-def unknown_name(name: str) -> UsageError:
-    """Return the error for a name that is neither a backbone, a family nor a timm model."""
+def make_info(name: str, family: Family, architecture: Architecture) -> BackboneInfo:
+    """Return the description of an encoder of a family."""
+    sizes = architecture
+    return BackboneInfo(name, family.name, sizes.width, sizes.patch, sizes.grid, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def family_of(name: str) -> Family:
+    """Return the family of a published encoder's name or of a family's own name."""
+    if name in BACKBONES:
+        return BACKBONES[name].family
+    if name in FAMILIES:
+        return FAMILIES[name]
     close = difflib.get_close_matches(name, [*BACKBONES, *FAMILIES], n=1)
-    return UsageError(
+    raise UsageError(
         f"there is no backbone named {name!r}",
         wanted="a name of the table, a family with a weights file, or timm/<model id>",
         found=name,
         hint=f"did you mean {close[0]}?" if close else "cosettle-cache backbones lists them",
+    )
+
+
+def sizeless(name: str) -> UsageError:
+    """Return the error for a family's name without a weights file to take the sizes from."""
+    sizes = [row.name for row in BACKBONES.values() if row.family.name == name]
+    return UsageError(
+        f"{name} is a family: its sizes come from a weights file",
+        wanted=f"{name} with --weights FILE, or one of {', '.join(sizes)}",
+        found=name,
     )

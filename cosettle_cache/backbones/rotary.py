@@ -1,9 +1,9 @@
 """Rotary positions (DINOv3, EVA-02, RoPE-ViT): the tables of a grid, plain or shifted.
 
-A shift has no released counterpart here. It is the same idea on coordinates: the coordinates of the grid
-are refined to `int((1 + ratio) * grid)` steps over the same extent, and the crop at the shift's offsets
-is used. Attention between patches sees distances shrunk by `1 + ratio`; the offsets matter to prefix
-tokens and learned frequencies only.
+A shift has no released counterpart here. It is the same idea on coordinates: those of the grid are
+refined to `int((1 + ratio) * grid)` steps over the same extent, and the crop at the shift's offsets is
+used. Attention between patches sees distances shrunk by `1 + ratio`; as rotations are relative, the
+offsets matter to prefix tokens only.
 """
 
 from __future__ import annotations

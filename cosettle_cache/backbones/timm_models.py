@@ -24,8 +24,8 @@ from cosettle_cache.backbones.converters import listing, looks_like, name_lines
 from cosettle_cache.backbones.encoder import SHIFT_RULE, Backbone
 from cosettle_cache.backbones.families import PositionResize
 from cosettle_cache.backbones.hub import fetch
-from cosettle_cache.backbones.registry import TIMM_PREFIX, BackboneInfo, Source
-from cosettle_cache.backbones.weights import RANDOM, Weights, file_weights, random_weights, seeded
+from cosettle_cache.backbones.registry import RANDOM, TIMM_PREFIX, BackboneInfo, Source
+from cosettle_cache.backbones.weights import Weights, file_weights, random_weights, seeded
 from cosettle_cache.errors import CheckpointError, UsageError
 from cosettle_cache.types import Grid
 

@@ -10,10 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from cosettle_cache.backbones.registry import RANDOM
 from cosettle_cache.files import sha256_file
-
-#: The value of `weights` that asks for seeded random ones.
-RANDOM = "random"
 
 Model = TypeVar("Model")
 
