@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cosettle_cache.cli.options import Quiet
-from cosettle_cache.cli.run import run_recipe
+from cosettle_cache.cli.run import report, run_steps
 from cosettle_cache.console import Talk
-from cosettle_cache.errors import CheckpointError, InputError
-from cosettle_cache.recipes import Recipe, read_recipe
+from cosettle_cache.errors import CheckpointError, ExitCode, InputError
+from cosettle_cache.recipes import Recipe, check_expectations, read_recipe
 
 #: The recipe lies beside the package in a checkout and inside it when installed.
 _RECIPE_FOLDERS = (Path(__file__).parents[2] / "pipelines", Path(__file__).parents[1] / "pipelines")
@@ -21,9 +21,12 @@ def demo(quiet: Quiet = False) -> int:
     """
     talk = Talk(quiet=quiet)
     recipe = _with_best_weights(read_recipe(_recipe_path()), talk)
-    code = run_recipe(recipe, talk)
+    code = run_steps(recipe, talk)
+    if code:
+        return code
     talk.result("pictures: demo/sprites/curves.png and demo/propagated/overlays")
-    return code
+    report(recipe, check_expectations(recipe), talk, as_json=False)
+    return int(ExitCode.DONE)
 
 
 def _recipe_path() -> Path:

@@ -14,6 +14,7 @@ from cosettle_cache.cli.entry import exits
 from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
 from cosettle_cache.console import Talk
 from cosettle_cache.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.types import Video
 
 app = typer.Typer(
     no_args_is_help=True, help="Build, check and show manifests (which videos, where, how long)."
@@ -33,6 +34,7 @@ def build(
     out: Annotated[Path | None, typer.Option(help="File to write; default DATASET.parquet.")] = None,
     split: Annotated[str | None, typer.Option(help="Split, for davis and sprites; default val.")] = None,
     dry_run: DryRun = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Build a manifest from a dataset folder.
@@ -49,7 +51,10 @@ def build(
     path = out or Path(f"{dataset}.parquet")
     if not dry_run:
         write_manifest(path, result.manifest)
-    talk.result(f"{path}: {len(result.manifest)} videos, {_frames(result.manifest.videos)} frames")
+    n_videos, n_frames = len(result.manifest), _frames(result.manifest.videos)
+    document = {"out": str(path), "videos": n_videos, "frames": n_frames, "left_out": dict(result.failures)}
+    text = f"{path}: {n_videos} videos, {n_frames} frames"
+    talk.result(json.dumps(document, indent=2) if as_json else text)
     for media, reason in result.failures.items():
         talk.warn(f"left out {media}: {reason}")
     return int(ExitCode.UNCLEAN if result.failures else ExitCode.DONE)
@@ -137,5 +142,5 @@ def _roots(dataset: str, folder: Path | None, data_root: Path | None) -> tuple[P
     return root, root / folder if data_root and folder else root
 
 
-def _frames(videos: tuple[object, ...]) -> int:
-    return sum(getattr(video, "n_frames", 0) for video in videos)
+def _frames(videos: tuple[Video, ...]) -> int:
+    return sum(video.n_frames for video in videos)
