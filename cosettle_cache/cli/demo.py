@@ -7,11 +7,11 @@ from pathlib import Path
 from cosettle_cache.cli.options import Quiet
 from cosettle_cache.cli.run import report, run_steps
 from cosettle_cache.console import Talk
-from cosettle_cache.errors import CheckpointError, ExitCode, InputError
+from cosettle_cache.errors import CheckpointError, ExitCode
 from cosettle_cache.recipes import Recipe, check_expectations, read_recipe
 
-#: The recipe lies beside the package in a checkout and inside it when installed.
-_RECIPE_FOLDERS = (Path(__file__).parents[2] / "pipelines", Path(__file__).parents[1] / "pipelines")
+#: The recipe of the demo, in a checkout; an installed package has no recipes.
+RECIPE = Path(__file__).parents[2] / "pipelines" / "sprites.toml"
 
 
 def demo(quiet: Quiet = False) -> int:
@@ -20,20 +20,13 @@ def demo(quiet: Quiet = False) -> int:
     Example: cosettle-cache demo
     """
     talk = Talk(quiet=quiet)
-    recipe = _with_best_weights(read_recipe(_recipe_path()), talk)
+    recipe = _with_best_weights(read_recipe(RECIPE), talk)
     code = run_steps(recipe, talk)
     if code:
         return code
     talk.result("pictures: demo/sprites/curves.png and demo/propagated/overlays")
     report(recipe, check_expectations(recipe), talk, as_json=False)
     return int(ExitCode.DONE)
-
-
-def _recipe_path() -> Path:
-    for folder in _RECIPE_FOLDERS:
-        if (folder / "sprites.toml").is_file():
-            return folder / "sprites.toml"
-    raise InputError("the demo recipe is missing", wanted="pipelines/sprites.toml")
 
 
 def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
