@@ -15,7 +15,7 @@ _HOMES = {
     "load_projection": "projection",
     "transfer_loss": "losses",
     "make_protocol": "protocols",
-    "propagate": "propagate",
+    "propagate": "propagator",
     "davis_j_and_f": "metrics",
 }
 

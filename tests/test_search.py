@@ -26,7 +26,7 @@ def make_search(protocol, rows=3, cols=4, dim=8, search="torch"):
     return ContextSearch(Grid(rows, cols), dim, protocol, device=CPU, search=search)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(videos(), protocols())
 def test_both_searches_find_the_same(video, protocol):
     tokens, _ = video
@@ -39,7 +39,7 @@ def test_both_searches_find_the_same(video, protocol):
             assert torch.equal(a.count.sum(1), b.count.sum(1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(videos(), protocols())
 def test_neighbours_are_what_they_say(video, protocol):
     tokens, _ = video
