@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -148,6 +149,33 @@ def test_real_vit_tiny_equals_timm(shared_data):
         with torch.inference_mode():
             reference = model.eval().forward_features(images)[:, 1:]
         assert torch.equal(backbone.encode(images).flatten(1, 2), reference)
+
+
+def test_published_weights_come_by_name_from_the_hub_cache(shared_data, tmp_path, monkeypatch):
+    path = shared_data("weights/vit_tiny_patch16_224_in1k.safetensors")
+    repository = tmp_path / "models--timm--vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    (repository / "snapshots/abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    (repository / "snapshots/abc/model.safetensors").symlink_to(path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    named, from_file = (
+        load_backbone("timm/vit_tiny_patch16_224", weights=weights) for weights in (None, path)
+    )
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(named.encode(images), from_file.encode(images))
+    assert named.weights_sha256 == from_file.weights_sha256
+    assert named.weights_source == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k/model.safetensors"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_tokens(tiny):
+    compiled = load_backbone(TINY, weights="random", compiled=True)
+    images, shifts = torch.rand(2, 3, 64, 64), [None, PositionShift(10.0, 1, 2)]
+    assert compiled.precision == "fp32 compiled"
+    torch.testing.assert_close(
+        compiled.encode(images, shifts), tiny.encode(images, shifts), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_tokens_can_be_trained_on(tiny):

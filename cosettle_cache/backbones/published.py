@@ -49,7 +49,7 @@ def load(
         body,
         record,
         token_rule=family.token_rule,
-        position_rule=f"{family.resize}; {SHIFT_RULE}",
+        position_rule=_position_rule(family),
         device=device,
         precision=precision,
     )
@@ -118,6 +118,11 @@ def _random(name: str, family: Family, seed: int) -> tuple[Architecture, VisionT
     architecture = BACKBONES[name].architecture
     vit = seeded(seed, partial(make_vit, family, architecture))
     return architecture, vit, random_weights(name, seed, vit)
+
+
+def _position_rule(family: Family) -> str:
+    at_load = f"the file's brought to {family.file_pixels} px; " if family.file_pixels else ""
+    return f"{at_load}{family.resize}; {SHIFT_RULE}"
 
 
 def _fetched(name: str) -> Path:
