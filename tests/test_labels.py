@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -12,6 +12,7 @@ from cosettle_cache.labels import decode_mask, encode_mask, resize_mask
 from cosettle_cache.types import Grid
 
 
+@settings(max_examples=50, deadline=None)
 @given(hnp.arrays(np.uint8, (32, 48), elements=st.sampled_from([0, 1, 2, 5])))
 def test_a_cell_is_the_mean_of_its_central_four_pixels(mask):
     labels = encode_mask(mask, (32, 48), Grid(2, 3))
@@ -22,6 +23,7 @@ def test_a_cell_is_the_mean_of_its_central_four_pixels(mask):
         assert np.array_equal(labels.label_map[..., channel].numpy(), expected)
 
 
+@settings(max_examples=50, deadline=None)
 @given(hnp.arrays(np.uint8, (3, 4), elements=st.sampled_from([0, 1, 3, 254])))
 def test_masks_of_whole_cells_come_back(cells):
     mask = cells.repeat(16, 0).repeat(16, 1)

@@ -105,6 +105,7 @@ def test_a_radius_beyond_the_grid_is_no_radius(video, window, search):
     assert torch.equal(*found)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 20)), min_size=1, max_size=12), st.floats(0.01, 10)
 )
