@@ -83,17 +83,11 @@ class BackboneInfo:
         return self.grid.rows * self.patch, self.grid.cols * self.patch
 
 
-def _vit(width: int, depth: int, heads: int, patch: int, side: int, **more: int | bool) -> Architecture:
-    grid = Grid(side, side)
+def _vit(
+    width: int, depth: int, heads: int, patch: int, side: int, registers: int = 0, layer_scale: bool = False
+) -> Architecture:
     return Architecture(
-        width,
-        depth,
-        heads,
-        patch,
-        grid,
-        4 * width,
-        registers=int(more.get("registers", 0)),
-        layer_scale=bool(more.get("layer_scale", False)),
+        width, depth, heads, patch, Grid(side, side), 4 * width, registers=registers, layer_scale=layer_scale
     )
 
 
@@ -102,11 +96,20 @@ _S8, _B8 = _vit(384, 12, 6, 8, 28), _vit(768, 12, 12, 8, 28)
 #: Both MAE's and I-JEPA's ViT-H have 16 heads of 80 channels, not width / 64.
 _H14, _H16_448 = _vit(1280, 32, 16, 14, 16), _vit(1280, 32, 16, 16, 28)
 
+#: MoCo v3's ViT-S has 12 heads of 32 channels.
+_MOCO_S16 = _vit(384, 12, 12, 16, 14)
+#: The paper's own DINOv2.
+_DINOV2_B16 = _vit(768, 12, 12, 16, 14, registers=4, layer_scale=True)
+
 _META = "https://dl.fbaipublicfiles.com/"
 _IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/"
 _BLIP = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
 _CLIP = "https://openaipublic.azureedge.net/clip/models/"
-_NC, _APACHE, _MIT = "CC-BY-NC-4.0", "Apache-2.0", "MIT"
+_CLIP_B16 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+_CLIP_L14 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+_NC, _APACHE, _BSD, _MIT = "CC-BY-NC-4.0", "Apache-2.0", "BSD-3-Clause", "MIT"
+
+Row = tuple[str, str, Architecture, Source]
 
 
 def _hub(model: str, licence: str) -> Source:
@@ -121,39 +124,26 @@ def _clip(sha256: str, file: str) -> Source:
     return _url(_CLIP, f"{sha256}/{file}", _MIT, sha256)
 
 
-def _dinov2(width: int, depth: int, registers: int) -> Architecture:
-    return _vit(width, depth, width // 64, 14, 37, registers=registers, layer_scale=True)
+def _metas_dinov2(size: str, width: int, depth: int, registers: int = 0) -> Row:
+    sizes = _vit(width, depth, width // 64, 14, 37, registers, layer_scale=True)
+    suffix, file = ("_reg", f"_reg{registers}") if registers else ("", "")
+    path = f"dinov2/dinov2_vit{size}/dinov2_vit{size}{file}_pretrain.pth"
+    return f"dinov2_{size}{suffix}", "dinov2", sizes, _url(_META, path, _APACHE)
 
 
-_ROWS: tuple[tuple[str, str, Architecture, Source], ...] = (
+_ROWS: tuple[Row, ...] = (
     ("mae_b", "mae", _B16, _hub("vit_base_patch16_224.mae", _NC)),
     ("mae_l", "mae", _L16, _hub("vit_large_patch16_224.mae", _NC)),
     ("mae_h", "mae", _H14, _hub("vit_huge_patch14_224.mae", _NC)),
     ("ijepa_b", "ijepa", _B16, Source("ijepa-ep800.pth.tar", "not stated")),
     ("ijepa_h14", "ijepa", _H14, _url(_META, "ijepa/IN1K-vit.h.14-300e.pth.tar", _NC)),
     ("ijepa_h16_448", "ijepa", _H16_448, _url(_META, "ijepa/IN1K-vit.h.16-448px-300e.pth.tar", _NC)),
-    (
-        "clip_b",
-        "clip",
-        _B16,
-        _clip("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
-    ),
-    (
-        "clip_l14",
-        "clip",
-        _vit(1024, 24, 16, 14, 16),
-        _clip("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
-    ),
-    ("blip_b", "blip", _B16, _url(_BLIP, "model_base_retrieval_coco.pth", "BSD-3-Clause")),
-    ("blip_l", "blip", _L16, _url(_BLIP, "model_large_retrieval_coco.pth", "BSD-3-Clause")),
+    ("clip_b", "clip", _B16, _clip(_CLIP_B16, "ViT-B-16.pt")),
+    ("clip_l14", "clip", _vit(1024, 24, 16, 14, 16), _clip(_CLIP_L14, "ViT-L-14.pt")),
+    ("blip_b", "blip", _B16, _url(_BLIP, "model_base_retrieval_coco.pth", _BSD)),
+    ("blip_l", "blip", _L16, _url(_BLIP, "model_large_retrieval_coco.pth", _BSD)),
     ("mocov3_b", "mocov3", _B16, _url(_META, "moco-v3/vit-b-300ep/vit-b-300ep.pth.tar", _NC)),
-    # MoCo v3's ViT-S has 12 heads of 32 channels.
-    (
-        "mocov3_s",
-        "mocov3",
-        _vit(384, 12, 12, 16, 14),
-        _url(_META, "moco-v3/vit-s-300ep/vit-s-300ep.pth.tar", _NC),
-    ),
+    ("mocov3_s", "mocov3", _MOCO_S16, _url(_META, "moco-v3/vit-s-300ep/vit-s-300ep.pth.tar", _NC)),
     ("dino_b", "dino", _B16, _hub("vit_base_patch16_224.dino", _APACHE)),
     ("dino_b8", "dino", _B8, _hub("vit_base_patch8_224.dino", _APACHE)),
     ("dino_s", "dino", _S16, _hub("vit_small_patch16_224.dino", _APACHE)),
@@ -161,48 +151,13 @@ _ROWS: tuple[tuple[str, str, Architecture, Source], ...] = (
     ("ibot_b", "ibot", _B16, _url(_IBOT, "vitb_16/checkpoint_teacher.pth", _APACHE)),
     ("ibot_s", "ibot", _S16, _url(_IBOT, "vits_16/checkpoint_teacher.pth", _APACHE)),
     ("ibot_l", "ibot", _L16, _url(_IBOT, "vitl_16/checkpoint_teacher.pth", _APACHE)),
-    (
-        "dinov2_b",
-        "dinov2",
-        _vit(768, 12, 12, 16, 14, registers=4, layer_scale=True),
-        Source("checkpoint.pth", "not stated"),
-    ),
-    (
-        "dinov2_s14",
-        "dinov2",
-        _dinov2(384, 12, 0),
-        _url(_META, "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth", _APACHE),
-    ),
-    (
-        "dinov2_b14",
-        "dinov2",
-        _dinov2(768, 12, 0),
-        _url(_META, "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", _APACHE),
-    ),
-    (
-        "dinov2_l14",
-        "dinov2",
-        _dinov2(1024, 24, 0),
-        _url(_META, "dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth", _APACHE),
-    ),
-    (
-        "dinov2_s14_reg",
-        "dinov2",
-        _dinov2(384, 12, 4),
-        _url(_META, "dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", _APACHE),
-    ),
-    (
-        "dinov2_b14_reg",
-        "dinov2",
-        _dinov2(768, 12, 4),
-        _url(_META, "dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", _APACHE),
-    ),
-    (
-        "dinov2_l14_reg",
-        "dinov2",
-        _dinov2(1024, 24, 4),
-        _url(_META, "dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth", _APACHE),
-    ),
+    ("dinov2_b", "dinov2", _DINOV2_B16, Source("checkpoint.pth", "not stated")),
+    _metas_dinov2("s14", 384, 12),
+    _metas_dinov2("b14", 768, 12),
+    _metas_dinov2("l14", 1024, 24),
+    _metas_dinov2("s14", 384, 12, registers=4),
+    _metas_dinov2("b14", 768, 12, registers=4),
+    _metas_dinov2("l14", 1024, 24, registers=4),
 )
 BACKBONES: dict[str, NamedBackbone] = {
     name: NamedBackbone(name, FAMILIES[family], architecture, source)
