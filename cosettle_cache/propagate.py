@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -329,3 +331,16 @@ def _peak_memory_bytes() -> int:
     """Return the most resident memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Room(ModuleType):
+    """This module, callable: the room and the public function have one name (`cosettle_cache.propagate`).
+
+    Importing the room binds that name to the module, so whichever came first, calling it propagates.
+    """
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Tensor:
+        return propagate(*arguments, **settings)
+
+
+sys.modules[__name__].__class__ = _Room
