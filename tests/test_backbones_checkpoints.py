@@ -60,6 +60,13 @@ def plain_vit(side=2, class_token=True, width=WIDTH):
     return state
 
 
+def sine_vit(**sizes):
+    """Return a plain ViT whose positions are pairs of sine and cosine (MAE, MoCo v3, I-JEPA)."""
+    state = plain_vit(**sizes)
+    angles = torch.linspace(0, 9, state["pos_embed"].shape[1] * WIDTH // 2).view(1, -1, WIDTH // 2)
+    return state | {"pos_embed": torch.cat([angles.sin(), angles.cos()], -1)}
+
+
 def clip_tower():
     """Return a CLIP state dict: visual tower, and a stump of the text tower."""
     bare = plain_vit()
@@ -77,20 +84,21 @@ def clip_tower():
 
 def layouts():
     """Return (family, document) for the layouts in which the families were published."""
-    bare, nothing = plain_vit(), torch.zeros(1)
+    bare, sines, nothing = plain_vit(), sine_vit(), torch.zeros(1)
     scales = {
         f"blocks.{block}.{name}.gamma": torch.ones(WIDTH) for block in (0, 1) for name in ("ls1", "ls2")
     }
     registers = bare | scales | {"register_tokens": torch.zeros(1, 4, WIDTH), "mask_token": nothing}
     chunked = {name.replace("blocks.", "blocks.0."): tensor for name, tensor in registers.items()}
     adapter = {"adapter.adapter.adapter_linear.weight": torch.zeros(WIDTH, WIDTH)}
-    moco = prefixed("momentum_encoder.", bare | {"head.0.weight": nothing}) | prefixed("base_encoder.", bare)
+    moco = prefixed("momentum_encoder.", sines | {"head.0.weight": nothing})
+    moco |= prefixed("base_encoder.", sines)
     teacher = prefixed("backbone.", bare) | {"head.mlp.0.bias": nothing}
     return {
-        "mae": ("mae", {"model": bare}),
-        "mae pretraining": ("mae", {"model": bare | {"mask_token": nothing, "decoder_norm.bias": nothing}}),
-        "mae of the authors, data parallel": ("mae", {"model": prefixed("module.", bare | adapter)}),
-        "ijepa": ("ijepa", {"encoder": prefixed("module.", plain_vit(class_token=False)), "epoch": 800}),
+        "mae": ("mae", {"model": sines}),
+        "mae pretraining": ("mae", {"model": sines | {"mask_token": nothing, "decoder_norm.bias": nothing}}),
+        "mae of the authors, data parallel": ("mae", {"model": prefixed("module.", sines | adapter)}),
+        "ijepa": ("ijepa", {"encoder": prefixed("module.", sine_vit(class_token=False)), "epoch": 800}),
         "clip": ("clip", clip_tower()),
         "blip": ("blip", {"model": prefixed("visual_encoder.", plain_vit(24)) | {"temp": nothing}}),
         "blip of the authors": ("blip", {"model": plain_vit(14) | adapter}),
@@ -150,7 +158,16 @@ def test_the_same_tensors_give_the_same_tokens_in_every_format(tmp_path, suffix)
         torch.save(plain_vit(), path, _use_new_zipfile_serialization=suffix == ".pth")
     torch.save({"model": plain_vit()}, tmp_path / "wrapped.pth")
     tokens = encode(load_backbone("dino", weights=path))
-    assert torch.equal(tokens, encode(load_backbone("mae", weights=tmp_path / "wrapped.pth")))
+    assert torch.equal(tokens, encode(load_backbone("ibot", weights=tmp_path / "wrapped.pth")))
+
+
+@pytest.mark.parametrize(("family", "file"), [("mae", "dino"), ("dino", "mae"), ("ibot", "mocov3")])
+def test_equal_layouts_are_told_apart_by_their_positions(tmp_path, family, file):
+    vit = plain_vit() if file == "dino" else sine_vit()
+    torch.save({"model": {name: tensor.half() for name, tensor in vit.items()}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=f"is not a checkpoint of the {family} family") as caught:
+        load_backbone(family, weights=tmp_path / "file.pth")
+    assert file in caught.value.found
 
 
 def test_a_torchscript_archive_gives_its_state_dict_without_running(tmp_path):

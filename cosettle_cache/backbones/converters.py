@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cosettle_cache.backbones.families import Family
+from cosettle_cache.backbones.families import FAMILIES, Family
 from cosettle_cache.backbones.registry import BACKBONES, Architecture
 from cosettle_cache.errors import CheckpointError, InputError
 from cosettle_cache.types import Grid
@@ -22,6 +22,8 @@ from cosettle_cache.types import Grid
 _PROJECTION = re.compile(r"(^|\.)adapter\.")
 #: The tensors whose shapes give the sizes.
 _SIZED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+#: Relative error of a squared length that half precision may cause.
+SINE_TOLERANCE = 0.01
 _PLAIN = "a plain ViT (mae, dino, ibot, or the encoder of blip or mocov3 alone)"
 _LOOKS: tuple[tuple[str, str], ...] = (
     (r"^visual\.layer1\.", "CLIP with a ResNet"),
@@ -123,6 +125,35 @@ def check_tensors(file: EncoderFile, wanted: Mapping[str, tuple[int, ...]]) -> N
     ]
     if missing or left_over or misshapen or file.family.required not in {"", *found}:
         raise _misfit(file, missing, left_over, misshapen)
+
+
+def check_positions(file: EncoderFile) -> None:
+    """Raise an error when the file's positions are fixed where the family learns them, or the reverse.
+
+    The layouts of mae, dino and ibot are equal otherwise.
+    """
+    has_sines = has_sine_positions(file.tensors["pos_embed"])
+    if has_sines == file.family.sine_positions:
+        return
+    kinds = {True: "fixed sine-cosine positions", False: "learned positions"}
+    alike = [name for name, family in FAMILIES.items() if family.sine_positions == has_sines]
+    raise CheckpointError(
+        f"{file.path} is not a checkpoint of the {file.family.name} family",
+        wanted=kinds[file.family.sine_positions],
+        found=f"{kinds[has_sines]}, as in {', '.join(alike)}",
+        hint="--backbone NAME chooses the family; timm/MODEL_ID loads any plain ViT in timm's layout",
+    )
+
+
+def has_sine_positions(positions: Tensor) -> bool:
+    """Say whether rows hold pairs of sine and cosine: then every squared length is half the width.
+
+    A row of zeros, where there is one, is that of CLS.
+    """
+    rows = positions.float().flatten(0, -2)
+    squares = rows[rows.abs().amax(1) > 0].square().sum(1)
+    half = positions.shape[-1] / 2
+    return len(squares) > 0 and bool(((squares - half).abs() <= SINE_TOLERANCE * half).all())
 
 
 def looks_like(names: Iterable[str]) -> str:

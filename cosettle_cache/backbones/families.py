@@ -36,7 +36,8 @@ class Family:
     where no name has it the file is taken as bare. `renames` are (published, timm) pairs of name parts.
     `ignored` are known tensors of the encoder that the forward does not use, `outside` known tensors
     beside the stem (regular expressions, both). A file without `required` (timm name) is of another
-    family. `file_pixels`: positions for another image size are brought to this one when a file is loaded.
+    family. `sine_positions`: fixed sine-cosine positions, which tells otherwise equal layouts apart.
+    `file_pixels`: positions for another image size are brought to this one when a file is loaded.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     required: str = ""
+    sine_positions: bool = False
     file_pixels: int | None = None
     quirks: tuple[str, ...] = ()
 
@@ -91,6 +93,7 @@ FAMILIES: dict[str, Family] = {
             "patch tokens after the final norm",
             PositionResize.SCALE_FACTOR,
             ignored=(_HEAD, r"^decoder_", r"^mask_token$"),
+            sine_positions=True,
             quirks=(
                 _SINCOS,
                 _SCALE,
@@ -107,6 +110,7 @@ FAMILIES: dict[str, Family] = {
             final_norm=FinalNorm.SHIFTED_ONLY,
             class_token=False,
             ignored=(_HEAD,),
+            sine_positions=True,
             quirks=(
                 _SINCOS,
                 _SCALE,
@@ -167,6 +171,7 @@ FAMILIES: dict[str, Family] = {
             stem="momentum_encoder.",
             ignored=(_HEAD,),
             outside=(r"^(base_encoder|predictor)\.",),
+            sine_positions=True,
             quirks=(
                 _SINCOS,
                 _SCALE,

@@ -17,6 +17,7 @@ from cosettle_cache.backbones.body import VitBody
 from cosettle_cache.backbones.checkpoints import read_checkpoint
 from cosettle_cache.backbones.converters import (
     EncoderFile,
+    check_positions,
     check_tensors,
     file_grid,
     infer_architecture,
@@ -87,6 +88,7 @@ def vit_from_file(file: EncoderFile, architecture: Architecture) -> VisionTransf
     expected = in_file if file.family.file_pixels else architecture.grid
     n_positions = expected.n_tokens + int(file.family.class_token)
     check_tensors(file, shapes | {"pos_embed": (1, n_positions, architecture.width)})
+    check_positions(file)
     state = {name: file.tensors[name].to(torch.float32, copy=True) for name in shapes}
     state |= _folded(file, state, architecture)
     vit.load_state_dict({name: state[name].reshape(shape) for name, shape in shapes.items()}, assign=True)
