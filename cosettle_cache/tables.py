@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from cosettle_cache.errors import InputError
-from cosettle_cache.files import write_durably
+from cosettle_cache.files import make_folder, write_durably
 
 Row = Mapping[str, Any]
 
@@ -44,7 +44,8 @@ def encode_parquet(table: pa.Table) -> bytes:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write `table` as Parquet, or as CSV when `path` ends in .csv."""
+    """Write `table` as Parquet, or as CSV when `path` ends in .csv, into a folder made if need be."""
+    make_folder(path.parent)
     if path.suffix == ".csv":
         sink = pa.BufferOutputStream()
         pa.csv.write_csv(table, sink)
@@ -70,7 +71,8 @@ def _csv_options() -> pa.csv.ConvertOptions:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write `document` as indented JSON."""
+    """Write `document` as indented JSON, into a folder made if need be."""
+    make_folder(path.parent)
     text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     write_durably(path, [text.encode()])
 
