@@ -7,13 +7,14 @@ import json
 import cv2
 import numpy as np
 import pytest
-from cosettle_cache.errors import InputError
-from cosettle_cache.metrics import DavisScorer, boundary_tolerance, davis_j_and_f
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from safetensors.numpy import load_file
+
+from cosettle_cache.errors import InputError
+from cosettle_cache.metrics import DavisScorer, boundary_tolerance, davis_j_and_f
 
 STATISTICS = ("mean", "recall", "decay")
 

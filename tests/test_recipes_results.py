@@ -27,7 +27,7 @@ base_lr = 1e-3
 quiet = true
 [[step]]
 command = "propagate"
-projection = ["a b.safetensors", "c.safetensors"]
+projection = ["a b.st", "c.st"]
 [expect]
 summary = "SUMMARY"
 hardware = "two cores"
@@ -77,7 +77,7 @@ def test_steps_are_the_lines_one_would_type(tmp_path: Path) -> None:
     assert [step.line for step in recipe.steps] == [
         "cosettle-cache manifest build folder clips --out c.parquet --data-root /data",
         "cosettle-cache train --features s.zarr --base-lr 0.001 --quiet",
-        "cosettle-cache propagate --projection 'a b.safetensors' --projection c.safetensors --data-root /data",
+        "cosettle-cache propagate --projection 'a b.st' --projection c.st --data-root /data",
     ]
     assert recipe.option("features") == "s.zarr"
     assert "--features" not in recipe.without_option("features").steps[1].arguments
