@@ -40,8 +40,9 @@ def load(name: str, weights: str | Path | None, device: torch.device, precision:
     elif weights is None:
         vit, record = _pretrained(name, model_id)
     else:
-        vit, record = _create(model_id), file_weights(Path(weights))
-        load_strictly(vit, Path(weights))
+        vit = _create(model_id)
+        load_strictly(vit, Path(weights))  # names a file that cannot be read
+        record = file_weights(Path(weights))
     body = VitBody(vit.eval().requires_grad_(False).to(device), PositionResize.ANTIALIAS)
     return Backbone(
         info,
