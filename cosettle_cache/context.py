@@ -113,10 +113,7 @@ class ContextSearch:
 
     def _in_first(self, queries: Float32[Tensor, "col row dim"], first: Keys) -> Neighbors:
         similarity, position, slot = self._rank(queries, first, self._first_slabs)
-        copies = (
-            max(0, self._protocol.n_context + 1 - self._n_seen) if self._protocol.first_frame_copies else 0
-        )
-        count = 1 + copies * self._is_near(position).int()
+        count = 1 + self._n_copies() * self._is_near(position).int()
         return Neighbors(slot, position, similarity, count.masked_fill(similarity.isneginf(), 0))
 
     def _n_copies(self) -> int:

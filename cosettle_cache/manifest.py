@@ -112,7 +112,8 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_row(video: Video, where: str) -> None:
-    for path in (video.media, video.labels):
+    # The id names the folder that masks go to.
+    for path in (video.video_id, video.media, video.labels):
         if path is not None and not is_safe_path(path):
             raise InputError(f"{where} has an unsafe path", wanted="a relative path without ..", found=path)
     if video.n_frames < 1 or video.first_frame < 0:

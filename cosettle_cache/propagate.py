@@ -45,6 +45,8 @@ __all__ = ["PropagationReport", "Propagator", "StageSeconds", "check_store", "pr
 #: Name of the tokens as the encoder gave them, beside the projections' names.
 RAW = "raw"
 OVERLAYS = ("none", "first", "all")
+#: The benchmark scores neither the first nor the last frame.
+MIN_SCORED_FRAMES = 3
 #: Where overlays go, beside one folder of masks per kind of tokens.
 OVERLAY_FOLDER = "overlays"
 
@@ -74,8 +76,10 @@ class StageSeconds:
 class PropagationReport:
     """What one run of `propagate_store` did.
 
-    `scores` has one row per video, kind of tokens and object, for videos annotated throughout; `failures`
-    maps video ids to reasons; `n_frames` counts frames once, however many projections shared them.
+    `scores` has one row per video, kind of tokens and object, for videos annotated throughout and at least
+    three frames long; `failures`
+    maps video ids to reasons; `n_frames` counts frames once, however many projections shared them. `error`
+    is what ended the run early (no space left, say); the scores until then are kept.
     """
 
     scores: tuple[Score, ...]
@@ -84,6 +88,7 @@ class PropagationReport:
     seconds: StageSeconds
     peak_memory_bytes: int
     interrupted: bool
+    error: OutputError | None = None
 
 
 def propagate_store(
@@ -201,6 +206,7 @@ class _Run:
     failures: dict[str, str] = field(default_factory=dict)
     n_videos: int = 0
     n_frames: int = 0
+    error: OutputError | None = None
 
     def propagate(self, overlays: str, stop: Event) -> PropagationReport:
         videos = self.store.manifest.videos
@@ -214,21 +220,25 @@ class _Run:
             failures=self.failures,
             seconds=self.seconds,
             peak_memory_bytes=_peak_memory_bytes(),
-            interrupted=self.n_videos < len(videos),
+            interrupted=self.n_videos < len(videos) and self.error is None,
+            error=self.error,
         )
 
     def _propagate_videos(self, videos: Sequence[Video], overlays: str, stop: Event) -> None:
         drawings: dict[str, Future[None]] = {}
         # Overlays are drawn beside the propagation, from what is on disk.
-        with ThreadPoolExecutor(1, "overlays") as painter:
+        painter = ThreadPoolExecutor(1, "overlays")
+        try:
             for video in videos:
-                if stop.is_set():
+                if stop.is_set() or self.error:
                     break
                 sequence = self._try_video(video)
                 if sequence and (overlays == "all" or (overlays == "first" and not drawings)):
                     drawings[video.video_id] = painter.submit(self._draw, sequence)
             with self.seconds.timed("wait_overlays"):
                 self._collect(drawings)
+        finally:
+            painter.shutdown(cancel_futures=True)
 
     def _try_video(self, video: Video) -> DavisSequence | None:
         self.n_videos += 1
@@ -237,6 +247,9 @@ class _Run:
             self.scores.extend(self._propagate_video(sequence))
         except (InputError, DamagedStoreError) as error:
             self.failures[video.video_id] = error.summary
+            return None
+        except OutputError as error:
+            self.error = error
             return None
         return sequence
 
@@ -254,7 +267,7 @@ class _Run:
                 self._keep(track, name, mask, truth)
             self.n_frames += 1
             self.progress.advance()
-        if len(sequence.labelled) < video.n_frames:
+        if len(sequence.labelled) < video.n_frames or video.n_frames < MIN_SCORED_FRAMES:
             return []
         return [self._score(video, track, item) for track in tracks for item in track.scorer.finish()]
 
@@ -325,6 +338,9 @@ class _Run:
                 drawing.result()
             except (InputError, OutputError) as error:
                 self.failures[video_id] = f"its overlays: {error.summary}"
+            except Exception as error:
+                # Whatever went wrong in a picture, the scores are worth more.
+                self.failures[video_id] = f"its overlays: {error!r}"
 
 
 def _peak_memory_bytes() -> int:

@@ -155,8 +155,14 @@ def _option(key: str, value: Any) -> list[str]:
 
 def _expectations(expect: Mapping[str, Any]) -> list[Expectation]:
     kinds = {key: value for key, value in expect.items() if isinstance(value, Mapping)}
-    return [
-        Expectation(tokens, metric, float(entry["value"]), float(entry["tolerance"]))
-        for tokens, metrics in kinds.items()
-        for metric, entry in metrics.items()
-    ]
+    try:
+        return [
+            Expectation(tokens, metric, float(entry["value"]), float(entry["tolerance"]))
+            for tokens, metrics in kinds.items()
+            for metric, entry in metrics.items()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        wanted = "METRIC = { value = NUMBER, tolerance = NUMBER }"
+        raise InputError(
+            "an expectation of the recipe is malformed", wanted=wanted, found=repr(error)
+        ) from error

@@ -19,6 +19,8 @@ from cosettle_cache.types import Score
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 SCHEMA = pa.schema([(name, _ARROW[kind]) for name, kind in get_type_hints(Score).items()])
 
+SCORES_FILE, SUMMARY_FILE = "scores.parquet", "summary.json"
+
 #: Fields that must agree within one summary; they are reported once.
 PROVENANCE = (
     "task",
@@ -63,10 +65,16 @@ def sequence_means(scores: Sequence[Score]) -> list[tuple[str, list[Mean]]]:
 
 def write_scores(folder: Path, scores: Sequence[Score]) -> tuple[Path, Path]:
     """Write `scores.parquet` (all rows) and `summary.json` (means and provenance) into `folder`."""
-    rows, summary = folder / "scores.parquet", folder / "summary.json"
+    rows, summary = folder / SCORES_FILE, folder / SUMMARY_FILE
     tables.write_table(rows, tables.make_table([asdict(score) for score in scores], SCHEMA))
     tables.write_json(summary, summary_json(scores))
     return rows, summary
+
+
+def remove_scores(folder: Path) -> None:
+    """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
+    for name in (SCORES_FILE, SUMMARY_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_scores(path: Path) -> list[Score]:

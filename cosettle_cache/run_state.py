@@ -83,7 +83,8 @@ class FiguresLog:
         with output_errors(path):
             self._file = path.open("ab")
             found = self._file.seek(0, os.SEEK_END)
-            self._file.truncate(n_bytes)
+            if found >= n_bytes:
+                self._file.truncate(n_bytes)
         if found < n_bytes:
             self._file.close()
             raise InputError(
@@ -148,8 +149,8 @@ _UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueErr
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU; raise `CheckpointError` when it is damaged or none of ours."""
-    data = io.BytesIO(path.read_bytes())
     try:
+        data = io.BytesIO(path.read_bytes())
         return Checkpoint(**torch.load(data, map_location="cpu", weights_only=True))
     except _UNREADABLE as error:
         raise CheckpointError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
 from cosettle_cache.errors import UsageError
 from cosettle_cache.protocols import check_protocol, list_protocols, make_protocol
-from cosettle_cache.types import EvalProtocol
 
 
 def test_the_cosettle_preset_is_table_8c():
@@ -59,6 +58,21 @@ def test_a_protocol_made_by_hand_is_checked_as_well():
         check_protocol(replace(make_protocol(), window="ring"))
 
 
-def test_every_field_changes_the_json():
-    names = {item.name for item in fields(EvalProtocol)}
-    assert names == set(make_protocol().to_json())
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", "480x832"),
+        ("top_k", 5),
+        ("n_context", 7),
+        ("radius", 12.0),
+        ("temperature", 0.1),
+        ("window", "square"),
+        ("mask_first", True),
+        ("first_frame_copies", False),
+    ],
+)
+def test_every_field_shows_in_name_and_json(field, value):
+    changed, preset = make_protocol(**{field: value}), make_protocol()
+    assert changed.name == f"cosettle {field}={value}"
+    differing = {key for key, item in changed.to_json().items() if item != preset.to_json()[key]}
+    assert differing == {"name", field}

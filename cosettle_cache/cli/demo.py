@@ -30,10 +30,16 @@ def demo(quiet: Quiet = False) -> int:
 
 
 def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
-    """Return the recipe with published weights where the hub can be reached, else as it is: seeded random."""
+    """Return the recipe with published weights where the hub can be reached, else as it is: seeded random.
+
+    A demo that was run before keeps the weights it had.
+    """
     from cosettle_cache.backbones import load_backbone
 
     name = recipe.option("backbone")
+    if (before := _earlier_weights(Path(recipe.option("features")))) is not None:
+        talk.note(f"encoder: {name} with the weights of the earlier demo ({before})")
+        return recipe if before == recipe.option("weights") else recipe.without_option("weights")
     try:
         load_backbone(name)
     except CheckpointError as error:
@@ -41,3 +47,12 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
         return recipe
     talk.note(f"encoder: {name} with its published weights")
     return recipe.without_option("weights")
+
+
+def _earlier_weights(features: Path) -> str | None:
+    """Return which weights an existing store was made with, None where there is none."""
+    if not features.exists():
+        return None
+    from cosettle_cache.store import open_store
+
+    return open_store(features).encoder["weights_argument"] or "published"

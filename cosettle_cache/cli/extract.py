@@ -40,7 +40,7 @@ def extract(
     shifted: Annotated[
         int, typer.Option(min=0, help="Shifted encodings per frame (frames).")
     ] = _FRAMES.n_shifted,
-    seed: Annotated[int, typer.Option(help="Seed of frame choice, crops and shifts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of frame choice, crops and shifts.")] = 0,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 arithmetic in the encoder.")] = "fp32",
     heads: Annotated[int | None, typer.Option(help="Attention heads, where width/64 is wrong.")] = None,

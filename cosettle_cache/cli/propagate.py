@@ -22,7 +22,7 @@ from cosettle_cache.cli.options import (
 )
 from cosettle_cache.config import FramesSettings
 from cosettle_cache.console import Talk, human_bytes, human_seconds
-from cosettle_cache.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.errors import ExitCode, FingerprintError, UncleanError, UsageError
 from cosettle_cache.protocols import make_protocol
 from cosettle_cache.types import EvalProtocol
 
@@ -108,6 +108,7 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
     store, data_root, failed = _features(request, protocol, talk)
     projections = _projections(request, store, talk)
     out = request.out or Path("runs") / f"{request.task}-{store.path.stem}"
+    results.remove_scores(out)
     talk.note(f"protocol: {json.dumps(protocol.to_json())}")
     with interruptible(talk, "video") as stop:
         report = propagate_store(
@@ -123,15 +124,16 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
             progress=talk.progress("propagate"),
             stop=stop,
         )
-    if report.scores:
-        results.write_scores(out, report.scores)
-        _print(report, out, talk, as_json)
+    results.write_scores(out, report.scores)
+    _print(report, out, talk, as_json)
+    if report.error:
+        raise report.error
     if report.interrupted:
         return int(ExitCode.INTERRUPTED)
     failures = {**failed, **report.failures}
     if failures:
         details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
-        raise UncleanError(f"{len(failures)} videos were not propagated", details=details)
+        raise UncleanError(f"{len(failures)} videos had failures", details=details)
     return int(ExitCode.DONE)
 
 
@@ -191,10 +193,35 @@ def _projections(request: Request, store: FeatureStore, talk: Talk) -> list[tupl
 
     paths = list(request.projections)
     if not paths and request.features is None and DEFAULT_PROJECTION.is_file():
-        talk.note(f"projection: {DEFAULT_PROJECTION}")
-        paths = [DEFAULT_PROJECTION]
+        paths = _default_projection(store, talk)
+    for path in paths:
+        _check_encoder(path, store)
     dim = store.arrays[0].n_channels
     return [(_projection_name(path), load_projection(path, dim=dim)) for path in paths]
+
+
+def _default_projection(store: FeatureStore, talk: Talk) -> list[Path]:
+    """Return the projection that `train` leaves, if it was trained on tokens of the store's encoder."""
+    try:
+        _check_encoder(DEFAULT_PROJECTION, store)
+    except FingerprintError:
+        talk.note(f"{DEFAULT_PROJECTION} is of another encoder: raw tokens only")
+        return []
+    talk.note(f"projection: {DEFAULT_PROJECTION}")
+    return [DEFAULT_PROJECTION]
+
+
+def _check_encoder(path: Path, store: FeatureStore) -> None:
+    """Raise `FingerprintError` when our own file says that it was trained on another encoder's tokens."""
+    from cosettle_cache.projection import read_provenance
+
+    trained_on = read_provenance(path).get("weights_sha256", store.fingerprint.weights_sha256)
+    if trained_on != store.fingerprint.weights_sha256:
+        raise FingerprintError(
+            f"{path} was trained on tokens of another encoder than {store.path} holds",
+            wanted=f"weights {store.fingerprint.weights_sha256[:12]} ({store.fingerprint.backbone})",
+            found=f"weights {trained_on[:12]} ({read_provenance(path).get('backbone', 'unknown')})",
+        )
 
 
 def _projection_name(path: Path) -> str:
@@ -208,8 +235,11 @@ def _print(report: PropagationReport, out: Path, talk: Talk, as_json: bool) -> N
     if as_json:
         talk.result(json.dumps(summary_json(report.scores), indent=2))
         return
-    header, rows = score_table(report.scores)
-    talk.table(f"{report.scores[0].protocol}, {report.scores[0].dataset}: percent", header, rows)
+    if report.scores:
+        header, rows = score_table(report.scores)
+        talk.table(f"{report.scores[0].protocol}, {report.scores[0].dataset}: percent", header, rows)
+    else:
+        talk.note("nothing was scored: no video is annotated throughout")
     talk.result(
         f"{report.n_frames} frames in {human_seconds(report.seconds.total)}, "
         f"peak memory {human_bytes(report.peak_memory_bytes)}"

@@ -31,7 +31,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = _DEFAULT.batch_size,
     base_lr: Annotated[float, typer.Option(help="Learning rate per 256 samples.")] = _DEFAULT.base_lr,
     weight_decay: Annotated[float, typer.Option(help="On matrices only.")] = _DEFAULT.weight_decay,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation and order.")] = _DEFAULT.seed,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of initialisation and order.")] = _DEFAULT.seed,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = _DEFAULT.checkpoint_every,
     device: Device = None,
     dry_run: DryRun = False,
@@ -80,14 +80,20 @@ def _train(
         talk.result(json.dumps({"out": str(out), **plan.to_json()}, indent=2))
         return int(ExitCode.DONE)
     talk.note(f"{out}: {settings.head} head, {plan.n_steps} steps of {plan.batch_size} samples of {features}")
+    for warning in plan.warnings:
+        talk.warn(warning)
     with interruptible(talk, "step") as stop:
         report = train_room(
             store, settings, out, device=pick_device(device), progress=talk.progress("train"), stop=stop
         )
-    for warning in report.warnings:
-        talk.warn(warning)
     if as_json:
         talk.result(json.dumps(report.to_json(), indent=2))
+    elif report.interrupted:
+        talk.result(
+            f"{out}: stopped after {report.steps_before + report.steps} of {plan.n_steps} steps; run again"
+        )
+    elif report.steps == 0:
+        talk.result(f"{out / 'projection.safetensors'}: all {plan.n_steps} steps were done already")
     else:
         talk.result(
             f"{out / 'projection.safetensors'}: {report.steps} steps, {report.samples} samples, "
