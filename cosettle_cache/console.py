@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 from cosettle_cache.errors import CosettleError
 
@@ -167,7 +168,7 @@ class Talk:
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # plain: a name may hold what looks like markup
         width = None if self._out.is_terminal else 200
         Console(no_color=_no_color(), width=width).print(table)
 

@@ -96,17 +96,20 @@ def extract(
     *,
     batch_size: int = 16,
     decode_threads: int = 2,
+    retry_failed: bool = False,
     progress: Progress = SILENT,
     stop: Event | None = None,
 ) -> ExtractReport:
     """Encode every slot of `plan` that `writer` has not committed; `stop` ends after the slot in hand.
+
+    With `retry_failed` slots that list failed videos are encoded again as well.
 
     A video that cannot be decoded is recorded in the store and in the report and does not end the run.
     Raises `OutputError` when the store cannot be written; committed slots stay.
     """
     videos = {video.video_id: video for video in manifest}
     run = _Extraction(plan, videos, data_root, backbone, writer, batch_size, progress, stop or Event())
-    return run.run(decode_threads)
+    return run.run(writer.todo(retry_failed=retry_failed), decode_threads)
 
 
 @dataclass(slots=True)
@@ -166,12 +169,13 @@ class _Extraction:
     failures: dict[str, str] = field(default_factory=dict)
     n_encodings: int = 0
 
-    def run(self, decode_threads: int) -> ExtractReport:
-        todo = self.writer.todo()
+    def run(self, todo: Sequence[int], decode_threads: int) -> ExtractReport:
         self.progress.start(sum(self.plan.slot_length(index) for index in todo), "images")
-        with self.clock.stage("total"):
-            n_slots = self._encode_slots(todo, decode_threads)
-        self.progress.finish()
+        try:
+            with self.clock.stage("total"):
+                n_slots = self._encode_slots(todo, decode_threads)
+        finally:
+            self.progress.finish()
         return ExtractReport(
             n_slots=n_slots,
             n_slots_before=self.plan.n_slots - len(todo),

@@ -25,6 +25,8 @@ _OUTPUT_REASONS = {
     errno.EPERM: "the folder is not writable",
     errno.ENOENT: "the folder does not exist (any more)",
     errno.EEXIST: "a file of that name is in the way",
+    errno.EISDIR: "there is a folder of that name",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "a part of the path is a file",
     errno.EIO: "the device reports an input/output error",
 }

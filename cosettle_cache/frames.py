@@ -41,6 +41,16 @@ VIDEO_SUFFIXES = frozenset(
     }
 )
 
+#: What the decoders raise for files that are broken, something else, or absurdly large.
+_UNDECODABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    av.FFmpegError,
+)
+
 Image8 = UInt8[np.ndarray, "height width 3"]
 
 
@@ -244,6 +254,6 @@ def decode_errors(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", hint="cosettle-cache manifest check MANIFEST") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, av.FFmpegError) as error:
+    except _UNDECODABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MediaError(f"{path} cannot be decoded", found=reason) from error

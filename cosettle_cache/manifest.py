@@ -67,7 +67,7 @@ def manifest_from_table(table: pa.Table, origin: str = "the manifest") -> Manife
 
 def read_manifest(path: Path) -> Manifest:
     """Read a Parquet or CSV manifest."""
-    return manifest_from_table(tables.read_table(path), str(path))
+    return manifest_from_table(tables.read_table(path, SCHEMA), str(path))
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -90,6 +90,9 @@ def select_videos(manifest: Manifest, wanted: tuple[str, ...]) -> Manifest:
 
 
 def _video(row: Mapping[str, Any], number: int, origin: str) -> Video:
+    empty = [name for name in _REQUIRED if row.get(name) is None]
+    if empty:
+        raise InputError(f"row {number} of {origin} has no {empty[0]}", wanted=", ".join(_REQUIRED))
     values = {name: _DEFAULTS[name] if row.get(name) is None else row[name] for name in _DEFAULTS}
     try:
         video = Video(**_typed(values))

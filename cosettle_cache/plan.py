@@ -232,10 +232,10 @@ def choose_pair(n_frames: int, gap: float, first: float, second: float) -> tuple
     """Return two frame indices `int(gap * n_frames)` apart from two uniform numbers in [0, 1).
 
     Frame 0 is never the first of a pair; clips of up to four frames, or too short for the gap, give two
-    independent frames (released sampler, PROTOCOLS 7.3).
+    independent frames (also where the gap leaves no pair) (released sampler, PROTOCOLS 7.3).
     """
     distance = int(gap * n_frames + 1e-9)  # 0.15 * 20 must be 3 in binary floating point as well
-    if n_frames <= 4 or distance < 1:
+    if n_frames <= 4 or distance < 1 or n_frames - distance < 2:
         return int(first * n_frames), int(second * n_frames)
     start = 1 + int(first * (n_frames - distance - 1))
     return start, start + distance

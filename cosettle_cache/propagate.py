@@ -211,9 +211,11 @@ class _Run:
     def propagate(self, overlays: str, stop: Event) -> PropagationReport:
         videos = self.store.manifest.videos
         self.progress.start(sum(video.n_frames for video in videos), "frames")
-        with self.seconds.timed("total"):
-            self._propagate_videos(videos, overlays, stop)
-        self.progress.finish()
+        try:
+            with self.seconds.timed("total"):
+                self._propagate_videos(videos, overlays, stop)
+        finally:
+            self.progress.finish()
         return PropagationReport(
             scores=tuple(self.scores),
             n_frames=self.n_frames,

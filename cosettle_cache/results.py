@@ -63,11 +63,14 @@ def sequence_means(scores: Sequence[Score]) -> list[tuple[str, list[Mean]]]:
     return [(video_id, mean_scores(list(rows))) for video_id, rows in grouped]
 
 
-def write_scores(folder: Path, scores: Sequence[Score]) -> tuple[Path, Path]:
-    """Write `scores.parquet` (all rows) and `summary.json` (means and provenance) into `folder`."""
+def write_scores(folder: Path, scores: Sequence[Score], *, complete: bool = True) -> tuple[Path, Path]:
+    """Write `scores.parquet` (all rows) and `summary.json` (means and provenance) into `folder`.
+
+    `complete` says whether every video had its turn; it stands in the summary.
+    """
     rows, summary = folder / SCORES_FILE, folder / SUMMARY_FILE
     tables.write_table(rows, tables.make_table([asdict(score) for score in scores], SCHEMA))
-    tables.write_json(summary, summary_json(scores))
+    tables.write_json(summary, {"complete": complete, **summary_json(scores)})
     return rows, summary
 
 

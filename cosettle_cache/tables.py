@@ -54,20 +54,26 @@ def write_table(path: Path, table: pa.Table) -> None:
         write_durably(path, [encode_parquet(table)])
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read a Parquet or CSV file; raise `InputError` when it is missing or is neither."""
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """Read a Parquet or CSV file; raise `InputError` when it is missing or is neither.
+
+    `schema` gives the types of a CSV file's columns, which the file itself cannot say.
+    """
     if not path.is_file():
         raise InputError(f"{path} does not exist", wanted="a Parquet or CSV file")
     try:
         if path.suffix == ".csv":
-            return pa.csv.read_csv(path, convert_options=_csv_options())
+            return pa.csv.read_csv(path, convert_options=_csv_options(schema))
         return pa.parquet.read_table(path, partitioning=None)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a readable table", found=str(error).splitlines()[0]) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is not a readable table", found=reason) from error
 
 
-def _csv_options() -> pa.csv.ConvertOptions:
-    return pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""])
+def _csv_options(schema: pa.Schema | None) -> pa.csv.ConvertOptions:
+    # Without types a name such as 0001 would be read as the number 1.
+    types = {} if schema is None else {field.name: field.type for field in schema}
+    return pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
 
 
 def write_json(path: Path, document: Any) -> None:

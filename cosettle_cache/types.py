@@ -6,7 +6,7 @@ Nothing here touches disk, decodes an image or imports torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -291,8 +291,3 @@ class Score:
     def jf_mean(self) -> float:
         """Mean of J and F, the benchmark's main figure."""
         return (self.j_mean + self.f_mean) / 2
-
-    @classmethod
-    def columns(cls) -> list[str]:
-        """Names of the fields, in order."""
-        return [item.name for item in fields(cls)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from PIL import Image
 from cosettle_cache.cli import app, run_command
 from cosettle_cache.cli.reference import reference
 from cosettle_cache.datasets.davis import write_mask
+from cosettle_cache.projection import Projection, save_projection
 from cosettle_cache.results import read_scores
+from cosettle_cache.store import open_store
 
 RANDOM = ["--backbone", "timm/test_vit", "--weights", "random"]
 HEAVY = {"torch", "timm", "zarr", "faiss", "pyarrow", "cv2", "av", "matplotlib", "scipy"}
@@ -156,7 +159,7 @@ def test_dry_runs_write_nothing(davis: Path, tmp_path: Path, capsys: pytest.Capt
         ("fly", 2, "fly"),
         ("extract --backbone mae_x", 2, "mae_"),
         ("extract --backbone timm/test_vit --weights random --size 60", 3, "multiple of the patch"),
-        ("extract --backbone timm/test_vit --weights random --size 4x4", 2, "square"),
+        ("extract --backbone timm/test_vit --weights random --size 4x8", 2, "square"),
         ("extract --backbone timm/test_vit --weights none.pth", 3, "none.pth"),
         ("extract --backbone timm/test_vit --manifest none.parquet", 3, "none.parquet does not exist"),
         ("train --features none.zarr", 3, "none.zarr does not exist"),
@@ -221,6 +224,60 @@ def test_a_bad_frame_costs_only_its_video(
     assert "two" in capsys.readouterr().err
     assert {score.video_id for score in read_scores(Path("o/scores.parquet"))} == {"one"}
     assert run("manifest", "check", "d.parquet", "--data-root", own_davis, "--decode") == 4
+    assert run("extract", *RANDOM, *options) == 4
+    frames = own_davis / "DAVIS/JPEGImages/480p"
+    shutil.copy(frames / "one/00003.jpg", frames / "two/00003.jpg")
+    assert run("extract", *RANDOM, *options) == 4
+    assert run("extract", *RANDOM, *options, "--retry-failed") == 0
+    assert run("extract", *RANDOM, *options) == 0
+
+
+def test_a_projection_of_another_encoder_is_refused(
+    davis: Path, davis_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_projection(Path("p.safetensors"), Projection(64), {"weights_sha256": "0" * 64, "backbone": "other"})
+    options = propagate_options(davis_store, davis)
+    assert run("propagate", *options, "--projection", "p.safetensors") == 3
+    assert "trained on tokens of another encoder" in capsys.readouterr().err
+
+
+def test_first_masks_alone_give_masks_and_say_so(
+    own_davis: Path, davis_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (own_davis / "DAVIS/Annotations").rglob("*.png"):
+        if path.name != "00000.png":
+            path.unlink()
+    assert run("propagate", *propagate_options(davis_store, own_davis), "--out", "o", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["means"] == {}
+    assert len(list(Path("o/raw").rglob("*.png"))) == 12
+
+
+@pytest.mark.parametrize(
+    "command", ["extract --backbone timm/test_vit --weights random", "train --features s"]
+)
+def test_devices_that_are_not_there(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("gpu", "cuda:99", "mps"):
+        run("extract", *RANDOM, "--views", 1, "--out", "s", "--quiet")
+        assert run(*command.split(), "--device", device) == 2
+        assert device in capsys.readouterr().err
+
+
+def test_the_first_interrupt_finishes_the_slot(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "cosettle_cache.cli", "extract", *RANDOM, "--views", "20"]
+    process = subprocess.Popen(
+        [*words, "--slot-encodings", "60", "--batch", "1", "--out", "s.zarr"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "images to do" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate()[1]
+    assert process.returncode == 130
+    assert "finishing the slot in hand" in rest
+    assert open_store("s.zarr").slot_states()["done"] >= 1
 
 
 def test_other_settings_are_listed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -61,6 +62,26 @@ def test_any_names_survive(video_ids: list[str]) -> None:
     assert manifest_from_table(manifest_table(Manifest(videos))).videos == videos
 
 
+def test_csv_keeps_names_that_look_like_numbers(tmp_path: Path) -> None:
+    manifest = Manifest((replace(VIDEO, video_id="0001", media="0001", class_name="7"),))
+    write_manifest(tmp_path / "m.csv", manifest)
+    assert read_manifest(tmp_path / "m.csv").videos == manifest.videos
+    (tmp_path / "m.csv").write_text((tmp_path / "m.csv").read_text().replace('"0001","0001"', ',"0001"', 1))
+    with pytest.raises(InputError, match=r"row 1 of .* has no video_id"):
+        read_manifest(tmp_path / "m.csv")
+
+
+def test_every_damaged_byte_of_a_manifest_is_an_input_error(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "m.parquet", MANIFEST)
+    whole = (tmp_path / "m.parquet").read_bytes()
+    for position in range(0, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x55
+        (tmp_path / "m.parquet").write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            read_manifest(tmp_path / "m.parquet")
+
+
 def test_the_digest_sees_rows_not_provenance() -> None:
     assert manifest_digest(Manifest(MANIFEST.videos)) == manifest_digest(MANIFEST)
     changed = Manifest((replace(VIDEO, n_frames=21), MASKED))
@@ -71,6 +92,7 @@ def test_the_digest_sees_rows_not_provenance() -> None:
     ("changes", "said"),
     [
         ({"media": "/etc/passwd"}, "unsafe path"),
+        ({"video_id": "../../x"}, "unsafe path"),
         ({"media": "../x"}, "unsafe path"),
         ({"labels": "a/../../b"}, "unsafe path"),
         ({"media": "c:\\x"}, "unsafe path"),

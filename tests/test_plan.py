@@ -89,6 +89,13 @@ def test_another_seed_is_another_plan() -> None:
     assert first != second
 
 
+@given(st.integers(1, 60), st.floats(0, 1), uniform, uniform)
+def test_pairs_of_any_gap_are_frames_of_the_clip(
+    n_frames: int, gap: float, first: float, second: float
+) -> None:
+    assert all(0 <= frame < n_frames for frame in choose_pair(n_frames, gap, first, second))
+
+
 @given(st.integers(1, 300), uniform, uniform)
 def test_pairs_keep_the_released_gap(n_frames: int, first: float, second: float) -> None:
     a, b = choose_pair(n_frames, 0.15, first, second)

@@ -43,7 +43,6 @@ def fetch(name: str, source: Source) -> Path:
 def _from_hub(name: str, source: Source) -> Path:
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     cached = huggingface_hub.try_to_load_from_cache(source.hub_id, source.file)
     if isinstance(cached, str):
@@ -51,8 +50,10 @@ def _from_hub(name: str, source: Source) -> Path:
     _check_online(name, source, constants.ENDPOINT)
     try:
         return Path(huggingface_hub.hf_hub_download(source.hub_id, source.file))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise _unreachable(name, source, str(error).splitlines()[0]) from error
+    except Exception as error:
+        # The client's own, its transport's and the system's errors all mean that the file is not here.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _unreachable(name, source, reason) from error
 
 
 def _from_url(name: str, source: Source) -> Path:

@@ -49,7 +49,7 @@ def load(
         make_info(name, family, architecture),
         body,
         record,
-        token_rule=family.token_rule,
+        token_rule=f"{family.token_rule}; {architecture.heads} heads",
         position_rule=_position_rule(family),
         device=device,
         precision=precision,

@@ -51,9 +51,13 @@ def media_root(manifest: Manifest, data_root: Path | None) -> Path:
         return ensure_sprites()
     if data_root is None:
         raise UsageError("the media of this manifest are not known to be anywhere", hint="--data-root FOLDER")
+    _check_root(data_root)
+    return data_root
+
+
+def _check_root(data_root: Path) -> None:
     if not data_root.is_dir():
         raise InputError(f"{data_root} is not a folder", wanted="the data root", hint="--data-root FOLDER")
-    return data_root
 
 
 def training_data(data_root: Path | None, talk: Talk) -> Data:
@@ -80,6 +84,7 @@ def _find(
         data = sprites_data(split)
         talk.note(f"no --data-root given: using the {data.origin}")
         return data
+    _check_root(data_root)
     for layout, name in folders:
         if _has_layout(layout, data_root / name):
             return _build(layout, data_root / name, data_root, split, talk)

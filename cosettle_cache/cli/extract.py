@@ -47,6 +47,7 @@ def extract(
     batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Threads that prepare images.")] = None,
     slot_encodings: Annotated[int | None, typer.Option(min=1, help="Encodings per slot (shard).")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Encode failed slots again.")] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -81,6 +82,7 @@ def extract(
         decode_threads,
         slot_encodings,
         heads,
+        retry_failed,
     )
     if dry_run:
         summary = asdict(summarise_plan(job, plan_job(job)))
@@ -99,6 +101,7 @@ def _settings(
 ) -> PairsSettings | FramesSettings:
     if plan is PlanKind.FRAMES:
         return FramesSettings(size=size or _FRAMES.size, every=every, n_shifted=shifted, seed=seed)
-    if size is not None and not size.isdigit():
+    side, _, other = (size or str(_PAIRS.size)).partition("x")
+    if not side.isdigit() or other not in ("", side):
         raise typer.BadParameter(f"a pairs plan has square images: --size 224, not {size}")
-    return PairsSettings(n_views=views, gap=gap, size=int(size or _PAIRS.size), seed=seed)
+    return PairsSettings(n_views=views, gap=gap, size=int(side), seed=seed)

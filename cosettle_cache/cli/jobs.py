@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ class StoreJob:
     decode_threads: int | None = None
     slot_encodings: int | None = None
     heads: int | None = None
+    retry_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +97,10 @@ def note_plan(summary: PlanSummary, talk: Talk) -> None:
 
 
 def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
-    """Fill the store of a job, resuming what is there."""
+    """Fill the store of a job, resuming what is there; the report's failures are those of the whole store."""
     from cosettle_cache.backbones import load_backbone
     from cosettle_cache.extract import extract, make_fingerprint
-    from cosettle_cache.store import StoreWriter
+    from cosettle_cache.store import StoreWriter, open_store
 
     plan = plan_job(job)
     note_plan(summarise_plan(job, plan), talk)
@@ -112,6 +113,7 @@ def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
         "name": backbone.name,
         "weights_source": backbone.weights_source,
         "weights_argument": job.weights,
+        "heads_argument": job.heads,
         "patch": backbone.patch,
         "dim": backbone.dim,
         "mean": list(backbone.mean),
@@ -120,7 +122,7 @@ def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
     fingerprint = make_fingerprint(backbone, plan, manifest)
     writer = StoreWriter.create_or_resume(job.out, plan.arrays, fingerprint, manifest, encoder)
     with interruptible(talk, "slot") as stop:
-        return extract(
+        report = extract(
             plan,
             manifest,
             job.data.root,
@@ -128,16 +130,20 @@ def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
             writer,
             batch_size=job.batch_size or _batch_size(plan, device),
             decode_threads=job.decode_threads or min(4, os.cpu_count() or 1),
+            retry_failed=job.retry_failed,
             progress=talk.progress("extract"),
             stop=stop,
         )
+    return replace(report, failures=dict(open_store(job.out).failures))
 
 
 def report_lines(job: StoreJob, report: ExtractReport) -> list[str]:
     """Return what a finished extraction prints."""
     failed = [f"failed: {video_id}: {reason}" for video_id, reason in report.failures.items()]
+    if failed and not job.retry_failed:
+        failed.append("after mending them, the same command with --retry-failed encodes their slots again")
     if not report.n_slots and not report.interrupted:
-        return [f"{job.out}: all {report.n_slots_before} slots were there already"]
+        return [f"{job.out}: all {report.n_slots_before} slots were there already", *failed]
     seconds = report.seconds
     resumed = f" ({report.n_slots_before} slots were there already)" if report.n_slots_before else ""
     stages = (

@@ -96,7 +96,7 @@ def check(
 def show(manifest: ManifestPath, as_json: Json = False) -> None:
     """Print what a manifest holds.
 
-    Example: cosettle-cache manifest show data_manifests/davis2017_val.parquet
+    Example: cosettle-cache manifest show clips.parquet
     """
     from cosettle_cache.manifest import manifest_digest, read_manifest
 

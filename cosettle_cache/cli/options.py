@@ -57,7 +57,7 @@ def interruptible(talk: Talk, unit: str) -> Iterator[Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        talk.note(f"finishing the {unit} in hand; Ctrl-C again stops at once")
+        talk.warn(f"finishing the {unit} in hand; Ctrl-C again stops at once")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +21,9 @@ from cosettle_cache.cli.options import (
     interruptible,
     pick_device,
 )
-from cosettle_cache.config import FramesSettings
+from cosettle_cache.config import FramesSettings, digest
 from cosettle_cache.console import Talk, human_bytes, human_seconds
-from cosettle_cache.errors import ExitCode, FingerprintError, UncleanError, UsageError
+from cosettle_cache.errors import ExitCode, FingerprintError, InputError, UncleanError, UsageError
 from cosettle_cache.protocols import make_protocol
 from cosettle_cache.types import EvalProtocol
 
@@ -35,6 +36,22 @@ if TYPE_CHECKING:
 DEFAULT_STORE = Path("store.zarr")
 DEFAULT_PROJECTION = Path("runs/store/projection.safetensors")
 DEFAULT_BACKBONE = "mae_b"
+
+
+class Overlays(StrEnum):
+    """Which videos get pictures."""
+
+    NONE = "none"
+    FIRST = "first"
+    ALL = "all"
+
+
+class Search(StrEnum):
+    """Who ranks the context."""
+
+    AUTO = "auto"
+    FAISS = "faiss"
+    TORCH = "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +85,8 @@ def propagate(
     weights: Weights = None,
     data_root: DataRoot = None,
     out: Annotated[Path | None, typer.Option(help="Folder for masks, overlays, scores.")] = None,
-    overlays: Annotated[str, typer.Option(help="none, first (one video) or all.")] = "first",
-    search: Annotated[str, typer.Option(help="auto, faiss or torch; all exact.")] = "auto",
+    overlays: Annotated[Overlays, typer.Option(help="Of no, one or all videos.")] = Overlays.FIRST,
+    search: Annotated[Search, typer.Option(help="All are exact.")] = Search.AUTO,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="Of an encoder run on the way.")] = "fp32",
     dry_run: DryRun = False,
@@ -96,9 +113,16 @@ def propagate(
         precision,
     )
     if dry_run:
+        _check_paths(request)
         talk.result(json.dumps({"protocol": chosen.to_json(), **_plain(request)}, indent=2))
         return int(ExitCode.DONE)
     return _propagate(request, chosen, talk, as_json)
+
+
+def _check_paths(request: Request) -> None:
+    for path in filter(None, (request.features, *request.projections)):
+        if not path.exists():
+            raise InputError(f"{path} does not exist", wanted="a store or a projection")
 
 
 def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bool) -> int:
@@ -124,7 +148,7 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
             progress=talk.progress("propagate"),
             stop=stop,
         )
-    results.write_scores(out, report.scores)
+    results.write_scores(out, report.scores, complete=not (report.interrupted or report.error))
     _print(report, out, talk, as_json)
     if report.error:
         raise report.error
@@ -162,13 +186,23 @@ def _make_store(
     request: Request, protocol: EvalProtocol, data: Data, talk: Talk
 ) -> tuple[Path, dict[str, str]]:
     from cosettle_cache.cli.jobs import StoreJob, run_job
+    from cosettle_cache.manifest import manifest_digest
 
-    backbone, weights = _encoder(request, talk)
-    name = re.sub("[/:]", "-", f"{request.task}-{backbone}-{protocol.size}.zarr")
+    backbone, weights, heads = _encoder(request, talk)
+    # The same task with other videos or weights is another store.
+    mark = digest([manifest_digest(data.manifest), weights, heads])[:8]
+    name = re.sub("[/:]", "-", f"{request.task}-{backbone}-{protocol.size}-{mark}.zarr")
     talk.note(f"no --features given: encoding {data.origin} with {backbone} into {name}")
     settings = FramesSettings(size=protocol.size)
     job = StoreJob(
-        data, backbone, weights, settings, Path(name), device=request.device, precision=request.precision
+        data,
+        backbone,
+        weights,
+        settings,
+        Path(name),
+        device=request.device,
+        precision=request.precision,
+        heads=heads,
     )
     report = run_job(job, talk)
     if report.interrupted:
@@ -176,16 +210,17 @@ def _make_store(
     return job.out, {**data.failures, **report.failures}
 
 
-def _encoder(request: Request, talk: Talk) -> tuple[str, str | None]:
-    """Return the encoder asked for, else the one of the store that `extract` leaves, else the default."""
+def _encoder(request: Request, talk: Talk) -> tuple[str, str | None, int | None]:
+    """Return name, weights and heads: as asked for, of the store `extract` leaves, or the default."""
     from cosettle_cache.cli.jobs import find_weights
     from cosettle_cache.store import open_store
 
     if request.backbone is not None or not DEFAULT_STORE.exists():
-        return request.backbone or DEFAULT_BACKBONE, find_weights(request.weights, request.data_root)
+        return request.backbone or DEFAULT_BACKBONE, find_weights(request.weights, request.data_root), None
     encoder = open_store(DEFAULT_STORE).encoder
     talk.note(f"encoder of {DEFAULT_STORE}: {encoder['name']}, weights {encoder['weights_argument']}")
-    return encoder["name"], request.weights or encoder["weights_argument"]
+    weights = find_weights(request.weights or encoder["weights_argument"], request.data_root)
+    return encoder["name"], weights, encoder["heads_argument"]
 
 
 def _projections(request: Request, store: FeatureStore, talk: Talk) -> list[tuple[str, Any]]:

@@ -18,13 +18,15 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
     """
     problems: dict[str, str] = {}
     progress.start(len(manifest), "videos")
-    for video in manifest:
-        try:
-            _check_video(video, data_root, decode)
-        except MediaError as error:
-            problems[video.video_id] = error.summary
-        progress.advance()
-    progress.finish()
+    try:
+        for video in manifest:
+            try:
+                _check_video(video, data_root, decode)
+            except MediaError as error:
+                problems[video.video_id] = error.summary
+            progress.advance()
+    finally:
+        progress.finish()
     return problems
 
 
