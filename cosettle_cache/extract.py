@@ -27,7 +27,8 @@ from cosettle_cache.manifest import manifest_digest
 from cosettle_cache.plan import Plan
 from cosettle_cache.store import SPEC_VERSION, Shard, StoreWriter
 from cosettle_cache.types import Encoding, Fingerprint, Manifest, MediaKind, Slot, Video
-from cosettle_cache.views import View, Views, make_views, views_rule
+from cosettle_cache.upload import PreparedImage, Upload, Uploader
+from cosettle_cache.views import Views, make_views, views_rule
 
 #: Frames per decode task of a frame folder: small enough to spread over threads.
 FRAMES_PER_TASK = 4
@@ -143,14 +144,7 @@ class _Task:
         return sum(len(items) for items in self.frames.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
-    position: int
-    encoding: Encoding
-    view: View
-
-
-Prepared = tuple[_Task, list[_Image] | MediaError]
+Prepared = tuple[_Task, list[PreparedImage] | MediaError]
 
 
 @dataclass(slots=True)
@@ -240,7 +234,7 @@ class _Extraction:
 
     def _ahead(self, tasks: Iterable[_Task], decoders: ThreadPoolExecutor) -> Iterator[Prepared]:
         """Prepare tasks in threads, yield them in order, hold a bounded number of images."""
-        pending: deque[tuple[_Task, Future[list[_Image] | MediaError]]] = deque()
+        pending: deque[tuple[_Task, Future[list[PreparedImage] | MediaError]]] = deque()
         n_pending = 0
         for task in tasks:
             pending.append((task, decoders.submit(self._prepare, task)))
@@ -252,18 +246,18 @@ class _Extraction:
         for first, future in pending:
             yield first, self._result(future)
 
-    def _result(self, future: Future[list[_Image] | MediaError]) -> list[_Image] | MediaError:
+    def _result(self, future: Future[list[PreparedImage] | MediaError]) -> list[PreparedImage] | MediaError:
         with self.clock.stage("wait_images"):
             return future.result()
 
-    def _prepare(self, task: _Task) -> list[_Image] | MediaError:
-        images: list[_Image] = []
+    def _prepare(self, task: _Task) -> list[PreparedImage] | MediaError:
+        images: list[PreparedImage] = []
         try:
             with self.clock.stage("decode"):
                 decoded = task.reader.read(list(task.frames))
                 for items, image in zip(task.frames.values(), decoded, strict=True):
                     views = task.views.prepare(image, [encoding for _, encoding in items])
-                    images += [_Image(*item, view) for item, view in zip(items, views, strict=True)]
+                    images += [PreparedImage(*item, view) for item, view in zip(items, views, strict=True)]
         except MediaError as error:
             return error
         return images
@@ -273,14 +267,17 @@ class _Extraction:
         slot = first[0].slot
         shard = self.writer.new_shard(slot)
         failures: dict[str, str] = {}
-        for batch in self._batches(chain([first], results), failures):
-            self._encode_batch(batch, shard, failures)
-            self.n_encodings += len(batch)
-            self.progress.advance(len(batch))
+        batches = self._batches(chain([first], results), failures)
+        for upload in Uploader(self.backbone.device).ahead(batches):
+            self._encode(upload, shard, failures)
+            self.n_encodings += len(upload.images)
+            self.progress.advance(len(upload.images))
         return slot, shard, failures
 
-    def _batches(self, results: Iterable[Prepared], failures: dict[str, str]) -> Iterator[list[_Image]]:
-        batch: list[_Image] = []
+    def _batches(
+        self, results: Iterable[Prepared], failures: dict[str, str]
+    ) -> Iterator[list[PreparedImage]]:
+        batch: list[PreparedImage] = []
         for task, result in results:
             if isinstance(result, MediaError):
                 failures[task.reader.video.video_id] = result.summary
@@ -293,14 +290,12 @@ class _Extraction:
         if batch:
             yield batch
 
-    def _encode_batch(self, batch: Sequence[_Image], shard: Shard, failures: dict[str, str]) -> None:
+    def _encode(self, upload: Upload, shard: Shard, failures: dict[str, str]) -> None:
         with self.clock.stage("encode"):
-            pixels = torch.stack([image.view for image in batch]).to(self.backbone.device)
-            tokens = self.backbone.encode(pixels, [image.encoding.shift for image in batch])
-            half = tokens.to(torch.float16)
+            half = self.backbone.encode_views(upload.pixels, upload.views).to(torch.float16)
             finite = half.isfinite().flatten(1).all(dim=1).tolist()
-            shard.tokens[[image.position for image in batch]] = half.cpu().numpy()
-        for image, is_finite in zip(batch, finite, strict=True):
+            shard.tokens[[image.position for image in upload.images]] = half.cpu().numpy()
+        for image, is_finite in zip(upload.images, finite, strict=True):
             if not is_finite:
                 failures[image.encoding.video_id] = NOT_FINITE
 

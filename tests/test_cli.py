@@ -342,3 +342,25 @@ arguments = ["d.parquet"]
     assert run("run", recipe, "--data-root", davis) == 0
     assert "cosettle-cache manifest show d.parquet" in capsys.readouterr().err
     assert Path("d.parquet").exists()
+
+
+@pytest.mark.parametrize("family", ["mae", "ijepa", "clip", "blip", "mocov3", "dino", "ibot", "dinov2"])
+def test_every_family_extracts_from_its_published_file(
+    family: str, davis: Path, davis_store: Path, golden: Callable[[str], Path]
+) -> None:
+    weights = golden(f"backbones/{family}/base.pth")
+    where = [
+        "--manifest",
+        davis_store.parent / "d.parquet",
+        "--data-root",
+        davis,
+        "--out",
+        "s.zarr",
+        "--quiet",
+    ]
+    assert run("extract", "--backbone", family, "--weights", weights, "--views", 1, *where) == 0
+    store = open_store("s.zarr")
+    samples = store.samples(store.sample_ids)
+    assert samples.shape == (2, 3, 14, 14, 128)
+    assert np.isfinite(samples).all()
+    assert np.abs(samples[:, 0].astype(np.float32) - samples[:, 2]).mean() > 1e-3

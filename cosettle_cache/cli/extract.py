@@ -43,6 +43,9 @@ def extract(
     seed: Annotated[int, typer.Option(min=0, help="Seed of frame choice, crops and shifts.")] = 0,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 arithmetic in the encoder.")] = "fp32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Put the encoder through torch.compile.")
+    ] = False,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where width/64 is wrong.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Threads that prepare images.")] = None,
@@ -83,6 +86,7 @@ def extract(
         slot_encodings,
         heads,
         retry_failed,
+        compiled,
     )
     if dry_run:
         summary = asdict(summarise_plan(job, plan_job(job)))

@@ -37,6 +37,7 @@ class StoreJob:
     slot_encodings: int | None = None
     heads: int | None = None
     retry_failed: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,12 @@ def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
     note_plan(summarise_plan(job, plan), talk)
     device = pick_device(job.device)
     backbone = load_backbone(
-        job.backbone, weights=job.weights, device=device, precision=job.precision, heads=job.heads
+        job.backbone,
+        weights=job.weights,
+        device=device,
+        precision=job.precision,
+        heads=job.heads,
+        compiled=job.compiled,
     )
     manifest = job.data.manifest
     encoder = {
