@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from threading import Event
 
 import av
@@ -216,8 +217,20 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_written(run, tmp
 
 def test_an_output_that_cannot_be_written_ends_the_run(run, tmp_path):
     (tmp_path / "out").write_text("a file in the way")
-    with pytest.raises(OutputError):
-        run()
+    report = run()
+    assert isinstance(report.error, OutputError)
+    assert (report.scores, report.interrupted) == ((), False)
+
+
+def test_what_was_scored_before_the_disk_was_full_is_kept(run, tmp_path):
+    videos = [video.video_id for video in run().scores]
+    last = tmp_path / "out" / "raw" / videos[-1]
+    shutil.rmtree(tmp_path / "out")
+    last.parent.mkdir(parents=True)
+    last.write_text("a file in the way of the last video")
+    report = run()
+    assert isinstance(report.error, OutputError)
+    assert {score.video_id for score in report.scores} == set(videos) - {videos[-1]}
 
 
 def test_propagating_leaves_the_projection_as_it_was(run):
