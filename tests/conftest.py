@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no failure; and the gate tries the same examples every time.
+settings.register_profile("gate", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("gate")
 
 # As the command line does, and for the same reason: tests share their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
