@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import faiss
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,18 +23,19 @@ from cosettle_cache.plan import make_plan
 from cosettle_cache.protocols import make_protocol
 from cosettle_cache.types import EvalProtocol, Slot
 
-SEARCHES = ("torch", "faiss")
+#: FAISS is an extra; where it is not installed torch is tested alone.
+SEARCHES = ("torch", "faiss") if importlib.util.find_spec("faiss") else ("torch",)
+
+needs_faiss = pytest.mark.skipif("faiss" not in SEARCHES, reason="faiss is not installed")
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
     """Tensors of tests are too small for threads, which only wait for each other on a busy machine."""
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
     yield
-    torch.set_num_threads(before[0])
-    faiss.omp_set_num_threads(before[1])
+    torch.set_num_threads(before)
 
 
 def dense_oracle(tokens: Tensor, first_labels: Tensor, protocol: EvalProtocol) -> tuple[Tensor, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from propagation_cases import SEARCHES, protocols, single_thread, videos
+from propagation_cases import SEARCHES, needs_faiss, protocols, single_thread, videos
 
 from cosettle_cache.context import ContextSearch, Queue
 from cosettle_cache.errors import InputError, UsageError
@@ -28,6 +28,7 @@ def make_search(protocol, rows=3, cols=4, dim=8, search="torch"):
 
 @settings(max_examples=40, deadline=None)
 @given(videos(), protocols())
+@needs_faiss
 def test_both_searches_find_the_same(video, protocol):
     tokens, _ = video
     _, rows, cols, dim = tokens.shape
@@ -83,6 +84,7 @@ def test_copies_of_the_first_frame_stay_inside_the_window():
 
 
 @pytest.mark.parametrize("k", [1, 7])
+@needs_faiss
 def test_the_certificate_sends_queries_to_the_dense_search(k):
     # Every key outside the window beats every key inside: what FAISS fetches is all hidden.
     queries, blocked = torch.ones(5, 4), torch.ones(5, 40, dtype=torch.bool)
@@ -121,6 +123,7 @@ def test_tokens_that_cannot_be_are_refused(search):
         context.step(torch.full((3, 4, 8), torch.nan))
 
 
+@needs_faiss
 def test_searches_that_cannot_run_are_refused():
     with pytest.raises(UsageError, match="no search"):
         make_ranker("annoy", CPU)
