@@ -38,8 +38,7 @@ def _fit(side: str, target: int, multiple: int, height: int, width: int) -> tupl
     anchor = min(height, width) if side == "short" else max(height, width)
     other = max(height, width) if side == "short" else min(height, width)
     fitted = other * target // anchor // multiple * multiple
-    anchor_is_height = (height == anchor) if height != width else True
-    return (target, fitted) if anchor_is_height else (fitted, target)
+    return (target, fitted) if height == anchor else (fitted, target)
 
 
 def check_grid(height: int, width: int, patch: int, what: str) -> Grid:

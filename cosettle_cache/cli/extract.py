@@ -79,14 +79,14 @@ def extract(
         weights,
         settings,
         out,
-        device,
-        precision,
-        batch,
-        decode_threads,
-        slot_encodings,
-        heads,
-        retry_failed,
-        compiled,
+        device=device,
+        precision=precision,
+        batch_size=batch,
+        decode_threads=decode_threads,
+        slot_encodings=slot_encodings,
+        heads=heads,
+        retry_failed=retry_failed,
+        compiled=compiled,
     )
     if dry_run:
         summary = asdict(summarise_plan(job, plan_job(job)))

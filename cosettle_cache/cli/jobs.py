@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,7 +128,8 @@ def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
     }
     fingerprint = make_fingerprint(backbone, plan, manifest)
     writer = StoreWriter.create_or_resume(job.out, plan.arrays, fingerprint, manifest, encoder)
-    with interruptible(talk, "slot") as stop:
+    # A run of several commands is one process: the store's lock goes with the job, not with the process.
+    with closing(writer), interruptible(talk, "slot") as stop:
         report = extract(
             plan,
             manifest,
