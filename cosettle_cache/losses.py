@@ -1,13 +1,16 @@
 """Co-Settle's objective as pure tensor functions: tokens and a projection in, named loss terms out.
 
-A sample is three encodings of one clip in the order plain a, plain b, shifted a. The reductions are those of
-the released code, which differ from the paper's formulas (PROTOCOLS 7.1); all is computed in float32.
+A sample is several encodings (views) of one clip, as released plain a, plain b, shifted a. The released
+reductions and those that the paper writes stand side by side (PROTOCOLS 7.1, docs/objective.md). All is
+computed in float32, without a branch on a value, so that many heads can be mapped over at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -18,6 +21,9 @@ from cosettle_cache.errors import UsageError
 
 #: Added to a cycle's probabilities before the logarithm (released code).
 PROBABILITY_FLOOR = 1e-6
+
+#: Views of a sample in the order in which the released walk visits them.
+RELEASED_WALK = (0, 1, 2)
 
 TokenMap = Callable[[Tensor], Tensor]
 
@@ -39,24 +45,31 @@ class LossTerms:
 
 def transfer_loss(
     projection: TokenMap,
-    samples: Float[Tensor, "n 3 row col dim"],
+    samples: Float[Tensor, "n view row col dim"],
     *,
     temperature: float = 0.03,
     separability_weight: float = 3.0,
     window: int = 2,
     regularizer: str = "kl",
+    reduction: str = "released",
+    walk: Sequence[int] = RELEASED_WALK,
 ) -> LossTerms:
     """Return `cycle + separability_weight * separability` of a batch of samples, with its monitoring figures.
 
-    Original and projected tokens are both L2-normalised first; pooled tokens are not normalised again. The
-    separability weight acts on a scale of tokens per dimension, 588 / 768 as released (PROTOCOLS 7.1.3).
-    Raises `UsageError` when `window` does not divide the grid or the regulariser is unknown.
+    Original and projected tokens are both L2-normalised first; pooled tokens are not normalised again. `walk`
+    lists the views that the cycle visits, (0, 1, 2, 1, 3) for a palindrome over three frames and the shifted
+    first one; the separability term takes every view of a sample once, visited or not.
+
+    The separability weight acts on a scale of tokens per dimension, 588 / 768 as released (PROTOCOLS 7.1.3).
+    Raises `UsageError` when `window` does not divide the grid, when `walk` leaves the sample, or for an
+    unknown regulariser or reduction.
     """
-    separability_loss = find_regularizer(regularizer)
+    parts = find_reduction(reduction)
+    separability_loss = find_regularizer(regularizer, reduction)
     original = samples.float()
     projected = F.normalize(projection(original), dim=-1)
-    transition = cycle_transition(pool_tokens(projected, window), temperature)
-    cycle = cycle_loss(transition)
+    transition = cycle_transition(pool_tokens(projected, window), temperature, walk)
+    cycle = parts.cycle(transition)
     separability = separability_loss(projected, F.normalize(original, dim=-1))
     with torch.no_grad():
         accuracy, identity = cycle_accuracy(transition), identity_cosine(transition)
@@ -83,22 +96,44 @@ def pool_tokens(
     return tiles.mean(dim=(3, 5)).flatten(2, 3)
 
 
+def check_walk(walk: Sequence[int], n_views: int) -> None:
+    """Raise `UsageError` unless `walk` makes at least one step and stays among `n_views` views."""
+    if len(walk) < 2 or not all(0 <= view < n_views for view in walk):
+        raise UsageError(
+            "the walk does not fit the samples",
+            wanted=f"two or more views out of 0 to {n_views - 1}",
+            found=" ".join(map(str, walk)) or "no views",
+        )
+
+
 def cycle_transition(
-    tokens: Float[Tensor, "n 3 token dim"], temperature: float
+    tokens: Float[Tensor, "n view token dim"], temperature: float, walk: Sequence[int] = RELEASED_WALK
 ) -> Float[Tensor, "n token token"]:
-    """Return the row-stochastic walk plain a -> plain b -> shifted a: softmax(A12 / t) softmax(A23 / t)."""
-    start, middle, end = tokens.unbind(1)
-    there = (start @ middle.mT / temperature).softmax(-1)
-    back = (middle @ end.mT / temperature).softmax(-1)
-    return there @ back
+    """Return the row-stochastic walk through the views: the product of softmax(A / t) over its steps.
+
+    As released: plain a -> plain b -> shifted a.
+    """
+    check_walk(walk, tokens.shape[1])
+    stops = [tokens[:, view] for view in walk]
+    steps = [_step(start, end, temperature) for start, end in pairwise(stops)]
+    return reduce(torch.matmul, steps)
+
+
+def _step(start: Tensor, end: Tensor, temperature: float) -> Tensor:
+    return (start @ end.mT / temperature).softmax(-1)
 
 
 def cycle_loss(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
     """Return the cross entropy of log(P + 1e-6) with the start of each walk, its mean over n * token walks.
 
-    The paper sums over tokens; the released code averages. Chance is ln(token).
+    As released. Chance is ln(token).
     """
     return F.cross_entropy((transition + PROBABILITY_FLOOR).log().flatten(0, 1), _starts(transition))
+
+
+def summed_cycle_loss(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
+    """Return the cross entropy of `cycle_loss` summed over the walks of a sample, mean over n (paper)."""
+    return cycle_loss(transition) * transition.shape[-1]
 
 
 def kl_separability(
@@ -106,31 +141,90 @@ def kl_separability(
 ) -> Float[Tensor, ""]:
     """Return KL(softmax(original) || softmax(projected)) over dim, summed over tokens, mean over n.
 
-    The paper writes the other direction and a mean over tokens, 588 times weaker at the released sizes. On
-    unit vectors both directions are close to tokens / dim * (1 - mean cosine).
+    As released. On unit vectors it is close to tokens / dim * (1 - mean cosine), in either direction.
     """
     divergence = F.kl_div(projected.log_softmax(-1), original.softmax(-1), reduction="sum")
     return divergence / len(projected)
 
 
+def token_mean_kl_separability(
+    projected: Float[Tensor, "n *token dim"], original: Float[Tensor, "n *token dim"]
+) -> Float[Tensor, ""]:
+    """Return KL(softmax(projected) || softmax(original)) over dim, mean over tokens and n (paper, Eq. 3)."""
+    divergence = F.kl_div(original.log_softmax(-1), projected.softmax(-1), reduction="sum")
+    return divergence / _n_vectors(projected)
+
+
+def cosine_separability(
+    projected: Float[Tensor, "n *token dim"], original: Float[Tensor, "n *token dim"]
+) -> Float[Tensor, ""]:
+    """Return tokens / dim * (1 - mean cosine) of unit tokens: nearly the released KL divergence."""
+    return token_mean_cosine_separability(projected, original) * (_n_vectors(projected) / len(projected))
+
+
+def token_mean_cosine_separability(
+    projected: Float[Tensor, "n *token dim"], original: Float[Tensor, "n *token dim"]
+) -> Float[Tensor, ""]:
+    """Return (1 - mean cosine) / dim of unit tokens: nearly the paper's KL divergence."""
+    cosine = (projected * original).sum(-1).mean()
+    return (1 - cosine) / projected.shape[-1]
+
+
 def mse_separability(
     projected: Float[Tensor, "n *token dim"], original: Float[Tensor, "n *token dim"]
 ) -> Float[Tensor, ""]:
-    """Return the squared difference of unit tokens, its mean over samples, tokens and dim (as released)."""
+    """Return the squared difference of unit tokens, its mean over samples, tokens and dim (as released).
+
+    That is 2 / dim * (1 - mean cosine).
+    """
     return F.mse_loss(projected, original)
 
 
+def _n_vectors(tokens: Tensor) -> int:
+    return tokens.numel() // tokens.shape[-1]
+
+
+CycleLoss = Callable[[Tensor], Tensor]
 SeparabilityLoss = Callable[[Tensor, Tensor], Tensor]
 
-#: What keeps projected tokens near the original ones, by the name used in settings.
-REGULARIZERS: Mapping[str, SeparabilityLoss] = {"kl": kl_separability, "mse": mse_separability}
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How walks and tokens are summed up: the cycle term, and the separability term by regulariser."""
+
+    cycle: CycleLoss
+    separability: Mapping[str, SeparabilityLoss]
 
 
-def find_regularizer(name: str) -> SeparabilityLoss:
+#: `released` as the code trains; `token-mean` as the paper writes (PROTOCOLS 7.1.2, 7.1.3).
+REDUCTIONS: Mapping[str, Reduction] = {
+    "released": Reduction(
+        cycle_loss, {"kl": kl_separability, "mse": mse_separability, "cosine": cosine_separability}
+    ),
+    "token-mean": Reduction(
+        summed_cycle_loss,
+        {
+            "kl": token_mean_kl_separability,
+            "mse": mse_separability,
+            "cosine": token_mean_cosine_separability,
+        },
+    ),
+}
+
+
+def find_reduction(name: str) -> Reduction:
+    """Return the reduction called `name`; raise `UsageError` when there is none."""
+    if name not in REDUCTIONS:
+        raise UsageError("unknown reduction", wanted=" or ".join(REDUCTIONS), found=name)
+    return REDUCTIONS[name]
+
+
+def find_regularizer(name: str, reduction: str = "released") -> SeparabilityLoss:
     """Return the separability loss called `name`; raise `UsageError` when there is none."""
-    if name not in REGULARIZERS:
-        raise UsageError("unknown regulariser", wanted=" or ".join(REGULARIZERS), found=name)
-    return REGULARIZERS[name]
+    losses = find_reduction(reduction).separability
+    if name not in losses:
+        raise UsageError("unknown regulariser", wanted=" or ".join(losses), found=name)
+    return losses[name]
 
 
 def cycle_accuracy(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:

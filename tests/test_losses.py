@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.nn.functional import normalize
 
 from cosettle_cache.backbones import load_backbone
 from cosettle_cache.errors import UsageError
-from cosettle_cache.losses import kl_separability, pool_tokens, transfer_loss
+from cosettle_cache.losses import (
+    REDUCTIONS,
+    cosine_separability,
+    cycle_transition,
+    find_regularizer,
+    kl_separability,
+    pool_tokens,
+    token_mean_kl_separability,
+    transfer_loss,
+)
 from cosettle_cache.projection import Projection, load_projection
 from cosettle_cache.types import PositionShift
 
@@ -96,6 +108,91 @@ def test_kl_sums_over_tokens_and_is_nearly_a_cosine_distance() -> None:
     assert backward == pytest.approx(forward, rel=1e-3)
 
 
+def two_sides(dim: int = 768, side: int = 14) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randn(2, 2, 3, side, side, dim, generator=generator, dtype=torch.float64)
+    first, second = normalize(tokens, dim=-1)
+    return first, second
+
+
+def test_the_cosine_regulariser_acts_as_strongly_as_the_kl_divergence() -> None:
+    original, projected = two_sides()
+    for reduction in REDUCTIONS:
+        kl, cosine = (find_regularizer(name, reduction) for name in ("kl", "cosine"))
+        assert cosine(projected, original).item() == pytest.approx(kl(projected, original).item(), rel=2e-3)
+    distance = 1 - (projected * original).sum(-1).mean().item()
+    assert cosine_separability(projected, original).item() == pytest.approx(588 / 768 * distance, rel=1e-9)
+    mse = find_regularizer("mse")(projected, original).item()
+    assert mse == pytest.approx(2 / 768 * distance, rel=1e-9)
+
+
+def test_the_papers_reduction_is_588_times_weaker_and_its_cycle_is_a_sum() -> None:
+    original, projected = two_sides()
+    literal = token_mean_kl_separability(projected, original).item()
+    assert kl_separability(original, projected).item() == pytest.approx(588 * literal, rel=1e-9)
+    p, z = (softmax(side.numpy()) for side in (projected, original))
+    assert literal == pytest.approx((p * np.log(p / z)).sum(-1).mean(), rel=1e-9)
+    samples = torch.randn(2, 3, 4, 4, 8, generator=torch.Generator().manual_seed(0))
+    released, paper = (transfer_loss(lambda x: x, samples, reduction=name) for name in REDUCTIONS)
+    assert paper.cycle.item() == pytest.approx(4 * released.cycle.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("walk", [(0, 2), (0, 1, 2), (0, 1, 2, 1, 3)])
+def test_a_walk_visits_its_views_in_order(walk: tuple[int, ...]) -> None:
+    tokens = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(1))
+    found = cycle_transition(tokens, 0.3, walk).numpy()
+    for sample, transition in zip(tokens.numpy(), found, strict=True):
+        wanted = np.eye(5)
+        for start, end in pairwise(walk):
+            wanted = wanted @ softmax(sample[start] @ sample[end].T / 0.3)
+        assert np.allclose(transition, wanted, atol=1e-6)
+    assert np.allclose(found.sum(-1), 1, atol=1e-5)
+
+
+def test_a_longer_walk_over_the_same_frames_starts_from_the_released_one() -> None:
+    samples = torch.randn(3, 3, 4, 4, 8, generator=torch.Generator().manual_seed(2))
+    longer = torch.cat([samples[:, :2], samples], dim=1)
+    head = Projection(8, init="pytorch")
+    short, same = transfer_loss(head, samples), transfer_loss(head, longer, walk=(2, 3, 4))
+    assert torch.equal(short.cycle, same.cycle)
+    palindrome = transfer_loss(head, longer, walk=(0, 1, 3, 1, 4))
+    assert palindrome.cycle.item() != short.cycle.item()
+    assert palindrome.cycle.requires_grad
+    assert palindrome.separability.requires_grad
+
+
+@pytest.mark.parametrize("walk", [(), (0,), (0, 3), (-1, 0)])
+def test_a_walk_stays_in_the_sample(walk: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="walk does not fit") as raised:
+        transfer_loss(lambda x: x, torch.ones(1, 3, 2, 2, 2), walk=walk)
+    assert raised.value.wanted == "two or more views out of 0 to 2"
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("regularizer", ["kl", "mse", "cosine"])
+def test_many_heads_are_mapped_over_at_once(regularizer: str, reduction: str) -> None:
+    heads = [Projection(8, init="pytorch", seed=seed) for seed in range(2)]
+    samples = torch.randn(3, 3, 4, 4, 8, generator=torch.Generator().manual_seed(4))
+    weights = torch.tensor([1.0, 3.0])
+
+    def total(parameters: dict[str, Tensor], weight: float | Tensor) -> Tensor:
+        def head(tokens: Tensor) -> Tensor:
+            return functional_call(heads[0], parameters, (tokens,))
+
+        terms = transfer_loss(head, samples, regularizer=regularizer, reduction=reduction)
+        return terms.cycle + weight * terms.separability
+
+    stacked, _ = stack_module_state(heads)
+    gradients, values = vmap(grad_and_value(total))(stacked, weights)
+    for number, head in enumerate(heads):
+        alone = total(dict(head.named_parameters()), weights[number].item())
+        alone.backward()
+        assert values[number].item() == pytest.approx(alone.item(), rel=1e-5)
+        wanted = head.linears[0].weight.grad
+        error = (gradients["linears.0.weight"][number] - wanted).norm() / wanted.norm()
+        assert error <= 1e-4
+
+
 def test_pooling_keeps_row_major_order_and_does_not_normalise() -> None:
     tokens = torch.arange(24.0).reshape(1, 1, 4, 6, 1)
     assert pool_tokens(tokens, 2).flatten().tolist() == [3.5, 5.5, 7.5, 15.5, 17.5, 19.5]
@@ -111,6 +208,8 @@ def test_window_must_divide_the_grid(window: int) -> None:
 def test_unknown_regularizer_is_named() -> None:
     with pytest.raises(UsageError, match="unknown regulariser"):
         transfer_loss(lambda x: x, torch.ones(1, 3, 2, 2, 2), regularizer="l1")
+    with pytest.raises(UsageError, match="unknown reduction"):
+        transfer_loss(lambda x: x, torch.ones(1, 3, 2, 2, 2), reduction="mean")
 
 
 def test_half_precision_samples_are_computed_in_float32() -> None:
