@@ -10,7 +10,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -187,10 +187,13 @@ def make_plan(
     patch: int,
     dim: int,
     slot_encodings: int | None = None,
+    dtype: str = "float16",
+    codec: str = "none",
 ) -> Plan:
     """Return the plan of all encodings of `manifest` for an encoder of `patch` pixels and `dim` channels.
 
-    `slot_encodings` overrides the slot size (rounded down to whole samples in a pairs plan). Raises
+    `slot_encodings` overrides the slot size (rounded down to whole samples in a pairs plan); `dtype` and
+    `codec` say how tokens are stored (see `ArrayLayout`). Raises
     `InputError` when an image size is not a multiple of the patch.
     """
     recipe = _make_recipe(settings, patch)
@@ -202,7 +205,8 @@ def make_plan(
     first_slot = 0
     for grid, videos in sorted(by_grid.items()):
         spans = _spans(recipe, videos)
-        layout = _layout(recipe, grid, spans[-1].stop, dim, slot_encodings)
+        whole = ArrayLayout(grid, spans[-1].stop, 1, recipe.chunk_encodings, dim, dtype, codec)
+        layout = replace(whole, slot_encodings=_slot_encodings(recipe, whole, slot_encodings))
         arrays.append(_ArrayPlan(layout, first_slot, spans))
         first_slot += layout.n_slots
     return Plan(recipe, tuple(arrays))
@@ -270,12 +274,10 @@ def _spans(recipe: Recipe, videos: Sequence[Video]) -> tuple[_Span, ...]:
     return tuple(spans)
 
 
-def _layout(
-    recipe: Recipe, grid: Grid, n_encodings: int, dim: int, slot_encodings: int | None
-) -> ArrayLayout:
-    wanted = slot_encodings or min(MAX_SLOT_ENCODINGS, SLOT_BYTES // (grid.n_tokens * dim * 2))
+def _slot_encodings(recipe: Recipe, layout: ArrayLayout, asked: int | None) -> int:
+    wanted = asked or min(MAX_SLOT_ENCODINGS, SLOT_BYTES // layout.encoding_bytes)
     unit = recipe.unit if wanted >= recipe.unit else recipe.chunk_encodings
-    return ArrayLayout(grid, n_encodings, max(wanted // unit, 1) * unit, recipe.chunk_encodings, dim)
+    return max(wanted // unit, 1) * unit
 
 
 def _draw_shift(ratio: float, grid: Grid, draw: Sequence[float]) -> PositionShift:

@@ -119,15 +119,25 @@ class Slot:
     encodings: tuple[Encoding, ...]
 
 
+#: Channels that share a scale in an int8 store.
+SCALE_CHANNELS = 64
+
+
 @dataclass(frozen=True, slots=True)
 class ArrayLayout:
-    """The array of one grid: how many encodings, per slot (shard) and per inner chunk, and how wide."""
+    """The array of one grid: how many encodings, per slot (shard) and per inner chunk, and how wide.
+
+    `dtype` is `float16`, or `int8` (scaled in groups of channels); `codec` compresses the inner chunks:
+    `none` or `zstd`.
+    """
 
     grid: Grid
     n_encodings: int
     slot_encodings: int
     chunk_encodings: int
     n_channels: int
+    dtype: str = "float16"
+    codec: str = "none"
 
     @property
     def n_slots(self) -> int:
@@ -135,9 +145,16 @@ class ArrayLayout:
         return -(-self.n_encodings // self.slot_encodings)
 
     @property
+    def stored_channels(self) -> int:
+        """Length of the array's last axis: int8 tokens carry the bytes of their float16 scales."""
+        if self.dtype == "int8":
+            return self.n_channels + 2 * -(-self.n_channels // SCALE_CHANNELS)
+        return self.n_channels
+
+    @property
     def encoding_bytes(self) -> int:
-        """Bytes of one encoding in float16."""
-        return self.grid.n_tokens * self.n_channels * 2
+        """Bytes of one encoding on disk, before compression."""
+        return self.grid.n_tokens * self.stored_channels * (1 if self.dtype == "int8" else 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from cosettle_cache.config import FramesSettings, PairsSettings
 from cosettle_cache.manifest import manifest_digest
 from cosettle_cache.plan import Plan, make_plan
-from cosettle_cache.store import SPEC_VERSION, StoreWriter
+from cosettle_cache.store import StoreWriter, spec_version
+from cosettle_cache.store.quantization import dequantize, quantize
 from cosettle_cache.types import Fingerprint, Manifest, MediaKind, Slot, Video
 
 PATCH = 16
+
+Where = TypeVar("Where", Path, str)
 
 
 @dataclass(frozen=True)
@@ -28,21 +32,29 @@ class Case:
 
     def fingerprint(self, **changes: object) -> Fingerprint:
         values = {
-            "spec_version": SPEC_VERSION,
+            "spec_version": spec_version(self.dtype, self.codec),
             "backbone": "tiny",
             "weights_sha256": "0" * 64,
             "token_rule": "final norm, patch tokens",
             "position_rule": "none",
             "preprocessing": "none",
             "plan": self.plan.to_json(),
-            "dtype": "float16",
+            "dtype": self.dtype,
             "precision": "float32",
             "manifest_digest": manifest_digest(self.manifest),
             "versions": {"numpy": "2"},
         }
         return Fingerprint(**{**values, **changes})
 
-    def writer(self, path: Path, **changes: object) -> StoreWriter:
+    @property
+    def dtype(self) -> str:
+        return self.plan.arrays[0].dtype
+
+    @property
+    def codec(self) -> str:
+        return self.plan.arrays[0].codec
+
+    def writer(self, path: Path | str, **changes: object) -> StoreWriter:
         fingerprint = self.fingerprint(**changes)
         return StoreWriter.create_or_resume(
             path, self.plan.arrays, fingerprint, self.manifest, {"patch": PATCH}
@@ -61,18 +73,25 @@ class Case:
         writer.commit(slot, shard, failures or {})
 
     def write(
-        self, path: Path, slots: Iterable[int] | None = None, failures: Mapping[str, str] | None = None
-    ) -> Path:
+        self, path: Where, slots: Iterable[int] | None = None, failures: Mapping[str, str] | None = None
+    ) -> Where:
         writer = self.writer(path)
         for index in writer.todo() if slots is None else slots:
             self.commit(writer, index, failures)
         writer.close()
         return path
 
+    def kept_tokens(self, slot: Slot) -> np.ndarray:
+        """Return what a reader must give for the tokens of a slot."""
+        tokens = self.slot_tokens(slot)
+        if self.dtype == "int8":
+            dequantize(quantize(tokens), tokens)
+        return tokens
+
     def array(self, grid: object) -> np.ndarray:
-        """Return all tokens of one array, as they were given to the writer."""
+        """Return all tokens of one array, as a reader must give them."""
         slots = (self.plan.slot(index) for index in range(self.plan.n_slots))
-        return np.concatenate([self.slot_tokens(slot) for slot in slots if slot.grid == grid])
+        return np.concatenate([self.kept_tokens(slot) for slot in slots if slot.grid == grid])
 
 
 def make_manifest(videos: Iterable[tuple[str, int, int, int]]) -> Manifest:
@@ -99,10 +118,14 @@ def frames_case(
     n_shifted: int = 0,
     every: int = 1,
     seed: int = 0,
+    dtype: str = "float16",
+    codec: str = "none",
 ) -> Case:
     manifest = make_manifest(videos)
     settings = FramesSettings(size="native", n_shifted=n_shifted, every=every)
-    plan = make_plan(manifest, settings, patch=PATCH, dim=dim, slot_encodings=slot_encodings)
+    plan = make_plan(
+        manifest, settings, patch=PATCH, dim=dim, slot_encodings=slot_encodings, dtype=dtype, codec=codec
+    )
     return Case(manifest, plan, seed)
 
 
@@ -114,10 +137,14 @@ def pairs_case(
     dim: int = 8,
     slot_encodings: int = 12,
     seed: int = 0,
+    dtype: str = "float16",
+    codec: str = "none",
 ) -> Case:
     manifest = make_manifest((f"clip{number}", 8 + number, 4, 4) for number in range(n_videos))
     settings = PairsSettings(n_views=n_views, size=side * PATCH)
-    plan = make_plan(manifest, settings, patch=PATCH, dim=dim, slot_encodings=slot_encodings)
+    plan = make_plan(
+        manifest, settings, patch=PATCH, dim=dim, slot_encodings=slot_encodings, dtype=dtype, codec=codec
+    )
     return Case(manifest, plan, seed)
 
 

@@ -5,7 +5,7 @@
 """
 
 from cosettle_cache.store.info import ArraySummary, StoreSummary, store_summary
-from cosettle_cache.store.layout import SPEC_VERSION, SlotState
+from cosettle_cache.store.layout import SPEC_VERSION, SlotState, spec_version
 from cosettle_cache.store.reader import FeatureStore, open_store
 from cosettle_cache.store.writer import Shard, StoreWriter
 
@@ -18,5 +18,6 @@ __all__ = [
     "StoreSummary",
     "StoreWriter",
     "open_store",
+    "spec_version",
     "store_summary",
 ]

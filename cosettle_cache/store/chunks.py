@@ -1,117 +1,155 @@
 """Chunks of committed slots: found through the index, read from shards kept open, damage named.
 
-In come an array and a chunk number; out goes the chunk in the caller's memory, or the error that says which
-slot and encodings are damaged or absent.
+In come an array and chunk numbers; out go tokens in the caller's memory, or the error that says which slot
+and encodings are damaged or absent. Raw chunks are read directly, all others through Zarr.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float16, Int64, UInt8
 
 from cosettle_cache.errors import DamagedStoreError, InputError
-from cosettle_cache.store.layout import (
-    BytesError,
-    SlotPlace,
-    SlotTable,
-    chunks_per_shard,
-)
+from cosettle_cache.store.handles import OpenShards, each
+from cosettle_cache.store.layout import BytesError, SlotPlace, SlotTable, chunk_bytes, chunks_per_shard
 from cosettle_cache.store.parts import SCHEMA, Part, committed_shards, describe_rows, read_part
-from cosettle_cache.store.shards import ChunkMissingError, ShardLostError, ShardReader
+from cosettle_cache.store.quantization import dequantize
+from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
+from cosettle_cache.store.storage import ReadStorage
+from cosettle_cache.store.through_zarr import ZarrArrays
 from cosettle_cache.types import ArrayLayout
 
-#: Shards kept open with their parsed index; one costs a file descriptor and 16 bytes per chunk.
-MAX_OPEN_SHARDS = 128
-
-#: Threads that read index parts; each part is a few kB, so this hides latency only.
-_PART_READERS = 4
+Tokens = Float16[np.ndarray, " value"]
 
 
 class ChunkSource:
     """The chunks of the slots that were committed when it was made; any number of threads may share it."""
 
-    def __init__(self, path: Path, arrays: tuple[ArrayLayout, ...]) -> None:
+    def __init__(self, storage: ReadStorage, arrays: tuple[ArrayLayout, ...]) -> None:
         self.slots = SlotTable(arrays)
-        self.committed = _committed_slots(path, self.slots)
-        self._path = path
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
-        self._lock = Lock()
+        self.committed = _committed_slots(storage, self.slots)
+        self._storage = storage
+        self._shards = OpenShards(storage)
+        self._zarr = ZarrArrays(storage)
+        self._firsts = self.slots.firsts
 
-    def read(self, array: int, chunk: int, out: UInt8[np.ndarray, " byte"]) -> None:
-        """Fill `out` with chunk `chunk` of array number `array`.
+    def read(self, array: int, chunk: int, out: Tokens) -> None:
+        """Fill `out` with the tokens of chunk `chunk` of array number `array`.
 
         Raises `InputError` when the store does not hold it, `DamagedStoreError` when it should and cannot.
         """
         place, number = self._locate(array, chunk)
         try:
-            self._reader(place).read_chunk(number, out)
+            self._fetch(place, number, out, wait=True)
         except BytesError:
             # The slot may have been written again since its shard was opened: look once more.
-            self._forget(place)
+            self._shards.forget(place)
             try:
-                self._reader(place).read_chunk(number, out)
+                self._fetch(place, number, out, wait=True)
             except BytesError as fault:
                 raise self._explain(place, number, fault) from fault
+
+    def read_many(
+        self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk value"]
+    ) -> None:
+        """Fill the rows of `out` with the tokens of `chunks`, several at a time; raises what `read` does."""
+        numbers = chunks.tolist()
+        n_shares = min(self._storage.n_readers, len(numbers))
+        if n_shares < 2:
+            self._read_share(array, numbers, out)
+            return
+        bounds = np.linspace(0, len(numbers), n_shares + 1).astype(int).tolist()
+
+        def share(number: int) -> None:
+            part = slice(bounds[number], bounds[number + 1])
+            self._read_share(array, numbers[part], out[part])
+
+        each(self._shards.pool(n_shares), share, n_shares)
 
     def read_index(self) -> pa.Table:
         """Return the rows of all index parts, in array and row order."""
         places = [self.slots.place(int(index)) for index in np.flatnonzero(self.committed)]
-        with ThreadPoolExecutor(_PART_READERS, "index") as pool:
+        with ThreadPoolExecutor(self._storage.n_readers, "index") as pool:
             parts = list(pool.map(self.read_part, places))
         return pa.concat_tables([SCHEMA.empty_table(), *(_plain_table(part) for part in parts)])
 
     def read_part(self, place: SlotPlace) -> Part:
         """Return the index part of a slot; raise `DamagedStoreError` when it is unreadable."""
         try:
-            return read_part(place.part_path(self._path))
+            return read_part(self._storage, place)
         except BytesError as fault:
-            path = place.part_path(self._path)
             rows = f"rows {place.rows.start} to {place.rows.stop - 1}"
             raise DamagedStoreError(
-                f"the index part of {_name(place)} is damaged: {fault}",
-                details=[f"{path}: {rows} of {place.layout.grid}"],
-                hint=_redo(path),
+                f"the index part of {place.title} is damaged: {fault}",
+                details=[f"{self._storage.path}/{place.part_name}: {rows} of {place.layout.grid}"],
+                hint=self._repair_hint,
             ) from fault
+
+    def _read_share(
+        self, array: int, numbers: Sequence[int], out: Float16[np.ndarray, "chunk value"]
+    ) -> None:
+        """Read first what the page cache holds; the rest is on its way from the disk meanwhile."""
+        cold = [item for item in zip(numbers, out, strict=True) if not self._read_cached(array, *item)]
+        for number, row in cold:
+            self.read(array, number, row)
+
+    def _read_cached(self, array: int, chunk: int, out: Tokens) -> bool:
+        place, number = self._locate(array, chunk)
+        try:
+            return self._fetch(place, number, out, wait=False)
+        except BytesError:
+            return False  # `read` finds out what is wrong
+
+    def _fetch(self, place: SlotPlace, number: int, out: Tokens, *, wait: bool) -> bool:
+        """Fill `out` with chunk `number` of a shard; without `wait` only if at hand, and say so."""
+        try:
+            reader = self._shards.reader(place)
+        except OSError as error:
+            raise ShardLostError(f"its shard cannot be read ({error.strerror or 'absent'})") from error
+        layout = place.layout
+        if layout.codec != "none":
+            reader.check_present(number)
+            return wait and self._fetch_decoded(place, number, out)
+        if layout.dtype == "float16":
+            return reader.read_chunk(number, out.view(np.uint8), wait=wait)
+        raw = self._shards.scratch(chunk_bytes(layout))
+        if not reader.read_chunk(number, raw, wait=wait):
+            return False
+        _expand(layout, raw, out)
+        return True
+
+    def _fetch_decoded(self, place: SlotPlace, number: int, out: Tokens) -> bool:
+        layout = place.layout
+        start = place.rows.start + number * layout.chunk_encodings
+        stored = self._zarr.read(layout, slice(start, start + layout.chunk_encodings))
+        if layout.dtype == "float16":
+            out[:] = stored.ravel()
+        else:
+            _expand(layout, stored.ravel().view(np.uint8), out)
+        return True
 
     def _locate(self, array: int, chunk: int) -> tuple[SlotPlace, int]:
         layout = self.slots.arrays[array]
         n_chunks = layout.n_encodings // layout.chunk_encodings
         if not 0 <= chunk < n_chunks:
             raise InputError(
-                f"{self._path} has no chunk {chunk} in array {layout.grid}", wanted=f"0 to {n_chunks - 1}"
+                f"{self._storage.path} has no chunk {chunk} in array {layout.grid}",
+                wanted=f"0 to {n_chunks - 1}",
             )
         shard, number = divmod(chunk, chunks_per_shard(layout))
-        place = SlotPlace(self.slots.index_of(array, shard), layout, shard)
+        place = SlotPlace(self._firsts[array] + shard, layout, shard)
         if not self.committed[place.index]:
             raise InputError(
-                f"chunk {chunk} of array {layout.grid} is in {_name(place)}, which is not extracted yet",
+                f"chunk {chunk} of array {layout.grid} is in {place.title}, which is not extracted yet",
                 hint="run the same extract command again; it goes on with the slots that are missing",
             )
         return place, number
-
-    def _reader(self, place: SlotPlace) -> ShardReader:
-        with self._lock:
-            reader = self._readers.get(place.index)
-            if reader is not None:
-                self._readers.move_to_end(place.index)
-                return reader
-        reader = ShardReader(place.token_path(self._path), place.layout)
-        with self._lock:
-            self._readers[place.index] = reader
-            while len(self._readers) > MAX_OPEN_SHARDS:
-                self._readers.popitem(last=False)
-        return reader
-
-    def _forget(self, place: SlotPlace) -> None:
-        with self._lock:
-            self._readers.pop(place.index, None)
 
     def _explain(self, place: SlotPlace, number: int, fault: BytesError) -> InputError | DamagedStoreError:
         """Return the error for a chunk that could not be read: absent on purpose, or damaged."""
@@ -120,20 +158,31 @@ class ChunkSource:
         chunk = table.slice(number * n_rows, n_rows)
         if isinstance(fault, ChunkMissingError) and chunk["error"].null_count == 0:
             (line, *_) = describe_rows(chunk)
-            return InputError(f"{self._path} does not hold {line}: {chunk['error'][0]}")
+            return InputError(f"{self._storage.path} does not hold {line}: {chunk['error'][0]}")
         if isinstance(fault, ShardLostError):
             chunk = table.filter(pc.is_null(table["error"]))
         return DamagedStoreError(
-            f"{_name(place)} of {self._path} is damaged: {fault}",
+            f"{place.title} of {self._storage.path} is damaged: {fault}",
             details=describe_rows(chunk),
-            hint=_redo(place.part_path(self._path)),
+            hint=self._repair_hint,
+        )
+
+    @property
+    def _repair_hint(self) -> str:
+        return (
+            f"cosettle-cache store repair {self._storage.path}, then the same extract command again: "
+            "it makes the damaged slots anew"
         )
 
 
-def _committed_slots(path: Path, slots: SlotTable) -> Bool[np.ndarray, " slot"]:
+def _expand(layout: ArrayLayout, raw: UInt8[np.ndarray, " byte"], out: Tokens) -> None:
+    dequantize(raw.view(np.int8).reshape(-1, layout.stored_channels), out.reshape(-1, layout.n_channels))
+
+
+def _committed_slots(storage: ReadStorage, slots: SlotTable) -> Bool[np.ndarray, " slot"]:
     committed = np.zeros(len(slots), bool)
     for first, layout in zip(slots.firsts, slots.arrays, strict=False):
-        committed[first : first + layout.n_slots][committed_shards(path, layout)] = True
+        committed[first : first + layout.n_slots][committed_shards(storage, layout)] = True
     return committed
 
 
@@ -141,9 +190,6 @@ def _plain_table(part: Part) -> pa.Table:
     return part.table.replace_schema_metadata(None)
 
 
-def _name(place: SlotPlace) -> str:
-    return f"slot {place.index} (shard {place.shard} of array {place.layout.grid})"
-
-
-def _redo(part: Path) -> str:
-    return f"delete {part} and run the same extract command again: it makes this slot anew"
+def flat_rows(out: Float16[np.ndarray, "n ..."]) -> Float16[np.ndarray, "n value"]:
+    """Return a view of contiguous tokens with one row of values per chunk."""
+    return out.reshape(len(out), math.prod(out.shape[1:]))

@@ -1,6 +1,7 @@
 """Making a store: group, arrays and manifest appear under the final name at once, or not at all.
 
-In come a header and a manifest; out goes a folder. Zarr writes the metadata, so that it is what Zarr reads.
+In come a header and a manifest; out go a handful of small files. Zarr writes the metadata, so that it is what
+Zarr reads.
 """
 
 from __future__ import annotations
@@ -9,34 +10,106 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cosettle_cache.errors import InputError
 from cosettle_cache.files import make_folder, output_errors, sync, temporary_name, write_durably
 from cosettle_cache.manifest import manifest_table
-from cosettle_cache.store.header import ATTRIBUTE, Header
+from cosettle_cache.store.header import ATTRIBUTE, AXES, FILL_VALUES, Header
 from cosettle_cache.store.layout import (
+    DTYPES,
     INDEX_GROUP,
-    TOKEN_DTYPE,
+    MANIFEST,
+    ROOT_METADATA,
     TOKENS_GROUP,
-    manifest_path,
     part_folder,
 )
 from cosettle_cache.store.locks import WriterLock, is_temporary
+from cosettle_cache.store.objects import ObjectStorage
 from cosettle_cache.store.sealed import seal
+from cosettle_cache.store.shards import ZSTD_LEVEL
+from cosettle_cache.store.storage import Storage
+from cosettle_cache.tables import read_metadata, with_metadata
 from cosettle_cache.types import ArrayLayout, Manifest
 
-AXES = ("encoding", "row", "col", "channel")
+#: Key of the manifest's metadata with a copy of the header, from which a damaged one is restored.
+HEADER_COPY = "store_header"
 
 
-def create_store(path: Path, header: Header, manifest: Manifest) -> None:
-    """Create an empty store at `path`, which may be an empty folder; a rival who was faster wins.
+def create_store(storage: Storage, header: Header, manifest: Manifest) -> None:
+    """Create an empty store, in an empty or absent place; a rival who was faster wins.
 
-    Raises `InputError` when `path` holds something else, `OutputError` when it cannot be written.
+    Raises `InputError` when the place holds something else, `OutputError` when it cannot be written.
     """
+    files = {**metadata_files(header), MANIFEST: manifest_file(header, manifest)}
+    if isinstance(storage, ObjectStorage):
+        _create_objects(storage, files)
+    else:
+        assert storage.local is not None
+        _create_folder(storage.local, header, files)
+
+
+def metadata_files(header: Header) -> dict[str, bytes]:
+    """Return the Zarr metadata of a store by name."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    memory = MemoryStore()
+    root = zarr.create_group(memory, zarr_format=3, attributes={ATTRIBUTE: header.to_json()})
+    tokens = root.create_group(TOKENS_GROUP)
+    root.create_group(INDEX_GROUP)
+    for layout in header.arrays:
+        tokens.create_array(str(layout.grid), **_array_settings(layout))
+    return {name: value.to_bytes() for name, value in memory._store_dict.items()}
+
+
+def manifest_file(header: Header, manifest: Manifest) -> bytes:
+    """Return the sealed manifest, with a copy of the header."""
+    table = manifest_table(manifest)
+    return seal(with_metadata(table, {**read_metadata(table), HEADER_COPY: header.to_text()}))
+
+
+def _array_settings(layout: ArrayLayout) -> dict[str, Any]:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    inner = (layout.grid.rows, layout.grid.cols, layout.stored_channels)
+    fill = FILL_VALUES[layout.dtype]
+    return {
+        "shape": (layout.n_encodings, *inner),
+        "shards": (layout.slot_encodings, *inner),
+        "chunks": (layout.chunk_encodings, *inner),
+        "dtype": DTYPES[layout.dtype],
+        "fill_value": math.nan if fill == "NaN" else fill,
+        "filters": None,
+        "compressors": [ZstdCodec(level=ZSTD_LEVEL)] * (layout.codec == "zstd") + [Crc32cCodec()],
+        "dimension_names": AXES,
+        # One file per shard in one folder: one folder to flush and to list.
+        "chunk_key_encoding": {"name": "default", "separator": "."},
+    }
+
+
+def _create_objects(storage: ObjectStorage, files: Mapping[str, bytes]) -> None:
+    """Put the root's metadata last, unless a rival did: it is what makes a store."""
+    strange = [name for name, _ in storage.walk() if name not in files]
+    if strange:
+        raise InputError(
+            f"{storage.path} is not empty and not a store",
+            wanted="a store, or no objects",
+            found=", ".join(strange[:4]),
+            hint="choose another --out",
+        )
+    for name, data in files.items():
+        if name != ROOT_METADATA:
+            storage.write(name, [data])
+    storage.create(ROOT_METADATA, files[ROOT_METADATA])
+
+
+def _create_folder(path: Path, header: Header, files: Mapping[str, bytes]) -> None:
     with output_errors(path):
+        if (path / ROOT_METADATA).exists():
+            return
         _check_vacant(path)
         make_folder(path.parent)
         _remove_dead_builds(path)
@@ -44,14 +117,21 @@ def create_store(path: Path, header: Header, manifest: Manifest) -> None:
         try:
             build.mkdir()
             lock = WriterLock(build)
-            _write_metadata(build, header)
-            write_durably(manifest_path(build), [seal(manifest_table(manifest))])
-            _sync_tree(build)
+            _write_files(build, files)
+            for layout in header.arrays:
+                (build / part_folder(layout.grid)).mkdir()
+            _sync_folders(build)
             _publish(build, path)
             lock.close()
         except BaseException:
             shutil.rmtree(build, ignore_errors=True)
             raise
+
+
+def _write_files(build: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        (build / name).parent.mkdir(parents=True, exist_ok=True)
+        write_durably(build / name, [data])
 
 
 def _check_vacant(path: Path) -> None:
@@ -64,36 +144,6 @@ def _check_vacant(path: Path) -> None:
             found="a folder with other files" if path.is_dir() else "a file",
             hint="choose another --out",
         )
-
-
-def _write_metadata(build: Path, header: Header) -> None:
-    import zarr
-
-    root = zarr.create_group(str(build), zarr_format=3, attributes={ATTRIBUTE: header.to_json()})
-    tokens = root.create_group(TOKENS_GROUP)
-    root.create_group(INDEX_GROUP)
-    for layout in header.arrays:
-        tokens.create_array(str(layout.grid), **_array_settings(layout))
-        part_folder(build, layout.grid).mkdir()
-
-
-def _array_settings(layout: ArrayLayout) -> dict[str, Any]:
-    from zarr.codecs import Crc32cCodec
-
-    inner = (layout.grid.rows, layout.grid.cols, layout.n_channels)
-    return {
-        "shape": (layout.n_encodings, *inner),
-        "shards": (layout.slot_encodings, *inner),
-        "chunks": (layout.chunk_encodings, *inner),
-        "dtype": TOKEN_DTYPE,
-        # A hole read past the index must not pass for tokens.
-        "fill_value": math.nan,
-        "filters": None,
-        "compressors": [Crc32cCodec()],
-        "dimension_names": AXES,
-        # One file per shard in one folder: one folder to flush and to list.
-        "chunk_key_encoding": {"name": "default", "separator": "."},
-    }
 
 
 def _publish(build: Path, path: Path) -> None:
@@ -120,8 +170,6 @@ def _builds(path: Path) -> Iterator[Path]:
             yield sibling
 
 
-def _sync_tree(root: Path) -> None:
-    for folder, _, names in os.walk(root):
-        for name in names:
-            sync(Path(folder, name))
+def _sync_folders(root: Path) -> None:
+    for folder, _, _ in os.walk(root):
         sync(Path(folder))

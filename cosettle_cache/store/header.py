@@ -9,16 +9,29 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cosettle_cache.config import digest
 from cosettle_cache.errors import DamagedStoreError, FingerprintError, InputError
-from cosettle_cache.store.layout import ROOT_METADATA, SPEC_VERSION, array_folder
+from cosettle_cache.store.layout import (
+    CODECS,
+    DTYPES,
+    ROOT_METADATA,
+    SPEC_VERSION,
+    array_folder,
+    spec_version,
+)
+from cosettle_cache.store.storage import ReadStorage, is_store
 from cosettle_cache.types import ArrayLayout, Difference, Fingerprint, Grid
 
 ATTRIBUTE = "cosettle_cache"
-_MAKE_ONE = "cosettle-cache extract --out {path} makes one"
+AXES = ("encoding", "row", "col", "channel")
+
+#: Names of the inner codecs of an array, by the layout's codec.
+CODEC_NAMES = {"none": ["bytes", "crc32c"], "zstd": ["bytes", "zstd", "crc32c"]}
+
+#: A hole read past the index must not pass for tokens: not a number, or a value that no token takes.
+FILL_VALUES: Mapping[str, Any] = {"float16": "NaN", "int8": -128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +42,27 @@ class Header:
     arrays: tuple[ArrayLayout, ...]
     encoder: Mapping[str, Any]
 
+    @property
+    def spec_version(self) -> int:
+        """The oldest version of the format that can say all this."""
+        return max(
+            (spec_version(layout.dtype, layout.codec) for layout in self.arrays), default=spec_version()
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the group's attribute; its `digest` covers everything beside it."""
         document = {
-            "spec_version": SPEC_VERSION,
+            "spec_version": self.spec_version,
             "fingerprint": self.fingerprint.to_json(),
             "arrays": [_layout_json(layout) for layout in self.arrays],
             "encoder": dict(self.encoder),
         }
         plain = json.loads(json.dumps(document))
         return {**plain, "digest": digest(plain)}
+
+    def to_text(self) -> str:
+        """Return the attribute as one line of JSON."""
+        return json.dumps(self.to_json())
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Header:
@@ -47,42 +71,46 @@ class Header:
         return cls(Fingerprint.from_json(document["fingerprint"]), arrays, document["encoder"])
 
 
-def is_zarr(path: Path) -> bool:
-    """Say whether `path` is a Zarr v3 node of any kind."""
-    return os.path.isfile(path / ROOT_METADATA)  # noqa: PTH113 (False, not an error, where looking is forbidden)
-
-
-def read_header(path: Path) -> Header:
+def read_header(storage: ReadStorage) -> Header:
     """Read the header; `InputError` when this is no store or a newer one, `DamagedStoreError` when broken."""
-    document = _read_attribute(path)
+    return parse_header(_read_attribute(storage), storage.path)
+
+
+def parse_header(document: Mapping[str, Any], path: str) -> Header:
+    """Return the header of the store at `path` from the group's attribute; raises as `read_header` does."""
     _check_version(path, document.get("spec_version"))
     stored = {key: value for key, value in document.items() if key != "digest"}
     if digest(stored) != document.get("digest"):
-        raise DamagedStoreError(f"the header of {path} is damaged: its digest does not match")
-    return Header.from_json(stored)
+        raise DamagedStoreError(
+            f"the header of {path} is damaged: its digest does not match", hint=repair_hint(path)
+        )
+    header = Header.from_json(stored)
+    for layout in header.arrays:
+        if layout.dtype not in DTYPES or layout.codec not in CODECS:
+            raise DamagedStoreError(f"the header of {path} names a dtype or codec that it cannot have")
+    return header
 
 
-def check_array(path: Path, layout: ArrayLayout) -> None:
+def repair_hint(path: str) -> str:
+    """Return the hint of every error of a damaged store."""
+    return f"cosettle-cache store repair {path}, then the same extract command again"
+
+
+def check_array(storage: ReadStorage, layout: ArrayLayout) -> None:
     """Raise `DamagedStoreError` when the Zarr metadata of an array is not what its layout says."""
-    file = array_folder(path, layout.grid) / ROOT_METADATA
+    name = f"{array_folder(layout.grid)}/{ROOT_METADATA}"
+    damage = f"the array metadata {name} of {storage.path} is damaged"
+    hint = repair_hint(storage.path)
     try:
-        found = _array_facts(json.loads(file.read_bytes()))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DamagedStoreError(f"the array metadata {file} is damaged", found=error) from error
-    inner = [layout.grid.rows, layout.grid.cols, layout.n_channels]
-    wanted = {
-        "shape": [layout.n_encodings, *inner],
-        "shard": [layout.slot_encodings, *inner],
-        "chunk": [layout.chunk_encodings, *inner],
-        "dtype": "float16",
-        "codecs": ["bytes", "crc32c"],
-        "index": "end",
-    }
+        found = _array_facts(json.loads(storage.read(name)))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedStoreError(damage, found=error, hint=hint) from error
+    wanted = _wanted_facts(layout)
     if found != wanted:
-        raise DamagedStoreError(f"the array metadata {file} is damaged", wanted=wanted, found=found)
+        raise DamagedStoreError(damage, wanted=wanted, found=found, hint=hint)
 
 
-def check_same(wanted: Header, found: Header, path: Path) -> None:
+def check_same(wanted: Header, found: Header, path: str) -> None:
     """Raise `FingerprintError` listing every difference that makes the tokens of the two stores differ."""
     wanted = Header.from_json(wanted.to_json())
     differences = wanted.fingerprint.differences(found.fingerprint)
@@ -96,29 +124,43 @@ def check_same(wanted: Header, found: Header, path: Path) -> None:
         )
 
 
-def _read_attribute(path: Path) -> dict[str, Any]:
-    if not os.path.lexists(path):
-        raise InputError(f"{path} does not exist", wanted="a store", hint=_MAKE_ONE.format(path=path))
-    if not is_zarr(path):
-        raise InputError(
-            f"{path} is not a store",
-            wanted=f"a folder with a {ROOT_METADATA}",
-            found="a file" if path.is_file() else "a folder without one",
-            hint=_MAKE_ONE.format(path=path),
-        )
+def _read_attribute(storage: ReadStorage) -> dict[str, Any]:
+    path = storage.path
+    if not is_store(storage):
+        raise _no_store(storage)
     try:
-        document = json.loads((path / ROOT_METADATA).read_bytes())
+        document = json.loads(storage.read(ROOT_METADATA))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise DamagedStoreError(f"the header of {path} is damaged: {error}") from error
+        raise DamagedStoreError(
+            f"the header of {path} is damaged: {error}", hint=repair_hint(path)
+        ) from error
     attribute = document.get("attributes", {}).get(ATTRIBUTE) if isinstance(document, dict) else None
     if not isinstance(attribute, dict):
         raise InputError(f"{path} is a Zarr node, but not a store", wanted=f"the attribute {ATTRIBUTE}")
     return attribute
 
 
-def _check_version(path: Path, version: object) -> None:
+def _no_store(storage: ReadStorage) -> InputError:
+    path, local = storage.path, storage.local
+    if local is None:
+        return InputError(f"{path} holds no store", wanted=f"an object {ROOT_METADATA}", hint=_make_one(path))
+    if not os.path.lexists(local):
+        return InputError(f"{path} does not exist", wanted="a store", hint=_make_one(path))
+    return InputError(
+        f"{path} is not a store",
+        wanted=f"a folder with a {ROOT_METADATA}",
+        found="a file" if local.is_file() else "a folder without one",
+        hint=_make_one(path),
+    )
+
+
+def _make_one(path: str) -> str:
+    return f"cosettle-cache extract --out {path} makes one"
+
+
+def _check_version(path: str, version: object) -> None:
     if isinstance(version, int) and version > SPEC_VERSION:
         raise InputError(
             f"{path} was made by a newer cosettle-cache",
@@ -132,23 +174,51 @@ def _array_facts(document: Mapping[str, Any]) -> dict[str, Any]:
     (sharding,) = document["codecs"]
     settings = sharding["configuration"]
     return {
+        "node": (document["zarr_format"], document["node_type"]),
         "shape": document["shape"],
         "shard": document["chunk_grid"]["configuration"]["chunk_shape"],
         "chunk": settings["chunk_shape"],
         "dtype": document["data_type"],
+        "fill": document["fill_value"],
+        "axes": document["dimension_names"],
+        "keys": document["chunk_key_encoding"]["configuration"]["separator"],
         "codecs": [codec["name"] for codec in settings["codecs"]],
+        "endian": settings["codecs"][0].get("configuration", {}).get("endian", "little"),
+        "index codecs": [codec["name"] for codec in settings["index_codecs"]],
         "index": settings.get("index_location", "end"),
     }
 
 
-def _layout_json(layout: ArrayLayout) -> dict[str, Any]:
+def _wanted_facts(layout: ArrayLayout) -> dict[str, Any]:
+    inner = [layout.grid.rows, layout.grid.cols, layout.stored_channels]
     return {
+        "node": (3, "array"),
+        "shape": [layout.n_encodings, *inner],
+        "shard": [layout.slot_encodings, *inner],
+        "chunk": [layout.chunk_encodings, *inner],
+        "dtype": layout.dtype,
+        "fill": FILL_VALUES[layout.dtype],
+        "axes": list(AXES),
+        "keys": ".",
+        "codecs": CODEC_NAMES[layout.codec],
+        "endian": "little",
+        "index codecs": ["bytes", "crc32c"],
+        "index": "end",
+    }
+
+
+def _layout_json(layout: ArrayLayout) -> dict[str, Any]:
+    document = {
         "grid": str(layout.grid),
         "n_encodings": layout.n_encodings,
         "slot_encodings": layout.slot_encodings,
         "chunk_encodings": layout.chunk_encodings,
         "n_channels": layout.n_channels,
     }
+    # Keys that version 1 does not have, only where they say something.
+    if spec_version(layout.dtype, layout.codec) > 1:
+        document |= {"dtype": layout.dtype, "codec": layout.codec}
+    return document
 
 
 def _layout(document: Mapping[str, Any]) -> ArrayLayout:
@@ -157,7 +227,7 @@ def _layout(document: Mapping[str, Any]) -> ArrayLayout:
 
 def _arrays_text(header: Header) -> str:
     return "; ".join(
-        f"{layout.grid} with {layout.n_encodings} encodings of {layout.n_channels} channels, "
-        f"{layout.slot_encodings} per slot"
+        f"{layout.grid} with {layout.n_encodings} encodings of {layout.n_channels} channels ({layout.dtype}, "
+        f"codec {layout.codec}), {layout.slot_encodings} per slot"
         for layout in header.arrays
     )

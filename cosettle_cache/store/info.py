@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -59,7 +58,7 @@ def store_summary(store: FeatureStore) -> StoreSummary:
     arrays = _array_summaries(store)
     n_present = sum(array.n_present for array in arrays)
     return StoreSummary(
-        path=str(store.path),
+        path=store.path,
         plan_kind=store.plan_kind,
         fingerprint=store.fingerprint,
         encoder=store.encoder,
@@ -72,7 +71,7 @@ def store_summary(store: FeatureStore) -> StoreSummary:
         n_encodings=sum(array.n_encodings for array in arrays),
         n_present=n_present,
         n_failed_encodings=store.index.num_rows - n_present,
-        n_bytes=_folder_bytes(store.path),
+        n_bytes=store.n_bytes,
         failures=store.failures,
     )
 
@@ -92,7 +91,3 @@ def _array_summaries(store: FeatureStore) -> tuple[ArraySummary, ...]:
         )
         for layout in store.arrays
     )
-
-
-def _folder_bytes(path: Path) -> int:
-    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())

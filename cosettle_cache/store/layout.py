@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
+from cosettle_cache.errors import UsageError
 from cosettle_cache.types import ArrayLayout, Grid
 
-SPEC_VERSION = 1
+#: The newest version that this package reads and writes.
+SPEC_VERSION = 2
 
-#: The one dtype of spec version 1.
-TOKEN_DTYPE = np.dtype("<f2")
+#: How tokens can lie in an array; the first of each is spec version 1, the others need version 2.
+DTYPES = {"float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+CODECS = ("none", "zstd")
 
 #: Inner chunks start at multiples of this many bytes, so that reads land aligned in memory.
 ALIGNMENT = 64
@@ -33,6 +35,9 @@ ROOT_METADATA = "zarr.json"
 TOKENS_GROUP = "tokens"
 INDEX_GROUP = "index"
 PART_SUFFIX = ".parquet"
+
+#: The videos of a store, beside the index parts.
+MANIFEST = f"{INDEX_GROUP}/manifest.parquet"
 
 
 class BytesError(Exception):
@@ -61,13 +66,20 @@ class SlotPlace:
         start = self.shard * self.layout.slot_encodings
         return range(start, min(start + self.layout.slot_encodings, self.layout.n_encodings))
 
-    def token_path(self, root: Path) -> Path:
-        """Return the shard file: the Zarr chunk (shard, 0, 0, 0)."""
-        return array_folder(root, self.layout.grid) / f"c.{self.shard}.0.0.0"
+    @property
+    def shard_name(self) -> str:
+        """Name of the shard file in the store: the Zarr chunk (shard, 0, 0, 0)."""
+        return f"{array_folder(self.layout.grid)}/c.{self.shard}.0.0.0"
 
-    def part_path(self, root: Path) -> Path:
-        """Return the slot's index part, its commit mark."""
-        return part_folder(root, self.layout.grid) / f"{self.shard:06d}{PART_SUFFIX}"
+    @property
+    def part_name(self) -> str:
+        """Name of the slot's index part, its commit mark."""
+        return f"{part_folder(self.layout.grid)}/{self.shard:06d}{PART_SUFFIX}"
+
+    @property
+    def title(self) -> str:
+        """What messages call the slot."""
+        return f"slot {self.index} (shard {self.shard} of array {self.layout.grid})"
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,7 @@ def check_arrays(arrays: Sequence[ArrayLayout]) -> None:
     if len({layout.grid for layout in arrays}) < len(arrays):
         raise ValueError("two arrays of a store have the same grid")
     for layout in arrays:
+        spec_version(layout.dtype, layout.codec)
         if layout.slot_encodings % layout.chunk_encodings or layout.n_encodings % layout.chunk_encodings:
             raise ValueError(f"array {layout.grid}: slots and array must hold whole chunks")
 
@@ -110,26 +123,25 @@ def chunk_bytes(layout: ArrayLayout) -> int:
     return layout.chunk_encodings * layout.encoding_bytes
 
 
-def chunk_stride(layout: ArrayLayout) -> int:
-    """Return the distance between two neighbouring chunks of a shard: chunk, checksum, padding."""
-    return -(-(chunk_bytes(layout) + CHECKSUM_BYTES) // ALIGNMENT) * ALIGNMENT
-
-
 def chunks_per_shard(layout: ArrayLayout) -> int:
     """Return the number of entries of a shard's index, part-filled shards included."""
     return layout.slot_encodings // layout.chunk_encodings
 
 
-def array_folder(root: Path, grid: Grid) -> Path:
-    """Return the folder of a Zarr array."""
-    return root / TOKENS_GROUP / str(grid)
+def array_folder(grid: Grid) -> str:
+    """Return the folder of a Zarr array in the store."""
+    return f"{TOKENS_GROUP}/{grid}"
 
 
-def part_folder(root: Path, grid: Grid) -> Path:
-    """Return the folder of an array's index parts."""
-    return root / INDEX_GROUP / str(grid)
+def part_folder(grid: Grid) -> str:
+    """Return the folder of an array's index parts in the store."""
+    return f"{INDEX_GROUP}/{grid}"
 
 
-def manifest_path(root: Path) -> Path:
-    """Return the file of the manifest."""
-    return root / INDEX_GROUP / "manifest.parquet"
+def spec_version(dtype: str = "float16", codec: str = "none") -> int:
+    """Return the version of the format that `dtype` and `codec` need; raise `UsageError` for unknown ones."""
+    if dtype not in DTYPES:
+        raise UsageError("a store cannot hold this dtype", wanted=" or ".join(DTYPES), found=dtype)
+    if codec not in CODECS:
+        raise UsageError("unknown codec", wanted=" or ".join(CODECS), found=codec)
+    return 1 if (dtype, codec) == ("float16", "none") else 2

@@ -1,14 +1,18 @@
-"""Knowing whether other writers live: advisory locks that the kernel drops when their process dies.
+"""Knowing whether other writers live and which slots they hold: locks that die with their process.
 
-Writers share a lock; whoever gets it alone may remove what dead writers left behind.
+Writers share a lock; whoever gets it alone may remove what dead writers left behind. A slot in work is a
+locked byte of a file: byte `i` for slot `i`.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
+import struct
 from pathlib import Path
+from threading import Lock
 
 #: What `files.temporary_name` makes.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -47,6 +51,62 @@ class WriterLock:
         except OSError:
             return False  # a file system without locks: nobody is ever known to be alone
         return True
+
+
+class SlotClaims:
+    """Slots held by one writer through locked bytes of `path`; every writer has a descriptor of its own.
+
+    Locks belong to the open file, so two writers of one process exclude each other as well. On a file system
+    without locks every claim succeeds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDWR)
+        self._held: set[int] = set()
+        self._lock = Lock()
+
+    def take(self, slot: int) -> bool:
+        """Hold `slot` if nobody does, at once; say whether it is held now and was not before."""
+        with self._lock:
+            if slot in self._held or not self._set(fcntl.F_WRLCK, slot):
+                return False
+            self._held.add(slot)
+            return True
+
+    def release(self, slot: int) -> None:
+        """Give `slot` back, if it is held."""
+        with self._lock:
+            if slot in self._held:
+                self._held.discard(slot)
+                self._set(fcntl.F_UNLCK, slot)
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _set(self, kind: int, slot: int) -> bool:
+        request = struct.pack(_FLOCK, kind, os.SEEK_SET, slot, 1, 0)
+        try:
+            fcntl.fcntl(self._descriptor, _SET_LOCK, request)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            if error.errno not in (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        return True
+
+
+#: The kernel's `struct flock`: type, whence, start, length, process.
+_FLOCK = "hhqqi4x"
+
+#: Locks of the open file; where there are none (outside Linux), locks of the process.
+_SET_LOCK = getattr(fcntl, "F_OFD_SETLK", fcntl.F_SETLK)
 
 
 def is_temporary(path: Path) -> bool:

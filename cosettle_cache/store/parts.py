@@ -5,18 +5,17 @@ In come a slot and what failed in it; out go the bytes of its part, and back. On
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from cosettle_cache.errors import DamagedStoreError
-from cosettle_cache.store.layout import PART_SUFFIX, SPEC_VERSION, BytesError, part_folder
+from cosettle_cache.store.layout import PART_SUFFIX, BytesError, SlotPlace, part_folder
 from cosettle_cache.store.sealed import seal, unseal
+from cosettle_cache.store.storage import ReadStorage
 from cosettle_cache.tables import make_table, read_metadata, with_metadata
 from cosettle_cache.types import ArrayLayout, Encoding, Slot
 
@@ -43,16 +42,28 @@ SCHEMA = pa.schema(
 )
 
 
+#: Version that index parts state; they are the same in both versions of the format.
+_PART_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """What an index part says of the shard it commits; `chunks_checksum` is None in the oldest stores."""
+
+    n_bytes: int
+    chunks_checksum: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One index part: its rows, the size of the shard it commits, and how many encodings failed."""
+    """One index part: its rows, the shard it commits, and how many encodings failed."""
 
     table: pa.Table
-    shard_bytes: int
+    shard: ShardFacts
     n_failed: int
 
 
-def encode_part(slot: Slot, errors: Sequence[str | None], shard_bytes: int) -> bytes:
+def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> bytes:
     """Return the index part of `slot`; `errors` has one entry per encoding, None where it is present."""
     rows = [
         {"array": str(slot.grid), "row": slot.start + number, "slot": slot.index, "error": error}
@@ -60,33 +71,46 @@ def encode_part(slot: Slot, errors: Sequence[str | None], shard_bytes: int) -> b
         for number, (encoding, error) in enumerate(zip(slot.encodings, errors, strict=True))
     ]
     metadata = {
-        "spec_version": str(SPEC_VERSION),
-        "shard_bytes": str(shard_bytes),
+        "spec_version": _PART_VERSION,
+        "shard_bytes": str(shard.n_bytes),
+        "chunks_crc32c": f"{shard.chunks_checksum or 0:08x}",
         "n_failed": str(sum(error is not None for error in errors)),
     }
     return seal(with_metadata(make_table(rows, SCHEMA), metadata))
 
 
-def read_part(path: Path) -> Part:
-    """Read an index part; raise `BytesError` when it is unreadable or fails its checksum."""
+def read_part(storage: ReadStorage, place: SlotPlace) -> Part:
+    """Read an index part; raise `BytesError` when it is unreadable, damaged, or another slot's."""
     try:
-        data = path.read_bytes()
+        data = storage.read(place.part_name)
     except OSError as error:
-        raise BytesError(f"it cannot be read ({error.strerror})") from error
+        raise BytesError(f"it cannot be read ({error.strerror or 'absent'})") from error
+    return decode_part(data, place)
+
+
+def decode_part(data: bytes, place: SlotPlace) -> Part:
+    """Return the index part that `data` holds; raise `BytesError` unless it is the part of `place`."""
     table = unseal(data)
     metadata = read_metadata(table)
     if not table.schema.equals(SCHEMA) or not {"shard_bytes", "n_failed"} <= metadata.keys():
         raise BytesError("its columns are not those of an index part")
-    return Part(table, int(metadata["shard_bytes"]), int(metadata["n_failed"]))
+    rows = place.rows
+    if table["row"].to_pylist() != list(rows) or set(table["slot"].to_pylist()) != {place.index}:
+        raise BytesError("its rows are those of another slot")
+    checksum = metadata.get("chunks_crc32c")
+    facts = ShardFacts(int(metadata["shard_bytes"]), None if checksum is None else int(checksum, 16))
+    return Part(table, facts, int(metadata["n_failed"]))
 
 
-def committed_shards(root: Path, layout: ArrayLayout) -> list[int]:
+def committed_shards(storage: ReadStorage, layout: ArrayLayout) -> list[int]:
     """Return the shards of an array that have an index part, in order: one folder listing."""
-    folder = part_folder(root, layout.grid)
+    folder = part_folder(layout.grid)
     try:
-        names = os.listdir(folder)  # noqa: PTH208 (thrice as fast as Path.iterdir on 100,000 parts)
+        names = storage.names(folder)
     except OSError as error:
-        raise DamagedStoreError(f"the index folder {folder} cannot be read: {error.strerror}") from error
+        raise DamagedStoreError(
+            f"the index folder {folder} of {storage.path} cannot be read: {error.strerror}"
+        ) from error
     stems = (name.removesuffix(PART_SUFFIX) for name in names if name.endswith(PART_SUFFIX))
     shards = (int(stem) for stem in stems if stem.isdecimal())
     return sorted(shard for shard in shards if shard < layout.n_slots)

@@ -6,25 +6,28 @@ sample ids; out go float16 arrays, or an error that names what is damaged or not
 
 from __future__ import annotations
 
-import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float16, Int, Int64, UInt8
+from jaxtyping import Float16, Int, Int64
 
 from cosettle_cache.errors import DamagedStoreError, InputError, UsageError
 from cosettle_cache.manifest import manifest_from_table
+from cosettle_cache.store.cached import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store.catalog import Catalog
-from cosettle_cache.store.chunks import ChunkSource
-from cosettle_cache.store.header import check_array, read_header
-from cosettle_cache.store.layout import BytesError, SlotState, manifest_path
+from cosettle_cache.store.chunks import ChunkSource, flat_rows
+from cosettle_cache.store.creation import HEADER_COPY
+from cosettle_cache.store.header import check_array, read_header, repair_hint
+from cosettle_cache.store.layout import MANIFEST, BytesError, SlotState
+from cosettle_cache.store.objects import ObjectStorage
 from cosettle_cache.store.sealed import unseal
+from cosettle_cache.store.storage import ReadStorage, open_storage
 from cosettle_cache.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
 
 SampleIds = Sequence[int] | Int[np.ndarray, " n"]
@@ -32,12 +35,19 @@ ENCODINGS_PER_SAMPLE = 3
 _RESUME = "run the same extract command again; it goes on with the slots that are missing"
 
 
-def open_store(path: str | Path) -> FeatureStore:
-    """Open a store read-only; it shows the slots that are committed now.
+def open_store(
+    path: str | Path, *, cache_dir: Path | None = None, cache_bytes: int = DEFAULT_CACHE_BYTES
+) -> FeatureStore:
+    """Open a store read-only, local or at a URL; it shows the slots that are committed now.
+
+    With `cache_dir` the shards of a remote store are kept in that folder, `cache_bytes` of them at most.
 
     Raises `InputError` when there is none or a newer one, `DamagedStoreError` when its metadata is damaged.
     """
-    return FeatureStore(Path(path))
+    storage = open_storage(path)
+    if cache_dir is not None and isinstance(storage, ObjectStorage):
+        return FeatureStore(CachedStorage(storage, cache_dir, cache_bytes))
+    return FeatureStore(storage)
 
 
 class FeatureStore:
@@ -46,28 +56,33 @@ class FeatureStore:
     Tokens are float16 `[... row col channel]`, as the encoder gave them.
     """
 
-    def __init__(self, path: Path) -> None:
-        header = read_header(path)
+    def __init__(self, storage: ReadStorage) -> None:
+        header = read_header(storage)
         for layout in header.arrays:
-            check_array(path, layout)
-        self.path = path
+            check_array(storage, layout)
+        self.path = storage.path
+        self._storage = storage
         self.fingerprint: Fingerprint = header.fingerprint
         self.encoder: Mapping[str, Any] = header.encoder
         self.arrays: tuple[ArrayLayout, ...] = header.arrays
         self.plan_kind = PlanKind(header.fingerprint.plan["kind"])
-        self._chunks = ChunkSource(path, header.arrays)
+        self._chunks = ChunkSource(storage, header.arrays)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (open_store, (os.path.abspath(self.path),))  # noqa: PTH100
+        return (FeatureStore, (self._storage,))
 
     @cached_property
     def manifest(self) -> Manifest:
         """The manifest the store was made from."""
-        path = manifest_path(self.path)
+        name = f"{self.path}/{MANIFEST}"
         try:
-            return manifest_from_table(unseal(path.read_bytes()), str(path))
+            manifest = manifest_from_table(unseal(self._storage.read(MANIFEST)), name)
         except (BytesError, OSError) as error:
-            raise DamagedStoreError(f"the manifest {path} is damaged: {error}") from error
+            raise DamagedStoreError(
+                f"the manifest {name} is damaged: {error}", hint=repair_hint(self.path)
+            ) from error
+        origin = {key: value for key, value in manifest.provenance.items() if key != HEADER_COPY}
+        return replace(manifest, provenance=origin)
 
     @property
     def n_slots(self) -> int:
@@ -78,6 +93,11 @@ class FeatureStore:
     def complete(self) -> bool:
         """Whether every slot is done: none to do, none with failed encodings."""
         return self.slot_states()[SlotState.DONE] == self.n_slots
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of every file of the store."""
+        return sum(size for _, size in self._storage.walk())
 
     def slot_states(self) -> Mapping[str, int]:
         """Return the number of slots that are todo, done and failed."""
@@ -118,8 +138,7 @@ class FeatureStore:
         array, rows = self._plain_rows(video_id)
         layout = self.arrays[array]
         out = np.empty((len(rows), layout.grid.rows, layout.grid.cols, layout.n_channels), np.float16)
-        for row, flat in zip(rows.tolist(), _as_bytes(out), strict=True):
-            self._chunks.read(array, row, flat)
+        self._chunks.read_many(array, rows, flat_rows(out))
         return out
 
     def iter_tokens(self, video_id: str) -> Iterator[Float16[np.ndarray, "row col dim"]]:
@@ -150,12 +169,24 @@ class FeatureStore:
     def read_into(self, ids: SampleIds, out: Float16[np.ndarray, "n 3 row col dim"]) -> None:
         """Fill `out`, C-contiguous, with the samples `ids`; its memory may be used again and again."""
         self._check_plan(PlanKind.PAIRS)
-        wanted = (len(ids), *self._sample_shape)
-        if out.shape != wanted or out.dtype != np.float16 or not out.flags.c_contiguous:
-            found = f"{out.dtype} {out.shape}" + ("" if out.flags.c_contiguous else ", not contiguous")
-            raise UsageError("the buffer for samples does not fit", wanted=f"float16 {wanted}", found=found)
-        for sample, flat in zip(ids, _as_bytes(out), strict=True):
-            self._chunks.read(0, int(sample), flat)
+        _check_buffer("samples", (len(ids), *self._sample_shape), out)
+        self._chunks.read_many(0, np.asarray(ids, np.int64), flat_rows(out))
+
+    def read_encodings(self, grid: Grid, rows: SampleIds, out: Float16[np.ndarray, "n row col dim"]) -> None:
+        """Fill `out`, C-contiguous, with rows of the array of `grid`, in any order (frames plan)."""
+        self._check_plan(PlanKind.FRAMES)
+        arrays = {layout.grid: number for number, layout in enumerate(self.arrays)}
+        if grid not in arrays:
+            found = ", ".join(str(known) for known in arrays)
+            raise InputError(f"{self.path} has no array of {grid} tokens", found=found)
+        layout = self.arrays[arrays[grid]]
+        _check_buffer("encodings", (len(rows), grid.rows, grid.cols, layout.n_channels), out)
+        self._chunks.read_many(arrays[grid], np.asarray(rows, np.int64), flat_rows(out))
+
+    def sample_slots(self, ids: SampleIds) -> Int64[np.ndarray, " n"]:
+        """Return the slot in which each sample lies (pairs plan); reading slot by slot is in order."""
+        self._check_plan(PlanKind.PAIRS)
+        return np.asarray(ids, np.int64) * ENCODINGS_PER_SAMPLE // self.arrays[0].slot_encodings
 
     @cached_property
     def _catalog(self) -> Catalog:
@@ -168,7 +199,7 @@ class FeatureStore:
 
     def _frame(self, array: int, layout: ArrayLayout, row: int) -> Float16[np.ndarray, "row col dim"]:
         out = np.empty((layout.grid.rows, layout.grid.cols, layout.n_channels), np.float16)
-        self._chunks.read(array, row, _as_bytes(out[None])[0])
+        self._chunks.read(array, row, out.reshape(-1))
         return out
 
     def _plain_rows(self, video_id: str) -> tuple[int, Int64[np.ndarray, " frame"]]:
@@ -206,6 +237,7 @@ class FeatureStore:
             )
 
 
-def _as_bytes(out: Float16[np.ndarray, "n ..."]) -> UInt8[np.ndarray, "n byte"]:
-    """Return a view of contiguous tokens as one row of bytes per chunk."""
-    return out.reshape(len(out), math.prod(out.shape[1:])).view(np.uint8)
+def _check_buffer(what: str, wanted: tuple[int, ...], out: Float16[np.ndarray, "..."]) -> None:
+    if out.shape != wanted or out.dtype != np.float16 or not out.flags.c_contiguous:
+        found = f"{out.dtype} {out.shape}" + ("" if out.flags.c_contiguous else ", not contiguous")
+        raise UsageError(f"the buffer for {what} does not fit", wanted=f"float16 {wanted}", found=found)

@@ -1,31 +1,34 @@
 """Shards: the bytes of one slot in Zarr's sharding format, written whole and read chunk by chunk.
 
 In come tokens and which chunks exist; out go the pieces of the file. Reading parses a shard's index once and
-then fetches each chunk with one system call straight into the caller's memory, checksum verified.
+then fetches each chunk with one request straight into the caller's memory, checksum verified.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 from crc32c import crc32c
-from jaxtyping import Bool, Float16, UInt8
+from jaxtyping import Bool, Float16, UInt8, UInt64
 
 from cosettle_cache.files import Buffer
 from cosettle_cache.store.layout import (
+    ALIGNMENT,
     CHECKSUM_BYTES,
     MISSING,
     BytesError,
     chunk_bytes,
-    chunk_stride,
     chunks_per_shard,
 )
+from cosettle_cache.store.quantization import quantize
+from cosettle_cache.store.storage import RangeFile
 from cosettle_cache.types import ArrayLayout
 
 _ENTRY = np.dtype("<u8")
+
+#: Higher levels gain next to nothing on tokens, whose low bytes are noise.
+ZSTD_LEVEL = 1
 
 
 class ChunkMissingError(BytesError):
@@ -36,103 +39,129 @@ class ShardLostError(BytesError):
     """The shard file is missing, truncated, or its index is damaged: nothing in it can be read."""
 
 
-def shard_size(layout: ArrayLayout, n_present: int) -> int:
-    """Return the bytes of a shard file with `n_present` chunks."""
-    return n_present * chunk_stride(layout) + _index_bytes(layout)
+class ShardEncoder:
+    """The pieces of a shard file, made while they are asked for; chunks not `present` take no space.
 
+    `n_bytes` and `chunks_checksum` (CRC-32C of the chunks' checksums, in order) are known after the last.
+    """
 
-def shard_pieces(
-    layout: ArrayLayout,
-    tokens: Float16[np.ndarray, "encoding row col channel"],
-    present: Bool[np.ndarray, " chunk"],
-) -> Iterator[Buffer]:
-    """Yield the pieces of a shard file; chunks that are not `present` take no space."""
-    padding = bytes(chunk_stride(layout) - chunk_bytes(layout) - CHECKSUM_BYTES)
-    for number in np.flatnonzero(present):
-        first = number * layout.chunk_encodings
-        chunk = tokens[first : first + layout.chunk_encodings].data.cast("B")
-        yield chunk
-        yield _checksum(chunk) + padding
-    index = _encode_index(layout, present)
-    yield index
-    yield _checksum(index)
+    def __init__(
+        self,
+        layout: ArrayLayout,
+        tokens: Float16[np.ndarray, "encoding row col channel"],
+        present: Bool[np.ndarray, " chunk"],
+    ) -> None:
+        self.n_bytes = 0
+        self.chunks_checksum = 0
+        self._layout, self._tokens, self._present = layout, tokens, present
+
+    def __iter__(self) -> Iterator[Buffer]:
+        entries = np.full((chunks_per_shard(self._layout), 2), MISSING, _ENTRY)
+        for number in np.flatnonzero(self._present):
+            chunk = self._encode(int(number))
+            checksum = checksum_bytes(chunk)
+            size = len(chunk) + CHECKSUM_BYTES
+            entries[number] = self.n_bytes, size
+            self.chunks_checksum = int(crc32c(checksum, self.chunks_checksum))
+            self.n_bytes += size + padding_after(size)
+            yield chunk
+            yield checksum + bytes(padding_after(size))
+        index = entries.tobytes()
+        self.n_bytes += len(index) + CHECKSUM_BYTES
+        yield index
+        yield checksum_bytes(index)
+
+    def _encode(self, number: int) -> Buffer:
+        first = number * self._layout.chunk_encodings
+        tokens = self._tokens[first : first + self._layout.chunk_encodings]
+        stored = quantize(tokens) if self._layout.dtype == "int8" else tokens
+        raw = np.ascontiguousarray(stored).data.cast("B")
+        return _zstd(raw) if self._layout.codec == "zstd" else raw
 
 
 class ShardReader:
-    """One open shard file; safe to use from several threads, closed when the last of them lets go."""
+    """One open shard; safe to use from several threads."""
 
-    def __init__(self, path: Path, layout: ArrayLayout) -> None:
-        self._chunk_bytes = chunk_bytes(layout)
-        self._descriptor = -1
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-            self._entries = _read_index(self._descriptor, layout)
-        except OSError as error:
-            raise ShardLostError(f"its shard cannot be read ({error.strerror})") from error
+    def __init__(
+        self, file: RangeFile, layout: ArrayLayout, entries: UInt64[np.ndarray, "chunk 2"] | None = None
+    ) -> None:
+        self.n_bytes = file.size
+        self.entries = read_entries(file, layout) if entries is None else entries
+        self._file = file
+        self._raw_size = chunk_bytes(layout) + CHECKSUM_BYTES
 
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def read_chunk(self, number: int, out: UInt8[np.ndarray, " byte"]) -> None:
-        """Fill `out` with chunk `number`; raise `ChunkMissingError`, or `BytesError` when it is damaged."""
-        offset, size = self._entries[number]
+    def check_present(self, number: int) -> tuple[int, int]:
+        """Return offset and size (with checksum) of a chunk; raise `ChunkMissingError` if it is absent."""
+        offset, size = self.entries[number].tolist()
         if offset == MISSING and size == MISSING:
             raise ChunkMissingError("a chunk is missing from its shard")
-        if size != self._chunk_bytes + CHECKSUM_BYTES:
+        return offset, size
+
+    def read_chunk(self, number: int, out: UInt8[np.ndarray, " byte"], *, wait: bool = True) -> bool:
+        """Fill `out` with the raw chunk `number`; without `wait` only if that needs no waiting, and say so.
+
+        Raises `ChunkMissingError`, or another `BytesError` when the chunk is damaged.
+        """
+        offset, size = self.check_present(number)
+        if size != self._raw_size:
             raise BytesError(f"a chunk has {size} bytes")
         checksum = bytearray(CHECKSUM_BYTES)
+        buffers = [out.data, memoryview(checksum)]
+        if not wait:
+            if not self._file.read_cached(buffers, offset):
+                return False
+        elif self._read(buffers, offset) < size:
+            raise BytesError("its shard ends too early")
+        if checksum_bytes(out.data) != checksum:
+            raise BytesError("the checksum of a chunk does not match")
+        return True
+
+    def read_bytes(self, offset: int, size: int) -> bytearray:
+        """Return any bytes of the file."""
+        data = bytearray(size)
+        if self._read([memoryview(data)], offset) < size:
+            raise BytesError("its shard ends too early")
+        return data
+
+    def _read(self, buffers: list[memoryview], offset: int) -> int:
         try:
-            _read_fully(self._descriptor, [out.data, memoryview(checksum)], offset)
+            return self._file.read(buffers, offset)
         except OSError as error:
             raise BytesError(f"a chunk cannot be read ({error.strerror})") from error
-        if _checksum(out.data) != checksum:
-            raise BytesError("the checksum of a chunk does not match")
 
 
-def _read_index(descriptor: int, layout: ArrayLayout) -> list[tuple[int, int]]:
-    size = _index_bytes(layout)
-    start = os.fstat(descriptor).st_size - size
+def read_entries(file: RangeFile, layout: ArrayLayout) -> UInt64[np.ndarray, "chunk 2"]:
+    """Return offset and size of every chunk of a shard; raise `ShardLostError` when its index is damaged."""
+    size = index_bytes(layout)
+    start = file.size - size
     if start < 0:
         raise ShardLostError("its shard is truncated")
     data = bytearray(size)
-    _read_fully(descriptor, [memoryview(data)], start)
+    if file.read([memoryview(data)], start) < size:
+        raise ShardLostError("its shard is truncated")
     index, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
-    if _checksum(index) != checksum:
+    if checksum_bytes(index) != checksum:
         raise ShardLostError("the checksum of its shard's index does not match")
-    return [(offset, nbytes) for offset, nbytes in np.frombuffer(index, _ENTRY).reshape(-1, 2).tolist()]
+    return np.frombuffer(index, _ENTRY).astype(np.uint64).reshape(-1, 2)
 
 
-def _encode_index(layout: ArrayLayout, present: Bool[np.ndarray, " chunk"]) -> bytes:
-    index = np.full((chunks_per_shard(layout), 2), MISSING, _ENTRY)
-    numbers = np.flatnonzero(present)
-    index[numbers, 0] = np.arange(len(numbers)) * chunk_stride(layout)
-    index[numbers, 1] = chunk_bytes(layout) + CHECKSUM_BYTES
-    return index.tobytes()
-
-
-def _index_bytes(layout: ArrayLayout) -> int:
+def index_bytes(layout: ArrayLayout) -> int:
+    """Return the bytes of a shard's index, checksum counted."""
     return chunks_per_shard(layout) * 2 * _ENTRY.itemsize + CHECKSUM_BYTES
 
 
-def _checksum(data: Buffer) -> bytes:
+def padding_after(size: int) -> int:
+    """Return the zero bytes between a chunk of `size` bytes, checksum counted, and the next."""
+    return -size % ALIGNMENT
+
+
+def checksum_bytes(data: Buffer) -> bytes:
+    """Return the CRC-32C of `data` as it lies behind it."""
     return int(crc32c(data)).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def _read_fully(descriptor: int, buffers: Sequence[memoryview], offset: int) -> None:
-    while buffers:
-        n_read = os.preadv(descriptor, buffers, offset)
-        if n_read == 0:
-            raise BytesError("its shard ends too early")
-        offset += n_read
-        buffers = _unfilled(buffers, n_read)
+def _zstd(raw: Buffer) -> Buffer:
+    from numcodecs import Zstd
 
-
-def _unfilled(buffers: Sequence[memoryview], n_filled: int) -> list[memoryview]:
-    rest = []
-    for buffer in buffers:
-        done = min(n_filled, len(buffer))
-        n_filled -= done
-        if done < len(buffer):
-            rest.append(buffer[done:])
-    return rest
+    encoded: Buffer = Zstd(level=ZSTD_LEVEL).encode(raw)
+    return encoded

@@ -1,7 +1,7 @@
 """Writing a store slot by slot: the shard first, durably, then the index part that commits it.
 
-In come tokens and failures per slot; out go two files. Any number of writers may work on different slots; a
-writer that dies leaves committed slots and nothing that a reader would look at.
+In come tokens and failures per slot; out go two files. Any number of writers may work on one store: each
+claims the slots it works on, and one that dies leaves committed slots and nothing that a reader looks at.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import numpy as np
 from jaxtyping import Float16
 
 from cosettle_cache.errors import DamagedStoreError
-from cosettle_cache.files import output_errors, sync, write_durably
+from cosettle_cache.files import output_errors
 from cosettle_cache.store.creation import create_store
-from cosettle_cache.store.header import Header, check_same, is_zarr, read_header
+from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
 from cosettle_cache.store.layout import (
     INDEX_GROUP,
     ROOT_METADATA,
-    TOKEN_DTYPE,
     TOKENS_GROUP,
     BytesError,
     SlotPlace,
@@ -31,9 +30,10 @@ from cosettle_cache.store.layout import (
     check_arrays,
     part_folder,
 )
-from cosettle_cache.store.locks import WriterLock, is_temporary
-from cosettle_cache.store.parts import committed_shards, encode_part, read_part
-from cosettle_cache.store.shards import shard_pieces, shard_size
+from cosettle_cache.store.locks import SlotClaims, WriterLock, is_temporary
+from cosettle_cache.store.parts import ShardFacts, committed_shards, encode_part, read_part
+from cosettle_cache.store.shards import ShardEncoder
+from cosettle_cache.store.storage import Storage, is_store, is_url, open_storage
 from cosettle_cache.types import ArrayLayout, Fingerprint, Manifest, Slot
 
 
@@ -48,38 +48,42 @@ class Shard:
 
 
 class StoreWriter:
-    """A store open for writing; made by `create_or_resume`."""
+    """A store open for writing; made by `create_or_resume`. Threads may share it."""
 
-    def __init__(self, path: Path, arrays: tuple[ArrayLayout, ...]) -> None:
-        self.path = path
+    def __init__(self, storage: Storage, arrays: tuple[ArrayLayout, ...]) -> None:
         self.slots = SlotTable(arrays)
-        with output_errors(path):
-            self._lock = WriterLock(path / INDEX_GROUP / ROOT_METADATA)
-            if self._lock.alone:
-                _remove_leftovers(path, arrays)
-            self._lock.share()
+        self._storage = storage
+        self._lock: WriterLock | None = None
+        self._claims: SlotClaims | None = None
+        if storage.local is not None:
+            self._lock_folder(storage.local)
 
     @classmethod
     def create_or_resume(
         cls,
-        path: Path,
+        path: str | Path,
         arrays: Sequence[ArrayLayout],
         fingerprint: Fingerprint,
         manifest: Manifest,
         encoder: Mapping[str, Any],
     ) -> StoreWriter:
-        """Create a store at `path`, or open the one that is there if it was made with the same settings.
+        """Create a store at `path` (local or a URL), or open the one there, made with the same settings.
 
         Raises `FingerprintError` when it was not, `InputError` when `path` holds something else,
         `OutputError` when it cannot be written. `encoder` is free provenance and not compared.
         """
         check_arrays(arrays)
-        path = Path(os.path.realpath(path))
+        storage = open_storage(path if is_url(path) else os.path.realpath(path))
         wanted = Header(fingerprint, tuple(arrays), encoder)
-        if not is_zarr(path):
-            create_store(path, wanted, manifest)
-        check_same(wanted, read_header(path), path)
-        return cls(path, wanted.arrays)
+        if not is_store(storage):
+            create_store(storage, wanted, manifest)
+        check_same(wanted, read_header(storage), storage.path)
+        return cls(storage, wanted.arrays)
+
+    @property
+    def path(self) -> str:
+        """The store's local path or URL."""
+        return self._storage.path
 
     @property
     def n_slots(self) -> int:
@@ -93,49 +97,85 @@ class StoreWriter:
             committed -= {index for index in committed if self._has_failures(self.slots.place(index))}
         return [index for index in range(self.n_slots) if index not in committed]
 
+    def claim(self, index: int, *, retry_failed: bool = False) -> bool:
+        """Hold slot `index` until it is committed or released, without waiting; say whether it is to do.
+
+        False: another writer holds it, or it was committed meanwhile. An object store has no locks: there two
+        writers may do a slot twice, with the same bytes.
+        """
+        if self._claims is not None and not self._claims.take(index):
+            return False
+        if self._is_todo(self.slots.place(index), retry_failed):
+            return True
+        self.release(index)
+        return False
+
+    def release(self, index: int) -> None:
+        """Give a claimed slot back; nothing happens to one that is not held."""
+        if self._claims is not None:
+            self._claims.release(index)
+
     def new_shard(self, slot: Slot) -> Shard:
         """Return memory for the tokens of `slot`."""
         layout = self._place(slot).layout
         shape = (len(slot.encodings), layout.grid.rows, layout.grid.cols, layout.n_channels)
-        return Shard(np.empty(shape, TOKEN_DTYPE))
+        return Shard(np.empty(shape, np.float16))
 
     def commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
-        """Write the shard durably, then its index part; after that the slot is done, or failed.
+        """Write the shard durably, then its index part; after that the slot is done, or failed, and not held.
 
         `failures` maps video ids to reasons; every inner chunk with an encoding of such a video is left out.
-        Raises `OutputError` when there is no room; the slot is then still to do.
+        A slot that is done stays as it is. Raises `OutputError` when there is no room; the slot is then still
+        to do.
         """
         place = self._place(slot)
+        if self._is_todo(place, retry_failed=True):
+            self._write(place, slot, shard, failures)
+        self.release(place.index)
+
+    def close(self) -> None:
+        """Let the next writer know that this one is gone; the end of the process does the same."""
+        for lock in (self._claims, self._lock):
+            if lock is not None:
+                lock.close()
+
+    def _write(self, place: SlotPlace, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
         layout = place.layout
         reasons = [failures.get(encoding.video_id) for encoding in slot.encodings]
         errors = _spread_over_chunks(reasons, layout.chunk_encodings)
         present = np.array([error is None for error in errors[:: layout.chunk_encodings]])
-        self._withdraw(place)
-        write_durably(place.token_path(self.path), shard_pieces(layout, shard.tokens, present))
-        n_bytes = shard_size(layout, int(present.sum()))
-        write_durably(place.part_path(self.path), [encode_part(slot, errors, n_bytes)])
+        # Withdrawn first: a committed shard never changes.
+        self._storage.delete(place.part_name)
+        encoder = ShardEncoder(layout, shard.tokens, present)
+        self._storage.write(place.shard_name, encoder)
+        facts = ShardFacts(encoder.n_bytes, encoder.chunks_checksum)
+        self._storage.write(place.part_name, [encode_part(slot, errors, facts)])
 
-    def close(self) -> None:
-        """Let the next writer know that this one is gone; the end of the process does the same."""
-        self._lock.close()
-
-    def _withdraw(self, place: SlotPlace) -> None:
-        """Remove the commit mark of a slot that is written again: a committed shard never changes."""
-        path = place.part_path(self.path)
-        with output_errors(path):
-            if path.exists():
-                path.unlink(missing_ok=True)
-                sync(path.parent)
+    def _lock_folder(self, folder: Path) -> None:
+        with output_errors(folder):
+            self._lock = WriterLock(folder / INDEX_GROUP / ROOT_METADATA)
+            self._claims = SlotClaims(folder / TOKENS_GROUP / ROOT_METADATA)
+            if self._lock.alone:
+                _remove_leftovers(folder, self.slots.arrays)
+            self._lock.share()
 
     def _committed(self) -> Iterator[int]:
         for first, layout in zip(self.slots.firsts, self.slots.arrays, strict=False):
-            yield from (first + shard for shard in committed_shards(self.path, layout))
+            yield from (first + shard for shard in committed_shards(self._storage, layout))
+
+    def _is_todo(self, place: SlotPlace, retry_failed: bool) -> bool:
+        if not self._storage.exists(place.part_name):
+            return True
+        return retry_failed and self._has_failures(place)
 
     def _has_failures(self, place: SlotPlace) -> bool:
         try:
-            return read_part(place.part_path(self.path)).n_failed > 0
+            return read_part(self._storage, place).n_failed > 0
         except BytesError as fault:
-            raise DamagedStoreError(f"the index part of slot {place.index} is damaged: {fault}") from fault
+            raise DamagedStoreError(
+                f"the index part of slot {place.index} is damaged: {fault}",
+                hint=repair_hint(self._storage.path),
+            ) from fault
 
     def _place(self, slot: Slot) -> SlotPlace:
         place = self.slots.place(slot.index)
@@ -158,7 +198,7 @@ def _spread_over_chunks(reasons: Sequence[str | None], chunk_encodings: int) -> 
 def _remove_leftovers(path: Path, arrays: Sequence[ArrayLayout]) -> None:
     folders = [path, path / INDEX_GROUP, path / TOKENS_GROUP]
     for layout in arrays:
-        folders += [array_folder(path, layout.grid), part_folder(path, layout.grid)]
+        folders += [path / array_folder(layout.grid), path / part_folder(layout.grid)]
     for folder in folders:
         for leftover in filter(is_temporary, folder.iterdir()):
             leftover.unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""Storage: a place that holds a store's files by name, on a local disk or behind the URL of an object store.
+
+In come names with forward slashes; out go bytes. A name holds a whole file or none, whatever dies meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from cosettle_cache.files import Buffer, output_errors, sync, write_durably
+from cosettle_cache.store.layout import ROOT_METADATA
+
+#: A local disk serves this many readers at once without getting slower.
+_LOCAL_READERS = min(4, os.cpu_count() or 1)
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+@runtime_checkable
+class RangeFile(Protocol):
+    """A file open for reads at any offset, from any number of threads; closed when it is collected."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
+
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
+        """Fill `buffers` if that needs no waiting; otherwise start fetching, return False."""
+
+
+@runtime_checkable
+class ReadStorage(Protocol):
+    """Where a store is read from; names are relative to it, absent files raise `FileNotFoundError`."""
+
+    @property
+    def path(self) -> str:
+        """What people call the place: a local path or a URL."""
+
+    @property
+    def local(self) -> Path | None:
+        """The folder on this machine, where there is one (locks need it)."""
+
+    @property
+    def n_readers(self) -> int:
+        """How many reads at once are worth while."""
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+
+    def open(self, name: str) -> RangeFile:
+        """Open a file for reads at any offset."""
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+
+    def exists(self, name: str) -> bool:
+        """Say whether there is a file of that name."""
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names directly in `folder`; an absent one is an error only where folders exist."""
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """Yield name and bytes of every file below the store."""
+
+    def zarr_store(self) -> Any:
+        """Return what `zarr.open` takes, read-only."""
+
+
+@runtime_checkable
+class Storage(ReadStorage, Protocol):
+    """Where a store is written to."""
+
+    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
+        """Write a file durably, whole or not at all; raise `OutputError` when that is impossible."""
+
+    def delete(self, name: str) -> None:
+        """Remove a file for good, if it is there."""
+
+
+def is_url(path: str | Path) -> bool:
+    """Say whether `path` is the URL of an object store."""
+    return bool(_URL.match(str(path)))
+
+
+def open_storage(path: str | Path) -> Storage:
+    """Return the place called `path`, a local path or a URL such as `s3://bucket/store.zarr`."""
+    if not is_url(path):
+        return LocalStorage(Path(path))
+    from cosettle_cache.store.objects import ObjectStorage
+
+    return ObjectStorage(str(path))
+
+
+class LocalStorage:
+    """A folder of the local file system."""
+
+    n_readers = _LOCAL_READERS
+
+    def __init__(self, root: Path) -> None:
+        self.local: Path = root
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (LocalStorage, (self.local.absolute(),))
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return str(self.local)
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        return (self.local / name).read_bytes()
+
+    def open(self, name: str) -> RangeFile:
+        """Open a file for reads at any offset."""
+        return LocalFile(self.local / name)
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+        return (self.local / name).stat().st_size
+
+    def exists(self, name: str) -> bool:
+        """Say whether there is a file of that name; False, not an error, where looking is forbidden."""
+        return os.path.isfile(self.local / name)  # noqa: PTH113
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names in `folder`."""
+        # Thrice as fast as Path.iterdir on 100,000 parts.
+        return os.listdir(self.local / folder)  # noqa: PTH208
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """Yield name and bytes of every file below the store."""
+        for item in sorted(self.local.rglob("*")):
+            if item.is_file():
+                yield item.relative_to(self.local).as_posix(), item.stat().st_size
+
+    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
+        """Write a file under a temporary name, flush it, rename it, flush the folder."""
+        write_durably(self.local / name, pieces)
+
+    def delete(self, name: str) -> None:
+        """Remove a file and flush the folder, if it is there."""
+        path = self.local / name
+        with output_errors(path):
+            if path.exists():
+                path.unlink(missing_ok=True)
+                sync(path.parent)
+
+    def zarr_store(self) -> Any:
+        """Return Zarr's own store for the folder."""
+        from zarr.storage import LocalStore
+
+        return LocalStore(self.local, read_only=True)
+
+
+class LocalFile:
+    """A local file; reads are single system calls straight into the caller's memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` from `offset` on."""
+        wanted = sum(map(len, buffers))
+        n_read = os.preadv(self._descriptor, buffers, offset)
+        if 0 < n_read < wanted:
+            return n_read + self.read(_unfilled(buffers, n_read), offset + n_read)
+        return n_read
+
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
+        """Fill `buffers` from the page cache, or start reading ahead and return False."""
+        wanted = sum(map(len, buffers))
+        try:
+            if os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT) == wanted:
+                return True
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        os.posix_fadvise(self._descriptor, offset, wanted, os.POSIX_FADV_WILLNEED)
+        return False
+
+
+def is_store(storage: ReadStorage) -> bool:
+    """Say whether the place holds a Zarr v3 node of any kind."""
+    return storage.exists(ROOT_METADATA)
+
+
+def _unfilled(buffers: Sequence[memoryview], n_filled: int) -> list[memoryview]:
+    rest = []
+    for buffer in buffers:
+        done = min(n_filled, len(buffer))
+        n_filled -= done
+        if done < len(buffer):
+            rest.append(buffer[done:])
+    return rest
