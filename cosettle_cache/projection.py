@@ -1,12 +1,13 @@
-"""The trained heads: what they compute, how they start, how they lie on disk and what identifies them.
+"""The heads: what they compute, how they start, how they lie on disk and what identifies them.
 
 Tokens `[... dim]` go in and come out. Files are our own safetensors with provenance, or checkpoints of the
-authors.
+authors, into whose layout a projection can also be exported.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -26,29 +27,42 @@ from cosettle_cache.files import write_durably
 #: safetensors writes several in random order and equal projections shall give equal files.
 METADATA_KEY = "cosettle-cache.projection.1"
 
+#: Layouts that a projection can be exported to.
+FORMATS = ("cosettle",)
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Linear maps with Tanh between them, Tanh after the last one if `final_tanh`, then LayerNorm."""
+    """Linear maps with Tanh between them, Tanh after the last one if `final_tanh`, then LayerNorm.
+
+    A `bare` head is one matrix alone, without bias, Tanh or LayerNorm. It is computed, not trained.
+    """
 
     n_linears: int
     final_tanh: bool
+    bare: bool = False
 
 
-#: `linear`, `mlp2`, `mlp3` as released; `affine` is the paper's map, without Tanh (PROTOCOLS 7.1.5).
+#: `linear`, `mlp2`, `mlp3` as released; `affine` is the paper's map, without Tanh (PROTOCOLS 7.1.5);
+#: `spectral` is the g(z) = Wz of the paper's analysis, in closed form (docs/objective.md).
 HEADS: Mapping[str, Head] = {
     "linear": Head(1, final_tanh=True),
     "affine": Head(1, final_tanh=False),
     "mlp2": Head(2, final_tanh=False),
     "mlp3": Head(3, final_tanh=False),
+    "spectral": Head(1, final_tanh=False, bare=True),
 }
+
+
+#: The heads of the authors' checkpoints, by the number of linear maps, which is all that tells them apart.
+AUTHORS_HEADS: Mapping[int, str] = {1: "linear", 2: "mlp2", 3: "mlp3"}
 
 
 class Projection(nn.Module):
     """A per-token map of `dim` channels to `dim` channels.
 
     The weights are drawn from `seed` alone by the rule named `init` (`released_init` knows a backbone's);
-    LayerNorm starts as the identity.
+    LayerNorm starts as the identity, and so does a bare head, which draws nothing.
     """
 
     def __init__(self, dim: int, head: str = "linear", *, init: str = "trunc_normal", seed: int = 0) -> None:
@@ -56,13 +70,13 @@ class Projection(nn.Module):
         self.dim, self.head = dim, head
         shape = find_head(head)
         self._final_tanh = shape.final_tanh
-        # Built without values: PyTorch's own initialisation would draw from (and move) the global generator.
-        linears = [nn.Linear(dim, dim, device="meta").to_empty(device="cpu") for _ in range(shape.n_linears)]
+        linears = [_make_linear(dim, bias=not shape.bare) for _ in range(shape.n_linears)]
         generator = torch.Generator().manual_seed(seed)
+        start = _init_identity if shape.bare else find_init(init)
         for linear in linears:
-            find_init(init)(linear, generator)
+            start(linear, generator)
         self.linears = nn.ModuleList(linears)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.Identity() if shape.bare else nn.LayerNorm(dim)
 
     def forward(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
         """Project every token on its own."""
@@ -73,6 +87,11 @@ class Projection(nn.Module):
                 tokens = tokens.tanh()
         normed: Tensor = self.norm(tokens)
         return normed
+
+
+def _make_linear(dim: int, *, bias: bool) -> nn.Linear:
+    # Built without values: PyTorch's own initialisation would draw from (and move) the global generator.
+    return nn.Linear(dim, dim, bias=bias, device="meta").to_empty(device="cpu")
 
 
 def find_head(name: str) -> Head:
@@ -99,6 +118,11 @@ def _init_pytorch(linear: nn.Linear, generator: Generator) -> None:
     bound = 1 / math.sqrt(linear.in_features)
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
     nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def _init_identity(linear: nn.Linear, generator: Generator) -> None:
+    nn.init.eye_(linear.weight)
 
 
 #: How a head can start: truncated normal (0.02), Xavier uniform, or PyTorch's own rule.
@@ -164,6 +188,90 @@ def read_provenance(path: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
+class SingularValues:
+    """The singular values of one linear map in three figures, and how many are not numerically zero."""
+
+    largest: float
+    median: float
+    smallest: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionInfo:
+    """What a projection file holds; `layout` is whose file it is (`cosettle-cache` or `cosettle`)."""
+
+    layout: str
+    head: str
+    dim: int
+    n_parameters: int
+    sha256: str
+    singular_values: tuple[SingularValues, ...]
+    provenance: Mapping[str, str]
+
+
+def describe_projection(path: Path) -> ProjectionInfo:
+    """Return what is in our own file or in a checkpoint of the authors."""
+    projection = load_projection(path)
+    return ProjectionInfo(
+        layout="cosettle" if _read_document(path) is None else "cosettle-cache",
+        head=projection.head,
+        dim=projection.dim,
+        n_parameters=sum(item.numel() for item in projection.parameters()),
+        sha256=projection_sha256(projection),
+        singular_values=tuple(_singular_values(linear.weight) for linear in projection.linears),
+        provenance=read_provenance(path),
+    )
+
+
+@torch.no_grad()
+def _singular_values(matrix: Tensor) -> SingularValues:
+    values = torch.linalg.svdvals(matrix.double())
+    threshold = values[0] * len(matrix) * torch.finfo(matrix.dtype).eps
+    rank = int((values > threshold).sum())
+    return SingularValues(values[0].item(), values.median().item(), values[-1].item(), rank)
+
+
+def export_projection(path_in: Path, path_out: Path, format: str = "cosettle") -> None:
+    """Write the projection of one file in another layout, the projection alone; the values stay bit for bit.
+
+    `cosettle` is the authors' checkpoint: a dictionary whose `model` holds the tensors by their names. Raises
+    `UsageError` for an unknown layout and `CheckpointError` for a head that the layout has no names for.
+    """
+    buffer = io.BytesIO()
+    torch.save({"model": exported_tensors(path_in, format)}, buffer)
+    write_durably(path_out, [buffer.getbuffer()])
+
+
+def exported_tensors(path: Path, format: str = "cosettle") -> dict[str, Tensor]:
+    """Return the tensors that `export_projection` would write, by their names there."""
+    if format not in FORMATS:
+        raise UsageError(f"there is no layout {format!r}", wanted=" or ".join(FORMATS), found=format)
+    projection = load_projection(path)
+    if projection.head not in AUTHORS_HEADS.values():
+        raise CheckpointError(
+            f"{path} holds the head {projection.head}, which the authors' layout cannot tell from theirs",
+            wanted=" or ".join(AUTHORS_HEADS.values()),
+            found=projection.head,
+            hint="load it with cosettle_cache.load_projection, or train one of these heads",
+        )
+    # The authors' CLIP keeps its projection inside the visual tower (PROTOCOLS 7.5).
+    family, _, _ = read_provenance(path).get("backbone", "").partition("_")
+    prefix = "visual.adapter.adapter." if family == "clip" else "adapter.adapter."
+    several = len(projection.linears) > 1
+    state = projection.state_dict().items()
+    return {prefix + _authors_name(name, several): tensor.contiguous() for name, tensor in state}
+
+
+def _authors_name(name: str, several: bool) -> str:
+    """The inverse of `_our_name`; a map that is alone has no number."""
+    if name.startswith("norm."):
+        return f"adapter_layer_norm1.{name.removeprefix('norm.')}"
+    _, number, leaf = name.split(".")
+    return f"adapter_linear{int(number) + 1 if several else ''}.{leaf}"
+
+
+@dataclass(frozen=True, slots=True)
 class _Document:
     head: str
     provenance: Mapping[str, str]
@@ -187,7 +295,7 @@ def _from_authors(path: Path) -> tuple[str, dict[str, Tensor]]:
 
     tensors = {_our_name(name): tensor for name, tensor in adapter_tensors(path).items()}
     n_linears = sum(name.startswith("linears.") and name.endswith(".weight") for name in tensors)
-    head = {1: "linear", 2: "mlp2", 3: "mlp3"}.get(n_linears)
+    head = AUTHORS_HEADS.get(n_linears)
     if head is None:
         raise CheckpointError(f"{path} holds no projection", wanted="one to three adapter_linear tensors")
     return head, tensors
@@ -203,9 +311,10 @@ def _our_name(name: str) -> str:
 
 
 def _assemble(path: Path, head: str, tensors: Mapping[str, Tensor]) -> Projection:
-    if "norm.weight" not in tensors or head not in HEADS:
-        raise CheckpointError(f"{path} holds no projection", wanted="a head and its LayerNorm", found=head)
-    projection = Projection(len(tensors["norm.weight"]), head)
+    first = tensors.get("linears.0.weight")
+    if first is None or first.ndim != 2 or head not in HEADS:
+        raise CheckpointError(f"{path} holds no projection", wanted="a head and its linear maps", found=head)
+    projection = Projection(first.shape[1], head)
     wanted = {name: tuple(tensor.shape) for name, tensor in projection.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:

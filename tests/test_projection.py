@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cosettle_cache.backbones.checkpoints import read_checkpoint
 from cosettle_cache.errors import CheckpointError, UsageError
 from cosettle_cache.projection import (
     HEADS,
     INITS,
     Projection,
+    describe_projection,
+    export_projection,
     load_projection,
     projection_sha256,
     read_provenance,
@@ -147,3 +150,64 @@ def test_a_projection_with_a_missing_bias_is_refused(tmp_path: Path) -> None:
     torch.save({"model": tensors}, tmp_path / "ours.pth")
     with pytest.raises(CheckpointError, match="does not fit the linear head"):
         load_projection(tmp_path / "ours.pth")
+
+
+def test_the_spectral_head_is_one_matrix_that_starts_as_the_identity() -> None:
+    projection = Projection(5, "spectral")
+    tokens = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(projection(tokens), tokens)
+    assert [name for name, _ in projection.named_parameters()] == ["linears.0.weight"]
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp2", "mlp3"])
+@pytest.mark.parametrize("backbone", ["mae_b", "clip_b"])
+def test_export_to_the_authors_layout_and_back(tmp_path: Path, head: str, backbone: str) -> None:
+    projection = Projection(6, head, init="pytorch", seed=3)
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.pth"
+    save_projection(ours, projection, {"backbone": backbone})
+    export_projection(ours, theirs)
+    document = torch.load(theirs, weights_only=True)
+    prefix = "visual." if backbone == "clip_b" else ""
+    assert list(document) == ["model"]
+    assert f"{prefix}adapter.adapter.adapter_layer_norm1.weight" in document["model"]
+    number = "" if head == "linear" else "1"
+    assert torch.equal(
+        document["model"][f"{prefix}adapter.adapter.adapter_linear{number}.weight"],
+        projection.linears[0].weight,
+    )
+    assert projection_sha256(load_projection(theirs)) == projection_sha256(projection)
+    export_projection(theirs, tmp_path / "again.pth")
+    assert projection_sha256(load_projection(tmp_path / "again.pth")) == projection_sha256(projection)
+
+
+def test_exported_names_are_those_of_the_authors_file(golden: Callable[[str], Path], tmp_path: Path) -> None:
+    released = golden("backbones/mae/ours.pth")
+    export_projection(released, tmp_path / "p.pth")
+    wanted = read_checkpoint(released)
+    found = torch.load(tmp_path / "p.pth", weights_only=True)["model"]
+    assert found.keys() == {name for name in wanted if "adapter" in name}
+    assert all(torch.equal(tensor, wanted[name].float()) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("head", ["affine", "spectral"])
+def test_heads_without_a_name_in_the_authors_layout_are_refused(tmp_path: Path, head: str) -> None:
+    save_projection(tmp_path / "p.safetensors", Projection(4, head), {})
+    with pytest.raises(CheckpointError, match=f"holds the head {head}") as raised:
+        export_projection(tmp_path / "p.safetensors", tmp_path / "p.pth")
+    assert raised.value.wanted == "linear or mlp2 or mlp3"
+    assert not (tmp_path / "p.pth").exists()
+    with pytest.raises(UsageError, match="no layout 'onnx'"):
+        export_projection(tmp_path / "p.safetensors", tmp_path / "p.pth", "onnx")
+
+
+def test_description_of_a_file(tmp_path: Path) -> None:
+    projection = Projection(4, "spectral")
+    with torch.no_grad():
+        projection.linears[0].weight.copy_(torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])))
+    save_projection(tmp_path / "p.safetensors", projection, {"backbone": "dino_b"})
+    info = describe_projection(tmp_path / "p.safetensors")
+    assert (info.layout, info.head, info.dim, info.n_parameters) == ("cosettle-cache", "spectral", 4, 16)
+    assert info.sha256 == projection_sha256(projection)
+    values = info.singular_values[0]
+    assert (values.largest, values.smallest, values.rank) == (3.0, 0.0, 3)
+    assert info.provenance == {"backbone": "dino_b"}
