@@ -118,6 +118,13 @@ class OutputError(CosettleError):
     exit_code = ExitCode.INPUT
 
 
+class ClusterError(CosettleError):
+    """Worker processes or their scheduler are missing, of another version, or die."""
+
+    kind = "cluster"
+    exit_code = ExitCode.INPUT
+
+
 class UncleanError(CosettleError):
     """The work finished, but not clean: some videos failed or an expectation was missed."""
 
