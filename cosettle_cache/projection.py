@@ -213,13 +213,14 @@ class ProjectionInfo:
 def describe_projection(path: Path) -> ProjectionInfo:
     """Return what is in our own file or in a checkpoint of the authors."""
     projection = load_projection(path)
+    matrices = [item for item in projection.parameters() if item.ndim == 2]
     return ProjectionInfo(
         layout="cosettle" if _read_document(path) is None else "cosettle-cache",
         head=projection.head,
         dim=projection.dim,
         n_parameters=sum(item.numel() for item in projection.parameters()),
         sha256=projection_sha256(projection),
-        singular_values=tuple(_singular_values(linear.weight) for linear in projection.linears),
+        singular_values=tuple(map(_singular_values, matrices)),
         provenance=read_provenance(path),
     )
 
