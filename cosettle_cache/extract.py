@@ -1,49 +1,47 @@
-"""Stage one: manifest -> frames -> frozen encoder -> store. Decoding, encoding and writing overlap.
+"""Stage one: manifest -> frames -> frozen encoder -> store, in this process or by many workers.
 
-Decode threads prepare images a bounded number ahead, the calling thread encodes batch by batch, one thread
-writes finished slots. A batch never crosses a slot, so a slot's bytes do not depend on where a run started.
+A plan, a manifest and an encoder come in; out go committed slots and a report. Several extractions of one
+store share its slots: each is claimed just before it is worked on, and what a dead one left is taken over.
 """
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from itertools import chain, groupby
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
+from uuid import uuid4
 
 import torch
 
-from cosettle_cache.backbones import Backbone
-from cosettle_cache.config import package_versions
+from cosettle_cache.backbones import Backbone, load_backbone
+from cosettle_cache.config import FramesSettings, PairsSettings, package_versions
 from cosettle_cache.console import SILENT, Progress
-from cosettle_cache.errors import MediaError
-from cosettle_cache.frames import FrameReader
+from cosettle_cache.errors import InputError
+from cosettle_cache.filling import Clock, FilledSlot, Filler
 from cosettle_cache.manifest import manifest_digest
-from cosettle_cache.plan import Plan
-from cosettle_cache.store import SPEC_VERSION, Shard, StoreWriter
-from cosettle_cache.types import Encoding, Fingerprint, Manifest, MediaKind, Slot, Video
-from cosettle_cache.upload import PreparedImage, Upload, Uploader
-from cosettle_cache.views import Views, make_views, views_rule
+from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.store import StoreWriter, open_store, spec_version
+from cosettle_cache.types import Fingerprint, Manifest, Video
+from cosettle_cache.views import views_rule
 
-#: Frames per decode task of a frame folder: small enough to spread over threads.
-FRAMES_PER_TASK = 4
-#: Prepared images waiting for the encoder, in batches; bounds the memory of the decode threads.
-BATCHES_AHEAD = 3
-#: Finished slots waiting for the disk; one more is being filled meanwhile.
-MAX_PENDING_COMMITS = 1
-NOT_FINITE = "its tokens do not fit float16 (overflow or not a number)"
+#: Patch tokens per forward pass: 16 images of 224 pixels on a CPU, 128 on a GPU.
+BATCH_TOKENS = {"cpu": 16 * 196, "cuda": 128 * 196}
+MAX_DECODE_THREADS = 4
+#: How often slots that others hold are looked at again.
+POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """Seconds per stage: `decode` and `write` are thread time, the others the encoder thread's own.
+    """Seconds per stage: `decode` and `write` are thread time, the others the encoder's own.
 
-    `wait_images` is time without an image to encode, `wait_writer` time without a free slot buffer.
+    `wait_images` is time without an image to encode, `wait_writer` time without a free slot buffer (serial
+    runs only). Over several workers all but `total` are sums.
     """
 
     decode: float
@@ -56,11 +54,16 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class ExtractReport:
-    """What one run of `extract` did; `failures` maps video ids to reasons, for this run's slots."""
+    """What one run of `extract` did; `failures` maps video ids to reasons, for this run's slots.
+
+    `n_slots_elsewhere` were committed by other extractions meanwhile; `n_processes` had a part in `n_slots`.
+    """
 
     n_slots: int
     n_slots_before: int
+    n_slots_elsewhere: int
     n_encodings: int
+    n_processes: int
     failures: Mapping[str, str]
     seconds: StageSeconds
     interrupted: bool
@@ -71,21 +74,66 @@ class ExtractReport:
         return self.n_encodings / self.seconds.total if self.seconds.total else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ExtractSpec:
+    """What a worker process needs to fill slots of a store that is there; paths are the worker's own.
+
+    `device`, `batch_size` and `decode_threads` None: the worker's choice. `run` tells two extractions apart.
+    """
+
+    store: str
+    data_root: str
+    settings: PairsSettings | FramesSettings
+    backbone: str
+    weights: str | None = None
+    heads: int | None = None
+    precision: str = "fp32"
+    compiled: bool = False
+    device: str | None = None
+    batch_size: int | None = None
+    decode_threads: int | None = None
+    slot_encodings: int | None = None
+    dtype: str = "float16"
+    codec: str = "none"
+    retry_failed: bool = False
+    run: str = field(default_factory=lambda: uuid4().hex)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotReport:
+    """What a worker process says about a slot; `filled` is None when another writer has it, or had it."""
+
+    process: str
+    filled: FilledSlot | None
+    seconds: Mapping[str, float]
+
+
+#: Hands items to workers and yields each with its result, as they get ready (`distributed.Cluster.run`).
+Runner = Callable[[Callable[[int], SlotReport], Iterable[int]], Iterator[tuple[int, SlotReport]]]
+
+
 def make_fingerprint(backbone: Backbone, plan: Plan, manifest: Manifest) -> Fingerprint:
     """Return everything that decides the tokens of the store about to be written."""
+    layout = plan.arrays[0]
     return Fingerprint(
-        spec_version=SPEC_VERSION,
+        spec_version=spec_version(layout.dtype, layout.codec),
         backbone=backbone.name,
         weights_sha256=backbone.weights_sha256,
         token_rule=backbone.token_rule,
         position_rule=backbone.position_rule,
         preprocessing=views_rule(plan, backbone.mean, backbone.std),
         plan=plan.to_json(),
-        dtype="float16",
+        dtype=layout.dtype,
         precision=backbone.precision,
         manifest_digest=manifest_digest(manifest),
         versions=package_versions(),
     )
+
+
+def default_batch(plan: Plan, device: str) -> int:
+    """Return how many images of the plan's largest grid make one forward pass on a device."""
+    tokens = max(layout.grid.n_tokens for layout in plan.arrays)
+    return max(1, BATCH_TOKENS[device.partition(":")[0]] // tokens)
 
 
 def extract(
@@ -100,206 +148,210 @@ def extract(
     retry_failed: bool = False,
     progress: Progress = SILENT,
     stop: Event | None = None,
+    note: Callable[[str], object] = lambda text: None,
 ) -> ExtractReport:
-    """Encode every slot of `plan` that `writer` has not committed; `stop` ends after the slot in hand.
+    """Encode every slot of `plan` that is not committed yet; `stop` ends after the slot in hand.
 
-    With `retry_failed` slots that list failed videos are encoded again as well.
+    With `retry_failed` slots that list failed videos are encoded again as well. Slots that other writers
+    hold are waited for, which `note` hears of once, and taken over if they are given up.
 
     A video that cannot be decoded is recorded in the store and in the report and does not end the run.
     Raises `OutputError` when the store cannot be written; committed slots stay.
     """
-    videos = {video.video_id: video for video in manifest}
-    run = _Extraction(plan, videos, data_root, backbone, writer, batch_size, progress, stop or Event())
-    return run.run(writer.todo(retry_failed=retry_failed), decode_threads)
+    work = _Work(plan, writer, retry_failed, progress, stop or Event(), note)
+    with ThreadPoolExecutor(decode_threads, "decode") as decoders:
+        filler = Filler(
+            plan,
+            _by_id(manifest),
+            data_root,
+            backbone,
+            writer,
+            decoders,
+            batch_size,
+            encoded=progress.advance,
+            clock=work.clock,
+        )
+        return work.run(partial(_fill_here, filler, work))
+
+
+def extract_across(
+    run: Runner,
+    spec: ExtractSpec,
+    plan: Plan,
+    writer: StoreWriter,
+    *,
+    progress: Progress = SILENT,
+    stop: Event | None = None,
+    note: Callable[[str], object] = lambda text: None,
+) -> ExtractReport:
+    """Like `extract`, with the slots handed to worker processes by `run`; `stop` must be the runner's too.
+
+    `writer` is this process's own, of the store that `spec` names. Errors of a worker are raised here.
+    """
+    work = _Work(plan, writer, spec.retry_failed, progress, stop or Event(), note)
+    return work.run(partial(_fill_across, run, spec, work))
+
+
+def fill_slot(spec: ExtractSpec, index: int) -> SlotReport:
+    """In a worker: fill slot `index`, unless somebody has it; the encoder is loaded with the first slot."""
+    process = f"{platform.node()}:{os.getpid()}"
+    filler = _open_once(spec)
+    if not filler.writer.claim(index, retry_failed=spec.retry_failed):
+        return SlotReport(process, None, {})
+    clock = Clock()
+    try:
+        filled = replace(filler, clock=clock).fill_one(index)
+    finally:
+        filler.writer.release(index)
+    return SlotReport(process, filled, dict(clock.seconds))
 
 
 @dataclass(slots=True)
-class _Clock:
-    """Seconds by stage; the threads of one stage add up."""
-
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    lock: Lock = field(default_factory=Lock)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.seconds[name] += time.perf_counter() - started
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """Encodings of one video in one slot to prepare together, by frame: (position in the slot, encoding)."""
-
-    slot: Slot
-    reader: FrameReader
-    views: Views
-    frames: Mapping[int, Sequence[tuple[int, Encoding]]]
-
-    @property
-    def n_encodings(self) -> int:
-        return sum(len(items) for items in self.frames.values())
-
-
-Prepared = tuple[_Task, list[PreparedImage] | MediaError]
-
-
-@dataclass(slots=True)
-class _Extraction:
-    """One run: the plan's todo slots through decode threads, encoder and writer thread."""
+class _Work:
+    """The slots of one run, gone over again and again until all are committed, by us or by others."""
 
     plan: Plan
-    videos: Mapping[str, Video]
-    data_root: Path
-    backbone: Backbone
     writer: StoreWriter
-    batch_size: int
+    retry_failed: bool
     progress: Progress
     stop: Event
-    clock: _Clock = field(default_factory=_Clock)
-    failures: dict[str, str] = field(default_factory=dict)
-    n_encodings: int = 0
+    note: Callable[[str], object]
+    clock: Clock = field(default_factory=Clock)
+    processes: set[str] = field(default_factory=set)
+    filled: list[FilledSlot] = field(default_factory=list)
+    n_elsewhere: int = 0
 
-    def run(self, todo: Sequence[int], decode_threads: int) -> ExtractReport:
-        self.progress.start(sum(self.plan.slot_length(index) for index in todo), "images")
+    def run(self, fill: Callable[[Sequence[int]], Iterator[FilledSlot]]) -> ExtractReport:
+        """Return the report of `fill`, which goes over slots once and skips those that others hold."""
+        todo = self.writer.todo(retry_failed=self.retry_failed)
+        self.progress.start(self._n_images(todo), "images")
         try:
             with self.clock.stage("total"):
-                n_slots = self._encode_slots(todo, decode_threads)
+                left = self._go_over(todo, fill)
         finally:
             self.progress.finish()
         return ExtractReport(
-            n_slots=n_slots,
+            n_slots=len(self.filled),
             n_slots_before=self.plan.n_slots - len(todo),
-            n_encodings=self.n_encodings,
-            failures=self.failures,
+            n_slots_elsewhere=self.n_elsewhere,
+            n_encodings=sum(slot.n_encodings for slot in self.filled),
+            n_processes=len(self.processes) or 1,
+            failures={key: value for slot in self.filled for key, value in slot.failures.items()},
             seconds=StageSeconds(
                 **{item.name: self.clock.seconds[item.name] for item in fields(StageSeconds)}
             ),
-            interrupted=n_slots < len(todo),
+            interrupted=bool(left),
         )
 
-    def _encode_slots(self, todo: Sequence[int], decode_threads: int) -> int:
-        """Encode slot after slot; return how many were committed."""
-        decoders = ThreadPoolExecutor(decode_threads, "decode")
-        commits: deque[Future[None]] = deque()
-        n_slots = 0
-        try:
-            with ThreadPoolExecutor(1, "write") as writers:
-                prepared = self._ahead(self._tasks(todo), decoders)
-                for _, results in groupby(prepared, key=lambda result: result[0].slot.index):
-                    commits.append(writers.submit(self._commit, *self._encode_slot(results)))
-                    self._settle(commits, MAX_PENDING_COMMITS)
-                    n_slots += 1
-                    if self.stop.is_set():
-                        break
-                self._settle(commits, 0)
-        finally:
-            decoders.shutdown(cancel_futures=True)
-        return n_slots
+    def _go_over(
+        self, todo: Sequence[int], fill: Callable[[Sequence[int]], Iterator[FilledSlot]]
+    ) -> Sequence[int]:
+        """Return the slots that are left when all is done, or at `stop`."""
+        left, waiting = todo, False
+        while left:
+            filled = list(fill(left))
+            self.filled += filled
+            left = self._still_todo(left, {slot.index for slot in filled})
+            if self.stop.is_set():
+                break
+            if left and not filled:
+                if not waiting:
+                    self.note(f"waiting for another extraction, which holds {len(left)} slots")
+                waiting = True
+                self.stop.wait(POLL_S)
+        return left
 
-    def _settle(self, commits: deque[Future[None]], pending: int) -> None:
-        with self.clock.stage("wait_writer"):
-            while len(commits) > pending:
-                commits.popleft().result()
+    def _still_todo(self, left: Sequence[int], filled: set[int]) -> list[int]:
+        open_slots = set(self.writer.todo(retry_failed=self.retry_failed))
+        elsewhere = [index for index in left if index not in filled and index not in open_slots]
+        self.n_elsewhere += len(elsewhere)
+        self.progress.advance(self._n_images(elsewhere))
+        return [index for index in left if index not in filled and index in open_slots]
 
-    def _tasks(self, todo: Sequence[int]) -> Iterator[_Task]:
-        reader: FrameReader | None = None
-        for index in todo:
-            slot = self.plan.slot(index)
-            positions = enumerate(slot.encodings)
-            for video_id, items in groupby(positions, key=lambda item: item[1].video_id):
-                video = self.videos[video_id]
-                if reader is None or reader.video is not video:
-                    reader = FrameReader(video, self.data_root)
-                yield from self._video_tasks(slot, reader, list(items))
+    def _n_images(self, slots: Sequence[int]) -> int:
+        return sum(self.plan.slot_length(index) for index in slots)
 
-    def _video_tasks(
-        self, slot: Slot, reader: FrameReader, items: Sequence[tuple[int, Encoding]]
-    ) -> Iterator[_Task]:
-        size = self.plan.recipe.image_size(reader.video)
-        views = make_views(self.plan, *size, self.backbone.mean, self.backbone.std)
-        by_frame: dict[int, list[tuple[int, Encoding]]] = {}
-        for position, encoding in items:
-            by_frame.setdefault(encoding.frame, []).append((position, encoding))
-        frames = sorted(by_frame)
-        # A video file is decoded forwards by one task; the frames of a folder are independent.
-        step = FRAMES_PER_TASK if reader.video.media_kind is MediaKind.FRAMES else len(frames)
-        for start in range(0, len(frames), step):
-            yield _Task(
-                slot, reader, views, {frame: by_frame[frame] for frame in frames[start : start + step]}
-            )
 
-    def _ahead(self, tasks: Iterable[_Task], decoders: ThreadPoolExecutor) -> Iterator[Prepared]:
-        """Prepare tasks in threads, yield them in order, hold a bounded number of images."""
-        pending: deque[tuple[_Task, Future[list[PreparedImage] | MediaError]]] = deque()
-        n_pending = 0
-        for task in tasks:
-            pending.append((task, decoders.submit(self._prepare, task)))
-            n_pending += task.n_encodings
-            while n_pending > BATCHES_AHEAD * self.batch_size and len(pending) > 1:
-                first, future = pending.popleft()
-                n_pending -= first.n_encodings
-                yield first, self._result(future)
-        for first, future in pending:
-            yield first, self._result(future)
+def _fill_here(filler: Filler, work: _Work, slots: Sequence[int]) -> Iterator[FilledSlot]:
+    """Yield the slots that nobody else holds; each is claimed just before its first image is decoded."""
+    claimed: list[int] = []
 
-    def _result(self, future: Future[list[PreparedImage] | MediaError]) -> list[PreparedImage] | MediaError:
-        with self.clock.stage("wait_images"):
-            return future.result()
+    def claim() -> Iterator[int]:
+        for index in slots:
+            if work.writer.claim(index, retry_failed=work.retry_failed):
+                claimed.append(index)
+                yield index
 
-    def _prepare(self, task: _Task) -> list[PreparedImage] | MediaError:
-        images: list[PreparedImage] = []
-        try:
-            with self.clock.stage("decode"):
-                decoded = task.reader.read(list(task.frames))
-                for items, image in zip(task.frames.values(), decoded, strict=True):
-                    views = task.views.prepare(image, [encoding for _, encoding in items])
-                    images += [PreparedImage(*item, view) for item, view in zip(items, views, strict=True)]
-        except MediaError as error:
-            return error
-        return images
+    try:
+        yield from filler.fill(claim(), work.stop)
+    finally:
+        # After an error or an interrupt some are prepared and not committed.
+        for index in claimed:
+            work.writer.release(index)
 
-    def _encode_slot(self, results: Iterator[Prepared]) -> tuple[Slot, Shard, dict[str, str]]:
-        first = next(results)
-        slot = first[0].slot
-        shard = self.writer.new_shard(slot)
-        failures: dict[str, str] = {}
-        batches = self._batches(chain([first], results), failures)
-        for upload in Uploader(self.backbone.device).ahead(batches):
-            self._encode(upload, shard, failures)
-            self.n_encodings += len(upload.images)
-            self.progress.advance(len(upload.images))
-        return slot, shard, failures
 
-    def _batches(
-        self, results: Iterable[Prepared], failures: dict[str, str]
-    ) -> Iterator[list[PreparedImage]]:
-        batch: list[PreparedImage] = []
-        for task, result in results:
-            if isinstance(result, MediaError):
-                failures[task.reader.video.video_id] = result.summary
-                continue
-            for image in result:
-                batch.append(image)
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-        if batch:
-            yield batch
+def _fill_across(run: Runner, spec: ExtractSpec, work: _Work, slots: Sequence[int]) -> Iterator[FilledSlot]:
+    for _, report in run(partial(fill_slot, spec), slots):
+        work.clock.add(report.seconds)
+        if report.filled is not None:
+            work.processes.add(report.process)
+            work.progress.advance(report.filled.n_encodings)
+            yield report.filled
 
-    def _encode(self, upload: Upload, shard: Shard, failures: dict[str, str]) -> None:
-        with self.clock.stage("encode"):
-            half = self.backbone.encode_views(upload.pixels, upload.views).to(torch.float16)
-            finite = half.isfinite().flatten(1).all(dim=1).tolist()
-            shard.tokens[[image.position for image in upload.images]] = half.cpu().numpy()
-        for image, is_finite in zip(upload.images, finite, strict=True):
-            if not is_finite:
-                failures[image.encoding.video_id] = NOT_FINITE
 
-    def _commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
-        with self.clock.stage("write"):
-            self.writer.commit(slot, shard, failures)
-        self.failures.update(failures)
+def _by_id(manifest: Manifest) -> dict[str, Video]:
+    return {video.video_id: video for video in manifest}
+
+
+#: In a worker: what the last spec opened. One is kept, for a worker may outlive many extractions.
+_opened: dict[ExtractSpec, Filler] = {}
+_opening = Lock()
+
+
+def _open_once(spec: ExtractSpec) -> Filler:
+    with _opening:
+        if spec not in _opened:
+            _opened.clear()
+            _opened[spec] = _open(spec)
+        return _opened[spec]
+
+
+def _open(spec: ExtractSpec) -> Filler:
+    """Return encoder, plan and writer of a spec; raise where they would not give the store's own tokens."""
+    data_root = Path(spec.data_root)
+    if not data_root.is_dir():
+        raise InputError(
+            f"{data_root} is not a folder on {platform.node()}",
+            wanted="the data root under the same path on every worker",
+        )
+    manifest = open_store(spec.store).manifest
+    device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = load_backbone(
+        spec.backbone,
+        weights=spec.weights,
+        device=device,
+        precision=spec.precision,
+        heads=spec.heads,
+        compiled=spec.compiled,
+    )
+    plan = make_plan(
+        manifest,
+        spec.settings,
+        patch=backbone.patch,
+        dim=backbone.dim,
+        slot_encodings=spec.slot_encodings,
+        dtype=spec.dtype,
+        codec=spec.codec,
+    )
+    fingerprint = make_fingerprint(backbone, plan, manifest)
+    writer = StoreWriter.create_or_resume(spec.store, plan.arrays, fingerprint, manifest, {})
+    threads = spec.decode_threads or min(MAX_DECODE_THREADS, len(os.sched_getaffinity(0)))
+    return Filler(
+        plan,
+        _by_id(manifest),
+        data_root,
+        backbone,
+        writer,
+        ThreadPoolExecutor(threads, "decode"),
+        spec.batch_size or default_batch(plan, device),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,20 @@ from cosettle_cache.types import PlanKind
 _PAIRS, _FRAMES = PairsSettings(), FramesSettings()
 
 
+class Dtype(StrEnum):
+    """How tokens are stored."""
+
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
+class Codec(StrEnum):
+    """How stored tokens are compressed."""
+
+    NONE = "none"
+    ZSTD = "zstd"
+
+
 def extract(
     backbone: Annotated[
         str, typer.Option(help="mae_b, timm/MODEL_ID, or a family name with --weights FILE.")
@@ -27,7 +42,7 @@ def extract(
         Path | None, typer.Option(help="Which videos; default: what the data root holds.")
     ] = None,
     data_root: DataRoot = None,
-    out: Annotated[Path, typer.Option(help="The store to write or resume.")] = Path("store.zarr"),
+    out: Annotated[str, typer.Option(help="The store to write or resume: path or URL.")] = "store.zarr",
     plan: Annotated[PlanKind, typer.Option(help="Training samples, or every k-th frame.")] = PlanKind.PAIRS,
     views: Annotated[int, typer.Option(min=1, help="View sets per clip (pairs).")] = _PAIRS.n_views,
     gap: Annotated[
@@ -50,6 +65,12 @@ def extract(
     batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Threads that prepare images.")] = None,
     slot_encodings: Annotated[int | None, typer.Option(min=1, help="Encodings per slot (shard).")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of stored tokens; int8 halves the bytes.")] = Dtype.FLOAT16,
+    codec: Annotated[Codec, typer.Option(help="Compression of stored tokens.")] = Codec.NONE,
+    workers: Annotated[int, typer.Option(min=0, help="Processes here, one per GPU; 0: this one.")] = 0,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A dask scheduler whose workers do it, as tcp://host:8786.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Encode failed slots again.")] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -84,9 +105,13 @@ def extract(
         batch_size=batch,
         decode_threads=decode_threads,
         slot_encodings=slot_encodings,
+        dtype=dtype,
+        codec=codec,
         heads=heads,
         retry_failed=retry_failed,
         compiled=compiled,
+        workers=workers,
+        scheduler=scheduler,
     )
     if dry_run:
         summary = asdict(summarise_plan(job, plan_job(job)))

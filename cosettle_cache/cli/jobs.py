@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,46 +15,61 @@ from cosettle_cache.cli.data import Data
 from cosettle_cache.cli.options import interruptible, pick_device
 from cosettle_cache.config import FramesSettings, PairsSettings
 from cosettle_cache.console import Talk, human_bytes, human_seconds
+from cosettle_cache.errors import UsageError
 from cosettle_cache.plan import Plan, make_plan
 
 if TYPE_CHECKING:
-    from cosettle_cache.extract import ExtractReport
+    from cosettle_cache.backbones import Backbone
+    from cosettle_cache.extract import ExtractReport, ExtractSpec
+    from cosettle_cache.store import StoreWriter
 
-#: Patch tokens per forward pass: 16 images of 224 pixels on a CPU, 128 on a GPU.
-BATCH_TOKENS = {"cpu": 16 * 196, "cuda": 128 * 196}
+MAX_DECODE_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class StoreJob:
-    """One store to fill: which videos, which encoder, which plan, where to."""
+    """One store to fill: which videos, which encoder, which plan, where to (path or URL), by whom.
+
+    Without `workers` (processes on this machine) or a `scheduler` (address) this process does the work.
+    """
 
     data: Data
     backbone: str
     weights: str | None
     settings: PairsSettings | FramesSettings
-    out: Path
+    out: str
     device: str | None = None
     precision: str = "fp32"
     batch_size: int | None = None
     decode_threads: int | None = None
     slot_encodings: int | None = None
+    dtype: str = "float16"
+    codec: str = "none"
     heads: int | None = None
     retry_failed: bool = False
     compiled: bool = False
+    workers: int = 0
+    scheduler: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSummary:
-    """What a dry run prints."""
+    """What a dry run prints; `bytes` are those of the tokens before compression, checksums not counted.
+
+    `slot_encodings` has one number per grid; `bytes_free` is None where nobody can say.
+    """
 
     backbone: str
     plan: str
     videos: int
     encodings: int
-    slots: int
-    bytes: int
-    bytes_free: int
     grids: tuple[str, ...]
+    dtype: str
+    codec: str
+    slots: int
+    slot_encodings: tuple[int, ...]
+    bytes: int
+    bytes_free: int | None
     out: str
 
 
@@ -69,45 +86,166 @@ def plan_job(job: StoreJob) -> Plan:
 
     info = describe_backbone(job.backbone, weights=job.weights, heads=job.heads)
     return make_plan(
-        job.data.manifest, job.settings, patch=info.patch, dim=info.dim, slot_encodings=job.slot_encodings
+        job.data.manifest,
+        job.settings,
+        patch=info.patch,
+        dim=info.dim,
+        slot_encodings=job.slot_encodings,
+        dtype=job.dtype,
+        codec=job.codec,
     )
 
 
 def summarise_plan(job: StoreJob, plan: Plan) -> PlanSummary:
     """Return the sizes of a plan beside the space left where it would go."""
-    anchor = next(path for path in job.out.absolute().parents if path.exists())
     return PlanSummary(
         backbone=job.backbone,
         plan=str(plan.kind),
         videos=len(job.data.manifest),
         encodings=plan.n_encodings,
-        slots=plan.n_slots,
-        bytes=plan.n_bytes,
-        bytes_free=shutil.disk_usage(anchor).free,
         grids=tuple(str(layout.grid) for layout in plan.arrays),
-        out=str(job.out),
+        dtype=job.dtype,
+        codec=job.codec,
+        slots=plan.n_slots,
+        slot_encodings=tuple(layout.slot_encodings for layout in plan.arrays),
+        bytes=plan.n_bytes,
+        bytes_free=_bytes_free(job.out),
+        out=job.out,
     )
 
 
 def note_plan(summary: PlanSummary, talk: Talk) -> None:
     """Say in one line what is about to be made."""
+    free = "" if summary.bytes_free is None else f" ({human_bytes(summary.bytes_free)} free)"
     talk.note(
         f"{summary.out}: {summary.plan} plan, {summary.videos} videos, {summary.encodings} encodings of "
-        f"{' and '.join(summary.grids)} tokens in {summary.slots} slots, {human_bytes(summary.bytes)} "
-        f"({human_bytes(summary.bytes_free)} free)"
+        f"{' and '.join(summary.grids)} tokens in {summary.slots} slots, {human_bytes(summary.bytes)}{free}"
     )
 
 
 def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
     """Fill the store of a job, resuming what is there; the report's failures are those of the whole store."""
-    from cosettle_cache.backbones import load_backbone
-    from cosettle_cache.extract import extract, make_fingerprint
-    from cosettle_cache.store import StoreWriter, open_store
+    from cosettle_cache.store import open_store
 
     plan = plan_job(job)
     note_plan(summarise_plan(job, plan), talk)
+    report = _run_across(job, plan, talk) if job.workers or job.scheduler else _run_here(job, plan, talk)
+    return replace(report, failures=dict(open_store(job.out).failures))
+
+
+def report_lines(job: StoreJob, report: ExtractReport) -> list[str]:
+    """Return what a finished extraction prints."""
+    failed = [f"failed: {video_id}: {reason}" for video_id, reason in report.failures.items()]
+    if failed and not job.retry_failed:
+        failed.append("after mending them, the same command with --retry-failed encodes their slots again")
+    n_others = report.n_slots_before + report.n_slots_elsewhere
+    if not report.n_slots and not report.interrupted:
+        return [f"{job.out}: all {n_others} slots were there already", *failed]
+    seconds = report.seconds
+    resumed = f" ({report.n_slots_before} slots were there already)" if report.n_slots_before else ""
+    shared = f" ({report.n_slots_elsewhere} slots by other extractions)" if report.n_slots_elsewhere else ""
+    over = f" over {report.n_processes} processes" if job.workers or job.scheduler else ""
+    stages = (
+        f"stages{over}: decode {human_seconds(seconds.decode)}, encode {human_seconds(seconds.encode)}, "
+        f"write {human_seconds(seconds.write)}; waited {human_seconds(seconds.wait_images)} for images, "
+        f"{human_seconds(seconds.wait_writer)} for the writer"
+    )
+    done = (
+        f"{job.out}: {report.n_encodings} encodings in {report.n_slots} slots, "
+        f"{human_seconds(seconds.total)}, {report.images_per_s:.1f} images/s{resumed}{shared}"
+    )
+    return [done, stages, *failed]
+
+
+def _run_here(job: StoreJob, plan: Plan, talk: Talk) -> ExtractReport:
+    from cosettle_cache.extract import default_batch, extract
+
     device = pick_device(job.device)
-    backbone = load_backbone(
+    backbone = _load(job, device)
+    # A run of several commands is one process: the store's lock goes with the job, not with the process.
+    with closing(_writer(job, plan, backbone)) as writer, interruptible(talk, "slot") as stop:
+        return extract(
+            plan,
+            job.data.manifest,
+            job.data.root,
+            backbone,
+            writer,
+            batch_size=job.batch_size or default_batch(plan, device),
+            decode_threads=job.decode_threads or min(MAX_DECODE_THREADS, os.cpu_count() or 1),
+            retry_failed=job.retry_failed,
+            progress=talk.progress("extract"),
+            stop=stop,
+            note=talk.note,
+        )
+
+
+def _run_across(job: StoreJob, plan: Plan, talk: Talk) -> ExtractReport:
+    from cosettle_cache.distributed import connect
+    from cosettle_cache.extract import extract_across
+
+    gpus = _check_workers(job)
+    with connect(workers=job.workers, scheduler=job.scheduler, gpus=gpus, note=talk.note) as cluster:
+        # Loaded here only to say what the tokens depend on; workers load their own, and compare.
+        backbone = _load(job, "cpu")
+        on_gpus = job.device == "cuda" or (job.device is None and cluster.has_gpus())
+        with closing(_writer(job, plan, backbone)) as writer, interruptible(talk, "slots") as stop:
+            del backbone
+            return extract_across(
+                partial(cluster.run, stop=stop, on_gpus=on_gpus),
+                _spec(job),
+                plan,
+                writer,
+                progress=talk.progress("extract"),
+                stop=stop,
+                note=talk.note,
+            )
+
+
+def _check_workers(job: StoreJob) -> Sequence[str]:
+    """Return the GPUs of this machine to be dealt to workers; raise `UsageError` for what cannot be."""
+    if job.workers and job.scheduler:
+        raise UsageError("--workers and --scheduler exclude each other", wanted="one of the two")
+    if job.device not in (None, "cpu", "cuda"):
+        raise UsageError("workers are dealt their GPUs", wanted="--device cpu or cuda", found=job.device)
+    if job.scheduler or pick_device(job.device) == "cpu":
+        return ()
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _spec(job: StoreJob) -> ExtractSpec:
+    """Return what workers need, with absolute paths: they may have been started anywhere."""
+    from cosettle_cache.distributed import share_of_cores
+    from cosettle_cache.extract import ExtractSpec
+    from cosettle_cache.store.storage import is_url
+
+    is_file = job.weights is not None and Path(job.weights).is_file()
+    threads = min(MAX_DECODE_THREADS, share_of_cores(job.workers)) if job.workers else None
+    return ExtractSpec(
+        store=job.out if is_url(job.out) else str(Path(job.out).absolute()),
+        data_root=str(job.data.root.absolute()),
+        settings=job.settings,
+        backbone=job.backbone,
+        weights=str(Path(job.weights).absolute()) if job.weights and is_file else job.weights,
+        heads=job.heads,
+        precision=job.precision,
+        compiled=job.compiled,
+        device=job.device,
+        batch_size=job.batch_size,
+        decode_threads=job.decode_threads or threads,
+        slot_encodings=job.slot_encodings,
+        dtype=job.dtype,
+        codec=job.codec,
+        retry_failed=job.retry_failed,
+    )
+
+
+def _load(job: StoreJob, device: str) -> Backbone:
+    from cosettle_cache.backbones import load_backbone
+
+    return load_backbone(
         job.backbone,
         weights=job.weights,
         device=device,
@@ -115,6 +253,12 @@ def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
         heads=job.heads,
         compiled=job.compiled,
     )
+
+
+def _writer(job: StoreJob, plan: Plan, backbone: Backbone) -> StoreWriter:
+    from cosettle_cache.extract import make_fingerprint
+    from cosettle_cache.store import StoreWriter
+
     manifest = job.data.manifest
     encoder = {
         "name": backbone.name,
@@ -127,45 +271,14 @@ def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
         "std": list(backbone.std),
     }
     fingerprint = make_fingerprint(backbone, plan, manifest)
-    writer = StoreWriter.create_or_resume(job.out, plan.arrays, fingerprint, manifest, encoder)
-    # A run of several commands is one process: the store's lock goes with the job, not with the process.
-    with closing(writer), interruptible(talk, "slot") as stop:
-        report = extract(
-            plan,
-            manifest,
-            job.data.root,
-            backbone,
-            writer,
-            batch_size=job.batch_size or _batch_size(plan, device),
-            decode_threads=job.decode_threads or min(4, os.cpu_count() or 1),
-            retry_failed=job.retry_failed,
-            progress=talk.progress("extract"),
-            stop=stop,
-        )
-    return replace(report, failures=dict(open_store(job.out).failures))
+    return StoreWriter.create_or_resume(job.out, plan.arrays, fingerprint, manifest, encoder)
 
 
-def report_lines(job: StoreJob, report: ExtractReport) -> list[str]:
-    """Return what a finished extraction prints."""
-    failed = [f"failed: {video_id}: {reason}" for video_id, reason in report.failures.items()]
-    if failed and not job.retry_failed:
-        failed.append("after mending them, the same command with --retry-failed encodes their slots again")
-    if not report.n_slots and not report.interrupted:
-        return [f"{job.out}: all {report.n_slots_before} slots were there already", *failed]
-    seconds = report.seconds
-    resumed = f" ({report.n_slots_before} slots were there already)" if report.n_slots_before else ""
-    stages = (
-        f"stages: decode {human_seconds(seconds.decode)}, encode {human_seconds(seconds.encode)}, "
-        f"write {human_seconds(seconds.write)}; waited {human_seconds(seconds.wait_images)} for images, "
-        f"{human_seconds(seconds.wait_writer)} for the writer"
-    )
-    done = (
-        f"{job.out}: {report.n_encodings} encodings in {report.n_slots} slots, "
-        f"{human_seconds(seconds.total)}, {report.images_per_s:.1f} images/s{resumed}"
-    )
-    return [done, stages, *failed]
+def _bytes_free(out: str) -> int | None:
+    """Return the free bytes where a local store would go."""
+    from cosettle_cache.store.storage import is_url
 
-
-def _batch_size(plan: Plan, device: str) -> int:
-    tokens = max(layout.grid.n_tokens for layout in plan.arrays)
-    return max(1, BATCH_TOKENS[device.split(":", maxsplit=1)[0]] // tokens)
+    if is_url(out):
+        return None
+    anchor = next(path for path in Path(out).absolute().parents if path.exists())
+    return shutil.disk_usage(anchor).free

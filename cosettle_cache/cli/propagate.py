@@ -131,7 +131,7 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
 
     store, data_root, failed = _features(request, protocol, talk)
     projections = _projections(request, store, talk)
-    out = request.out or Path("runs") / f"{request.task}-{store.path.stem}"
+    out = request.out or Path("runs") / f"{request.task}-{Path(store.path).stem}"
     results.remove_scores(out)
     talk.note(f"protocol: {json.dumps(protocol.to_json())}")
     with interruptible(talk, "video") as stop:
@@ -184,7 +184,7 @@ def _task_data(request: Request, talk: Talk) -> Data:
 
 def _make_store(
     request: Request, protocol: EvalProtocol, data: Data, talk: Talk
-) -> tuple[Path, dict[str, str]]:
+) -> tuple[str, dict[str, str]]:
     from cosettle_cache.cli.jobs import StoreJob, run_job
     from cosettle_cache.manifest import manifest_digest
 
@@ -199,7 +199,7 @@ def _make_store(
         backbone,
         weights,
         settings,
-        Path(name),
+        name,
         device=request.device,
         precision=request.precision,
         heads=heads,
