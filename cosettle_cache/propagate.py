@@ -280,7 +280,7 @@ class _Run:
 
     def _read(self, sequence: DavisSequence) -> Iterator[_Frame]:
         """Yield name, tokens and true mask of every frame; the only place that reads the store."""
-        frames = self.store.iter_tokens(sequence.video.video_id)
+        frames = self.store.stream_tokens(sequence.video.video_id)
         for index, name in enumerate(sequence.frame_names):
             with self.seconds.timed("read"):
                 tokens = torch.from_numpy(next(frames)).to(self.device)

@@ -7,8 +7,10 @@ and encodings are damaged or absent. Raw chunks are read directly, all others th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +19,14 @@ from jaxtyping import Bool, Float16, Int64, UInt8
 
 from cosettle_cache.errors import DamagedStoreError, InputError
 from cosettle_cache.store.handles import OpenShards, each
-from cosettle_cache.store.layout import BytesError, SlotPlace, SlotTable, chunk_bytes, chunks_per_shard
+from cosettle_cache.store.layout import (
+    ALIGNMENT,
+    BytesError,
+    SlotPlace,
+    SlotTable,
+    chunk_bytes,
+    chunks_per_shard,
+)
 from cosettle_cache.store.parts import SCHEMA, Part, committed_shards, describe_rows, read_part
 from cosettle_cache.store.quantization import dequantize
 from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
@@ -38,6 +47,7 @@ class ChunkSource:
         self._shards = OpenShards(storage)
         self._zarr = ZarrArrays(storage)
         self._firsts = self.slots.firsts
+        self.n_readers = storage.n_readers
 
     def read(self, array: int, chunk: int, out: Tokens) -> None:
         """Fill `out` with the tokens of chunk `chunk` of array number `array`.
@@ -60,7 +70,7 @@ class ChunkSource:
     ) -> None:
         """Fill the rows of `out` with the tokens of `chunks`, several at a time; raises what `read` does."""
         numbers = chunks.tolist()
-        n_shares = min(self._storage.n_readers, len(numbers))
+        n_shares = min(self.n_readers, len(numbers))
         if n_shares < 2:
             self._read_share(array, numbers, out)
             return
@@ -70,7 +80,24 @@ class ChunkSource:
             part = slice(bounds[number], bounds[number + 1])
             self._read_share(array, numbers[part], out[part])
 
-        each(self._shards.pool(n_shares), share, n_shares)
+        each(self._shards.pool(self.n_readers), share, n_shares)
+
+    def stream(
+        self, array: int, chunks: Int64[np.ndarray, " chunk"], buffers: Sequence[Tokens]
+    ) -> Iterator[Tokens]:
+        """Yield the tokens of `chunks` in order, each in one of `buffers`, which are used in turn.
+
+        As many reads are under way as there are buffers beside the one that was yielded last. Raises what
+        `read` does.
+        """
+        pool = self._shards.pool(self.n_readers)
+        pending: deque[Future[Tokens]] = deque()
+        for number, out in zip(chunks.tolist(), cycle(buffers), strict=False):
+            pending.append(pool.submit(self._filled, array, number, out))
+            if len(pending) == len(buffers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
     def read_index(self) -> pa.Table:
         """Return the rows of all index parts, in array and row order."""
@@ -90,6 +117,11 @@ class ChunkSource:
                 details=[f"{self._storage.path}/{place.part_name}: {rows} of {place.layout.grid}"],
                 hint=self._repair_hint,
             ) from fault
+
+    def _filled(self, array: int, chunk: int, out: Tokens) -> Tokens:
+        if not self._read_cached(array, chunk, out):
+            self.read(array, chunk, out)
+        return out
 
     def _read_share(
         self, array: int, numbers: Sequence[int], out: Float16[np.ndarray, "chunk value"]
@@ -188,6 +220,14 @@ def _committed_slots(storage: ReadStorage, slots: SlotTable) -> Bool[np.ndarray,
 
 def _plain_table(part: Part) -> pa.Table:
     return part.table.replace_schema_metadata(None)
+
+
+def aligned_memory(shape: tuple[int, ...]) -> Float16[np.ndarray, "..."]:
+    """Return uninitialised memory that starts at a multiple of 64 bytes, where reads are twice as fast."""
+    n_bytes = math.prod(shape) * 2
+    raw = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + n_bytes].view(np.float16).reshape(shape)
 
 
 def flat_rows(out: Float16[np.ndarray, "n ..."]) -> Float16[np.ndarray, "n value"]:

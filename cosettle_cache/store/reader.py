@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cosettle_cache.errors import DamagedStoreError, InputError, UsageError
 from cosettle_cache.manifest import manifest_from_table
 from cosettle_cache.store.cached import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store.catalog import Catalog
-from cosettle_cache.store.chunks import ChunkSource, flat_rows
+from cosettle_cache.store.chunks import ChunkSource, aligned_memory, flat_rows
 from cosettle_cache.store.creation import HEADER_COPY
 from cosettle_cache.store.header import check_array, read_header, repair_hint
 from cosettle_cache.store.layout import MANIFEST, BytesError, SlotState
@@ -143,9 +143,18 @@ class FeatureStore:
 
     def iter_tokens(self, video_id: str) -> Iterator[Float16[np.ndarray, "row col dim"]]:
         """Yield the plain tokens of a video frame by frame; each is fresh memory (frames plan)."""
+        return map(np.copy, self.stream_tokens(video_id))
+
+    def stream_tokens(self, video_id: str) -> Iterator[Float16[np.ndarray, "row col dim"]]:
+        """Yield the plain tokens of a video frame by frame, reading some frames ahead (frames plan).
+
+        The memory is used again: a frame is valid until the next one is asked for.
+        """
         array, rows = self._plain_rows(video_id)
         layout = self.arrays[array]
-        return map(partial(self._frame, array, layout), rows.tolist())
+        shape = (layout.grid.rows, layout.grid.cols, layout.n_channels)
+        ring = aligned_memory((min(len(rows), self._chunks.n_readers + 1), *shape))
+        return (flat.reshape(shape) for flat in self._chunks.stream(array, rows, list(flat_rows(ring))))
 
     @cached_property
     def sample_ids(self) -> Int64[np.ndarray, " n"]:
@@ -196,11 +205,6 @@ class FeatureStore:
     def _sample_shape(self) -> tuple[int, int, int, int]:
         layout = self.arrays[0]
         return (ENCODINGS_PER_SAMPLE, layout.grid.rows, layout.grid.cols, layout.n_channels)
-
-    def _frame(self, array: int, layout: ArrayLayout, row: int) -> Float16[np.ndarray, "row col dim"]:
-        out = np.empty((layout.grid.rows, layout.grid.cols, layout.n_channels), np.float16)
-        self._chunks.read(array, row, out.reshape(-1))
-        return out
 
     def _plain_rows(self, video_id: str) -> tuple[int, Int64[np.ndarray, " frame"]]:
         """Return the array and the rows of a video's plain encodings; raise `InputError` unless all exist."""
