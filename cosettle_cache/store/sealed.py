@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pyarrow.parquet
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from cosettle_cache.store.layout import BytesError
 from cosettle_cache.tables import encode_parquet, read_metadata, with_metadata

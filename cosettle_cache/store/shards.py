@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 from jaxtyping import Bool, Float16, UInt8, UInt64
 
 from cosettle_cache.files import Buffer
@@ -165,3 +165,13 @@ def _zstd(raw: Buffer) -> Buffer:
 
     encoded: Buffer = Zstd(level=ZSTD_LEVEL).encode(raw)
     return encoded
+
+
+def decoded_bytes(chunk: Buffer) -> int:
+    """Return how many bytes a compressed chunk holds; raise `BytesError` when it cannot be decoded."""
+    from numcodecs import Zstd
+
+    try:
+        return len(Zstd().decode(chunk))
+    except (RuntimeError, ValueError) as error:
+        raise BytesError(f"a chunk cannot be decoded ({error})") from error
