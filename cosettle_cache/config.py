@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 #: Environment variable that names the data root when `--data-root` is absent.
 DATA_ROOT_VARIABLE = "COSETTLE_DATA"
@@ -52,31 +52,69 @@ class FramesSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """Objective, optimiser and schedule; defaults are the released script's (PROTOCOLS 5.6, 7.1).
+    """Objective, optimiser, schedule and stream; defaults are the released script's (PROTOCOLS 5.6, 7.1).
 
-    The learning rate is `base_lr * batch_size / 256`.
+    A step takes `batch_size * accumulate` samples, and the learning rate is `base_lr` times that over 256.
+    `separability_weight` is a number, or `auto`: then every step scales the separability loss so that its
+    gradient is `gradient_ratio` times as long as that of the cycle loss. `clip_gradient` 0 clips nothing.
+    `validation` is the share of clips held out; `palindrome` the frames that a walk visits on its way out,
+    `gap` their distance as a share of the clip, both for frames stores.
     """
 
     head: str = "linear"
     regularizer: str = "kl"
+    reduction: str = "released"
     temperature: float = 0.03
-    separability_weight: float = 3.0
+    separability_weight: float | Literal["auto"] = 3.0
+    gradient_ratio: float = 1.0
     window: int = 2
     epochs: int = 5
     warmup_epochs: float = 1.0
     batch_size: int = 512
+    accumulate: int = 1
     base_lr: float = 1e-4
     min_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.05
+    clip_gradient: float = 0.0
+    precision: str = "float32"
     seed: int = 0
+    order: str = "samples"
+    shard_window: int = 16
+    validation: float = 0.0
+    palindrome: int = 2
+    gap: float = 0.15
     checkpoint_every: int = 100
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of one optimiser step."""
+        return self.batch_size * self.accumulate
 
     @property
     def lr(self) -> float:
         """Peak learning rate after warm-up."""
-        return self.base_lr * self.batch_size / 256
+        return self.base_lr * self.step_samples / 256
+
+
+@dataclass(frozen=True, slots=True)
+class SpectralSettings:
+    """The closed-form head: which tokens correspond, and where the soft threshold of the spectrum lies.
+
+    `correspondence` is `nearest` or `position`. `spectral_lambda` lives on the scale of the eigenvalues of
+    the intra-video covariance of unit tokens; None takes, of `n_lambdas` values, the one with the largest
+    margin D = D_inter - `gamma` D_intra (PROTOCOLS 5.3) on the clips held out. These are a share `held_out`
+    of the clips, at least 2 and at most `max_held_out`, drawn by `seed`; they never enter the covariance.
+    """
+
+    correspondence: str = "nearest"
+    spectral_lambda: float | None = None
+    n_lambdas: int = 32
+    gamma: float = 0.3
+    held_out: float = 0.2
+    max_held_out: int = 64
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +142,9 @@ def digest(document: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def settings_json(settings: PairsSettings | FramesSettings | TrainSettings) -> dict[str, Any]:
+def settings_json(
+    settings: PairsSettings | FramesSettings | TrainSettings | SpectralSettings,
+) -> dict[str, Any]:
     """Return a settings object as plain JSON types."""
     return asdict(settings)
 

@@ -24,6 +24,12 @@ Ids = NDArray[np.int64]
 #: Batches of sample ids of an epoch; the same for the same epoch, whenever it is asked.
 EpochBatches = Callable[[int], Sequence[Ids]]
 
+#: Returns the ids of an epoch in the order of visiting, drawn from the generator alone.
+Shuffle = Callable[[Ids, np.random.Generator], Ids]
+
+#: Returns the part of a step's ids that this process works on.
+Shares = Callable[[Ids], Ids]
+
 #: One buffer in use, one ready, one being filled.
 N_BUFFERS = 3
 
@@ -33,26 +39,61 @@ class SampleSource(Protocol):
     """Where samples come from; a pairs `FeatureStore` is one."""
 
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
-        """Fill `out` `[n 3 row col dim]` with the samples `ids`."""
+        """Fill `out` `[n view row col dim]` with the samples `ids`."""
+
+
+def shuffle_samples(ids: Ids, generator: np.random.Generator) -> Ids:
+    """Return the ids in any order."""
+    return generator.permutation(ids)
 
 
 @dataclass(frozen=True, slots=True)
-class ViewOrder:
-    """Epoch `e` visits view set `e` modulo their number: every clip once, in an order of seed and epoch.
+class ShuffleShards:
+    """Shards in random order, samples shuffled within every `window` shards that follow each other.
 
-    A remainder that fills no batch is dropped, unless there is no full batch at all.
+    Reads stay within a few shards at a time: for object stores and spinning disks.
     """
 
-    ids_by_view: tuple[Ids, ...]
+    slots_of: Callable[[Ids], Ids]
+    window: int
+
+    def __call__(self, ids: Ids, generator: np.random.Generator) -> Ids:
+        """Return the ids in such an order."""
+        _, shard = np.unique(self.slots_of(ids), return_inverse=True)
+        place = generator.permutation(shard.max() + 1)[shard] // self.window
+        shuffled = generator.permutation(len(ids))
+        return ids[shuffled[np.argsort(place[shuffled], kind="stable")]]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochOrder:
+    """The batches of an epoch: every training sample once, in an order of seed and epoch.
+
+    `held_out` marks samples that are left out after shuffling, so that all others keep their order. A
+    remainder that fills no batch is dropped, unless there is no full batch at all. `arrange` may reorder the
+    samples within a batch (to read each store in one go).
+    """
+
+    ids_of: Callable[[int], Ids]
     batch_size: int
     seed: int
+    shuffle: Shuffle = shuffle_samples
+    held_out: Callable[[Ids], NDArray[np.bool_]] | None = None
+    arrange: Callable[[Ids], Ids] | None = None
 
     def __call__(self, epoch: int) -> Sequence[Ids]:
-        """Return the batches of an epoch."""
-        view = self.ids_by_view[epoch % len(self.ids_by_view)]
-        ids = np.random.default_rng((self.seed, epoch)).permutation(view)
+        """Return the batches of an epoch; none when every sample is held out."""
+        ids = self.visited(epoch)
         n_batches = len(ids) // self.batch_size
-        return np.split(ids[: n_batches * self.batch_size], n_batches) if n_batches else [ids]
+        if not len(ids):
+            return []
+        batches = np.split(ids[: n_batches * self.batch_size], n_batches) if n_batches else [ids]
+        return [self.arrange(batch) for batch in batches] if self.arrange else batches
+
+    def visited(self, epoch: int) -> Ids:
+        """Return the training samples of an epoch in their order, a remainder included."""
+        ids = self.shuffle(self.ids_of(epoch), np.random.default_rng((self.seed, epoch)))
+        return ids if self.held_out is None else ids[~self.held_out(ids)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,31 +120,50 @@ def make_steps(batches: EpochBatches, epochs: int, start: int = 0) -> Iterator[S
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """The samples of one step; they lie in a ring buffer and are valid until the next batch is asked for."""
+class Portion:
+    """What is read in one go: samples of a step, and whether they are its last."""
 
     step: Step
-    samples: Float16[Tensor, "n 3 row col dim"]
+    ids: Ids
+    ends_step: bool
+
+
+def make_portions(
+    steps: Iterable[Step], n_portions: int = 1, share: Shares | None = None
+) -> Iterator[Portion]:
+    """Yield every step in `n_portions` parts of nearly equal size; `share` picks this process's ids."""
+    for step in steps:
+        parts = np.array_split(step.ids if share is None else share(step.ids), n_portions)
+        for number, ids in enumerate(parts):
+            yield Portion(step, ids, number + 1 == n_portions)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The samples of a portion; they lie in a ring buffer and are valid until the next batch is asked for."""
+
+    portion: Portion
+    samples: Float16[Tensor, "n view row col dim"]
 
 
 class BatchRing:
-    """Iterates over the batches of `steps`, reading ahead in one thread into `N_BUFFERS` reused buffers.
+    """Iterates over the batches of `portions`, reading ahead in one thread into `N_BUFFERS` reused buffers.
 
-    `capacity` is the largest batch, `pin` puts the buffers in page-locked memory for copies to a GPU. Use as
-    a context manager; `waited_s` counts the seconds that the consumer stood still for data.
+    `capacity` is the largest portion, `pin` puts the buffers in page-locked memory for copies to a GPU. Use
+    as a context manager; `waited_s` counts the seconds that the consumer stood still for data.
     """
 
     def __init__(
         self,
         source: SampleSource,
-        steps: Iterable[Step],
+        portions: Iterable[Portion],
         sample_shape: tuple[int, int, int, int],
         capacity: int,
         *,
         pin: bool = False,
     ) -> None:
         self.waited_s = 0.0
-        self._source, self._steps = source, steps
+        self._source, self._portions = source, portions
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[Tensor, Batch] | BaseException | None] = queue.SimpleQueue()
         for _ in range(N_BUFFERS):
@@ -137,13 +197,14 @@ class BatchRing:
 
     def _fill(self) -> None:
         try:
-            for step in self._steps:
+            for portion in self._portions:
                 buffer = self._free.get()
                 if self._closed.is_set():
                     return
-                samples = buffer[: len(step.ids)]
-                self._source.read_into(step.ids, samples.numpy())
-                self._ready.put((buffer, Batch(step, samples)))
+                samples = buffer[: len(portion.ids)]
+                if len(portion.ids):
+                    self._source.read_into(portion.ids, samples.numpy())
+                self._ready.put((buffer, Batch(portion, samples)))
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)  # raised again where the batch is asked for

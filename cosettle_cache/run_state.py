@@ -10,14 +10,12 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cosettle_cache.errors import CheckpointError, FingerprintError, InputError
 from cosettle_cache.files import output_errors, write_durably
@@ -25,19 +23,24 @@ from cosettle_cache.files import output_errors, write_durably
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """Where the results of a run lie."""
+    """Where the results of a run lie, or of one member of a sweep."""
 
     folder: Path
 
     @property
     def checkpoint(self) -> Path:
-        """What a stopped run goes on from."""
+        """What a stopped run goes on from, with all its members."""
         return self.folder / "checkpoint.pt"
 
     @property
     def metrics(self) -> Path:
         """One line of figures per step."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """One line of figures per epoch, on the held-out clips."""
+        return self.folder / "validation.jsonl"
 
     @property
     def curves(self) -> Path:
@@ -54,16 +57,49 @@ class RunFiles:
         """The report as JSON."""
         return self.folder / "train.json"
 
+    @property
+    def scalars(self) -> Path:
+        """The folder for TensorBoard."""
+        return self.folder / "tensorboard"
+
+    @property
+    def table(self) -> Path:
+        """The figures of every step of every member of a sweep."""
+        return self.folder / "curves.parquet"
+
+    @property
+    def comparison(self) -> Path:
+        """The members of a sweep side by side, as JSON."""
+        return self.folder / "sweep.json"
+
+    def member(self, name: str) -> RunFiles:
+        """Return the files of a member of a sweep; without a name, these."""
+        return RunFiles(self.folder / name)
+
     def clear(self) -> None:
         """Remove what an earlier run left, so that nothing of it passes for this one's."""
-        for path in (self.checkpoint, self.metrics, self.curves, self.projection, self.report):
+        names = (
+            "checkpoint",
+            "metrics",
+            "validation",
+            "curves",
+            "projection",
+            "report",
+            "table",
+            "comparison",
+        )
+        for path in [*(getattr(self, name) for name in names), *self.scalars.glob("events.*")]:
             with output_errors(path):
                 path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """One line of `metrics.jsonl`: the loss terms of one step (before its update), and its learning rate."""
+    """One line of `metrics.jsonl`: the loss terms of one step (before its update), and its learning rate.
+
+    `separability_weight` is the weight that the step used, `gradient_norm` the length of the gradient before
+    clipping.
+    """
 
     step: int
     epoch: int
@@ -73,10 +109,31 @@ class StepFigures:
     separability: float
     cycle_accuracy: float
     identity_cosine: float
+    separability_weight: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationFigures:
+    """One line of `validation.jsonl`: held-out clips after `step` steps, at the end of `epoch`.
+
+    Distances are between unit tokens at the same place of the grid, in diameters of the unit sphere (0 to 1):
+    `inter_distance` of different clips, `intra_distance` of two frames of one; `margin` is the paper's D, the
+    first less 0.3 times the second (PROTOCOLS 5.3).
+    """
+
+    step: int
+    epoch: int
+    cycle: float
+    separability: float
+    cycle_accuracy: float
+    inter_distance: float
+    intra_distance: float
+    margin: float
 
 
 class FiguresLog:
-    """`metrics.jsonl`, open for appending after the first `n_bytes`; what came later is cut off."""
+    """Lines of figures, open for appending after the first `n_bytes`; what came later is cut off."""
 
     def __init__(self, path: Path, n_bytes: int) -> None:
         self._path = path
@@ -94,15 +151,11 @@ class FiguresLog:
                 hint="choose another folder with --out, or remove this one to start over",
             )
 
-    def __enter__(self) -> FiguresLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
-    def append(self, figures: StepFigures) -> None:
+    def append(self, figures: StepFigures | ValidationFigures) -> None:
         """Write one line."""
         with output_errors(self._path):
             self._file.write((json.dumps(asdict(figures)) + "\n").encode())
@@ -120,19 +173,25 @@ def read_figures(path: Path) -> list[StepFigures]:
     return [StepFigures(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
+def read_validation(path: Path) -> list[ValidationFigures]:
+    """Return the figures of every epoch in `validation.jsonl`; none where there is no such file."""
+    text = path.read_text() if path.exists() else ""
+    return [ValidationFigures(**json.loads(line)) for line in text.splitlines()]
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Everything that the next step depends on.
 
-    `step` counts the steps done; `origin` is what decides the run (settings, store), flat, by dotted key;
-    `n_metrics_bytes` the length of `metrics.jsonl` at that moment.
+    `step` counts the steps done; `origin` is what decides the run (settings, stores), flat, by dotted key;
+    `n_bytes` the lengths of each member's `metrics.jsonl` and `validation.jsonl` at that moment; `learners`
+    the state of each member.
     """
 
     step: int
     origin: Mapping[str, str]
-    n_metrics_bytes: int
-    projection: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
+    n_bytes: Sequence[tuple[int, int]]
+    learners: Sequence[dict[str, Any]]
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -1,27 +1,37 @@
 """One optimiser step after another: the released schedule, AdamW with decay on matrices, and the objective.
 
-Batches of float16 samples go in, figures come out; the projection changes in place. Nothing touches disk.
+Batches of float16 samples go in, figures come out; the projections change in place. Several projections may
+learn from one stream: every batch is copied and cast once. Nothing touches disk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float16
 from torch import Tensor
 
 from cosettle_cache.config import TrainSettings
-from cosettle_cache.errors import InputError
-from cosettle_cache.feeding import Batch, Ids
+from cosettle_cache.feeding import Batch, Step
 from cosettle_cache.losses import LossTerms, transfer_loss
 from cosettle_cache.projection import Projection
+from cosettle_cache.replicas import ALONE, Replicas
 from cosettle_cache.run_state import StepFigures
+from cosettle_cache.samples import walk_of
 
-#: Samples that go through the objective at a time; gradients add up over the parts of a batch. Bounds the
-#: memory (some ten float32 copies of a part) whatever the batch size.
-PART_SAMPLES = 64
+#: Bytes of float32 tokens that go through the objective at a time; gradients add up over the parts of a
+#: batch. Bounds the memory, and on a CPU keeps the dozen arrays of a part within reach of its caches: there
+#: 64 samples of ViT-B/16 at a time take half as long again as 4.
+PART_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+
+#: Number formats of the projection's arithmetic; parameters and the loss stay in float32.
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_TERMS = tuple(field.name for field in fields(LossTerms))
 
 
 def learning_rate(settings: TrainSettings, position: float) -> float:
@@ -46,74 +56,184 @@ def make_optimizer(projection: Projection, settings: TrainSettings) -> torch.opt
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
 
 
-class Trainer:
-    """A projection in training: where it is, so is the work. `name_sample` names samples in errors."""
+class Balance:
+    """Weighs the separability loss so that its gradient is `ratio` times as long as the cycle loss's."""
 
-    def __init__(
-        self, projection: Projection, settings: TrainSettings, name_sample: Callable[[int], str] = str
-    ) -> None:
-        self.projection = projection
-        self.settings = settings
-        self.optimizer = make_optimizer(projection, settings)
-        self._name_sample = name_sample
-        self._device = next(projection.parameters()).device
+    def __init__(self, parameters: Sequence[Tensor], ratio: float) -> None:
+        self._parameters, self._ratio = parameters, ratio
+        self.cycle_gradients = [torch.zeros_like(item) for item in parameters]
 
-    def step(self, batch: Batch) -> StepFigures:
-        """Do one step; raise `InputError` and change nothing when the loss or its gradient is not finite.
+    def add(self, cycle: Float[Tensor, ""]) -> None:
+        """Add the gradient of a cycle loss; its graph is kept for the backward pass of the separability."""
+        found = torch.autograd.grad(cycle, self._parameters, retain_graph=True)
+        torch._foreach_add_(self.cycle_gradients, found)
 
-        The device has finished with `batch` on return: the figures were copied from it.
+    def apply(self, scale: float) -> Tensor:
+        """Turn gradients of the separability into those of the whole objective; return the weight, 0-d.
+
+        `scale` is what the cycle gradients were multiplied by and the others no longer are.
         """
-        lr = learning_rate(self.settings, batch.step.position)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad()
-        terms = self._accumulate(batch.samples.to(self._device, non_blocking=True))
-        *values, finite = torch.cat([terms, self._gradients_finite()]).tolist()
-        if not finite or not all(map(math.isfinite, values)):
-            raise self._not_finite(batch)
-        self.optimizer.step()
-        return StepFigures(batch.step.number, batch.step.epoch, lr, *values)
+        torch._foreach_div_(self.cycle_gradients, scale)
+        separability = [item.grad for item in self._parameters if item.grad is not None]
+        length = torch.nn.utils.get_total_norm(separability).clamp(min=torch.finfo(torch.float32).tiny)
+        weight = self._ratio * torch.nn.utils.get_total_norm(self.cycle_gradients) / length
+        for gradient, cycle in zip(separability, self.cycle_gradients, strict=True):
+            gradient.mul_(weight).add_(cycle)
+        return weight
 
-    def _accumulate(self, samples: Float16[Tensor, "n 3 row col dim"]) -> Float[Tensor, " term"]:
-        """Add up gradients over the parts; return the means of the terms, in the order of `LossTerms`."""
-        means = torch.zeros(len(LossTerms.__slots__), device=self._device)
-        for part in torch.split(samples, PART_SAMPLES):
-            share = len(part) / len(samples)
-            terms = self._loss(part)
-            torch.autograd.backward(terms.total * share)
-            means += share * torch.stack([getattr(terms, name).detach() for name in LossTerms.__slots__])
-        return means
 
-    def _loss(self, samples: Float16[Tensor, "n 3 row col dim"]) -> LossTerms:
+class Learner:
+    """A projection in training: its settings, optimiser and schedule; where it is, so is the work.
+
+    `diverged_at` is the step whose loss or gradient was not finite; from there on it learns nothing.
+    """
+
+    def __init__(self, projection: Projection, settings: TrainSettings, name: str = "") -> None:
+        self.projection, self.settings, self.name = projection, settings, name
+        self.optimizer = make_optimizer(projection, settings)
+        self.diverged_at: int | None = None
+        self.device = next(projection.parameters()).device
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self._parameters = list(projection.parameters())
+        auto = settings.separability_weight == "auto"
+        self._balance = Balance(self._parameters, settings.gradient_ratio) if auto else None
+        self._means = torch.zeros(len(_TERMS), device=self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, as a checkpoint keeps it."""
+        return {
+            "projection": self.projection.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "diverged_at": self.diverged_at,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned; raises `RuntimeError` for a state of another shape."""
+        self.projection.load_state_dict(state["projection"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.diverged_at = state["diverged_at"]
+
+    def start_step(self) -> None:
+        """Set the gradients and figures of a step to zero."""
+        for item in self._parameters:
+            item.grad = torch.zeros_like(item) if item.grad is None else item.grad.zero_()
+        self._means.zero_()
+        if self._balance:
+            torch._foreach_zero_(self._balance.cycle_gradients)
+
+    def terms(self, tokens: Float[Tensor, "n view row col dim"]) -> LossTerms:
+        """Return the objective of a part; with an automatic weight its parts alone count."""
+        weight = 1.0 if self.settings.separability_weight == "auto" else self.settings.separability_weight
         return transfer_loss(
-            self.projection,
-            samples,
+            self.project,
+            tokens,
             temperature=self.settings.temperature,
-            separability_weight=self.settings.separability_weight,
+            separability_weight=weight,
             window=self.settings.window,
             regularizer=self.settings.regularizer,
+            reduction=self.settings.reduction,
+            walk=walk_of(tokens.shape[1]),
         )
 
-    def _gradients_finite(self) -> Float[Tensor, "1"]:
-        gradients = [item.grad for item in self.projection.parameters() if item.grad is not None]
-        return torch.stack([item.isfinite().all() for item in gradients]).all().float()[None]
+    def add(self, tokens: Float[Tensor, "n view row col dim"], share: float) -> None:
+        """Add the gradients and figures of a part that is `share` of the step's samples."""
+        terms = self.terms(tokens)
+        if self._balance:
+            self._balance.add(self._scaler.scale(terms.cycle * share))
+        objective = terms.separability if self._balance else terms.total
+        torch.autograd.backward(self._scaler.scale(objective * share))
+        self._means += share * torch.stack([getattr(terms, name).detach() for name in _TERMS])
 
-    def _not_finite(self, batch: Batch) -> InputError:
-        where = f"at step {batch.step.number} (epoch {batch.step.epoch})"
-        finite = batch.samples.isfinite().flatten(1).all(1).numpy()
-        if finite.all():
-            return InputError(
-                f"training diverged {where}: the loss or its gradient is not finite, the tokens are",
-                details=self._names(batch.step.ids),
-                hint="lower base_lr or raise the temperature; the last checkpoint is kept",
-            )
-        bad = batch.step.ids[~finite]
-        return InputError(
-            f"{len(bad)} samples of the batch {where} hold tokens that are not finite",
-            details=self._names(bad),
-            hint="extract these clips again into another store",
-        )
+    def sums(self) -> list[Tensor]:
+        """Return what processes add up before the step ends."""
+        return [*self._gradients(), *(self._balance.cycle_gradients if self._balance else []), self._means]
 
-    def _names(self, ids: Ids, limit: int = 8) -> list[str]:
-        more = [f"... and {len(ids) - limit} more"] if len(ids) > limit else []
-        return [self._name_sample(int(item)) for item in ids[:limit]] + more
+    def finish_gradient(self) -> Float[Tensor, " figure"]:
+        """Weigh, measure and clip the gradient; return the terms, the separability weight and the norm."""
+        scale = self._scaler.get_scale()
+        self._scaler.unscale_(self.optimizer)
+        if self._balance:
+            weight = self._balance.apply(scale)
+            self._means[0] = self._means[1] + weight * self._means[2]
+        else:
+            weight = torch.tensor(self.settings.separability_weight, device=self.device)
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        if self.settings.clip_gradient:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.settings.clip_gradient, norm)
+        return torch.cat([self._means, weight.view(1), norm.view(1)])
+
+    def finish_step(self, step: Step, values: Sequence[float]) -> StepFigures | None:
+        """Move the parameters; or, when a figure is not finite, mark the learner and return nothing.
+
+        In fp16 a gradient may overflow: the scaler leaves the step out and lowers its scale.
+        """
+        needed = values[:-1] if self._scaler.is_enabled() else values
+        if not all(map(math.isfinite, needed)):
+            self.diverged_at = step.number
+            return None
+        lr = learning_rate(self.settings, step.position)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return StepFigures(step.number, step.epoch, lr, *values)
+
+    def project(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
+        """Project tokens in the precision of the settings; the result is float32."""
+        dtype = PRECISIONS[self.settings.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+            projected: Tensor = self.projection(tokens)
+        return projected.float()
+
+    def _gradients(self) -> list[Tensor]:
+        return [item.grad for item in self._parameters if item.grad is not None]
+
+
+class Trainer:
+    """Learners on one stream of batches, which is copied to their device and cast once for all of them."""
+
+    def __init__(
+        self, learners: Sequence[Learner], replicas: Replicas = ALONE, part_bytes: int | None = None
+    ) -> None:
+        self.learners = tuple(learners)
+        self._replicas, self._part_bytes = replicas, part_bytes
+        self._device = learners[0].device
+        self._started = False
+
+    def feed(self, batch: Batch) -> list[StepFigures | None]:
+        """Learn from a batch; return one line of figures per learner when it ends a step, else nothing.
+
+        A learner that diverged has none. The device has finished with `batch` on return.
+        """
+        active = [learner for learner in self.learners if learner.diverged_at is None]
+        if not self._started:
+            for learner in active:
+                learner.start_step()
+        self._add(active, batch)
+        self._started = not batch.portion.ends_step
+        return [] if self._started else self._finish(active, batch.portion.step)
+
+    def _add(self, active: Sequence[Learner], batch: Batch) -> None:
+        # The end of a step waits for its figures, and so for its last copy; other copies are waited for here.
+        samples = batch.samples.to(self._device, non_blocking=batch.portion.ends_step)
+        n_step = len(batch.portion.step.ids)
+        for part in _parts(samples, self._part_bytes):
+            tokens = part.float()
+            for learner in active:
+                learner.add(tokens, len(part) / n_step)
+
+    def _finish(self, active: Sequence[Learner], step: Step) -> list[StepFigures | None]:
+        self._replicas.add_up([tensor for learner in active for tensor in learner.sums()])
+        values = torch.stack([learner.finish_gradient() for learner in active]).tolist()
+        found = {id(a): a.finish_step(step, line) for a, line in zip(active, values, strict=True)}
+        return [found.get(id(learner)) for learner in self.learners]
+
+
+def _parts(samples: Float16[Tensor, "n view row col dim"], part_bytes: int | None) -> Sequence[Tensor]:
+    if not len(samples):
+        return ()
+    limit = part_bytes or PART_BYTES.get(samples.device.type, PART_BYTES["cpu"])
+    sample_bytes = 4 * math.prod(samples.shape[1:])
+    return torch.split(samples, max(limit // sample_bytes, 1))

@@ -19,15 +19,14 @@ from PIL import Image
 from store_cases import Case, frames_case, pairs_case
 from test_losses import golden_head
 
-from cosettle_cache import trainer as trainer_module
 from cosettle_cache.config import TrainSettings
 from cosettle_cache.errors import CheckpointError, FingerprintError, InputError, UsageError
-from cosettle_cache.feeding import Batch, BatchRing, Ids, Step, ViewOrder, make_steps
+from cosettle_cache.feeding import Batch, BatchRing, EpochOrder, Ids, Portion, Step, make_portions, make_steps
 from cosettle_cache.projection import Projection, load_projection, projection_sha256, read_provenance
 from cosettle_cache.run_state import read_figures
 from cosettle_cache.store import open_store
 from cosettle_cache.train import TrainReport, make_train_plan, train
-from cosettle_cache.trainer import Trainer, learning_rate
+from cosettle_cache.trainer import Learner, Trainer, learning_rate
 from cosettle_cache.types import Slot
 
 SMALL = TrainSettings(epochs=3, batch_size=3, base_lr=0.3, checkpoint_every=2, separability_weight=0.02)
@@ -89,11 +88,11 @@ def test_every_step_of_the_released_run(
         batch_size=expected["batch_size"],
         base_lr=expected["base_lr"],
     )
-    trainer = Trainer(projection, run)
+    trainer = Trainer([Learner(projection, run)])
     in_order = np.arange(12).reshape(3, 4)
-    source = ArraySource(samples.numpy())
-    with BatchRing(source, make_steps(lambda _: in_order, run.epochs), samples.shape[1:], 4) as ring:
-        found = [trainer.step(batch) for batch in ring]
+    portions = make_portions(make_steps(lambda _: in_order, run.epochs))
+    with BatchRing(ArraySource(samples.numpy()), portions, samples.shape[1:], 4) as ring:
+        found = [trainer.feed(batch)[0] for batch in ring]
     for figures, line in zip(found, expected["log"], strict=True):
         assert figures.step == line["step"]
         assert figures.lr == pytest.approx(line["lr"], rel=1e-9, abs=1e-12)
@@ -105,14 +104,16 @@ def test_every_step_of_the_released_run(
         assert (projection.state_dict()[name] - tensor).abs().max() <= 1e-4, name
 
 
-def test_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_batch_add_up() -> None:
     samples = torch.randn(7, 3, 4, 4, 8, generator=torch.Generator().manual_seed(0)).half()
-    batch = Batch(Step(3, 1, 1.5, False, np.arange(7)), samples)
-    whole = Trainer(Projection(8, init="pytorch"), SMALL)
-    wanted = whole.step(batch)
-    monkeypatch.setattr(trainer_module, "PART_SAMPLES", 3)
-    parts = Trainer(Projection(8, init="pytorch"), SMALL)
-    found = parts.step(batch)
+    step = Step(3, 1, 1.5, False, np.arange(7))
+    batch = Batch(Portion(step, step.ids, True), samples)
+    whole, parts = (
+        Learner(Projection(8, init="pytorch"), SMALL),
+        Learner(Projection(8, init="pytorch"), SMALL),
+    )
+    (wanted,) = Trainer([whole]).feed(batch)
+    (found,) = Trainer([parts], part_bytes=3 * 4 * samples[0].numel()).feed(batch)
     assert found.total == pytest.approx(wanted.total, rel=1e-5)
     assert found.cycle_accuracy == pytest.approx(wanted.cycle_accuracy, abs=1e-6)
     for a, b in zip(whole.projection.parameters(), parts.projection.parameters(), strict=True):
@@ -120,10 +121,8 @@ def test_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weight_decay_is_on_matrices_only() -> None:
-    trainer = Trainer(Projection(8, "mlp2"), SMALL)
-    decays = {
-        group["weight_decay"]: [p.ndim for p in group["params"]] for group in trainer.optimizer.param_groups
-    }
+    optimizer = Learner(Projection(8, "mlp2"), SMALL).optimizer
+    decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.param_groups}
     assert decays == {0.05: [2, 2], 0.0: [1, 1, 1, 1]}
 
 
@@ -151,20 +150,21 @@ def test_an_epoch_visits_one_view_set_once(
     n_clips: int, n_views: int, batch: int, seed: int, epoch: int
 ) -> None:
     views = tuple(np.arange(n_clips) * n_views + view for view in range(n_views))
-    batches = ViewOrder(views, batch, seed)(epoch)
+    order = EpochOrder(lambda epoch: views[epoch % n_views], batch, seed)
+    batches = order(epoch)
     visited = np.concatenate(batches).tolist()
     assert len(set(visited)) == len(visited) and set(visited) <= set(views[epoch % n_views].tolist())
     if n_clips < batch:
         assert [len(ids) for ids in batches] == [n_clips]
     else:
         assert [len(ids) for ids in batches] == [batch] * (n_clips // batch)
-    again = ViewOrder(views, batch, seed)(epoch)
-    assert [ids.tolist() for ids in again] == [ids.tolist() for ids in batches]
+    assert [ids.tolist() for ids in order(epoch)] == [ids.tolist() for ids in batches]
 
 
 @given(start=st.integers(0, 20), epochs=st.integers(1, 5), seed=st.integers(0, 99))
 def test_steps_from_the_middle_are_the_tail_of_all_steps(start: int, epochs: int, seed: int) -> None:
-    order = ViewOrder((np.arange(9), np.arange(9, 20)), 3, seed)
+    views = (np.arange(9), np.arange(9, 20))
+    order = EpochOrder(lambda epoch: views[epoch % 2], 3, seed)
     everything = [_key(step) for step in make_steps(order, epochs)]
     assert [_key(step) for step in make_steps(order, epochs, start)] == everything[start:]
     assert [number for number, *_ in everything] == list(range(len(everything)))
@@ -181,18 +181,18 @@ def test_the_ring_gives_every_batch_as_the_source_has_it(sizes: Sequence[int], s
     generator = np.random.default_rng(seed)
     samples = generator.standard_normal((30, 3, 2, 2, 4)).astype(np.float16)
     steps = [Step(i, 0, 0.0, False, generator.integers(0, 30, size)) for i, size in enumerate(sizes)]
-    with BatchRing(ArraySource(samples), steps, (3, 2, 2, 4), 5) as ring:
+    with BatchRing(ArraySource(samples), make_portions(steps), (3, 2, 2, 4), 5) as ring:
         for wanted, batch in zip(steps, ring, strict=True):
-            assert batch.step is wanted
+            assert batch.portion.step is wanted
             assert np.array_equal(batch.samples.numpy(), samples[wanted.ids])
 
 
 def test_the_ring_counts_waiting_and_stops_when_left() -> None:
     samples = np.zeros((4, 3, 2, 2, 4), np.float16)
     steps = [Step(i, 0, 0.0, False, np.array([0])) for i in range(1000)]
-    with BatchRing(ArraySource(samples, delay_s=0.05), steps, (3, 2, 2, 4), 1) as ring:
+    with BatchRing(ArraySource(samples, delay_s=0.05), make_portions(steps), (3, 2, 2, 4), 1) as ring:
         for batch in ring:
-            if batch.step.number == 2:
+            if batch.portion.step.number == 2:
                 break
     assert ring.waited_s >= 0.1
     assert not any(thread.name == "feed" for thread in threading.enumerate())
@@ -201,7 +201,7 @@ def test_the_ring_counts_waiting_and_stops_when_left() -> None:
 def test_the_ring_raises_what_the_source_raises() -> None:
     steps = [Step(0, 0, 0.0, False, np.array([99]))]
     source = ArraySource(np.zeros((4, 3, 2, 2, 4), np.float16))
-    with pytest.raises(IndexError), BatchRing(source, steps, (3, 2, 2, 4), 1) as ring:
+    with pytest.raises(IndexError), BatchRing(source, make_portions(steps), (3, 2, 2, 4), 1) as ring:
         list(ring)
 
 
@@ -212,6 +212,7 @@ class After:
     n_steps: int
     action: Callable[[], None]
     seen: int = 0
+    calls: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     finished: bool = False
 
@@ -220,8 +221,9 @@ class After:
 
     def advance(self, n: int = 1, **figures: float) -> None:
         self.seen += n
+        self.calls += 1
         self.figures = figures
-        if self.seen == self.n_steps:
+        if self.calls == self.n_steps:
             self.action()
 
     def finish(self) -> None:
@@ -248,7 +250,7 @@ def test_a_run_leaves_its_results(tmp_path: Path) -> None:
     report = train(store, SMALL, tmp_path / "run", progress=progress)
     assert (plan.n_clips, plan.n_views, plan.n_steps, plan.n_dropped) == (10, 2, 9, 3)
     assert (report.steps, report.samples, report.steps_before) == (9, plan.n_samples, 0) == (9, 27, 0)
-    assert (progress.total, progress.seen, progress.finished) == (9, 9, True)
+    assert (progress.total, progress.seen, progress.finished) == (27, 27, True)
     assert not report.interrupted and 0 <= report.waiting_share <= 1
     figures = read_figures(tmp_path / "run" / "metrics.jsonl")
     assert [item.step for item in figures] == list(range(9))
@@ -257,7 +259,8 @@ def test_a_run_leaves_its_results(tmp_path: Path) -> None:
     assert projection_sha256(load_projection(path, dim=16)) == report.projection_sha256
     provenance = read_provenance(path)
     assert (provenance["backbone"], json.loads(provenance["settings"])["epochs"]) == ("tiny", 3)
-    assert json.loads((tmp_path / "run" / "train.json").read_text())["projection_sha256"]
+    (member,) = json.loads((tmp_path / "run" / "train.json").read_text())["members"]
+    assert member["projection_sha256"] == report.projection_sha256
     with Image.open(tmp_path / "run" / "curves.png") as picture:
         assert picture.width >= 1000 and picture.height >= 600
 
@@ -266,8 +269,8 @@ def test_training_finds_the_way_back(tmp_path: Path) -> None:
     store = make_store(tmp_path, n_videos=40)
     run = replace(SMALL, batch_size=20, epochs=40, base_lr=0.5, separability_weight=0.1)
     report = train(store, run, tmp_path / "run")
-    assert report.first_cycle_accuracy < 0.6
-    assert report.last_cycle_accuracy > report.first_cycle_accuracy + 0.2
+    assert report.first.cycle_accuracy < 0.6
+    assert report.last.cycle_accuracy > report.first.cycle_accuracy + 0.2
     assert report.last.cycle < report.first.cycle
 
 
@@ -379,8 +382,8 @@ def test_stores_that_cannot_train(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="shifted view") as raised:
         train(frames, SMALL, tmp_path / "run")
     assert (raised.value.wanted, raised.value.found) == (
-        "a store of the pairs plan",
-        "a store of the frames plan",
+        "a store of the pairs plan, or of the frames plan with shifted encodings",
+        "a store of the frames plan without shifted encodings",
     )
     empty = open_store(pairs_case().write(tmp_path / "empty.zarr", slots=[]))
     with pytest.raises(InputError, match="no samples"):

@@ -1,38 +1,71 @@
-"""`cosettle-cache train`: the projection on a store of pairs."""
+"""`cosettle-cache train`: projections on stored samples, one or a sweep of them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cosettle_cache.cli.options import Device, DryRun, Json, Quiet
 from cosettle_cache.config import TrainSettings
-from cosettle_cache.console import Talk, human_seconds
-from cosettle_cache.errors import ExitCode
+from cosettle_cache.console import Talk, human_bytes, human_seconds
+from cosettle_cache.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from cosettle_cache.train import TrainPlan, TrainReport
 
 _DEFAULT = TrainSettings()
 
 
 def train(
-    features: Annotated[Path, typer.Option(help="A store of the pairs plan.")],
+    features: Annotated[
+        list[str],
+        typer.Option(help="A store, local or at a URL, with shifted views; may be given several times."),
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/STORE.")] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE,VALUE: train all combinations from one stream; may be repeated."),
+    ] = None,
     head: Annotated[str, typer.Option(help="linear, affine, mlp2 or mlp3.")] = _DEFAULT.head,
-    regularizer: Annotated[str, typer.Option(help="kl or mse.")] = _DEFAULT.regularizer,
+    regularizer: Annotated[str, typer.Option(help="kl, mse or cosine.")] = _DEFAULT.regularizer,
+    reduction: Annotated[
+        str, typer.Option(help="released or token-mean (the paper's).")
+    ] = _DEFAULT.reduction,
     temperature: Annotated[float, typer.Option(help="Of the cycle's transitions.")] = _DEFAULT.temperature,
     separability_weight: Annotated[
-        float, typer.Option(help="Weight of the semantic-separability loss.")
-    ] = _DEFAULT.separability_weight,
+        str, typer.Option(help="Weight of the semantic-separability loss, or auto.")
+    ] = str(_DEFAULT.separability_weight),
+    gradient_ratio: Annotated[
+        float, typer.Option(help="With auto: length of its gradient over the cycle's.")
+    ] = _DEFAULT.gradient_ratio,
     window: Annotated[int, typer.Option(min=1, help="Tokens pooled per side.")] = _DEFAULT.window,
-    epochs: Annotated[int, typer.Option(min=1, help="One view set of every clip each.")] = _DEFAULT.epochs,
+    epochs: Annotated[int, typer.Option(min=1, help="One sample of every clip each.")] = _DEFAULT.epochs,
     warmup_epochs: Annotated[float, typer.Option(min=0, help="Linear warm-up.")] = _DEFAULT.warmup_epochs,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = _DEFAULT.batch_size,
-    base_lr: Annotated[float, typer.Option(help="Learning rate per 256 samples.")] = _DEFAULT.base_lr,
+    batch: Annotated[int, typer.Option(min=1, help="Samples read in one go.")] = _DEFAULT.batch_size,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = _DEFAULT.accumulate,
+    base_lr: Annotated[
+        float, typer.Option(help="Learning rate per 256 samples of a step.")
+    ] = _DEFAULT.base_lr,
     weight_decay: Annotated[float, typer.Option(help="On matrices only.")] = _DEFAULT.weight_decay,
+    clip_gradient: Annotated[
+        float, typer.Option(min=0, help="Largest length of a gradient; 0: any.")
+    ] = _DEFAULT.clip_gradient,
+    precision: Annotated[str, typer.Option(help="float32, bf16 or fp16, of the head.")] = _DEFAULT.precision,
     seed: Annotated[int, typer.Option(min=0, help="Seed of initialisation and order.")] = _DEFAULT.seed,
+    order: Annotated[str, typer.Option(help="samples; shards for slow disks and URLs.")] = _DEFAULT.order,
+    shard_window: Annotated[
+        int, typer.Option(min=1, help="Shards that are mixed by --order shards.")
+    ] = _DEFAULT.shard_window,
+    validation: Annotated[float, typer.Option(help="Share of clips held out.")] = _DEFAULT.validation,
+    palindrome: Annotated[
+        int, typer.Option(min=2, help="Frames of a walk on its way out; over 2 from frames stores only.")
+    ] = _DEFAULT.palindrome,
+    gap: Annotated[float, typer.Option(help="Between frames of a frames store, of a clip.")] = _DEFAULT.gap,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = _DEFAULT.checkpoint_every,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep shards of remote stores here.")] = None,
     device: Device = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -40,65 +73,142 @@ def train(
 ) -> int:
     """Train Co-Settle's projection on stored tokens. Run it again to resume.
 
-    Example: cosettle-cache train --features store.zarr
+    Example: cosettle-cache train --features store.zarr --sweep separability_weight=1,3,10
     """
     settings = TrainSettings(
         head=head,
         regularizer=regularizer,
+        reduction=reduction,
         temperature=temperature,
-        separability_weight=separability_weight,
+        separability_weight=_weight(separability_weight),
+        gradient_ratio=gradient_ratio,
         window=window,
         epochs=epochs,
         warmup_epochs=warmup_epochs,
         batch_size=batch,
+        accumulate=accumulate,
         base_lr=base_lr,
         weight_decay=weight_decay,
+        clip_gradient=clip_gradient,
+        precision=precision,
         seed=seed,
+        order=order,
+        shard_window=shard_window,
+        validation=validation,
+        palindrome=palindrome,
+        gap=gap,
         checkpoint_every=checkpoint_every,
     )
-    return _train(features, out or Path("runs") / features.stem, settings, device, dry_run, as_json, quiet)
+    folder = out or Path("runs") / Path(features[0]).stem
+    talk = Talk(quiet=quiet)
+    return _train(talk, features, folder, settings, sweep or [], cache_dir, device, dry_run, as_json)
+
+
+def _weight(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError("no separability weight", wanted="a number or auto", found=text) from error
 
 
 def _train(
-    features: Path,
+    talk: Talk,
+    features: list[str],
     out: Path,
     settings: TrainSettings,
+    sweep: list[str],
+    cache_dir: Path | None,
     device: str | None,
     dry_run: bool,
     as_json: bool,
-    quiet: bool,
 ) -> int:
     from cosettle_cache.cli.options import interruptible, pick_device
+    from cosettle_cache.console import SILENT
+    from cosettle_cache.replicas import join_replicas
     from cosettle_cache.store import open_store
+    from cosettle_cache.sweep import parse_axis
     from cosettle_cache.train import make_train_plan
     from cosettle_cache.train import train as train_room
 
-    talk = Talk(quiet=quiet)
-    store = open_store(features)
-    plan = make_train_plan(store, settings)
+    axes = [parse_axis(text) for text in sweep]
+    stores = [open_store(path, cache_dir=cache_dir) for path in features]
+    plan = make_train_plan(stores, settings, axes)
     if dry_run:
         talk.result(json.dumps({"out": str(out), **plan.to_json()}, indent=2))
         return int(ExitCode.DONE)
-    talk.note(f"{out}: {settings.head} head, {plan.n_steps} steps of {plan.batch_size} samples of {features}")
+    with join_replicas(pick_device(device)) as (replicas, place), interruptible(talk, "step") as stop:
+        if replicas.is_first:
+            _announce(talk, features, out, settings, plan)
+        report = train_room(
+            stores,
+            settings,
+            out,
+            sweep=axes,
+            device=place,
+            progress=talk.progress("train") if replicas.is_first else SILENT,
+            stop=stop,
+            replicas=replicas,
+        )
+        if replicas.is_first:
+            _tell(talk, report, plan, as_json)
+    if report.interrupted:
+        return int(ExitCode.INTERRUPTED)
+    return int(ExitCode.UNCLEAN if report.diverged else ExitCode.DONE)
+
+
+def _announce(talk: Talk, features: list[str], out: Path, settings: TrainSettings, plan: TrainPlan) -> None:
+    heads = f"{len(plan.members)} members" if plan.members[0] else f"{settings.head} head"
+    stores = " and ".join(features)
+    talk.note(f"{out}: {heads}, {plan.n_steps} steps of {plan.batch_size} samples of {stores}")
+    if plan.n_held_out:
+        talk.note(f"{plan.n_held_out} of {plan.n_clips} clips are held out for validation")
     for warning in plan.warnings:
         talk.warn(warning)
-    with interruptible(talk, "step") as stop:
-        report = train_room(
-            store, settings, out, device=pick_device(device), progress=talk.progress("train"), stop=stop
-        )
+
+
+def _tell(talk: Talk, report: TrainReport, plan: TrainPlan, as_json: bool) -> None:
+    steps = report.steps_before + report.steps
+    for member in report.diverged:
+        talk.warn(f"{member.name} diverged at step {member.diverged_at} and has no projection")
     if as_json:
         talk.result(json.dumps(report.to_json(), indent=2))
     elif report.interrupted:
-        talk.result(
-            f"{out}: stopped after {report.steps_before + report.steps} of {plan.n_steps} steps; run again"
-        )
+        talk.result(f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again")
     elif report.steps == 0:
-        talk.result(f"{out / 'projection.safetensors'}: all {plan.n_steps} steps were done already")
+        talk.result(f"{_result(report)}: all {plan.n_steps} steps were done already")
     else:
+        _tell_result(talk, report)
+
+
+def _tell_result(talk: Talk, report: TrainReport) -> None:
+    done = f"{report.steps} steps, {report.samples} samples, {human_seconds(report.seconds)}"
+    first, last = report.first, report.last
+    if not report.members[0].name and first and last:
+        done += f", cycle accuracy {first.cycle_accuracy:.3f} -> {last.cycle_accuracy:.3f}"
+    talk.result(f"{_result(report)}: {done}")
+    speed = f"{report.samples_per_s:.1f} samples/s, {human_bytes(report.read_bytes / report.seconds)}/s"
+    talk.result(f"{speed}, {100 * report.waiting_share:.1f} % of the time waiting for data")
+    _tell_members(talk, report)
+    talk.result(f"curves: {report.folder / 'curves.png'}")
+
+
+def _result(report: TrainReport) -> Path:
+    is_sweep = bool(report.members[0].name)
+    return report.folder / ("sweep.json" if is_sweep else "projection.safetensors")
+
+
+def _tell_members(talk: Talk, report: TrainReport) -> None:
+    from cosettle_cache.train_report import comparison
+
+    if report.members[0].name:
+        talk.table("members of the sweep, best first", *comparison(report.members))
+        return
+    (member,) = report.members
+    if member.first_validation and member.last_validation:
+        first, last = member.first_validation, member.last_validation
         talk.result(
-            f"{out / 'projection.safetensors'}: {report.steps} steps, {report.samples} samples, "
-            f"{human_seconds(report.seconds)}, cycle accuracy "
-            f"{report.first_cycle_accuracy:.3f} -> {report.last_cycle_accuracy:.3f}"
+            f"held-out clips: cycle accuracy {first.cycle_accuracy:.3f} -> {last.cycle_accuracy:.3f}, "
+            f"margin {first.margin:.4f} -> {last.margin:.4f}"
         )
-        talk.result(f"curves: {out / 'curves.png'}")
-    return int(ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE)

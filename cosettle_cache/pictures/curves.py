@@ -53,7 +53,7 @@ def _draw(axis: Axes, steps: Sequence[int], values: Sequence[float], title: str)
     few = len(steps) <= _SMOOTHED_STEPS
     axis.plot(steps, values, color="tab:blue", alpha=1.0 if few else 0.35, marker="." if few else "")
     if not few:
-        axis.plot(steps, _smooth(values, len(values) // _SMOOTHED_STEPS), color="tab:blue", linewidth=2)
+        axis.plot(steps, smooth(values, len(values) // _SMOOTHED_STEPS), color="tab:blue", linewidth=2)
     axis.set_title(title)
     axis.grid(alpha=0.3)
 
@@ -63,7 +63,7 @@ def _draw_chance(axis: Axes, level: float, label: str) -> None:
     axis.legend(loc="best", frameon=False)
 
 
-def _smooth(values: Sequence[float], width: int) -> Float[np.ndarray, " step"]:
+def smooth(values: Sequence[float], width: int) -> Float[np.ndarray, " step"]:
     """Return the means of up to `width` values on either side."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     middle = np.arange(len(values))

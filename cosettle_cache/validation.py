@@ -1,0 +1,75 @@
+"""Validation: how learners do on clips that they do not learn from.
+
+Held-out samples go in, are read once for all learners, and figures of each come out; nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosettle_cache.feeding import Ids
+from cosettle_cache.run_state import ValidationFigures
+from cosettle_cache.samples import Samples
+from cosettle_cache.trainer import Learner
+
+#: Clips that are read and compared with each other at a time; distances are of pairs among them.
+GROUP_CLIPS = 16
+
+#: Weight of the distance within clips in the paper's margin D (PROTOCOLS 5.3).
+INTRA_WEIGHT = 0.3
+
+
+@torch.no_grad()
+def validate(
+    learners: Sequence[Learner], samples: Samples, ids: Ids, step: int, epoch: int
+) -> list[ValidationFigures]:
+    """Return the figures of every learner on the samples `ids`.
+
+    Clips are taken in groups of up to 16, and distances between clips are those within a group.
+    """
+    n_groups = -(-len(ids) // GROUP_CLIPS)
+    groups = np.array_split(ids, n_groups)
+    buffer = np.empty((len(groups[0]), *samples.shape), np.float16)
+    means = torch.zeros(len(learners), 5)
+    for group in groups:
+        samples.read_into(group, buffer[: len(group)])
+        tokens = torch.from_numpy(buffer[: len(group)]).to(learners[0].device).float()
+        share = len(group) / len(ids)
+        means += share * torch.stack([_measure(learner, tokens) for learner in learners]).cpu()
+    return [_figures(step, epoch, line) for line in means.tolist()]
+
+
+def token_distances(
+    tokens: Float[Tensor, "n view row col dim"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the mean distance of unit tokens at equal places: between clips, and along a clip's plain views.
+
+    Distances are in diameters of the unit sphere (0 to 1), as in the paper's tables. With one clip there is
+    nothing between clips, and the first is 0.
+    """
+    places = F.normalize(tokens, dim=-1).flatten(2, 3).permute(1, 2, 0, 3)
+    plain = places[:-1]
+    within = torch.stack([(a - b).norm(dim=-1).mean() / 2 for a, b in pairwise(plain)]).mean()
+    n = places.shape[2]
+    distances = torch.cdist(plain[0], plain[0], compute_mode="donot_use_mm_for_euclid_dist")
+    between = distances.sum() / max(2 * n * (n - 1) * plain.shape[1], 1)
+    return between, within
+
+
+def _measure(learner: Learner, tokens: Float[Tensor, "n view row col dim"]) -> Float[Tensor, " figure"]:
+    terms = learner.terms(tokens)
+    between, within = token_distances(learner.project(tokens))
+    return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, between, within])
+
+
+def _figures(step: int, epoch: int, means: Sequence[float]) -> ValidationFigures:
+    cycle, separability, accuracy, between, within = means
+    margin = between - INTRA_WEIGHT * within
+    return ValidationFigures(step, epoch, cycle, separability, accuracy, between, within, margin)
