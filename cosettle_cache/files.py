@@ -23,6 +23,7 @@ _WRITEBACK_BYTES = 8 * 2**20
 _OUTPUT_REASONS = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is exhausted",
+    errno.EFBIG: "the file would be larger than this process or file system allows",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "the folder is not writable",
     errno.EPERM: "the folder is not writable",
@@ -75,6 +76,17 @@ def write_durably(path: Path, chunks: Iterable[Buffer]) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def overwrite_durably(path: Path, data: bytes) -> None:
+    """Replace what the file at `path` holds and keep the file itself, with the locks on it.
+
+    A death meanwhile leaves a mixture, so this is only for files that can be made again.
+    """
+    with output_errors(path), path.open("r+b", buffering=0) as file:
+        _write_all(file.fileno(), memoryview(data))
+        file.truncate()
+        os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

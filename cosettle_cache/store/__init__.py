@@ -1,23 +1,37 @@
 """The store: patch tokens of a frozen encoder, kept once as a Zarr v3 group with a Parquet index beside them.
 
-`StoreWriter` commits slots, `open_store` reads what is committed, `store_summary` says what a store holds.
+`StoreWriter` commits slots, `open_store` reads what is committed, `store_summary` says what a store holds;
+`verify_store`, `repair_store` and `copy_store` look after its bytes.
 `docs/store.md` is the format.
 """
 
+from cosettle_cache.store.copy import CopyPlan, CopyReport, copy_store, plan_copy
+from cosettle_cache.store.damage import Damage
 from cosettle_cache.store.info import ArraySummary, StoreSummary, store_summary
 from cosettle_cache.store.layout import SPEC_VERSION, SlotState, spec_version
 from cosettle_cache.store.reader import FeatureStore, open_store
+from cosettle_cache.store.repair import RepairReport, repair_store
+from cosettle_cache.store.verify import VerifyReport, verify_store
 from cosettle_cache.store.writer import Shard, StoreWriter
 
 __all__ = [
     "SPEC_VERSION",
     "ArraySummary",
+    "CopyPlan",
+    "CopyReport",
+    "Damage",
     "FeatureStore",
+    "RepairReport",
     "Shard",
     "SlotState",
     "StoreSummary",
     "StoreWriter",
+    "VerifyReport",
+    "copy_store",
     "open_store",
+    "plan_copy",
+    "repair_store",
     "spec_version",
     "store_summary",
+    "verify_store",
 ]

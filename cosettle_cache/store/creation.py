@@ -7,10 +7,11 @@ Zarr reads.
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,26 @@ def create_store(storage: Storage, header: Header, manifest: Manifest) -> None:
     Raises `InputError` when the place holds something else, `OutputError` when it cannot be written.
     """
     files = {**metadata_files(header), MANIFEST: manifest_file(header, manifest)}
+    create_from_files(storage, header.arrays, files)
+
+
+def create_from_files(storage: Storage, arrays: Sequence[ArrayLayout], files: Mapping[str, bytes]) -> None:
+    """Create an empty store from the bytes of its metadata and manifest; raises as `create_store` does."""
     if isinstance(storage, ObjectStorage):
         _create_objects(storage, files)
     else:
         assert storage.local is not None
-        _create_folder(storage.local, header, files)
+        _create_folder(storage.local, arrays, files)
+
+
+def restore_manifest(storage: Storage, header: Header, manifest: Manifest) -> None:
+    """Write the manifest of a store that has lost it; `header` is the store's own."""
+    if not storage.exists(MANIFEST):
+        storage.write(MANIFEST, [manifest_file(header, manifest)])
 
 
 def metadata_files(header: Header) -> dict[str, bytes]:
-    """Return the Zarr metadata of a store by name."""
+    """Return the Zarr metadata of a store by name; the same bytes with any version of Zarr."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -62,7 +74,18 @@ def metadata_files(header: Header) -> dict[str, bytes]:
     root.create_group(INDEX_GROUP)
     for layout in header.arrays:
         tokens.create_array(str(layout.grid), **_array_settings(layout))
-    return {name: value.to_bytes() for name, value in memory._store_dict.items()}
+    documents = {name: json.loads(value.to_bytes()) for name, value in memory._store_dict.items()}
+    return {name: metadata_bytes(plain_metadata(document)) for name, document in documents.items()}
+
+
+def plain_metadata(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Zarr metadata without the one key that some versions of Zarr write and others do not."""
+    return {key: value for key, value in document.items() if (key, value) != ("consolidated_metadata", None)}
+
+
+def metadata_bytes(document: Mapping[str, Any]) -> bytes:
+    """Return Zarr metadata as it is written: JSON indented by two spaces, as Zarr does."""
+    return json.dumps(document, indent=2).encode()
 
 
 def manifest_file(header: Header, manifest: Manifest) -> bytes:
@@ -106,7 +129,7 @@ def _create_objects(storage: ObjectStorage, files: Mapping[str, bytes]) -> None:
     storage.create(ROOT_METADATA, files[ROOT_METADATA])
 
 
-def _create_folder(path: Path, header: Header, files: Mapping[str, bytes]) -> None:
+def _create_folder(path: Path, arrays: Sequence[ArrayLayout], files: Mapping[str, bytes]) -> None:
     with output_errors(path):
         if (path / ROOT_METADATA).exists():
             return
@@ -118,7 +141,7 @@ def _create_folder(path: Path, header: Header, files: Mapping[str, bytes]) -> No
             build.mkdir()
             lock = WriterLock(build)
             _write_files(build, files)
-            for layout in header.arrays:
+            for layout in arrays:
                 (build / part_folder(layout.grid)).mkdir()
             _sync_folders(build)
             _publish(build, path)

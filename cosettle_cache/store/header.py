@@ -110,7 +110,10 @@ def check_array(storage: ReadStorage, layout: ArrayLayout) -> None:
         raise DamagedStoreError(damage, wanted=wanted, found=found, hint=hint)
 
 
-def check_same(wanted: Header, found: Header, path: str) -> None:
+_ELSEWHERE = "write to another folder with --out, or repeat the settings of this store"
+
+
+def check_same(wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHERE) -> None:
     """Raise `FingerprintError` listing every difference that makes the tokens of the two stores differ."""
     wanted = Header.from_json(wanted.to_json())
     differences = wanted.fingerprint.differences(found.fingerprint)
@@ -120,7 +123,7 @@ def check_same(wanted: Header, found: Header, path: str) -> None:
         raise FingerprintError(
             f"{path} holds a store made with other settings",
             details=[f"{item.key}: wanted {item.wanted}, found {item.found}" for item in differences],
-            hint="write to another folder with --out, or repeat the settings of this store",
+            hint=hint,
         )
 
 

@@ -11,8 +11,13 @@ import fcntl
 import os
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+
+from cosettle_cache.errors import OutputError
+from cosettle_cache.files import output_errors
 
 #: What `files.temporary_name` makes.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -51,6 +56,49 @@ class WriterLock:
         except OSError:
             return False  # a file system without locks: nobody is ever known to be alone
         return True
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Keep writers out, which lock the file `path`; raise `OutputError` at once when one is there.
+
+    Without the file there is no writer, and on a file system without locks nobody knows.
+    """
+    if not path.is_file():
+        yield
+        return
+    with output_errors(path):
+        descriptor = os.open(path, os.O_RDWR)
+    try:
+        _lock_alone(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_alone(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holders = ", ".join(map(str, _lock_holders(descriptor)))
+        raise OutputError(
+            f"{path.parents[1]} is being written by another process",
+            found=f"process {holders}" if holders else None,
+            hint="wait until it has ended, or end it; what it has committed stays",
+        ) from error
+    except OSError:
+        return
+
+
+def _lock_holders(descriptor: int) -> list[int]:
+    """Return the processes of this machine with a lock on an open file, where the system lists them."""
+    status = os.fstat(descriptor)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return []
+    return sorted({int(row[4]) for row in rows if device in row and "FLOCK" in row and int(row[4]) > 0})
 
 
 class SlotClaims:

@@ -63,6 +63,18 @@ class Part:
     n_failed: int
 
 
+@dataclass(frozen=True, slots=True)
+class VideoRows:
+    """Encodings of one video in one slot: their frames, ascending, and their rows in the array."""
+
+    video_id: str
+    frames: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.video_id}: frames {_spans(self.frames)} (rows {_spans(self.rows)})"
+
+
 def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> bytes:
     """Return the index part of `slot`; `errors` has one entry per encoding, None where it is present."""
     rows = [
@@ -111,24 +123,39 @@ def committed_shards(storage: ReadStorage, layout: ArrayLayout) -> list[int]:
         raise DamagedStoreError(
             f"the index folder {folder} of {storage.path} cannot be read: {error.strerror}"
         ) from error
-    stems = (name.removesuffix(PART_SUFFIX) for name in names if name.endswith(PART_SUFFIX))
-    shards = (int(stem) for stem in stems if stem.isdecimal())
-    return sorted(shard for shard in shards if shard < layout.n_slots)
+    shards = (_shard_of(name) for name in names)
+    return sorted(shard for shard in shards if 0 <= shard < layout.n_slots)
+
+
+def video_rows(table: pa.Table) -> list[VideoRows]:
+    """Return which encodings of which videos are in `table`, rows of an index."""
+    columns = table.select(["video_id", "row", "frame"]).to_pylist()
+    found = []
+    for video_id, group in groupby(columns, key=lambda item: item["video_id"]):
+        items = list(group)
+        frames = tuple(sorted({item["frame"] for item in items}))
+        found.append(VideoRows(video_id, frames, tuple(item["row"] for item in items)))
+    return found
 
 
 def describe_rows(table: pa.Table) -> list[str]:
     """Return one line per video: which of its encodings are in `table`."""
-    columns = table.select(["video_id", "row", "frame"]).to_pylist()
-    lines = []
-    for video_id, group in groupby(columns, key=lambda item: item["video_id"]):
-        items = list(group)
-        frames = _span(sorted({item["frame"] for item in items}))
-        lines.append(f"{video_id}: frames {frames} (rows {_span([item['row'] for item in items])})")
-    return lines
+    return [str(video) for video in video_rows(table)]
 
 
-def _span(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+def _shard_of(name: str) -> int:
+    """Return the shard that an index part of this name commits; -1 for any other file."""
+    stem = name.removesuffix(PART_SUFFIX)
+    # Exactly as `SlotPlace.part_name` writes it: other names are not part of the store.
+    return int(stem) if stem.isdecimal() and f"{int(stem):06d}{PART_SUFFIX}" == name else -1
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as `3 to 5, 9`."""
+    # Neighbours differ from their place in the list by the same number.
+    groups = (list(group) for _, group in groupby(enumerate(numbers), key=lambda item: item[1] - item[0]))
+    ends = ((group[0][1], group[-1][1]) for group in groups)
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ends)
 
 
 def _encoding_columns(encoding: Encoding) -> dict[str, Any]:

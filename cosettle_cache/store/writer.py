@@ -7,7 +7,7 @@ claims the slots it works on, and one that dies leaves committed slots and nothi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float16
 
 from cosettle_cache.errors import DamagedStoreError
-from cosettle_cache.files import output_errors
-from cosettle_cache.store.creation import create_store
+from cosettle_cache.files import Buffer, output_errors
+from cosettle_cache.store.creation import create_store, restore_manifest
 from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
 from cosettle_cache.store.layout import (
     INDEX_GROUP,
@@ -77,7 +77,9 @@ class StoreWriter:
         wanted = Header(fingerprint, tuple(arrays), encoder)
         if not is_store(storage):
             create_store(storage, wanted, manifest)
-        check_same(wanted, read_header(storage), storage.path)
+        header = read_header(storage)
+        check_same(wanted, header, storage.path)
+        restore_manifest(storage, header, manifest)
         return cls(storage, wanted.arrays)
 
     @property
@@ -133,6 +135,12 @@ class StoreWriter:
             self._write(place, slot, shard, failures)
         self.release(place.index)
 
+    def adopt(self, index: int, shard: Iterable[Buffer], part: bytes) -> None:
+        """Commit a slot whose shard and index part exist elsewhere; both are written as they are."""
+        place = self.slots.place(index)
+        self._put(place, shard, lambda: part)
+        self.release(index)
+
     def close(self) -> None:
         """Let the next writer know that this one is gone; the end of the process does the same."""
         for lock in (self._claims, self._lock):
@@ -144,12 +152,18 @@ class StoreWriter:
         reasons = [failures.get(encoding.video_id) for encoding in slot.encodings]
         errors = _spread_over_chunks(reasons, layout.chunk_encodings)
         present = np.array([error is None for error in errors[:: layout.chunk_encodings]])
+        encoder = ShardEncoder(layout, shard.tokens, present)
+
+        def part() -> bytes:
+            return encode_part(slot, errors, ShardFacts(encoder.n_bytes, encoder.chunks_checksum))
+
+        self._put(place, encoder, part)
+
+    def _put(self, place: SlotPlace, shard: Iterable[Buffer], part: Callable[[], bytes]) -> None:
         # Withdrawn first: a committed shard never changes.
         self._storage.delete(place.part_name)
-        encoder = ShardEncoder(layout, shard.tokens, present)
-        self._storage.write(place.shard_name, encoder)
-        facts = ShardFacts(encoder.n_bytes, encoder.chunks_checksum)
-        self._storage.write(place.part_name, [encode_part(slot, errors, facts)])
+        self._storage.write(place.shard_name, shard)
+        self._storage.write(place.part_name, [part()])
 
     def _lock_folder(self, folder: Path) -> None:
         with output_errors(folder):
