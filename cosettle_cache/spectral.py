@@ -120,7 +120,7 @@ def fit_spectral(
     `UsageError` for a lambda that removes every direction.
     """
     started = time.perf_counter()
-    _check_settings(settings)
+    check_settings(settings)
     fit = _fit(store, settings, device, run or one_by_one, progress or SILENT)
     projection = fit.projection()
     report = SpectralReport(
@@ -146,6 +146,21 @@ def fit_spectral(
     return report
 
 
+def check_settings(settings: SpectralSettings) -> None:
+    """Raise `UsageError` for settings that mean nothing."""
+    find_correspondence(settings.correspondence)
+    if settings.spectral_lambda is not None and not settings.spectral_lambda > 0:
+        raise UsageError(
+            "the spectral lambda is a threshold", wanted="more than 0", found=settings.spectral_lambda
+        )
+    if settings.n_lambdas < 2 or not 0 <= settings.held_out < 1 or settings.max_held_out < 2:
+        raise UsageError(
+            "these settings leave nothing to choose from",
+            wanted="n_lambdas and max_held_out of 2 or more, held_out in [0, 1)",
+            found=settings_json(settings),
+        )
+
+
 def choose_held_out(video_ids: Sequence[str], settings: SpectralSettings) -> Bool[np.ndarray, " video"]:
     """Return which clips are held out: those whose hash with the seed is smallest, whatever the store."""
     if len(video_ids) < FEWEST_CLIPS:
@@ -160,20 +175,6 @@ def choose_held_out(video_ids: Sequence[str], settings: SpectralSettings) -> Boo
     chosen = np.zeros(len(video_ids), bool)
     chosen[sorted(range(len(marks)), key=marks.__getitem__)[:n_held_out]] = True
     return chosen
-
-
-def _check_settings(settings: SpectralSettings) -> None:
-    find_correspondence(settings.correspondence)
-    if settings.spectral_lambda is not None and not settings.spectral_lambda > 0:
-        raise UsageError(
-            "the spectral lambda is a threshold", wanted="more than 0", found=settings.spectral_lambda
-        )
-    if settings.n_lambdas < 2 or not 0 <= settings.held_out < 1 or settings.max_held_out < 2:
-        raise UsageError(
-            "these settings leave nothing to choose from",
-            wanted="n_lambdas and max_held_out of 2 or more, held_out in [0, 1)",
-            found=settings_json(settings),
-        )
 
 
 def _fit(store: FeatureStore, settings: SpectralSettings, device: str, run: Run, progress: Progress) -> _Fit:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from store_cases import pairs_case
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.projection import Projection, load_projection, projection_sha256, save_projection
@@ -54,3 +55,17 @@ def test_what_cannot_be_exported_ends_with_a_sentence(
     save_projection(file, Projection(4, "affine"), {})
     assert run("export", file, tmp_path / "p.pth") == 3
     assert "holds the head affine" in capsys.readouterr().err
+
+
+def test_fit_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, out = pairs_case(8).write(tmp_path / "s.zarr"), tmp_path / "out"
+    assert run("fit", "--features", store, "--out", out, "--dry-run") == 0
+    assert json.loads(capsys.readouterr().out)["held_out"] == 2
+    assert not out.exists()
+    assert run("fit", "--features", store, "--out", out, "--json", "--quiet") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["projection_sha256"] == projection_sha256(load_projection(out / "projection.safetensors"))
+    assert run("fit", "--features", store, "--out", out, "--correspondence", "position") == 0
+    assert "margin" in capsys.readouterr().out
+    assert run("fit", "--features", store, "--out", out, "--spectral-lambda", 1e-9) == 2
+    assert "removes all directions" in capsys.readouterr().err

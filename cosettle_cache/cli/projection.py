@@ -1,8 +1,10 @@
-"""`cosettle-cache projection`: what a projection file holds, and its way into the authors' layout."""
+"""`cosettle-cache projection`: make the closed-form head, look into any, write the authors' layout."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,13 +12,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cosettle_cache.cli.entry import exits
-from cosettle_cache.cli.options import DryRun, Json
-from cosettle_cache.console import Talk
+from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, pick_device
+from cosettle_cache.config import SpectralSettings
+from cosettle_cache.console import Talk, human_seconds
 
 if TYPE_CHECKING:
+    from cosettle_cache.gathering import Run
     from cosettle_cache.projection import ProjectionInfo
+    from cosettle_cache.spectral import SpectralReport
+    from cosettle_cache.store import FeatureStore
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into projections and export them.")
+_DEFAULT = SpectralSettings()
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Make the closed-form head; look into and export any."
+)
 
 File = Annotated[
     Path, typer.Argument(metavar="FILE", help="A projection, or a checkpoint of Co-Settle's authors.")
@@ -25,7 +35,112 @@ File = Annotated[
 
 @app.callback()
 def group() -> None:
-    """Look into projections and export them."""
+    """Make the closed-form head; look into and export any."""
+
+
+@app.command()
+@exits
+def fit(
+    features: Annotated[str, typer.Option(help="A store of either plan, local or at a URL.")],
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/STORE-spectral.")] = None,
+    correspondence: Annotated[
+        str, typer.Option(help="Which tokens of two frames belong together: nearest or position.")
+    ] = _DEFAULT.correspondence,
+    spectral_lambda: Annotated[
+        float | None, typer.Option(help="Soft threshold, in eigenvalues; default: by the margin.")
+    ] = None,
+    n_lambdas: Annotated[int, typer.Option(min=2, help="Lambdas to try.")] = _DEFAULT.n_lambdas,
+    gamma: Annotated[float, typer.Option(help="Of the margin D_inter - gamma D_intra.")] = _DEFAULT.gamma,
+    held_out: Annotated[float, typer.Option(help="Share of clips to choose by.")] = _DEFAULT.held_out,
+    seed: Annotated[int, typer.Option(min=0, help="Which clips are held out.")] = _DEFAULT.seed,
+    workers: Annotated[int, typer.Option(min=0, help="Processes here; 0: this one.")] = 0,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A dask scheduler whose workers do it, as tcp://host:8786.")
+    ] = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compute the spectral head: a soft threshold on what changes within clips, without training.
+
+    Example: cosettle-cache projection fit --features store.zarr
+    """
+    from cosettle_cache.store import open_store
+
+    settings = SpectralSettings(
+        correspondence=correspondence,
+        spectral_lambda=spectral_lambda,
+        n_lambdas=n_lambdas,
+        gamma=gamma,
+        held_out=held_out,
+        seed=seed,
+    )
+    talk, store = Talk(quiet=quiet), open_store(features)
+    folder = out or Path("runs") / f"{Path(features).stem}-spectral"
+    if dry_run:
+        _dry_fit(store, settings, folder, talk)
+        return
+    with _workers(workers, scheduler, talk) as run:
+        report = _fit(store, settings, folder, pick_device(device), run, talk)
+    if as_json:
+        talk.result(json.dumps(report.to_json(), indent=2))
+        return
+    for line in _fit_lines(report):
+        talk.result(line)
+
+
+@contextmanager
+def _workers(workers: int, scheduler: str | None, talk: Talk) -> Iterator[Run | None]:
+    """Yield what hands groups of slots to workers; None where this process does all."""
+    if not workers and scheduler is None:
+        yield None
+        return
+    from cosettle_cache.distributed import connect
+
+    with connect(workers=workers, scheduler=scheduler, note=talk.note) as cluster:
+        yield cluster.run
+
+
+def _fit(
+    store: FeatureStore, settings: SpectralSettings, folder: Path, device: str, run: Run | None, talk: Talk
+) -> SpectralReport:
+    from cosettle_cache.spectral import fit_spectral
+
+    talk.note(f"{folder}: spectral head, {settings.correspondence} correspondence, from {store.path}")
+    report = fit_spectral(store, settings, folder, device=device, run=run, progress=talk.progress("fit"))
+    for warning in report.warnings:
+        talk.warn(warning)
+    return report
+
+
+def _dry_fit(store: FeatureStore, settings: SpectralSettings, folder: Path, talk: Talk) -> None:
+    from cosettle_cache.frame_pairs import list_pairs
+    from cosettle_cache.spectral import check_settings, choose_held_out
+
+    check_settings(settings)
+    pairs = list_pairs(store)
+    held_out = choose_held_out(pairs.video_ids, settings)
+    document = {
+        "out": str(folder),
+        "clips": len(held_out),
+        "held_out": int(held_out.sum()),
+        "pairs_of_frames": sum(map(len, pairs.groups)),
+        "settings": asdict(settings),
+    }
+    talk.result(json.dumps(document, indent=2))
+
+
+def _fit_lines(report: SpectralReport) -> list[str]:
+    before, after = report.raw_measured, report.measured
+    return [
+        f"{report.folder / 'projection.safetensors'}: lambda {report.spectral_lambda:.4g}, "
+        f"{report.n_directions} of {report.dim} directions, {report.n_differences} pairs of tokens, "
+        f"{human_seconds(report.seconds)}",
+        f"{report.n_held_out} clips held out: D_inter {before.d_inter:.4f} -> {after.d_inter:.4f}, "
+        f"D_intra {before.d_intra:.4f} -> {after.d_intra:.4f}, margin {before.margin:.4f} -> "
+        f"{after.margin:.4f} (predicted {report.raw_predicted.margin:.4f} -> {report.predicted.margin:.4f})",
+    ]
 
 
 @app.command()
