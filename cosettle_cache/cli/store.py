@@ -1,46 +1,172 @@
-"""`cosettle-cache store`: what is in a store."""
+"""`cosettle-cache store`: what is in a store, whether its bytes are right, mending it, copying it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cosettle_cache.cli.entry import exits
-from cosettle_cache.cli.options import Json
+from cosettle_cache.cli.options import DryRun, Json, Quiet, interruptible
 from cosettle_cache.console import Talk, human_bytes
+from cosettle_cache.errors import ExitCode
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into stores.")
+if TYPE_CHECKING:
+    from cosettle_cache.store import CopyReport, Damage, RepairReport, StoreSummary, VerifyReport
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into, check, mend and copy stores.")
+
+Store = Annotated[str, typer.Argument(metavar="STORE", help="A folder or a URL.")]
 
 
 @app.callback()
 def group() -> None:
-    """Look into stores."""
+    """Look into, check, mend and copy stores."""
 
 
 @app.command()
 @exits
-def info(store: Annotated[Path, typer.Argument(metavar="STORE")], as_json: Json = False) -> None:
-    """Print a store's plan, encoder, slots, bytes and failed videos.
+def info(store: Store, as_json: Json = False) -> None:
+    """Print a store's plan, fingerprint, slots, bytes and failed videos.
 
     Example: cosettle-cache store info store.zarr
     """
-    from cosettle_cache.store import open_store
-    from cosettle_cache.store.info import store_summary
+    from cosettle_cache.store import open_store, store_summary
 
-    talk = Talk()
     summary = store_summary(open_store(store))
-    document = asdict(summary)
-    if as_json:
-        talk.result(json.dumps(document, indent=2, default=str))
-        return
-    for key, value in document.items():
-        if isinstance(value, dict):
-            talk.result(f"{key}:")
-            for inner, item in value.items():
-                talk.result(f"  {inner}: {item}")
-        else:
-            talk.result(f"{key}: {human_bytes(value) if key.endswith('bytes') else value}")
+    text = json.dumps(summary.to_json(), indent=2) if as_json else "\n".join(_summary_lines(summary))
+    Talk().result(text)
+
+
+@app.command()
+@exits
+def verify(store: Store, as_json: Json = False, quiet: Quiet = False) -> int:
+    """Check every byte of a store and name every damaged encoding; exit code 5 when there are any.
+
+    Example: cosettle-cache store verify store.zarr
+    """
+    from cosettle_cache.store import verify_store
+
+    talk = Talk(quiet=quiet)
+    with interruptible(talk, "slots") as stop:
+        report = verify_store(store, progress=talk.progress("verify"), stop=stop)
+    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(_verify_lines(report)))
+    return _exit_code(report.damages, report.interrupted)
+
+
+@app.command()
+@exits
+def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: Quiet = False) -> int:
+    """Restore damaged metadata and make damaged slots `todo`; the same extract command then encodes them.
+
+    Example: cosettle-cache store repair store.zarr
+    """
+    from cosettle_cache.store import repair_store
+
+    talk = Talk(quiet=quiet)
+    with interruptible(talk, "slots") as stop:
+        report = repair_store(store, dry_run=dry_run, progress=talk.progress("verify"), stop=stop)
+    lines = _repair_lines(report, "would be " if dry_run else "")
+    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(lines))
+    return int(ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE)
+
+
+@app.command()
+@exits
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The store: a folder or a URL.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="Where to: a folder or a URL.")],
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Copy a store slot by slot, checking every byte. Run it again to go on; damaged slots are left out.
+
+    Example: cosettle-cache store copy store.zarr s3://bucket/store.zarr
+    """
+    from cosettle_cache.store import copy_store, plan_copy
+
+    talk = Talk(quiet=quiet)
+    if dry_run:
+        plan = plan_copy(source, target)
+        line = f"{plan.n_slots - plan.n_there} of {plan.n_slots} slots to copy, {human_bytes(plan.n_bytes)}"
+        talk.result(json.dumps(plan.to_json(), indent=2) if as_json else line)
+        return int(ExitCode.DONE)
+    with interruptible(talk, "slots") as stop:
+        report = copy_store(source, target, progress=talk.progress("copy"), stop=stop)
+    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(_copy_lines(report)))
+    return _exit_code(report.damages, report.interrupted)
+
+
+def _exit_code(damages: tuple[Damage, ...], interrupted: bool) -> int:
+    if damages:
+        return int(ExitCode.DAMAGED)
+    return int(ExitCode.INTERRUPTED if interrupted else ExitCode.DONE)
+
+
+def _summary_lines(summary: StoreSummary) -> Iterator[str]:
+    fingerprint, size = summary.fingerprint.to_json(), human_bytes(summary.n_bytes)
+    states = f"{summary.n_done} done, {summary.n_failed} failed, {summary.n_todo} to do"
+    present = f"{summary.n_present} of {summary.n_encodings} present, {summary.n_failed_encodings} failed"
+    yield f"{summary.path}: {summary.plan_kind} plan, {summary.n_videos} videos, {size}"
+    yield f"slots: {summary.n_slots} = {states}"
+    yield f"encodings: {present}"
+    for array in summary.arrays:
+        yield (
+            f"array {array.grid}: {array.n_present} of {array.n_encodings} encodings, {array.n_channels} "
+            f"channels, {array.dtype}, codec {array.codec}, {array.n_slots} slots of "
+            f"{human_bytes(array.slot_bytes)}"
+        )
+    yield "fingerprint:"
+    yield from (f"  {key}: {_inline(value)}" for key, value in fingerprint.items())
+    yield "encoder:"
+    yield from (f"  {key}: {_inline(value)}" for key, value in summary.encoder.items())
+    yield from (f"failed: {video_id}: {reason}" for video_id, reason in summary.failures.items())
+
+
+def _inline(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _verify_lines(report: VerifyReport) -> Iterator[str]:
+    yield from _damage_lines(report.damages)
+    yield from (f"note: {note}" for note in report.notes)
+    slots = f"{report.n_verified} of {report.n_slots} slots checked, {human_bytes(report.n_bytes)} of shards"
+    state = f"{len(report.damages)} damages" if report.damages else "no damage"
+    todo = f", {report.n_todo} slots to do" if report.n_todo else ""
+    yield f"{report.path}: {state}; {slots}{todo}{_cut_short(report.interrupted)}"
+    if report.damages:
+        yield f"hint: cosettle-cache store repair {report.path}, then the same extract command again"
+
+
+def _repair_lines(report: RepairReport, mood: str) -> Iterator[str]:
+    yield from _damage_lines(report.damages)
+    yield from (f"{mood}restored: {name}" for name in report.restored)
+    yield from (f"{mood}removed: {name}" for name in report.removed)
+    slots = f"{len(report.slots)} slots {mood or 'are '}to do again"
+    yield f"{report.path}: {len(report.damages)} damages, {slots}{_cut_short(report.interrupted)}"
+    if report.needs_extract:
+        yield "hint: the same extract command again brings back what is missing"
+
+
+def _copy_lines(report: CopyReport) -> Iterator[str]:
+    yield from _damage_lines(report.damages)
+    held = f", {report.n_held} being written by another process" if report.n_held else ""
+    left_out = len({damage.slot for damage in report.damages})
+    damaged = f", {left_out} damaged and left out" if left_out else ""
+    copied = f"{report.n_copied} slots copied, {human_bytes(report.n_bytes)}"
+    there = f"{report.n_there} of {report.n_slots} were there already"
+    yield f"{report.target}: {copied}; {there}{held}{damaged}{_cut_short(report.interrupted)}"
+    if report.damages:
+        yield f"hint: cosettle-cache store repair {report.source}, then extract and copy once more"
+
+
+def _damage_lines(damages: tuple[Damage, ...]) -> Iterator[str]:
+    for damage in damages:
+        yield from (f"damaged: {line}" if number == 0 else line for number, line in enumerate(damage.lines()))
+
+
+def _cut_short(interrupted: bool) -> str:
+    return "; interrupted, run it again to go on" if interrupted else ""

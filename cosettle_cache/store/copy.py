@@ -85,8 +85,8 @@ def copy_store(
 
     The copy has the same bytes. A slot that failed at the target is replaced by a better one. `stop` ends
     after the slots in hand. Raises `UsageError` for places inside each other, `InputError` when the target is
-    something else, `FingerprintError` when it is another store, `DamagedStoreError` when the source's metadata
-    is damaged.
+    something else, `FingerprintError` when it is another store, `DamagedStoreError` when the metadata of the
+    source is damaged.
     """
     reader, writer_storage, metadata = _open_both(source, target)
     writer = _open_target(reader, writer_storage, metadata)
@@ -164,7 +164,7 @@ class _Copy:
         while True:
             try:
                 return self._try_copy(place)
-            except (BytesError, FileNotFoundError):
+            except BytesError:
                 report = check_slot(self.source, self.metadata, place)
                 if report.damages:
                     return _SlotCopy(Outcome.DAMAGED, damages=report.damages)
@@ -173,8 +173,7 @@ class _Copy:
 
     def _try_copy(self, place: SlotPlace) -> _SlotCopy:
         """Copy a slot; raise `BytesError` before anything wrong is committed."""
-        data = self.source.read(place.part_name)
-        part = decode_part(data, place)
+        part, data = self._read_part(place)
         if self.target.exists(place.part_name):
             if self.target.read(place.part_name) == data:
                 return _SlotCopy(Outcome.THERE)
@@ -183,12 +182,21 @@ class _Copy:
         self.writer.adopt(place.index, self._checked_bytes(place, part), data)
         return _SlotCopy(Outcome.COPIED, part.shard.n_bytes)
 
+    def _read_part(self, place: SlotPlace) -> tuple[Part, bytes]:
+        try:
+            data = self.source.read(place.part_name)
+        except OSError as error:
+            raise BytesError("the index part cannot be read") from error
+        return decode_part(data, place), data
+
     def _checked_bytes(self, place: SlotPlace, part: Part) -> Iterator[Buffer]:
-        file = self.source.open(place.shard_name)
-        for piece in audit_shard(file, place.layout, part):
-            if piece.faults:
-                raise BytesError(piece.faults[0].reason)
-            yield piece.data
+        try:
+            for piece in audit_shard(self.source.open(place.shard_name), place.layout, part):
+                if piece.faults:
+                    raise BytesError(piece.faults[0].reason)
+                yield piece.data
+        except OSError as error:  # or it would pass for an error of the target
+            raise BytesError("the shard cannot be read") from error
 
 
 def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage, Metadata]:

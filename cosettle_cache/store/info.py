@@ -21,6 +21,8 @@ class ArraySummary:
 
     grid: str
     n_channels: int
+    dtype: str
+    codec: str
     n_encodings: int
     n_present: int
     n_slots: int
@@ -84,6 +86,8 @@ def _array_summaries(store: FeatureStore) -> tuple[ArraySummary, ...]:
         ArraySummary(
             grid=str(layout.grid),
             n_channels=layout.n_channels,
+            dtype=layout.dtype,
+            codec=layout.codec,
             n_encodings=layout.n_encodings,
             n_present=present.get(str(layout.grid), 0),
             n_slots=layout.n_slots,
