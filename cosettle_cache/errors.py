@@ -118,6 +118,13 @@ class OutputError(CosettleError):
     exit_code = ExitCode.INPUT
 
 
+class RemoteError(CosettleError):
+    """An object store refuses to be read, or does not answer."""
+
+    kind = "remote"
+    exit_code = ExitCode.INPUT
+
+
 class ClusterError(CosettleError):
     """Worker processes or their scheduler are missing, of another version, or die."""
 

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +31,9 @@ from cosettle_cache.store.parts import SCHEMA, Part, committed_shards, describe_
 from cosettle_cache.store.quantization import dequantize
 from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
 from cosettle_cache.store.storage import ReadStorage
+from cosettle_cache.store.stretches import Stretch, Tokens, sorted_stretches, stretches
 from cosettle_cache.store.through_zarr import ZarrArrays
 from cosettle_cache.types import ArrayLayout
-
-Tokens = Float16[np.ndarray, " value"]
 
 
 class ChunkSource:
@@ -56,12 +55,12 @@ class ChunkSource:
         """
         place, number = self._locate(array, chunk)
         try:
-            self._fetch(place, number, out, wait=True)
+            self._fetch(place, number, [out], wait=True)
         except BytesError:
-            # The slot may have been written again since its shard was opened: look once more.
+            # The slot may have been written again since its shard was opened, or a copy of it may be damaged.
             self._shards.forget(place)
             try:
-                self._fetch(place, number, out, wait=True)
+                self._fetch(place, number, [out], wait=True)
             except BytesError as fault:
                 raise self._explain(place, number, fault) from fault
 
@@ -69,16 +68,15 @@ class ChunkSource:
         self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk value"]
     ) -> None:
         """Fill the rows of `out` with the tokens of `chunks`, several at a time; raises what `read` does."""
-        numbers = chunks.tolist()
-        n_shares = min(self.n_readers, len(numbers))
+        parts = self._shares(array, chunks.tolist(), list(out))
+        n_shares = min(self.n_readers, len(parts))
         if n_shares < 2:
-            self._read_share(array, numbers, out)
+            self._read_share(array, parts)
             return
-        bounds = np.linspace(0, len(numbers), n_shares + 1).astype(int).tolist()
+        bounds = np.linspace(0, len(parts), n_shares + 1).astype(int).tolist()
 
         def share(number: int) -> None:
-            part = slice(bounds[number], bounds[number + 1])
-            self._read_share(array, numbers[part], out[part])
+            self._read_share(array, parts[bounds[number] : bounds[number + 1]])
 
         each(self._shards.pool(self.n_readers), share, n_shares)
 
@@ -87,17 +85,22 @@ class ChunkSource:
     ) -> Iterator[Tokens]:
         """Yield the tokens of `chunks` in order, each in one of `buffers`, which are used in turn.
 
-        As many reads are under way as there are buffers beside the one that was yielded last. Raises what
-        `read` does.
+        `n_ahead` says how many buffers are needed. Raises what `read` does.
         """
         pool = self._shards.pool(self.n_readers)
-        pending: deque[Future[Tokens]] = deque()
-        for number, out in zip(chunks.tolist(), cycle(buffers), strict=False):
-            pending.append(pool.submit(self._filled, array, number, out))
-            if len(pending) == len(buffers):
-                yield pending.popleft().result()
+        pending: deque[Future[Stretch]] = deque()
+        outs = list(islice(cycle(buffers), len(chunks)))
+        per_shard = chunks_per_shard(self.slots.arrays[array])
+        for stretch in stretches(chunks.tolist(), outs, longest=self._longest(array), per_shard=per_shard):
+            pending.append(pool.submit(self._filled, array, stretch))
+            if len(pending) > self.n_readers:
+                yield from pending.popleft().result().outs
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result().outs
+
+    def n_ahead(self, array: int) -> int:
+        """Return how many buffers keep all readers busy while one stretch is in use."""
+        return (self.n_readers + 1) * self._longest(array)
 
     def read_index(self) -> pa.Table:
         """Return the rows of all index parts, in array and row order."""
@@ -118,42 +121,57 @@ class ChunkSource:
                 hint=self._repair_hint,
             ) from fault
 
-    def _filled(self, array: int, chunk: int, out: Tokens) -> Tokens:
-        if not self._read_cached(array, chunk, out):
-            self.read(array, chunk, out)
-        return out
+    def _shares(self, array: int, chunks: list[int], outs: list[Tokens]) -> list[Stretch]:
+        """Return the chunks as stretches, short enough that every reader gets some."""
+        longest, per_shard = self._longest(array), chunks_per_shard(self.slots.arrays[array])
+        group = stretches if longest == 1 else sorted_stretches
+        longest = min(longest, -(-len(chunks) // self.n_readers))
+        return list(group(chunks, outs, longest=longest, per_shard=per_shard))
 
-    def _read_share(
-        self, array: int, numbers: Sequence[int], out: Float16[np.ndarray, "chunk value"]
-    ) -> None:
+    def _longest(self, array: int) -> int:
+        """Return how many neighbouring chunks are worth one read."""
+        return max(1, self._storage.stretch_bytes // chunk_bytes(self.slots.arrays[array]))
+
+    def _filled(self, array: int, stretch: Stretch) -> Stretch:
+        self._read_share(array, [stretch])
+        return stretch
+
+    def _read_share(self, array: int, share: Sequence[Stretch]) -> None:
         """Read first what the page cache holds; the rest is on its way from the disk meanwhile."""
-        cold = [item for item in zip(numbers, out, strict=True) if not self._read_cached(array, *item)]
-        for number, row in cold:
-            self.read(array, number, row)
+        cold = [stretch for stretch in share if not self._read_at_once(array, stretch, wait=False)]
+        for stretch in cold:
+            if len(stretch.outs) > 1 and self._read_at_once(array, stretch, wait=True):
+                continue
+            for number, out in enumerate(stretch.outs):
+                self.read(array, stretch.first + number, out)
 
-    def _read_cached(self, array: int, chunk: int, out: Tokens) -> bool:
-        place, number = self._locate(array, chunk)
+    def _read_at_once(self, array: int, stretch: Stretch, *, wait: bool) -> bool:
+        place, number = self._locate(array, stretch.first)
         try:
-            return self._fetch(place, number, out, wait=False)
+            return self._fetch(place, number, stretch.outs, wait=wait)
         except BytesError:
-            return False  # `read` finds out what is wrong
+            return False  # `read` finds out which chunk is at fault
 
-    def _fetch(self, place: SlotPlace, number: int, out: Tokens, *, wait: bool) -> bool:
-        """Fill `out` with chunk `number` of a shard; without `wait` only if at hand, and say so."""
+    def _fetch(self, place: SlotPlace, first: int, outs: Sequence[Tokens], *, wait: bool) -> bool:
+        """Fill `outs` with chunks of a shard, from `first` on; without `wait` only if at hand, and say so."""
         try:
             reader = self._shards.reader(place)
         except OSError as error:
             raise ShardLostError(f"its shard cannot be read ({error.strerror or 'absent'})") from error
         layout = place.layout
         if layout.codec != "none":
-            reader.check_present(number)
-            return wait and self._fetch_decoded(place, number, out)
+            for number in range(first, first + len(outs)):
+                reader.check_present(number)
+            return wait and all(
+                self._fetch_decoded(place, first + number, out) for number, out in enumerate(outs)
+            )
         if layout.dtype == "float16":
-            return reader.read_chunk(number, out.view(np.uint8), wait=wait)
-        raw = self._shards.scratch(chunk_bytes(layout))
-        if not reader.read_chunk(number, raw, wait=wait):
+            return reader.read_chunks(first, [out.view(np.uint8) for out in outs], wait=wait)
+        raw = self._shards.scratch(len(outs) * chunk_bytes(layout)).reshape(len(outs), -1)
+        if not reader.read_chunks(first, list(raw), wait=wait):
             return False
-        _expand(layout, raw, out)
+        for stored, out in zip(raw, outs, strict=True):
+            _expand(layout, stored, out)
         return True
 
     def _fetch_decoded(self, place: SlotPlace, number: int, out: Tokens) -> bool:

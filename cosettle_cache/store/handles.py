@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock, local
@@ -23,6 +23,9 @@ from cosettle_cache.store.storage import ReadStorage
 
 #: Shards kept open: a file descriptor each, so at most a quarter of what the process may have.
 MAX_OPEN_SHARDS = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+
+#: Locks that shards share while they are opened.
+_OPENING_LOCKS = 64
 
 #: Parsed indexes kept of shards that are not open any more: 16 bytes per chunk, a few kB each.
 MAX_INDEXES = 8192
@@ -63,6 +66,7 @@ class _Held:
     readers: Recent[ShardReader] = field(default_factory=lambda: Recent(MAX_OPEN_SHARDS))
     indexes: Recent[UInt64[np.ndarray, "chunk 2"]] = field(default_factory=lambda: Recent(MAX_INDEXES))
     lock: Lock = field(default_factory=Lock)
+    opening: Sequence[Lock] = field(default_factory=lambda: tuple(Lock() for _ in range(_OPENING_LOCKS)))
     scratch: local = field(default_factory=local)
     pool: ThreadPoolExecutor | None = None
 
@@ -79,20 +83,15 @@ class OpenShards:
         held = self._held
         with held.lock:
             reader = held.readers.get(place.index)
-            entries = held.indexes.get(place.index)
-        if reader is not None:
-            return reader
-        reader = ShardReader(self._storage.open(place.shard_name), place.layout, entries)
-        with held.lock:
-            held.readers.put(place.index, reader)
-            held.indexes.put(place.index, reader.entries)
-        return reader
+        return reader or self._open(held, place)
 
     def forget(self, place: SlotPlace) -> None:
-        """Close a shard that may have been written again."""
-        with self._held.lock:
-            self._held.readers.drop(place.index)
-            self._held.indexes.drop(place.index)
+        """Close a shard that may have been written again, or of which a copy may be damaged."""
+        held = self._held
+        with held.lock:
+            held.readers.drop(place.index)
+            held.indexes.drop(place.index)
+        self._storage.forget(place.shard_name)
 
     def pool(self, n_threads: int) -> ThreadPoolExecutor:
         """Return the threads that read."""
@@ -109,6 +108,19 @@ class OpenShards:
             memory.bytes = np.empty(n_bytes, np.uint8)
         found: UInt8[np.ndarray, " byte"] = memory.bytes[:n_bytes]
         return found
+
+    def _open(self, held: _Held, place: SlotPlace) -> ShardReader:
+        # One thread opens, the others wait: behind a URL that is a request, or a whole shard to fetch.
+        with held.opening[place.index % _OPENING_LOCKS]:
+            with held.lock:
+                reader = held.readers.get(place.index)
+                entries = held.indexes.get(place.index)
+            if reader is None:
+                reader = ShardReader(self._storage.open(place.shard_name), place.layout, entries)
+                with held.lock:
+                    held.readers.put(place.index, reader)
+                    held.indexes.put(place.index, reader.entries)
+        return reader
 
     @property
     def _held(self) -> _Held:

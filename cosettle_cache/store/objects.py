@@ -1,28 +1,48 @@
-"""Object stores (S3, Google Cloud, Azure, HTTP-compatible ones) as a storage, through obstore.
+"""Object stores (S3 and what speaks it, Google Cloud, Azure) as a storage, through obstore.
 
-A put is atomic, so nothing needs a temporary name. Credentials, endpoints and retries come from the usual
-environment variables of each service. An object store cannot be used across a fork: processes are spawned.
+A put is atomic, so nothing needs a temporary name. Credentials and endpoints come from the usual environment
+variables of each service. An object store cannot be used across a fork: processes are spawned.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import quote
 
 import obstore
 from obstore import exceptions
-from obstore.store import from_url
+from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
-from cosettle_cache.errors import InputError, OutputError, UsageError
+from cosettle_cache.errors import CosettleError, OutputError, RemoteError, UsageError
 from cosettle_cache.files import Buffer
 from cosettle_cache.store.storage import RangeFile
 
 #: Requests in flight; a request takes tens of milliseconds and moves a few tens of MB/s.
 _PARALLEL_REQUESTS = 16
+
+#: Neighbouring bytes asked for at once: enough that a request is mostly transfer, few enough to spread.
+_STRETCH_BYTES = 4 * 2**20
+
+#: Until a store has answered once, its address or network may be wrong: say so within seconds.
+_HASTY = {
+    "max_retries": 5,
+    "retry_timeout": timedelta(seconds=10),
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=3), "base": 2},
+}
+
+#: Afterwards a failure is an outage or a store that is too busy, and is waited out for about two minutes.
+_PATIENT = {
+    "max_retries": 60,
+    "retry_timeout": timedelta(seconds=120),
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+
+_REFUSALS = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
 
 
 class ObjectStorage:
@@ -30,33 +50,64 @@ class ObjectStorage:
 
     local = None
     n_readers = _PARALLEL_REQUESTS
+    stretch_bytes = _STRETCH_BYTES
+
+    #: The process whose threads carry the requests: a forked child has none of them and would wait for ever.
+    _process: ClassVar[int | None] = None
 
     def __init__(self, url: str) -> None:
         self.path = url.rstrip("/")
-        self._process = os.getpid()
+        self._answered = False
 
     def __reduce__(self) -> tuple[object, ...]:
         return (ObjectStorage, (self.path,))
 
     def read(self, name: str) -> bytes:
         """Return a whole object."""
-        with _input_errors(self.path, name):
+        with self._reading(name):
             return bytes(obstore.get(self._client, name).bytes())
 
+    def read_range(self, name: str, start: int, length: int, tag: str | None = None) -> memoryview:
+        """Return bytes of an object, fewer at its end; with `tag` only of the state that it names.
+
+        Raises `StaleObjectError` when the object is in another state.
+        """
+        with self._reading(name):
+            try:
+                options: Any = {"range": (start, start + length), "if_match": tag}
+                return memoryview(obstore.get(self._client, name, options=options).bytes())
+            except exceptions.GenericError as error:
+                if not _is_about_the_range(error):
+                    raise
+                return memoryview(b"")
+
+    def read_tail(self, name: str, length: int) -> tuple[int, bytes]:
+        """Return the size of an object and its last `length` bytes, if it has so many: one request."""
+        with self._reading(name):
+            try:
+                result = obstore.get(self._client, name, options={"range": {"suffix": length}})
+                return int(result.meta["size"]), bytes(result.bytes())
+            except (exceptions.NotSupportedError, exceptions.GenericError) as error:
+                if not _is_about_the_range(error):
+                    raise
+        # Azure has no ranges from the end, and an empty object has no range at all.
+        size = self.size(name)
+        start = max(0, size - length)
+        return size, bytes(self.read_range(name, start, size - start)) if size else b""
+
     def open(self, name: str) -> RangeFile:
-        """Ask for the object's size; every read is one request."""
-        return ObjectFile(self.size(name), self._reader(name))
+        """Return an object, nothing of it asked for yet; every read is one request."""
+        return ObjectFile(self, name)
 
     def size(self, name: str) -> int:
         """Return the bytes of an object."""
-        with _input_errors(self.path, name):
-            return int(obstore.head(self._client, name)["size"])
+        return self.state(name)[0]
 
-    def tag(self, name: str) -> str:
-        """Return what changes with the object's content: its entity tag, and its size."""
-        with _input_errors(self.path, name):
+    def state(self, name: str) -> tuple[int, str]:
+        """Return the bytes of an object, and the tag that changes with its content."""
+        with self._reading(name):
             head = obstore.head(self._client, name)
-        return f"{head['e_tag']}-{head['size']}"
+            return int(head["size"]), str(head["e_tag"])
 
     def exists(self, name: str) -> bool:
         """Say whether there is an object of that name."""
@@ -68,37 +119,45 @@ class ObjectStorage:
 
     def names(self, folder: str) -> list[str]:
         """Return the names of the objects directly below `folder`; none where there are none."""
-        with _input_errors(self.path, folder):
+        with self._reading(folder):
             listed = obstore.list_with_delimiter(self._client, folder)
-        return [str(item["path"]).rpartition("/")[2] for item in listed["objects"]]
+            return [str(item["path"]).rpartition("/")[2] for item in listed["objects"]]
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """Yield name and bytes of every object below the URL."""
-        with _input_errors(self.path, ""):
+        with self._reading(""):
             for batch in obstore.list(self._client):
                 yield from ((str(item["path"]), int(item["size"])) for item in batch)
 
     def write(self, name: str, pieces: Iterable[Buffer]) -> None:
         """Put one object, whole or not at all."""
-        with _output_errors(self.path, name):
+        with self._writing(name):
             obstore.put(self._client, name, b"".join(pieces))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put an object unless there is one of that name; say whether it was put."""
-        with _output_errors(self.path, name):
+        """Put an object unless there is one of that name; say whether it was put.
+
+        Where the service cannot do that, the object is put in any case.
+        """
+        with self._writing(name):
             try:
                 obstore.put(self._client, name, data, mode="create")
             except exceptions.AlreadyExistsError:
                 return False
+            except exceptions.NotSupportedError:
+                obstore.put(self._client, name, data)
         return True
 
     def delete(self, name: str) -> None:
         """Remove an object, if it is there."""
-        with _output_errors(self.path, name):
+        with self._writing(name):
             try:
                 obstore.delete(self._client, name)
             except FileNotFoundError:
                 return
+
+    def forget(self, name: str) -> None:
+        """Nothing is kept."""
 
     def zarr_store(self) -> Any:
         """Return a Zarr store over the same objects."""
@@ -106,50 +165,89 @@ class ObjectStorage:
 
         return ObjectStore(self._client, read_only=True)
 
-    def _reader(self, name: str) -> Callable[[int, int], Buffer]:
-        def read(start: int, length: int) -> Buffer:
-            with _input_errors(self.path, name):
-                return memoryview(obstore.get_range(self._client, name, start=start, length=length))
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Turn what the service says into our errors; an absent object stays `FileNotFoundError`."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._answered = True
+            raise
+        except exceptions.PreconditionError as error:
+            raise StaleObjectError(f"{self.path}/{name} has changed") from error
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error(RemoteError, f"{self.path}/{name} cannot be read", error) from error
+        self._answered = True
 
-        return read
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            message = f"{self.path} cannot be written: there is no such bucket"
+            raise OutputError(message, hint="create it first") from error
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error(OutputError, f"{self.path}/{name} cannot be written", error) from error
+        self._answered = True
+
+    def _error(self, kind: type[CosettleError], what: str, error: BaseException) -> CosettleError:
+        if isinstance(error, _REFUSALS):
+            return kind(f"{what}: access is refused", found=_line(error), hint=_CREDENTIALS_HINT)
+        if "HTTP error" in _line(error):
+            reason = "the object store does not answer" + (" any more" if self._answered else "")
+            return kind(f"{what}: {reason}", found=_line(error), hint=_ENDPOINT_HINT)
+        return kind(what, found=_line(error), hint=_CREDENTIALS_HINT)
 
     @property
     def _client(self) -> Any:
-        if os.getpid() != self._process:
+        if ObjectStorage._process is None:
+            ObjectStorage._process = os.getpid()
+        if os.getpid() != ObjectStorage._process:
             raise UsageError(
-                f"{self.path} was opened before this process was forked",
+                f"{self.path} cannot be read or written in this process: it was forked from one that uses "
+                "object stores",
                 wanted="processes that are spawned",
-                hint="multiprocessing.get_context('spawn'), or open the store in the new process",
+                hint="multiprocessing.get_context('spawn'); a DataLoader takes it as multiprocessing_context",
             )
-        return self._connection
+        return self._patient if self._answered else self._hasty
 
     @cached_property
-    def _connection(self) -> Any:
-        try:
-            return from_url(self.path)
-        except (exceptions.BaseError, ValueError) as error:
-            raise InputError(
-                f"{self.path} is not a URL that can hold a store",
-                wanted="s3://, gs:// or az:// and a path",
-                found=_first_line(error),
-            ) from error
+    def _hasty(self) -> Any:
+        return _connect(self.path, _HASTY)
+
+    @cached_property
+    def _patient(self) -> Any:
+        return _connect(self.path, _PATIENT)
 
 
-@dataclass(frozen=True, slots=True)
+class StaleObjectError(OSError):
+    """An object is not in the state that was asked for."""
+
+
 class ObjectFile:
-    """An object of known size; nothing of it is kept, so every read is a request."""
+    """An object; of its bytes nothing is kept, so every read is a request."""
 
-    size: int
-    fetch: Callable[[int, int], Buffer]
+    def __init__(self, storage: ObjectStorage, name: str) -> None:
+        self._storage, self._name = storage, name
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the object; a request, unless its end was read."""
+        return self._storage.size(self._name)
+
+    def read_tail(self, length: int) -> bytes:
+        """Return the last bytes; the size is known after that."""
+        self.size, data = self._storage.read_tail(self._name, length)
+        return data
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` from `offset` on with one request."""
-        wanted = min(sum(map(len, buffers)), self.size - offset)
-        data = memoryview(self.fetch(offset, wanted)) if wanted > 0 else memoryview(b"")
+        data = self._storage.read_range(self._name, offset, sum(map(len, buffers)))
         rest = data
         for buffer in buffers:
-            buffer[: len(rest)] = rest[: len(buffer)]
-            rest = rest[len(buffer) :]
+            n_bytes = min(len(buffer), len(rest))
+            buffer[:n_bytes] = rest[:n_bytes]
+            rest = rest[n_bytes:]
         return len(data)
 
     def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
@@ -157,35 +255,32 @@ class ObjectFile:
         return False
 
 
-@contextmanager
-def _input_errors(url: str, name: str) -> Iterator[None]:
-    """Turn refusals of the service into an `InputError`; an absent object stays `FileNotFoundError`."""
+_SERVICES = (S3Store, GCSStore, AzureStore)
+_WANTED_URL = "a folder, or a URL such as s3://bucket/store.zarr, gs://... or az://..."
+_CREDENTIALS_HINT = "check the service's environment variables (S3: AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
+_ENDPOINT_HINT = "check the network, and the address if it is your own (S3: AWS_ENDPOINT_URL)"
+
+
+def _connect(url: str, retries: dict[str, Any]) -> Any:
+    """Return the client of a URL; whatever stands after the scheme is taken as it is, spaces and all."""
+    scheme, _, rest = url.partition("://")
+    literal = url if scheme.startswith("http") else f"{scheme}://{quote(rest, safe='/@:')}"
     try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (exceptions.BaseError, PermissionError, OSError) as error:
-        raise InputError(
-            f"{url}/{name} cannot be read", found=_first_line(error), hint=_credentials_hint()
-        ) from error
+        client = from_url(literal, retry_config=retries)  # type: ignore[call-overload]
+    except (exceptions.BaseError, ValueError) as error:
+        raise UsageError(f"{url} cannot hold a store", wanted=_WANTED_URL, found=_line(error)) from error
+    if not isinstance(client, _SERVICES):
+        found = f"{scheme}://, which is no object store that can list what it holds"
+        raise UsageError(f"{url} cannot hold a store", wanted=_WANTED_URL, found=found)
+    return client
 
 
-@contextmanager
-def _output_errors(url: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        message = f"{url} cannot be written: there is no such bucket"
-        raise OutputError(message, hint="create it first") from error
-    except (exceptions.BaseError, PermissionError, OSError) as error:
-        raise OutputError(
-            f"{url}/{name} cannot be written", found=_first_line(error), hint=_credentials_hint()
-        ) from error
+def _is_about_the_range(error: exceptions.BaseError) -> bool:
+    line = _line(error)
+    return isinstance(error, exceptions.NotSupportedError) or "non-partial" in line or " 416 " in line
 
 
-def _credentials_hint() -> str:
-    return "check the environment variables (S3: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+def _line(error: BaseException) -> str:
+    """Return the first line of a message of obstore, without the service's XML."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line.partition(": <?xml")[0].removeprefix("Generic ")[:240]

@@ -153,7 +153,7 @@ class FeatureStore:
         array, rows = self._plain_rows(video_id)
         layout = self.arrays[array]
         shape = (layout.grid.rows, layout.grid.cols, layout.n_channels)
-        ring = aligned_memory((min(len(rows), self._chunks.n_readers + 1), *shape))
+        ring = aligned_memory((min(len(rows), self._chunks.n_ahead(array)), *shape))
         return (flat.reshape(shape) for flat in self._chunks.stream(array, rows, list(flat_rows(ring))))
 
     @cached_property

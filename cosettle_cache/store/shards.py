@@ -6,7 +6,7 @@ then fetches each chunk with one request straight into the caller's memory, chec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from awscrt.checksums import crc32c
@@ -85,7 +85,6 @@ class ShardReader:
     def __init__(
         self, file: RangeFile, layout: ArrayLayout, entries: UInt64[np.ndarray, "chunk 2"] | None = None
     ) -> None:
-        self.n_bytes = file.size
         self.entries = read_entries(file, layout) if entries is None else entries
         self._file = file
         self._raw_size = chunk_bytes(layout) + CHECKSUM_BYTES
@@ -97,31 +96,43 @@ class ShardReader:
             raise ChunkMissingError("a chunk is missing from its shard")
         return offset, size
 
-    def read_chunk(self, number: int, out: UInt8[np.ndarray, " byte"], *, wait: bool = True) -> bool:
-        """Fill `out` with the raw chunk `number`; without `wait` only if that needs no waiting, and say so.
+    def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]], *, wait: bool) -> bool:
+        """Fill `outs` with the raw chunks from `first` on, in one read.
 
-        Raises `ChunkMissingError`, or another `BytesError` when the chunk is damaged.
+        Without `wait` only if they are at hand, and say so. Raises `ChunkMissingError`, or another `BytesError`
+        when one is damaged or they do not lie side by side.
         """
-        offset, size = self.check_present(number)
-        if size != self._raw_size:
-            raise BytesError(f"a chunk has {size} bytes")
-        checksum = bytearray(CHECKSUM_BYTES)
-        buffers = [out.data, memoryview(checksum)]
+        offset = self._check_neighbours(first, len(outs))
+        gap = CHECKSUM_BYTES + padding_after(self._raw_size)
+        # Only the last checksum is read without the zeros behind it.
+        gaps = [bytearray(gap) for _ in outs[1:]] + [bytearray(CHECKSUM_BYTES)]
+        buffers = [
+            part for out, rest in zip(outs, gaps, strict=True) for part in (out.data, memoryview(rest))
+        ]
         if not wait:
             if not self._file.read_cached(buffers, offset):
                 return False
-        elif self._read(buffers, offset) < size:
+        elif self._read(buffers, offset) < sum(map(len, buffers)):
             raise BytesError("its shard ends too early")
-        if checksum_bytes(out.data) != checksum:
-            raise BytesError("the checksum of a chunk does not match")
+        for out, checksum in zip(outs, gaps, strict=True):
+            if checksum_bytes(out.data) != checksum[:CHECKSUM_BYTES]:
+                raise BytesError("the checksum of a chunk does not match")
         return True
 
-    def read_bytes(self, offset: int, size: int) -> bytearray:
-        """Return any bytes of the file."""
-        data = bytearray(size)
-        if self._read([memoryview(data)], offset) < size:
-            raise BytesError("its shard ends too early")
-        return data
+    def _check_neighbours(self, first: int, n_chunks: int) -> int:
+        """Return where chunk `first` begins, with the other `n_chunks - 1` right behind it."""
+        start = None
+        for number in range(first, first + n_chunks):
+            offset, size = self.check_present(number)
+            if size != self._raw_size:
+                raise BytesError(f"a chunk has {size} bytes")
+            if start is None:
+                start = expected = offset
+            if offset != expected:
+                raise BytesError("chunks do not lie side by side")
+            expected = offset + size + padding_after(size)
+        assert start is not None
+        return start
 
     def _read(self, buffers: list[memoryview], offset: int) -> int:
         try:
@@ -133,11 +144,8 @@ class ShardReader:
 def read_entries(file: RangeFile, layout: ArrayLayout) -> UInt64[np.ndarray, "chunk 2"]:
     """Return offset and size of every chunk of a shard; raise `ShardLostError` when its index is damaged."""
     size = index_bytes(layout)
-    start = file.size - size
-    if start < 0:
-        raise ShardLostError("its shard is truncated")
-    data = bytearray(size)
-    if file.read([memoryview(data)], start) < size:
+    data = file.read_tail(size)
+    if len(data) < size:
         raise ShardLostError("its shard is truncated")
     index, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
     if checksum_bytes(index) != checksum:

@@ -29,6 +29,9 @@ class RangeFile(Protocol):
     def size(self) -> int:
         """Bytes of the file."""
 
+    def read_tail(self, length: int) -> bytes:
+        """Return the last `length` bytes, or all where there are fewer."""
+
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
 
@@ -52,6 +55,10 @@ class ReadStorage(Protocol):
     def n_readers(self) -> int:
         """How many reads at once are worth while."""
 
+    @property
+    def stretch_bytes(self) -> int:
+        """How many neighbouring bytes are worth one read; 0 where a read costs nothing of its own."""
+
     def read(self, name: str) -> bytes:
         """Return a whole file."""
 
@@ -69,6 +76,9 @@ class ReadStorage(Protocol):
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """Yield name and bytes of every file below the store."""
+
+    def forget(self, name: str) -> None:
+        """Drop what is kept of a file whose bytes turned out wrong, so that it is read from its place."""
 
     def zarr_store(self) -> Any:
         """Return what `zarr.open` takes, read-only."""
@@ -103,6 +113,7 @@ class LocalStorage:
     """A folder of the local file system."""
 
     n_readers = _LOCAL_READERS
+    stretch_bytes = 0
 
     def __init__(self, root: Path) -> None:
         self.local: Path = root
@@ -154,6 +165,9 @@ class LocalStorage:
                 path.unlink(missing_ok=True)
                 sync(path.parent)
 
+    def forget(self, name: str) -> None:
+        """Nothing is kept."""
+
     def zarr_store(self) -> Any:
         """Return Zarr's own store for the folder."""
         from zarr.storage import LocalStore
@@ -172,6 +186,10 @@ class LocalFile:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+    def read_tail(self, length: int) -> bytes:
+        """Return the last bytes."""
+        return os.pread(self._descriptor, length, max(0, self.size - length))
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` from `offset` on."""
