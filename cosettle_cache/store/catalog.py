@@ -1,6 +1,6 @@
-"""The catalog: what a store's index says about videos and samples, derived from the table once.
+"""The catalog: what a store's index says about videos and samples, derived from its outline once.
 
-In comes the index of the committed slots; out go failures, rows of plain encodings, and samples.
+In comes the outline of the committed slots; out go failures, rows of plain encodings, and samples.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int64
 
-from cosettle_cache.types import ArrayLayout, Role
-
-_PLAIN_ROLES = pa.array([str(Role.A), str(Role.B), str(Role.PLAIN)])
+from cosettle_cache.types import ArrayLayout
 
 
 class Catalog:
-    """Views of the index; each is computed when first asked for."""
+    """Views of the index's outline; each is computed when first asked for."""
 
-    def __init__(self, index: pa.Table, arrays: tuple[ArrayLayout, ...]) -> None:
-        self.index = index
+    def __init__(self, outline: pa.Table, arrays: tuple[ArrayLayout, ...]) -> None:
+        self._outline = outline
         self._arrays = {str(layout.grid): number for number, layout in enumerate(arrays)}
         self._chunk_encodings = arrays[0].chunk_encodings if arrays else 1
 
@@ -38,15 +36,15 @@ class Catalog:
         return frozenset(pc.unique(self._failed["slot"]).to_pylist())
 
     @cached_property
-    def n_plain(self) -> dict[str, int]:
-        """Number of plain encodings present, by video id."""
-        counts = self._plain.group_by("video_id").aggregate([([], "count_all")])
+    def n_present(self) -> dict[str, int]:
+        """Number of samples, or of plain encodings in a frames plan, by video id."""
+        counts = self._present.group_by("video_id").aggregate([([], "count_all")])
         return dict(zip(counts["video_id"].to_pylist(), counts["count_all"].to_pylist(), strict=True))
 
     @cached_property
     def plain_rows(self) -> dict[str, tuple[int, Int64[np.ndarray, " frame"]]]:
         """Array number and rows, in frame order, of each video's plain encodings."""
-        table = self._plain.sort_by([("video_id", "ascending"), ("frame", "ascending")])
+        table = self._present.sort_by([("video_id", "ascending"), ("frame", "ascending")])
         rows = table["row"].to_numpy()
         videos, starts = np.unique(table["video_id"].to_numpy(), return_index=True)
         arrays = [self._arrays[table["array"][int(start)].as_py()] for start in starts]
@@ -61,19 +59,14 @@ class Catalog:
     @cached_property
     def sample_table(self) -> pa.Table:
         """Columns `sample`, `video_id`, `view`, one row per sample that exists."""
-        firsts = self._present.filter(pc.equal(self._present["role"], str(Role.A)))
-        samples = pc.divide(firsts["row"], self._chunk_encodings)
-        columns = {"sample": samples, "video_id": firsts["video_id"], "view": firsts["view"]}
+        samples = pc.divide(self._present["row"], self._chunk_encodings)
+        columns = {"sample": samples, "video_id": self._present["video_id"], "view": self._present["view"]}
         return pa.table(columns).combine_chunks()
 
     @cached_property
     def _failed(self) -> pa.Table:
-        return self.index.filter(pc.is_valid(self.index["error"]))
+        return self._outline.filter(pc.is_valid(self._outline["error"]))
 
     @cached_property
     def _present(self) -> pa.Table:
-        return self.index.filter(pc.is_null(self.index["error"]))
-
-    @cached_property
-    def _plain(self) -> pa.Table:
-        return self._present.filter(pc.is_in(self._present["role"], _PLAIN_ROLES))
+        return self._outline.filter(pc.is_null(self._outline["error"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle, islice
 
@@ -27,7 +27,15 @@ from cosettle_cache.store.layout import (
     chunk_bytes,
     chunks_per_shard,
 )
-from cosettle_cache.store.parts import SCHEMA, Part, committed_shards, describe_rows, read_part
+from cosettle_cache.store.parts import (
+    OUTLINE,
+    SCHEMA,
+    Part,
+    committed_shards,
+    describe_rows,
+    outline,
+    read_part,
+)
 from cosettle_cache.store.quantization import dequantize
 from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
 from cosettle_cache.store.storage import ReadStorage
@@ -104,15 +112,22 @@ class ChunkSource:
 
     def read_index(self) -> pa.Table:
         """Return the rows of all index parts, in array and row order."""
+        return self._gather(lambda place: self.read_part(place).table, SCHEMA)
+
+    def read_outline(self) -> pa.Table:
+        """Return the outline of all index parts, in array and row order; see `parts.outline`."""
+        return self._gather(lambda place: outline(self.read_part(place, OUTLINE.names).table), OUTLINE)
+
+    def _gather(self, read: Callable[[SlotPlace], pa.Table], schema: pa.Schema) -> pa.Table:
         places = [self.slots.place(int(index)) for index in np.flatnonzero(self.committed)]
         with ThreadPoolExecutor(self._storage.n_readers, "index") as pool:
-            parts = list(pool.map(self.read_part, places))
-        return pa.concat_tables([SCHEMA.empty_table(), *(_plain_table(part) for part in parts)])
+            tables = [table.replace_schema_metadata(None) for table in pool.map(read, places)]
+        return pa.concat_tables([schema.empty_table(), *tables])
 
-    def read_part(self, place: SlotPlace) -> Part:
+    def read_part(self, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
         """Return the index part of a slot; raise `DamagedStoreError` when it is unreadable."""
         try:
-            return read_part(self._storage, place)
+            return read_part(self._storage, place, columns)
         except BytesError as fault:
             rows = f"rows {place.rows.start} to {place.rows.stop - 1}"
             raise DamagedStoreError(
@@ -234,10 +249,6 @@ def _committed_slots(storage: ReadStorage, slots: SlotTable) -> Bool[np.ndarray,
     for first, layout in zip(slots.firsts, slots.arrays, strict=False):
         committed[first : first + layout.n_slots][committed_shards(storage, layout)] = True
     return committed
-
-
-def _plain_table(part: Part) -> pa.Table:
-    return part.table.replace_schema_metadata(None)
 
 
 def aligned_memory(shape: tuple[int, ...]) -> Float16[np.ndarray, "..."]:

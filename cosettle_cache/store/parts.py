@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cosettle_cache.errors import DamagedStoreError
 from cosettle_cache.store.layout import PART_SUFFIX, BytesError, SlotPlace, part_folder
 from cosettle_cache.store.sealed import seal, unseal
 from cosettle_cache.store.storage import ReadStorage
 from cosettle_cache.tables import make_table, read_metadata, with_metadata
-from cosettle_cache.types import ArrayLayout, Encoding, Slot
+from cosettle_cache.types import ArrayLayout, Encoding, Role, Slot
 
 #: Columns of the index; `error` says why an encoding is absent and is null where it is present.
 SCHEMA = pa.schema(
@@ -44,6 +46,13 @@ SCHEMA = pa.schema(
 
 #: Version that index parts state; they are the same in both versions of the format.
 _PART_VERSION = "1"
+
+
+#: What finds videos and samples and names failures: a third of the rows of a pairs plan, half the columns.
+OUTLINE = pa.schema(
+    [SCHEMA.field(name) for name in ("array", "row", "slot", "video_id", "frame", "view", "role", "error")]
+)
+_OUTLINED_ROLES = pa.array([str(Role.A), str(Role.PLAIN)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,27 +100,36 @@ def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> 
     return seal(with_metadata(make_table(rows, SCHEMA), metadata))
 
 
-def read_part(storage: ReadStorage, place: SlotPlace) -> Part:
-    """Read an index part; raise `BytesError` when it is unreadable, damaged, or another slot's."""
+def read_part(storage: ReadStorage, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
+    """Read an index part, or some columns of it; `row` and `slot` must be among them.
+
+    Raises `BytesError` when it is unreadable, damaged, or another slot's.
+    """
     try:
         data = storage.read(place.part_name)
     except OSError as error:
         raise BytesError(f"it cannot be read ({error.strerror or 'absent'})") from error
-    return decode_part(data, place)
+    return decode_part(data, place, columns)
 
 
-def decode_part(data: bytes, place: SlotPlace) -> Part:
+def decode_part(data: bytes, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
     """Return the index part that `data` holds; raise `BytesError` unless it is the part of `place`."""
-    table = unseal(data)
+    table = unseal(data, columns)
     metadata = read_metadata(table)
-    if not table.schema.equals(SCHEMA) or not {"shard_bytes", "n_failed"} <= metadata.keys():
+    wanted = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
+    if not table.schema.equals(wanted) or not {"shard_bytes", "n_failed"} <= metadata.keys():
         raise BytesError("its columns are not those of an index part")
-    rows = place.rows
-    if table["row"].to_pylist() != list(rows) or set(table["slot"].to_pylist()) != {place.index}:
+    if not np.array_equal(table["row"], place.rows) or (table["slot"].to_numpy() != place.index).any():
         raise BytesError("its rows are those of another slot")
     checksum = metadata.get("chunks_crc32c")
     facts = ShardFacts(int(metadata["shard_bytes"]), None if checksum is None else int(checksum, 16))
     return Part(table, facts, int(metadata["n_failed"]))
+
+
+def outline(table: pa.Table) -> pa.Table:
+    """Return the first encoding of every sample, every plain encoding, and everything that failed."""
+    wanted = pc.or_(pc.is_in(table["role"], _OUTLINED_ROLES), pc.is_valid(table["error"]))
+    return table.filter(wanted)
 
 
 def committed_shards(storage: ReadStorage, layout: ArrayLayout) -> list[int]:

@@ -115,10 +115,10 @@ class FeatureStore:
         """Reason by video id, for every video with an encoding that failed."""
         return self._catalog.failures
 
-    @property
+    @cached_property
     def index(self) -> pa.Table:
         """One row per encoding of the committed slots, in array and row order; see docs/store.md."""
-        return self._catalog.index
+        return self._chunks.read_index()
 
     @cached_property
     def video_ids(self) -> tuple[str, ...]:
@@ -199,7 +199,7 @@ class FeatureStore:
 
     @cached_property
     def _catalog(self) -> Catalog:
-        return Catalog(self._chunks.read_index(), self.arrays)
+        return Catalog(self._chunks.read_outline(), self.arrays)
 
     @property
     def _sample_shape(self) -> tuple[int, int, int, int]:
@@ -223,12 +223,12 @@ class FeatureStore:
         return {video.video_id: video for video in self.manifest}
 
     def _is_present(self, video: Video) -> bool:
-        return self._catalog.n_plain.get(video.video_id, 0) == self._n_planned(video)
+        return self._catalog.n_present.get(video.video_id, 0) == self._n_planned(video)
 
     def _n_planned(self, video: Video) -> int:
         plan = self.fingerprint.plan
         if self.plan_kind is PlanKind.PAIRS:
-            return 2 * int(plan.get("n_views", 1))
+            return int(plan.get("n_views", 1))
         return -(-video.n_frames // int(plan.get("every", 1)))
 
     def _check_plan(self, kind: PlanKind) -> None:

@@ -6,6 +6,8 @@ digits as zeros; to every other reader it is an ordinary Parquet file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 import pyarrow.parquet
 from awscrt.checksums import crc32c
@@ -26,14 +28,19 @@ def seal(table: pa.Table) -> bytes:
     return blank[:start] + b"%08x" % crc32c(blank) + blank[start + _DIGITS :]
 
 
-def unseal(data: bytes) -> pa.Table:
-    """Return the table of a sealed file, without the seal; raise `BytesError` when any byte has changed."""
+def unseal(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the table of a sealed file, without the seal, or some columns of it.
+
+    Raises `BytesError` when any byte has changed.
+    """
     start = _digits_start(data)
     blank = data[:start] + b"0" * _DIGITS + data[start + _DIGITS :]
     if data[start : start + _DIGITS] != b"%08x" % crc32c(blank):
         raise BytesError("its checksum does not match")
     try:
-        table = pa.parquet.read_table(pa.BufferReader(data), use_threads=False)
+        # Thrice as fast as `read_table`, which looks for data sets: a store has thousands of small parts.
+        file = pa.parquet.ParquetFile(pa.BufferReader(data))
+        table = file.read(columns=None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise BytesError(f"it is not Parquet ({error})") from error
     metadata = {key: value for key, value in read_metadata(table).items() if key != SEAL_KEY}
