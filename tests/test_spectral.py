@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from store_cases import Case, frames_case, pairs_case
 
@@ -27,7 +29,7 @@ from cosettle_cache.frame_pairs import FramePairs, list_pairs
 from cosettle_cache.gathering import GatherUnit, gather, one_by_one
 from cosettle_cache.projection import load_projection, projection_sha256, read_provenance
 from cosettle_cache.spectral import SpectralReport, choose_held_out, fit_spectral
-from cosettle_cache.spectrum import SpectralStatistics, choose_places, make_spectrum, place_index
+from cosettle_cache.spectrum import SpectralStatistics, Spectrum, choose_places, make_spectrum, place_index
 from cosettle_cache.store import FeatureStore, open_store
 from cosettle_cache.tables import read_table
 from cosettle_cache.types import Grid, Role, Slot
@@ -368,3 +370,14 @@ def test_report_and_file_agree(store: FeatureStore, tmp_path: Path) -> None:
     assert report.projection_sha256 == projection_sha256(load_projection(tmp_path / "projection.safetensors"))
     assert report.n_held_out == 2
     assert report.to_json()["folder"] == str(tmp_path)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**16))
+def test_the_margin_grows_on_the_condition_that_the_docs_state(seed: int) -> None:
+    intra, inter, energy = np.random.default_rng(seed).gamma(1.0, size=(3, 6))
+    spectrum = Spectrum(np.eye(6), np.sort(intra) / 100, inter, energy / energy.sum())
+    weakest, raw = spectrum.predict(1e4, 0.3), spectrum.predict(math.inf, 0.3)
+    means = [np.average(spectrum.intra, weights=item) for item in (inter, energy, spectrum.intra)]
+    gain = 0.3 * raw.d_intra * (means[2] - means[1]) - raw.d_inter * (means[0] - means[1])
+    assert (weakest.margin - raw.margin) * 2e4 == pytest.approx(gain / 2, rel=1e-2, abs=1e-6)
