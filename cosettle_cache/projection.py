@@ -101,6 +101,17 @@ def find_head(name: str) -> Head:
     return HEADS[name]
 
 
+def check_trainable(name: str) -> None:
+    """Raise `UsageError` for an unknown head and for one that is computed instead of trained."""
+    if find_head(name).bare:
+        raise UsageError(
+            f"the head {name} is computed, not trained",
+            wanted=" or ".join(head for head, shape in HEADS.items() if not shape.bare),
+            found=name,
+            hint="cosettle-cache projection fit --features STORE computes it",
+        )
+
+
 @torch.no_grad()
 def _init_trunc_normal(linear: nn.Linear, generator: Generator) -> None:
     nn.init.trunc_normal_(linear.weight, std=0.02, generator=generator)

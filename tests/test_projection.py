@@ -15,6 +15,7 @@ from cosettle_cache.projection import (
     HEADS,
     INITS,
     Projection,
+    check_trainable,
     describe_projection,
     export_projection,
     load_projection,
@@ -157,6 +158,13 @@ def test_the_spectral_head_is_one_matrix_that_starts_as_the_identity() -> None:
     tokens = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(projection(tokens), tokens)
     assert [name for name, _ in projection.named_parameters()] == ["linears.0.weight"]
+
+
+def test_a_computed_head_is_not_trained() -> None:
+    check_trainable("linear")
+    with pytest.raises(UsageError, match="computed, not trained") as raised:
+        check_trainable("spectral")
+    assert raised.value.wanted == "linear or affine or mlp2 or mlp3"
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp2", "mlp3"])
