@@ -137,11 +137,12 @@ class ChunkSource:
             ) from fault
 
     def _shares(self, array: int, chunks: list[int], outs: list[Tokens]) -> list[Stretch]:
-        """Return the chunks as stretches, short enough that every reader gets some."""
+        """Return the chunks as stretches, shorter ones rather than idle readers."""
         longest, per_shard = self._longest(array), chunks_per_shard(self.slots.arrays[array])
         group = stretches if longest == 1 else sorted_stretches
-        longest = min(longest, -(-len(chunks) // self.n_readers))
-        return list(group(chunks, outs, longest=longest, per_shard=per_shard))
+        # Below a quarter of a stretch a request is mostly waiting, and fewer of them are faster.
+        fair = max(-(-len(chunks) // self.n_readers), longest // 4)
+        return list(group(chunks, outs, longest=min(longest, fair), per_shard=per_shard))
 
     def _longest(self, array: int) -> int:
         """Return how many neighbouring chunks are worth one read."""

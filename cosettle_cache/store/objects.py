@@ -74,7 +74,7 @@ class ObjectStorage:
         """
         with self._reading(name):
             try:
-                options: Any = {"range": (start, start + length), "if_match": tag}
+                options: Any = {"range": (start, start + length)} | ({"if_match": tag} if tag else {})
                 return memoryview(obstore.get(self._client, name, options=options).bytes())
             except exceptions.GenericError as error:
                 if not _is_about_the_range(error):

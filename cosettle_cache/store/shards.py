@@ -99,8 +99,8 @@ class ShardReader:
     def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]], *, wait: bool) -> bool:
         """Fill `outs` with the raw chunks from `first` on, in one read.
 
-        Without `wait` only if they are at hand, and say so. Raises `ChunkMissingError`, or another `BytesError`
-        when one is damaged or they do not lie side by side.
+        Without `wait` only if they are at hand, and say so. Raises `ChunkMissingError`, or another
+        `BytesError` when one is damaged or they do not lie side by side.
         """
         offset = self._check_neighbours(first, len(outs))
         gap = CHECKSUM_BYTES + padding_after(self._raw_size)
