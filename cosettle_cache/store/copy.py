@@ -146,7 +146,7 @@ class _Copy:
                 self.outcomes[copied.outcome] += 1
                 self.n_bytes += copied.n_bytes
                 self.damages += copied.damages
-                progress.advance(1, gigabytes=self.n_bytes / 1e9, damaged=len(self.damages))
+                progress.advance(1, megabytes=self.n_bytes / 1e6, damages=float(len(self.damages)))
         finally:
             progress.finish()
 

@@ -36,4 +36,7 @@ class ZarrArrays:
     def _open(self, grid: Grid) -> Any:
         import zarr
 
-        return zarr.open_array(self._storage.zarr_store(), path=array_folder(grid), mode="r")
+        try:
+            return zarr.open_array(self._storage.zarr_store(), path=array_folder(grid), mode="r")
+        except Exception as error:  # on damaged metadata Zarr fails in any way
+            raise BytesError(f"Zarr cannot open its array ({error})") from error

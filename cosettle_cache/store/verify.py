@@ -79,7 +79,7 @@ def verify_storage(storage: ReadStorage, metadata: Metadata, progress: Progress,
     try:
         for report in map_ahead(run.check, committed, storage.n_readers, stop):
             run.count(report)
-            progress.advance(1, damaged=len(run.damages))
+            progress.advance(1, damages=float(len(run.damages)))
     finally:
         progress.finish()
     return VerifyReport(
