@@ -149,9 +149,11 @@ def fit_spectral(
 def check_settings(settings: SpectralSettings) -> None:
     """Raise `UsageError` for settings that mean nothing."""
     find_correspondence(settings.correspondence)
-    if settings.spectral_lambda is not None and not settings.spectral_lambda > 0:
+    if settings.spectral_lambda is not None and not 0 < settings.spectral_lambda < math.inf:
         raise UsageError(
-            "the spectral lambda is a threshold", wanted="more than 0", found=settings.spectral_lambda
+            "the spectral lambda is a threshold",
+            wanted="a number greater than 0",
+            found=settings.spectral_lambda,
         )
     if settings.n_lambdas < 2 or not 0 <= settings.held_out < 1 or settings.max_held_out < 2:
         raise UsageError(

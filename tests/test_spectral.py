@@ -298,8 +298,9 @@ def test_a_lambda_that_removes_everything_is_refused(store: FeatureStore, tmp_pa
         fit_spectral(store, SpectralSettings(spectral_lambda=1e-9), tmp_path)
     assert "half the smallest eigenvalue" in str(raised.value.wanted)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UsageError, match="threshold"):
-        fit_spectral(store, SpectralSettings(spectral_lambda=-1.0), tmp_path)
+    for nothing in (-1.0, 0.0, math.inf, math.nan):
+        with pytest.raises(UsageError, match="threshold"):
+            fit_spectral(store, SpectralSettings(spectral_lambda=nothing), tmp_path)
     with pytest.raises(UsageError, match="unknown correspondence"):
         fit_spectral(store, SpectralSettings(correspondence="flow"), tmp_path)
 
