@@ -7,6 +7,7 @@ Run as a program it goes through every byte of two stores and prints the figures
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -20,8 +21,8 @@ from cosettle_cache.errors import CosettleError
 from cosettle_cache.store import FeatureStore, VerifyReport, open_store, repair_store, verify_store
 from cosettle_cache.types import PlanKind
 
-#: The frames of the third, which fails, lie in both slots of its array.
-VIDEOS = (("bear", 3, 1, 2), ("eel", 1, 2, 1), ("dog", 2, 1, 2), ("fox", 1, 1, 2))
+#: The frames of the second, which fails, lie in both slots of the array.
+VIDEOS = (("bear", 3, 1, 2), ("dog", 2, 1, 2), ("fox", 1, 1, 2))
 
 #: Every byte is flipped in metadata and index; every mended store is compared with the first one.
 STORES: dict[str, Callable[[], Case]] = {
@@ -126,13 +127,25 @@ def read_everything(store: FeatureStore) -> list[bytes]:
     return [*everything, *(store.tokens(video_id).tobytes() for video_id in store.video_ids)]
 
 
+def report(title: str, figures: Figures, seconds: float) -> str:
+    return (
+        f"{title}: {figures.flips} bytes flipped; verify found {figures.found_by_verify}; the reader refused "
+        f"{figures.refused_by_reader} and gave the right tokens for {figures.read_right}; {figures.repaired} "
+        f"repaired and extracted to identical bytes; {seconds:.0f} s"
+    )
+
+
 def main() -> None:
-    for title, make_case in STORES.items():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--store", choices=list(STORES))
+    parser.add_argument("--repair-every", type=int, default=10)
+    options = parser.parse_args()
+    for title in [options.store] if options.store else STORES:
         started = perf_counter()
         with TemporaryDirectory() as folder:
-            test = FlipTest(make_case(), Path(folder) / "store.zarr")
-            figures = test.check(test.every_byte(random.Random(0)))
-        print(f"{title}: {figures} in {perf_counter() - started:.0f} s")
+            test = FlipTest(STORES[title](), Path(folder) / "store.zarr")
+            figures = test.check(test.every_byte(random.Random(0)), repair_every=options.repair_every)
+        print(report(title, figures, perf_counter() - started))
 
 
 if __name__ == "__main__":

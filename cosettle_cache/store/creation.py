@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def restore_manifest(storage: Storage, header: Header, manifest: Manifest) -> No
     """Write the manifest of a store that has lost it; `header` is the store's own."""
     if not storage.exists(MANIFEST):
         storage.write(MANIFEST, [manifest_file(header, manifest)])
+
+
+def remove_dead_builds(path: Path) -> None:
+    """Remove the unfinished stores beside `path` that nobody works on any more."""
+    for sibling in _builds(path):
+        try:
+            lock = WriterLock(sibling)
+        except FileNotFoundError:
+            continue  # it has become the store meanwhile
+        if lock.alone:
+            shutil.rmtree(sibling, ignore_errors=True)
+        lock.close()
 
 
 def metadata_files(header: Header) -> dict[str, bytes]:
@@ -135,11 +148,9 @@ def _create_folder(path: Path, arrays: Sequence[ArrayLayout], files: Mapping[str
             return
         _check_vacant(path)
         make_folder(path.parent)
-        _remove_dead_builds(path)
-        build = temporary_name(path)
+        remove_dead_builds(path)
+        build, lock = _start_build(path)
         try:
-            build.mkdir()
-            lock = WriterLock(build)
             _write_files(build, files)
             for layout in arrays:
                 (build / part_folder(layout.grid)).mkdir()
@@ -149,6 +160,20 @@ def _create_folder(path: Path, arrays: Sequence[ArrayLayout], files: Mapping[str
         except BaseException:
             shutil.rmtree(build, ignore_errors=True)
             raise
+
+
+def _start_build(path: Path) -> tuple[Path, WriterLock]:
+    """Return a new folder beside `path`, locked; a rival may remove one that is not locked yet."""
+    while True:
+        build = temporary_name(path)
+        build.mkdir()
+        try:
+            lock = WriterLock(build)
+        except FileNotFoundError:
+            continue
+        if build.exists():
+            return build, lock
+        lock.close()
 
 
 def _write_files(build: Path, files: Mapping[str, bytes]) -> None:
@@ -179,18 +204,11 @@ def _publish(build: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def _remove_dead_builds(path: Path) -> None:
-    for sibling in _builds(path):
-        lock = WriterLock(sibling)
-        if lock.alone:
-            shutil.rmtree(sibling, ignore_errors=True)
-        lock.close()
-
-
 def _builds(path: Path) -> Iterator[Path]:
-    for sibling in path.parent.iterdir():
-        if is_temporary(sibling) and sibling.name.startswith(f".{path.name}.") and sibling.is_dir():
-            yield sibling
+    with suppress(PermissionError):  # a folder may be written and not listed
+        for sibling in path.parent.iterdir():
+            if is_temporary(sibling) and sibling.name.startswith(f".{path.name}.") and sibling.is_dir():
+                yield sibling
 
 
 def _sync_folders(root: Path) -> None:

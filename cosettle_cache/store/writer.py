@@ -17,7 +17,7 @@ from jaxtyping import Float16
 
 from cosettle_cache.errors import DamagedStoreError
 from cosettle_cache.files import Buffer, output_errors
-from cosettle_cache.store.creation import create_store, restore_manifest
+from cosettle_cache.store.creation import create_store, remove_dead_builds, restore_manifest
 from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
 from cosettle_cache.store.layout import (
     INDEX_GROUP,
@@ -171,6 +171,7 @@ class StoreWriter:
             self._claims = SlotClaims(folder / TOKENS_GROUP / ROOT_METADATA)
             if self._lock.alone:
                 _remove_leftovers(folder, self.slots.arrays)
+                remove_dead_builds(folder)
             self._lock.share()
 
     def _committed(self) -> Iterator[int]:
