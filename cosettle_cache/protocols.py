@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -16,33 +16,114 @@ from cosettle_cache.errors import UsageError
 from cosettle_cache.sizes import resolve_size
 from cosettle_cache.types import EvalProtocol
 
-WINDOWS = ("disc", "square")
+#: Fields that are one of a few words.
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "window": ("disc", "square"),
+        "label_encoding": ("bilinear", "nearest"),
+        "decode_size": ("input", "annotation"),
+    }
+)
+
+#: Fields that decide which neighbours a query has among given tokens; labels and weights come after.
+SEARCH_FIELDS = ("top_k", "keep_ties", "n_context", "radius", "window", "mask_first", "first_frame_copies")
+
+#: ImageNet's deviation of the red channel, and what `red_std` stands in for.
+IMAGENET_RED_STD = 0.229
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A protocol as one code base has it for one task, and where its values were read."""
+
+    task: str
+    protocol: EvalProtocol
+    source: str
+
 
 # T-CORE's engine with the values of the paper's Table 8c; the temperature is T-CORE's, the table has none.
 _COSETTLE = EvalProtocol(
     name="cosettle",
     size="480x880",
+    red_std=IMAGENET_RED_STD,
     top_k=7,
+    keep_ties=False,
     n_context=20,
     radius=20.0,
-    temperature=0.7,
     window="disc",
     mask_first=False,
     first_frame_copies=True,
+    temperature=0.7,
+    label_encoding="bilinear",
+    norm_mask=False,
+    decode_size="input",
+    keypoint_top_k=5,
 )
 
-#: Preset -> task -> protocol.
-PRESETS: Mapping[str, Mapping[str, EvalProtocol]] = MappingProxyType(
-    # The sprites clips are small and made for any patch of 16: resizing them would only cost time.
-    {"cosettle": MappingProxyType({"davis": _COSETTLE, "sprites": replace(_COSETTLE, size="native")})}
+# 0.228 is a slip of the DINO script that RSP inherited; every score made with either contains it.
+_DINO = EvalProtocol(
+    name="dino",
+    size="short:480/64",
+    red_std=0.228,
+    top_k=5,
+    keep_ties=True,
+    n_context=7,
+    radius=12.0,
+    window="square",
+    mask_first=True,
+    first_frame_copies=False,
+    temperature=0.1,
+    label_encoding="nearest",
+    norm_mask=True,
+    decode_size="input",
+    keypoint_top_k=5,
+)
+
+_CRW = replace(
+    _COSETTLE, name="crw", size="native", top_k=10, radius=12.0, temperature=0.05, keypoint_top_k=3
+)
+
+# RSP resizes every clip to 480x880 beforehand, of which DINO's loader leaves 832 columns.
+_RSP = replace(_DINO, name="rsp", size="480x832", top_k=7, n_context=30, radius=30.0)
+
+_TABLE_8C = "Co-Settle Table 8c; engine and temperature of T-CORE 0ffcabe"
+_DINO_SCRIPT = "DINO 7c446df, eval_video_segmentation"
+_CRW_README = "videowalk 047f3f4, README"
+_CRW_THREAD = "videowalk 047f3f4, commands in its issue 10"
+_RSP_SCRIPT = "RSP 5ea2b91 with DINO's script"
+
+
+def _own_clips(davis: EvalProtocol, source: str) -> tuple[Preset, ...]:
+    """Clips that no benchmark fixes a size for: the DAVIS protocol at the frames' own size."""
+    native = replace(davis, size="native")
+    return tuple(Preset(task, native, f"{source}; own size") for task in ("sprites", "masks"))
+
+
+#: Every preset, in the order in which they are listed.
+PRESETS = (
+    Preset("davis", _COSETTLE, _TABLE_8C),
+    Preset("vip", replace(_COSETTLE, top_k=10), _TABLE_8C),
+    Preset("jhmdb", replace(_COSETTLE, size="320x320"), _TABLE_8C),
+    *_own_clips(_COSETTLE, _TABLE_8C),
+    Preset("davis", _DINO, _DINO_SCRIPT),
+    *_own_clips(_DINO, _DINO_SCRIPT),
+    Preset("davis", _CRW, _CRW_README),
+    Preset("vip", replace(_CRW, size="560x560", n_context=4), _CRW_THREAD),
+    Preset("jhmdb", replace(_CRW, size="320x320", n_context=7), _CRW_THREAD),
+    *_own_clips(_CRW, _CRW_README),
+    Preset("davis", _RSP, _RSP_SCRIPT),
+    *_own_clips(_RSP, _RSP_SCRIPT),
 )
 
 
-def list_protocols(task: str = "davis") -> tuple[EvalProtocol, ...]:
-    """Return every preset that knows `task`."""
-    return tuple(by_task[task] for by_task in PRESETS.values() if task in by_task)
+def list_presets(task: str | None = None) -> tuple[Preset, ...]:
+    """Return the presets of `task`, or all; raise `UsageError` for a task that none knows."""
+    known = {preset.task: None for preset in PRESETS}
+    if task is not None:
+        _find(known, task, "task")
+    return tuple(preset for preset in PRESETS if task in (None, preset.task))
 
 
 def make_protocol(name: str = "cosettle", *, task: str = "davis", **overrides: object) -> EvalProtocol:
@@ -51,7 +132,8 @@ def make_protocol(name: str = "cosettle", *, task: str = "davis", **overrides: o
     Raises `UsageError` for an unknown preset, task or field (naming the nearest) and for values that no
     propagation can honour.
     """
-    preset = _find(_find(PRESETS, name, "protocol"), task, f"task of the {name} protocol")
+    by_task = _find(_by_name(), name, "protocol")
+    preset = _find(by_task, task, f"task of the {name} protocol")
     settable = {item.name: getattr(preset, item.name) for item in fields(preset) if item.name != "name"}
     changed: dict[str, object] = {}
     for key, value in overrides.items():
@@ -67,12 +149,37 @@ def make_protocol(name: str = "cosettle", *, task: str = "davis", **overrides: o
 
 def check_protocol(protocol: EvalProtocol) -> None:
     """Raise `UsageError` unless every field of `protocol` can be honoured."""
-    _check(protocol.top_k >= 1, "top_k", "at least 1", protocol.top_k)
+    for key in ("top_k", "keypoint_top_k"):
+        _check(getattr(protocol, key) >= 1, key, "at least 1", getattr(protocol, key))
     _check(protocol.n_context >= 0, "n_context", "at least 0 frames", protocol.n_context)
-    _check(_positive(protocol.radius), "radius", "a positive number of patches", protocol.radius)
-    _check(_positive(protocol.temperature), "temperature", "a positive number", protocol.temperature)
-    _check(protocol.window in WINDOWS, "window", " or ".join(WINDOWS), protocol.window)
+    for key in ("radius", "temperature", "red_std"):
+        value = getattr(protocol, key)
+        _check(math.isfinite(value) and value > 0, key, "a positive number", value)
+    for key, words in CHOICES.items():
+        _check(getattr(protocol, key) in words, key, " or ".join(words), getattr(protocol, key))
     resolve_size(protocol.size, 480, 854)
+
+
+def image_std(protocol: EvalProtocol, encoder_std: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Return the deviations that images are divided by: the encoder's, with the protocol's red if ImageNet's.
+
+    An encoder with statistics of its own keeps them: the slip that `red_std` repeats is one in ImageNet's.
+    """
+    red, green, blue = encoder_std
+    return (protocol.red_std if red == IMAGENET_RED_STD else red, green, blue)
+
+
+def search_json(protocol: EvalProtocol) -> dict[str, object]:
+    """Return the fields that decide neighbours among given tokens."""
+    return {key: getattr(protocol, key) for key in SEARCH_FIELDS}
+
+
+def _by_name() -> dict[str, dict[str, EvalProtocol]]:
+    names = dict.fromkeys(preset.protocol.name for preset in PRESETS)
+    return {
+        name: {preset.task: preset.protocol for preset in PRESETS if preset.protocol.name == name}
+        for name in names
+    }
 
 
 def _find(known: Mapping[str, _T], key: str, what: str) -> _T:
@@ -93,7 +200,3 @@ def _same_type(key: str, value: object, default: object) -> object:
 def _check(ok: bool, key: str, wanted: str, found: object) -> None:
     if not ok:
         raise UsageError(f"the protocol field {key} has no meaning as given", wanted=wanted, found=found)
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0

@@ -251,24 +251,39 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class EvalProtocol:
-    """Every constant of a label-propagation protocol (PROTOCOLS 1.1-1.4); made by `make_protocol`.
+    """Every constant in which the code bases differ (PROTOCOLS 1.1-1.4, 2, 3.2); made by `make_protocol`.
 
-    `size` is a size rule (see `cosettle_cache.sizes`). `n_context` is the queue length in frames (the first
-    frame is always in the context besides), `radius` is in patches, `temperature` divides cosines. `window`
-    is `disc` (distance below the radius) or `square` (distance along each axis at most the radius);
-    `mask_first` says that it limits the first frame as well, `first_frame_copies` that queue places without
-    a frame, at the start of a video, count as copies of the first frame inside the window.
+    What the encoder sees: `size` is a size rule (see `cosettle_cache.sizes`); `red_std` is the deviation of
+    the red channel where the encoder normalises with ImageNet's 0.229.
+
+    The context: the first frame and `n_context` frames before the query's. `window` is a `disc` (distance
+    below `radius` patches) or a `square` (distance along each axis at most `radius`); `mask_first` says that
+    it limits the first frame as well, `first_frame_copies` that queue places without a frame, at the start of
+    a video, count as copies of the first frame inside the window.
+
+    The weights: the `top_k` most similar tokens, with `keep_ties` also all those as similar as the last of
+    them; softmax over cosines divided by `temperature`.
+
+    The labels: `label_encoding` of the first mask is `bilinear` (of one-hot maps) or `nearest` (of ids);
+    `norm_mask` stretches each class that is there to 0..1 before the argmax, which is taken at `decode_size`:
+    `input` (of the network) or `annotation`. A joint is the mean of its `keypoint_top_k` strongest cells.
     """
 
     name: str
     size: str
+    red_std: float
     top_k: int
+    keep_ties: bool
     n_context: int
     radius: float
-    temperature: float
     window: str
     mask_first: bool
     first_frame_copies: bool
+    temperature: float
+    label_encoding: str
+    norm_mask: bool
+    decode_size: str
+    keypoint_top_k: int
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""

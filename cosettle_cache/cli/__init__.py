@@ -9,7 +9,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cosettle_cache.cli import backbones, demo, extract, manifest, projection, propagate, run, store, train
+from cosettle_cache.cli import (
+    backbones,
+    demo,
+    extract,
+    manifest,
+    projection,
+    propagate,
+    protocols,
+    run,
+    store,
+    train,
+)
 from cosettle_cache.cli.entry import exits
 
 # Before any OpenMP runtime loads: waiting threads sleep instead of spinning. On a machine of one's own it
@@ -22,7 +33,18 @@ The order of work: manifest, extract, train, propagate. Without any data the bui
 """
 
 #: Commands in the order of the story, as `--help` lists them.
-STORY = ("manifest", "backbones", "extract", "train", "propagate", "projection", "store", "run", "demo")
+STORY = (
+    "manifest",
+    "backbones",
+    "extract",
+    "train",
+    "protocols",
+    "propagate",
+    "projection",
+    "store",
+    "run",
+    "demo",
+)
 
 
 class StoryOrder(TyperGroup):
@@ -47,6 +69,7 @@ app.add_typer(manifest.app, name="manifest")
 app.command()(exits(backbones.backbones))
 app.command()(exits(extract.extract))
 app.command()(exits(train.train))
+app.command()(exits(protocols.protocols))
 app.command()(exits(propagate.propagate))
 app.add_typer(projection.app, name="projection")
 app.add_typer(store.app, name="store")
