@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from queue import Empty, SimpleQueue
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
@@ -45,6 +45,8 @@ GPU_SHARE = {"GPU": 0.01}
 
 #: In a worker: runs that begin no further item.
 _ended: set[str] = set()
+#: In a worker: the first unit imports its modules, and what half an import leaves is seen by nobody.
+_unpickling = Lock()
 
 
 def _silent(text: str) -> None:
@@ -201,8 +203,12 @@ class _Run(Generic[Item]):
             self.killers.append(item)
         except CancelledError as error:
             raise _scheduler_gone() from error
-        except Exception as error:
-            raise _explained(error) from error
+        except (ImportError, AttributeError) as error:
+            raise _not_installed(error) from error
+        except RuntimeError as error:
+            if "deserialization" not in str(error):  # the scheduler's, of a task
+                raise
+            raise _not_installed(error) from error
         else:
             if began:
                 yield item, result
@@ -219,8 +225,10 @@ def _call(version: str, run: str, unit: bytes, item: Item) -> tuple[bool, Any]:
             found=__version__,
             hint="install the same version wherever the scheduler and the workers run",
         )
+    with _unpickling:
+        work = pickle.loads(unit)  # noqa: S301 - from whoever may run anything here anyway
     try:
-        return True, pickle.loads(unit)(item)  # noqa: S301 - from whoever may run anything here anyway
+        return True, work(item)
     except CosettleError as error:
         error.details = (*error.details, f"on worker {get_worker().address}")
         raise
@@ -231,16 +239,12 @@ def _end(run: str) -> None:
     _ended.add(run)
 
 
-def _explained(error: Exception) -> Exception:
-    """Return the error as one of ours where it means that a worker lacks something."""
-    text = str(error)
-    if isinstance(error, ImportError | AttributeError) or "deserialization" in text:
-        return ClusterError(
-            "a worker or the scheduler cannot import what it is asked to do",
-            found=text.splitlines()[0].strip(),
-            hint="install the same version of cosettle-cache wherever the scheduler and the workers run",
-        )
-    return error
+def _not_installed(error: Exception) -> ClusterError:
+    return ClusterError(
+        "a worker or the scheduler cannot import what it is asked to do",
+        found=str(error).splitlines()[0].strip(),
+        hint="install the same version of cosettle-cache wherever the scheduler and the workers run",
+    )
 
 
 def _scheduler_gone() -> ClusterError:

@@ -9,17 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 import pytest
 import torch
+from extract_cases import make_clips, manifest_of, tree
 from PIL import Image
 
 from cosettle_cache.backbones import Backbone, load_backbone
 from cosettle_cache.config import FramesSettings, PairsSettings
-from cosettle_cache.datasets import build_manifest
 from cosettle_cache.errors import FingerprintError
 from cosettle_cache.extract import ExtractReport, extract, make_fingerprint
 from cosettle_cache.frames import read_frame
@@ -40,17 +42,8 @@ def backbone() -> Backbone:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six short clips of smooth moving texture, one of them portrait."""
-    root = tmp_path_factory.mktemp("clips")
-    for clip in range(6):
-        height, width = (72, 96) if clip != 3 else (96, 72)
-        rows, cols = np.mgrid[:height, :width]
-        (root / f"clip{clip}").mkdir()
-        for frame in range(9):
-            phase = 0.13 * (cols + 2 * frame) + 0.07 * rows * (clip + 1)
-            image = np.stack([128 + 100 * np.sin(phase + k) for k in range(3)], -1).astype(np.uint8)
-            Image.fromarray(image).save(root / f"clip{clip}" / f"{frame}.jpg", quality=95)
-    return root
+    """Six short clips, one of them portrait."""
+    return make_clips(tmp_path_factory.mktemp("clips"), 6)
 
 
 @pytest.fixture
@@ -61,10 +54,6 @@ def own_clips(clips: Path, tmp_path: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     return tmp_path / "clips"
-
-
-def manifest_of(root: Path) -> Manifest:
-    return build_manifest("folder", root, root).manifest
 
 
 def plan_of(manifest: Manifest, settings: PairsSettings | FramesSettings, slot: int = 12) -> Plan:
@@ -78,20 +67,28 @@ def run(
     settings: PairsSettings | FramesSettings = PAIRS,
     manifest: Manifest | None = None,
     stop: Event | None = None,
+    note: Callable[[str], object] = print,
+    retry_failed: bool = False,
 ) -> ExtractReport:
     manifest = manifest or manifest_of(root)
     plan = plan_of(manifest, settings)
+    with closing(writer_of(plan, manifest, out, backbone)) as writer:
+        return extract(
+            plan,
+            manifest,
+            root,
+            backbone,
+            writer,
+            batch_size=5,
+            retry_failed=retry_failed,
+            stop=stop,
+            note=note,
+        )
+
+
+def writer_of(plan: Plan, manifest: Manifest, out: Path, backbone: Backbone) -> StoreWriter:
     fingerprint = make_fingerprint(backbone, plan, manifest)
-    writer = StoreWriter.create_or_resume(out, plan.arrays, fingerprint, manifest, {"name": backbone.name})
-    try:
-        return extract(plan, manifest, root, backbone, writer, batch_size=5, stop=stop)
-    finally:
-        writer.close()
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    """All files of a store that hold tokens or index, by name."""
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    return StoreWriter.create_or_resume(out, plan.arrays, fingerprint, manifest, {"name": backbone.name})
 
 
 def one_by_one(root: Path, store: FeatureStore, plan: Plan, backbone: Backbone, slot: int) -> torch.Tensor:
@@ -145,6 +142,65 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(clips: Path, tmp_path: Path, ba
     assert tree(tmp_path / "straight.zarr") == tree(tmp_path / "stopped.zarr")
     third = run(clips, tmp_path / "stopped.zarr", backbone)
     assert (third.n_slots, third.n_encodings) == (0, 0)
+
+
+def test_two_extractions_at_once_share_the_slots(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "straight.zarr", backbone)
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(run, clips, tmp_path / "shared.zarr", backbone) for _ in range(3)]
+        reports = [future.result() for future in runs]
+    plan = plan_of(manifest_of(clips), PAIRS)
+    assert sum(report.n_slots for report in reports) == plan.n_slots
+    assert sum(report.n_encodings for report in reports) == plan.n_encodings
+    assert not any(report.interrupted for report in reports)
+    for report in reports:
+        assert report.n_slots_before + report.n_slots_elsewhere + report.n_slots == plan.n_slots
+    assert tree(tmp_path / "straight.zarr") == tree(tmp_path / "shared.zarr")
+
+
+@pytest.mark.parametrize("ending", ["released", "committed", "stopped"])
+def test_a_held_slot_is_waited_for(clips: Path, tmp_path: Path, backbone: Backbone, ending: str) -> None:
+    run(clips, tmp_path / "straight.zarr", backbone)
+    manifest, out = manifest_of(clips), tmp_path / "held.zarr"
+    plan = plan_of(manifest, PAIRS)
+    notes: list[str] = []
+    stop, noted = Event(), Event()
+
+    def note(text: str) -> None:
+        notes.append(text)
+        noted.set()
+
+    with ThreadPoolExecutor(1) as threads, closing(writer_of(plan, manifest, out, backbone)) as holder:
+        assert holder.claim(1)
+        future = threads.submit(run, clips, out, backbone, stop=stop, note=note)
+        assert noted.wait(60)
+        if ending == "stopped":
+            stop.set()
+            future.result(60)
+        elif ending == "committed":
+            shard = holder.new_shard(plan.slot(1))
+            samples = open_store(tmp_path / "straight.zarr").samples(range(4, 8))
+            shard.tokens[:] = samples.reshape(shard.tokens.shape)
+            holder.commit(plan.slot(1), shard, {})
+    report = future.result()
+    wanted = {"released": (0, 0), "committed": (1, 0), "stopped": (0, 1)}[ending]
+    assert (report.n_slots_elsewhere, int(report.interrupted)) == wanted
+    assert report.n_slots == plan.n_slots - sum(wanted)
+    assert len(notes) == 1
+    if ending != "stopped":
+        assert tree(tmp_path / "straight.zarr") == tree(out)
+
+
+def test_an_interrupted_extraction_gives_its_claims_back(
+    clips: Path, tmp_path: Path, backbone: Backbone
+) -> None:
+    manifest = manifest_of(clips)
+    plan = plan_of(manifest, PAIRS)
+    stop = Event()
+    stop.set()
+    with closing(writer_of(plan, manifest, tmp_path / "s.zarr", backbone)) as writer:
+        extract(plan, manifest, clips, backbone, writer, batch_size=5, stop=stop)
+        assert all(writer.claim(index) for index in writer.todo())
 
 
 def truncate(path: Path) -> None:
