@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,14 +74,9 @@ def join_replicas(device: str) -> Iterator[tuple[Replicas, str]]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", init_method=_meeting_point())
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Replicas(dist.get_rank(), dist.get_world_size()), device
     finally:
         dist.destroy_process_group()
 
-
-def _meeting_point() -> str:
-    """Return where processes find each other: a file (for tests), or what torchrun put in the environment."""
-    path = os.environ.get("COSETTLE_MEETING_FILE")
-    return f"file://{Path(path).absolute()}" if path else "env://"
