@@ -97,17 +97,18 @@ def _check_entries(
     file: RangeFile, layout: ArrayLayout, part: Part, present: Bool[np.ndarray, " chunk"]
 ) -> UInt64[np.ndarray, "chunk 2"]:
     """Return the shard's index, which the format determines but for the sizes of compressed chunks."""
-    if file.size != part.shard.n_bytes:
-        raise ShardLostError(f"it has {file.size} bytes, not {part.shard.n_bytes}")
+    n_bytes = file.size()
+    if n_bytes != part.shard.n_bytes:
+        raise ShardLostError(f"it has {n_bytes} bytes, not {part.shard.n_bytes}")
     entries = read_entries(file, layout)
     offsets, sizes = entries[present].T
     raw_size = chunk_bytes(layout) + CHECKSUM_BYTES
-    plausible = sizes == raw_size if layout.codec == "none" else sizes <= file.size
+    plausible = sizes == raw_size if layout.codec == "none" else sizes <= n_bytes
     if (entries[~present] != MISSING).any() or not plausible.all():
         raise ShardLostError("its index lists other chunks than its index part")
     strides = sizes.astype(np.int64) + -sizes.astype(np.int64) % ALIGNMENT
     starts = np.concatenate([[0], np.cumsum(strides)])
-    if (offsets != starts[:-1]).any() or starts[-1] + index_bytes(layout) != file.size:
+    if (offsets != starts[:-1]).any() or starts[-1] + index_bytes(layout) != n_bytes:
         raise ShardLostError("its index does not put the chunks where the format does")
     return entries
 

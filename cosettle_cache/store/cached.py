@@ -152,8 +152,11 @@ class CachedFile:
     """The local copy of a shard, opened for each read, so that it may be removed at any moment."""
 
     def __init__(self, storage: CachedStorage, copy: _Copy) -> None:
-        self.size = copy.size
         self._storage, self._copy = storage, copy
+
+    def size(self) -> int:
+        """Return the bytes of the shard."""
+        return self._copy.size
 
     def read_tail(self, length: int) -> bytes:
         """Return the last bytes."""

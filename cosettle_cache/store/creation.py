@@ -32,7 +32,7 @@ from cosettle_cache.store.locks import WriterLock, is_temporary
 from cosettle_cache.store.objects import ObjectStorage
 from cosettle_cache.store.sealed import seal
 from cosettle_cache.store.shards import ZSTD_LEVEL
-from cosettle_cache.store.storage import Storage
+from cosettle_cache.store.storage import Storage, is_store
 from cosettle_cache.tables import read_metadata, with_metadata
 from cosettle_cache.types import ArrayLayout, Manifest
 
@@ -129,6 +129,8 @@ def _array_settings(layout: ArrayLayout) -> dict[str, Any]:
 def _create_objects(storage: ObjectStorage, files: Mapping[str, bytes]) -> None:
     """Put the root's metadata last, unless a rival did: it is what makes a store."""
     strange = [name for name, _ in storage.walk() if name not in files]
+    if is_store(storage):
+        return  # a rival was faster
     if strange:
         raise InputError(
             f"{storage.path} is not empty and not a store",

@@ -81,19 +81,19 @@ class ObjectStorage:
                     raise
                 return memoryview(b"")
 
-    def read_tail(self, name: str, length: int) -> tuple[int, bytes]:
-        """Return the size of an object and its last `length` bytes, if it has so many: one request."""
+    def read_tail(self, name: str, length: int) -> bytes:
+        """Return the last `length` bytes of an object, or all where there are fewer."""
         with self._reading(name):
             try:
-                result = obstore.get(self._client, name, options={"range": {"suffix": length}})
-                return int(result.meta["size"]), bytes(result.bytes())
+                options: Any = {"range": {"suffix": length}}
+                return bytes(obstore.get(self._client, name, options=options).bytes())
             except (exceptions.NotSupportedError, exceptions.GenericError) as error:
                 if not _is_about_the_range(error):
                     raise
         # Azure has no ranges from the end, and an empty object has no range at all.
         size = self.size(name)
         start = max(0, size - length)
-        return size, bytes(self.read_range(name, start, size - start)) if size else b""
+        return bytes(self.read_range(name, start, size - start)) if size else b""
 
     def open(self, name: str) -> RangeFile:
         """Return an object, nothing of it asked for yet; every read is one request."""
@@ -174,23 +174,25 @@ class ObjectStorage:
             self._answered = True
             raise
         except exceptions.PreconditionError as error:
-            raise StaleObjectError(f"{self.path}/{name} has changed") from error
+            raise StaleObjectError(f"{self._url(name)} has changed") from error
         except (exceptions.BaseError, OSError) as error:
-            raise self._error(RemoteError, f"{self.path}/{name} cannot be read", error) from error
+            raise self._error(RemoteError, f"{self._url(name)} cannot be read", error) from error
         self._answered = True
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
-            message = f"{self.path} cannot be written: there is no such bucket"
-            raise OutputError(message, hint="create it first") from error
         except (exceptions.BaseError, OSError) as error:
-            raise self._error(OutputError, f"{self.path}/{name} cannot be written", error) from error
+            raise self._error(OutputError, f"{self._url(name)} cannot be written", error) from error
         self._answered = True
 
+    def _url(self, name: str) -> str:
+        return f"{self.path}/{name}".rstrip("/")
+
     def _error(self, kind: type[CosettleError], what: str, error: BaseException) -> CosettleError:
+        if " 404 " in _line(error):
+            return kind(f"{what}: there is no such bucket", hint="create it first, or mend the URL")
         if isinstance(error, _REFUSALS):
             return kind(f"{what}: access is refused", found=_line(error), hint=_CREDENTIALS_HINT)
         if "HTTP error" in _line(error):
@@ -230,15 +232,13 @@ class ObjectFile:
     def __init__(self, storage: ObjectStorage, name: str) -> None:
         self._storage, self._name = storage, name
 
-    @cached_property
     def size(self) -> int:
-        """Bytes of the object; a request, unless its end was read."""
+        """Return the bytes of the object."""
         return self._storage.size(self._name)
 
     def read_tail(self, length: int) -> bytes:
-        """Return the last bytes; the size is known after that."""
-        self.size, data = self._storage.read_tail(self._name, length)
-        return data
+        """Return the last bytes with one request."""
+        return self._storage.read_tail(self._name, length)
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` from `offset` on with one request."""

@@ -25,9 +25,8 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 class RangeFile(Protocol):
     """A file open for reads at any offset, from any number of threads; closed when it is collected."""
 
-    @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Return the bytes of the file."""
 
     def read_tail(self, length: int) -> bytes:
         """Return the last `length` bytes, or all where there are fewer."""
@@ -181,15 +180,18 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._descriptor).st_size
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
+    def size(self) -> int:
+        """Return the bytes of the file."""
+        return os.fstat(self._descriptor).st_size
+
     def read_tail(self, length: int) -> bytes:
         """Return the last bytes."""
-        return os.pread(self._descriptor, length, max(0, self.size - length))
+        return os.pread(self._descriptor, length, max(0, self.size() - length))
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` from `offset` on."""
