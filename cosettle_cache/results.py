@@ -1,23 +1,35 @@
-"""Score rows on disk and in tables: one row per object, each with its whole provenance, and their means.
+"""Score rows on disk and in tables: one row per object or clip with its whole provenance, and their means.
 
 A number never travels alone: protocol, sizes, digests and versions stand in every row and in the summary.
+J&F is averaged over objects; mIoU and PCK of a data set come from what its clips counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import pyarrow as pa
 
 from cosettle_cache import tables
+from cosettle_cache.metrics import Confusion, JointCounts, clip_miou
+from cosettle_cache.metrics.rows import joint_figures, row_confusion, row_joint_counts
 from cosettle_cache.types import Score
 
-_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-SCHEMA = pa.schema([(name, _ARROW[kind]) for name, kind in get_type_hints(Score).items()])
+_ARROW = {
+    str: pa.string(),
+    int: pa.int64(),
+    int | None: pa.int64(),
+    float: pa.float64(),
+    float | None: pa.float64(),
+}
+#: The fields of a row, and J&F besides for those who read the file elsewhere.
+SCHEMA = pa.schema(
+    [*((name, _ARROW[kind]) for name, kind in get_type_hints(Score).items()), ("jf_mean", pa.float64())]
+)
 
 SCORES_FILE, SUMMARY_FILE = "scores.parquet", "summary.json"
 
@@ -35,8 +47,11 @@ PROVENANCE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Mean:
-    """Unweighted means over objects (the benchmark's rule) for one kind of tokens; shares from 0 to 1."""
+class ObjectsMean:
+    """Unweighted means over objects (the rule of DAVIS) for one kind of tokens; shares from 0 to 1."""
+
+    columns: ClassVar[tuple[str, ...]] = ("objects", "J&F", "J", "F")
+    label: ClassVar[str] = "mean over objects"
 
     tokens: str
     n_videos: int
@@ -49,15 +64,86 @@ class Mean:
     f_recall: float
     f_decay: float
 
+    @property
+    def main(self) -> float:
+        """J&F."""
+        return self.jf_mean
+
+    def cells(self) -> list[str]:
+        """Return what stands under `columns`."""
+        return [str(self.n_objects), *_percent(self.jf_mean, self.j_mean, self.f_mean)]
+
+
+@dataclass(frozen=True, slots=True)
+class PartsMean:
+    """Parts of all clips of one kind of tokens; shares from 0 to 1.
+
+    `miou` and `pixel_accuracy` count all pixels together (the released rule); `clip_miou` averages the clips'
+    IoU of each class first (the paper's formula).
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("mIoU", "mIoU by clip", "pixels")
+    label: ClassVar[str] = "all clips together"
+
+    tokens: str
+    n_videos: int
+    miou: float
+    clip_miou: float
+    pixel_accuracy: float
+
+    @property
+    def main(self) -> float:
+        """Return mIoU."""
+        return self.miou
+
+    def cells(self) -> list[str]:
+        """Return what stands under `columns`."""
+        return _percent(self.miou, self.clip_miou, self.pixel_accuracy)
+
+
+@dataclass(frozen=True, slots=True)
+class JointsMean:
+    """Joints of all clips of one kind of tokens, pooled; shares from 0 to 1."""
+
+    columns: ClassVar[tuple[str, ...]] = ("PCK@0.1", "PCK@0.2", "strict PCK@0.1", "strict PCK@0.2", "visible")
+    label: ClassVar[str] = "all clips together"
+
+    tokens: str
+    n_videos: int
+    pck_0_1: float
+    pck_0_2: float
+    pck_0_3: float
+    pck_0_4: float
+    pck_0_5: float
+    strict_pck_0_1: float
+    strict_pck_0_2: float
+    strict_pck_0_3: float
+    strict_pck_0_4: float
+    strict_pck_0_5: float
+    visible_share: float
+
+    @property
+    def main(self) -> float:
+        """PCK@0.1."""
+        return self.pck_0_1
+
+    def cells(self) -> list[str]:
+        """Return what stands under `columns`."""
+        strict = (self.strict_pck_0_1, self.strict_pck_0_2)
+        return _percent(self.pck_0_1, self.pck_0_2, *strict, self.visible_share)
+
+
+Mean = ObjectsMean | PartsMean | JointsMean
+
 
 def mean_scores(scores: Sequence[Score]) -> list[Mean]:
-    """Return one mean per kind of tokens, in order of first appearance."""
+    """Return one mean per kind of tokens, in order of first appearance; all rows are of one benchmark."""
     kinds = dict.fromkeys(score.tokens for score in scores)
     return [_mean(kind, [score for score in scores if score.tokens == kind]) for kind in kinds]
 
 
 def sequence_means(scores: Sequence[Score]) -> list[tuple[str, list[Mean]]]:
-    """Return (video_id, means over its objects per kind of tokens) for every video."""
+    """Return (video_id, its mean per kind of tokens) for every video."""
     ordered = sorted(scores, key=lambda score: score.video_id)
     grouped = groupby(ordered, key=lambda score: score.video_id)
     return [(video_id, mean_scores(list(rows))) for video_id, rows in grouped]
@@ -69,9 +155,15 @@ def write_scores(folder: Path, scores: Sequence[Score], *, complete: bool = True
     `complete` says whether every video had its turn; it stands in the summary.
     """
     rows, summary = folder / SCORES_FILE, folder / SUMMARY_FILE
-    tables.write_table(rows, tables.make_table([asdict(score) for score in scores], SCHEMA))
+    write_rows(rows, scores)
     tables.write_json(summary, {"complete": complete, **summary_json(scores)})
     return rows, summary
+
+
+def write_rows(path: Path, scores: Sequence[Score]) -> None:
+    """Write all rows as Parquet, or as CSV when `path` ends in .csv."""
+    rows = [{**asdict(score), "jf_mean": score.jf_mean} for score in scores]
+    tables.write_table(path, tables.make_table(rows, SCHEMA))
 
 
 def remove_scores(folder: Path) -> None:
@@ -81,8 +173,10 @@ def remove_scores(folder: Path) -> None:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """Read the rows of a `scores.parquet`."""
-    return [Score(**row) for row in tables.read_table(path).to_pylist()]
+    """Read the rows of a `scores.parquet`; columns that it lacks, as older ones do, keep their defaults."""
+    table = tables.read_table(path, SCHEMA)
+    known = [item.name for item in fields(Score) if item.name in table.column_names]
+    return [Score(**row) for row in table.select(known).to_pylist()]
 
 
 def summary_json(scores: Sequence[Score]) -> dict[str, Any]:
@@ -90,8 +184,7 @@ def summary_json(scores: Sequence[Score]) -> dict[str, Any]:
     return {
         "means": {mean.tokens: asdict(mean) for mean in mean_scores(scores)},
         "sequences": {
-            video_id: {mean.tokens: mean.jf_mean for mean in means}
-            for video_id, means in sequence_means(scores)
+            video_id: {mean.tokens: mean.main for mean in means} for video_id, means in sequence_means(scores)
         },
         "projections": {score.tokens: score.projection_sha256 for score in scores},
         "scored_sizes": {score.video_id: score.scored_size for score in scores},
@@ -101,21 +194,37 @@ def summary_json(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def score_table(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the table people read: one line per sequence, then the mean over objects."""
-    header = ["sequence", "tokens", "objects", "J&F", "J", "F"]
-    rows = [[video_id, *_cells(mean)] for video_id, means in sequence_means(scores) for mean in means]
-    return header, rows + [["mean over objects", *_cells(mean)] for mean in mean_scores(scores)]
+    """Return header and rows of the table people read: one line per sequence, then the whole; percent."""
+    totals = mean_scores(scores)
+    by_sequence = [(video_id, mean) for video_id, means in sequence_means(scores) for mean in means]
+    lines = [*by_sequence, *((mean.label, mean) for mean in totals)]
+    columns = totals[0].columns if totals else ()
+    return ["sequence", "tokens", *columns], [[name, mean.tokens, *mean.cells()] for name, mean in lines]
 
 
 def _mean(kind: str, scores: Sequence[Score]) -> Mean:
+    n_videos = len({score.video_id for score in scores})
+    if scores[0].miou is not None:
+        return _parts_mean(kind, n_videos, [row_confusion(score) for score in scores])
+    if scores[0].visible_share is not None:
+        return _joints_mean(kind, n_videos, [row_joint_counts(score) for score in scores])
     names = ("jf_mean", "j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay")
     means = {name: sum(getattr(score, name) for score in scores) / len(scores) for name in names}
-    return Mean(kind, len({score.video_id for score in scores}), len(scores), **means)
+    return ObjectsMean(kind, n_videos, len(scores), **means)
 
 
-def _cells(mean: Mean) -> list[str]:
-    figures = (mean.jf_mean, mean.j_mean, mean.f_mean)
-    return [mean.tokens, str(mean.n_objects), *(f"{100 * figure:.2f}" for figure in figures)]
+def _parts_mean(kind: str, n_videos: int, clips: Sequence[Confusion]) -> PartsMean:
+    total = sum(clips[1:], start=clips[0]).score()
+    return PartsMean(kind, n_videos, total.miou, clip_miou(clips), total.pixel_accuracy)
+
+
+def _joints_mean(kind: str, n_videos: int, clips: Sequence[tuple[JointCounts, JointCounts]]) -> JointsMean:
+    inherited, strict = (sum(counts[1:], start=counts[0]) for counts in zip(*clips, strict=True))
+    return JointsMean(kind, n_videos, **joint_figures(inherited, strict))
+
+
+def _percent(*shares: float) -> list[str]:
+    return [f"{100 * share:.2f}" for share in shares]
 
 
 def _common(scores: Sequence[Score], name: str) -> str:

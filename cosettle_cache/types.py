@@ -292,25 +292,20 @@ class EvalProtocol:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One object of one video under one protocol; `tokens` is `raw` or the projection's name.
+    """One scored thing under one protocol: an object (J&F), the parts of a clip (mIoU), its joints (PCK).
 
-    Means, recalls and decays are shares (0 to 1). Provenance fields repeat in every row on purpose.
+    All figures are shares from 0 to 1; those of other benchmarks than the row's are None. `tokens` is
+    `raw`, the projection's name, or the name of the predictions that were scored. `counts_json` holds what
+    pools over clips, as mIoU and PCK of a data set are no means of the clips' figures. Provenance fields
+    repeat in every row on purpose.
     """
 
     task: str
     dataset: str
     video_id: str
-    object_id: int
     tokens: str
-    j_mean: float
-    j_recall: float
-    j_decay: float
-    f_mean: float
-    f_recall: float
-    f_decay: float
     n_frames: int
     scored_size: str
-    boundary_tolerance_px: int
     protocol: str
     protocol_json: str
     manifest_digest: str
@@ -318,8 +313,30 @@ class Score:
     weights_sha256: str
     projection_sha256: str
     versions_json: str
+    object_id: int | None = None
+    boundary_tolerance_px: int | None = None
+    j_mean: float | None = None
+    j_recall: float | None = None
+    j_decay: float | None = None
+    f_mean: float | None = None
+    f_recall: float | None = None
+    f_decay: float | None = None
+    miou: float | None = None
+    pixel_accuracy: float | None = None
+    pck_0_1: float | None = None
+    pck_0_2: float | None = None
+    pck_0_3: float | None = None
+    pck_0_4: float | None = None
+    pck_0_5: float | None = None
+    strict_pck_0_1: float | None = None
+    strict_pck_0_2: float | None = None
+    strict_pck_0_3: float | None = None
+    strict_pck_0_4: float | None = None
+    strict_pck_0_5: float | None = None
+    visible_share: float | None = None
+    counts_json: str = ""
 
     @property
-    def jf_mean(self) -> float:
-        """Mean of J and F, the benchmark's main figure."""
-        return (self.j_mean + self.f_mean) / 2
+    def jf_mean(self) -> float | None:
+        """Mean of J and F, the main figure of DAVIS."""
+        return None if self.j_mean is None or self.f_mean is None else (self.j_mean + self.f_mean) / 2

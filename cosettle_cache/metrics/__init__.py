@@ -1,8 +1,26 @@
 """Scores from arrays: what a benchmark's official tool computes, in a fraction of its time and memory.
 
-In come index maps of the truth and of the prediction; out go small records of figures, per object or class.
+In come index maps or key points of the truth and of the prediction; out go small records of figures.
 """
 
 from cosettle_cache.metrics.davis import DavisScorer, ObjectScore, boundary_tolerance, davis_j_and_f
+from cosettle_cache.metrics.parsing import Confusion, MeanIoU, clip_miou, count_pixels, mean_iou, no_pixels
+from cosettle_cache.metrics.pck import JointCounts, count_joints, count_joints_strictly, pck, strict_pck
 
-__all__ = ["DavisScorer", "ObjectScore", "boundary_tolerance", "davis_j_and_f"]
+__all__ = [
+    "Confusion",
+    "DavisScorer",
+    "JointCounts",
+    "MeanIoU",
+    "ObjectScore",
+    "boundary_tolerance",
+    "clip_miou",
+    "count_joints",
+    "count_joints_strictly",
+    "count_pixels",
+    "davis_j_and_f",
+    "mean_iou",
+    "no_pixels",
+    "pck",
+    "strict_pck",
+]

@@ -1,0 +1,84 @@
+"""Figures become score rows, and rows give back what pools over clips.
+
+In come a row that holds provenance only and one video's figures; out goes the row that is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cosettle_cache.metrics.davis import ObjectScore
+from cosettle_cache.metrics.parsing import Confusion
+from cosettle_cache.metrics.pck import THRESHOLDS, JointCounts
+from cosettle_cache.types import Score
+
+#: PCK at the benchmark's thresholds, in both readings, as a score row names them.
+PCK_COLUMNS = tuple("pck_" + f"{threshold:g}".replace(".", "_") for threshold in THRESHOLDS)
+STRICT_COLUMNS = tuple(f"strict_{name}" for name in PCK_COLUMNS)
+
+
+def object_row(row: Score, figures: ObjectScore, tolerance: int) -> Score:
+    """Return `row` with J and F of one object; `tolerance` is the boundary's, in pixels."""
+    return replace(
+        row,
+        object_id=figures.object_id,
+        boundary_tolerance_px=tolerance,
+        j_mean=figures.j_mean,
+        j_recall=figures.j_recall,
+        j_decay=figures.j_decay,
+        f_mean=figures.f_mean,
+        f_recall=figures.f_recall,
+        f_decay=figures.f_decay,
+    )
+
+
+def parts_row(row: Score, confusion: Confusion) -> Score:
+    """Return `row` with the parts of one clip."""
+    figures = confusion.score()
+    counts = json.dumps({"confusion": confusion.counts.tolist()}, separators=(",", ":"))
+    return replace(row, miou=figures.miou, pixel_accuracy=figures.pixel_accuracy, counts_json=counts)
+
+
+def joints_row(row: Score, counts: JointCounts, strict: JointCounts) -> Score:
+    """Return `row` with the joints of one clip, counted at the benchmark's thresholds in both readings."""
+    figures = joint_figures(counts, strict)
+    plain = {"inherited": _plain(counts), "strict": _plain(strict)}
+    return replace(row, **figures, counts_json=json.dumps(plain, separators=(",", ":")))
+
+
+def joint_figures(counts: JointCounts, strict: JointCounts) -> dict[str, Any]:
+    """Return both readings' PCK and the visible share by their names in a row."""
+    return {
+        **dict(zip(PCK_COLUMNS, counts.shares().tolist(), strict=True)),
+        **dict(zip(STRICT_COLUMNS, strict.shares().tolist(), strict=True)),
+        "visible_share": counts.visible_share,
+    }
+
+
+def row_confusion(row: Score) -> Confusion:
+    """Return the confusion of a row of parts."""
+    return Confusion(np.array(json.loads(row.counts_json)["confusion"], dtype=np.int64))
+
+
+def row_joint_counts(row: Score) -> tuple[JointCounts, JointCounts]:
+    """Return the inherited and the strict counts of a row of joints."""
+    document = json.loads(row.counts_json)
+    return _counts(document["inherited"]), _counts(document["strict"])
+
+
+def _plain(counts: JointCounts) -> dict[str, Any]:
+    return {
+        "correct": counts.correct.tolist(),
+        "scored": counts.scored.tolist(),
+        "visible": counts.visible,
+        "annotated": counts.annotated,
+    }
+
+
+def _counts(document: dict[str, Any]) -> JointCounts:
+    correct, scored = (np.array(document[name], dtype=np.int64) for name in ("correct", "scored"))
+    return JointCounts(correct, scored, document["visible"], document["annotated"])
