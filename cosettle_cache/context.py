@@ -1,12 +1,11 @@
 """The context of a video: first frame and queue, and the neighbours that each next frame has in it.
 
-Tokens of consecutive frames come in; for every query the k most similar context tokens go out, with how often
-each stands in the context. Labels play no part, so neighbours can be kept and used for any of them.
+Tokens of consecutive frames come in; for every query its most similar context tokens go out, with how often
+each stands in the context. What is kept between frames does not grow with their number.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,24 +13,25 @@ from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 
 from cosettle_cache.affinity import in_window, unit_tokens
-from cosettle_cache.errors import InputError
-from cosettle_cache.search import KeyIndex, Keys, Similarities, Slab, make_open_slabs, make_ranker, make_slabs
+from cosettle_cache.errors import InputError, UsageError
+from cosettle_cache.neighbors import Neighbors, merge_neighbors
+from cosettle_cache.search import (
+    Blocked,
+    KeyIndex,
+    Keys,
+    Similarities,
+    Slab,
+    make_open_slabs,
+    make_ranker,
+    make_slabs,
+)
 from cosettle_cache.types import EvalProtocol, Grid
 
+#: Far above the rounding of a cosine in float32, far below what separates different tokens.
+ROUNDING = 1e-5
 
-@dataclass(frozen=True, slots=True)
-class Neighbors:
-    """The context tokens that each query of one frame looks at, most similar first.
-
-    Queries and positions count row by row over the grid; `frame` counts from the video's first frame.
-    `count` says how often the neighbour stands in the context (PROTOCOLS 1.2.4): counts add up to top_k where
-    there are that many candidates, and entries beyond that have count 0.
-    """
-
-    frame: Int32[Tensor, "query k"]
-    position: Int32[Tensor, "query k"]
-    similarity: Similarities
-    count: Int32[Tensor, "query k"]
+#: Floats of keys that are gathered at a time.
+_PAIR_FLOATS = 2**21
 
 
 class Queue:
@@ -80,6 +80,7 @@ class ContextSearch:
     def __init__(
         self, grid: Grid, dim: int, protocol: EvalProtocol, *, device: torch.device, search: str = "auto"
     ) -> None:
+        check_candidates(grid, protocol)
         self._grid, self._protocol, self._device = grid, protocol, device
         self._shape = (grid.rows, grid.cols, dim)
         self._ranker = make_ranker(search, device)
@@ -109,7 +110,7 @@ class ContextSearch:
         lists = [self._in_first(queries, first)]
         if len(self._queue.frames):
             lists.append(self._in_queue(queries))
-        return _merge(lists, self._protocol.top_k)
+        return merge_neighbors(lists, self._protocol.top_k, keep_ties=self._protocol.keep_ties)
 
     def _in_first(self, queries: Float32[Tensor, "col row dim"], first: Keys) -> Neighbors:
         similarity, position, slot = self._rank(queries, first, self._first_slabs)
@@ -131,22 +132,44 @@ class ContextSearch:
     ) -> tuple[Similarities, Int32[Tensor, "query k"], Int32[Tensor, "query k"]]:
         """Return similarity, position and slot of the nearest keys, queries and positions row by row."""
         ranked = list(self._ranker.map(partial(self._rank_slab, queries, keys), slabs))
-        similarity = self._by_rows(torch.cat([values for values, _ in ranked]))
-        index = self._by_rows(torch.cat([index for _, index in ranked]))
-        place = (index // keys.shape[1]).int()
+        width = max(values.shape[1] for values, _ in ranked)
+        similarity = torch.cat([_widen(values, width, -torch.inf) for values, _ in ranked])
+        index = torch.cat([_widen(index, width, 0) for _, index in ranked])
+        place = (self._by_rows(index) // keys.shape[1]).int()
         position = place % self._grid.rows * self._grid.cols + place // self._grid.rows
-        return similarity, position, (index % keys.shape[1]).int()
+        return self._by_rows(similarity), position, (self._by_rows(index) % keys.shape[1]).int()
 
     def _rank_slab(
         self, queries: Float32[Tensor, "col row dim"], keys: Keys, slab: Slab
     ) -> tuple[Similarities, KeyIndex]:
         window = keys[slab.positions]
-        k, n_keys = self._protocol.top_k, window.shape[0] * window.shape[1]
         chosen = queries[slab.query_cols].flatten(0, 1)
-        values, index = self._ranker.rank(chosen, window, slab.blocked, min(k, n_keys))
-        missing = (0, k - values.shape[1])
-        values = torch.nn.functional.pad(values, missing, value=-torch.inf)
-        return values, torch.nn.functional.pad(index + slab.positions.start * keys.shape[1], missing)
+        rank = self._rank_ties if self._protocol.keep_ties else self._rank_top
+        values, index = rank(chosen, window, slab.blocked)
+        return values, index + slab.positions.start * keys.shape[1]
+
+    def _rank_top(
+        self, queries: Float32[Tensor, "query dim"], window: Keys, blocked: Blocked
+    ) -> tuple[Similarities, KeyIndex]:
+        n_keys = window.shape[0] * window.shape[1]
+        return self._ranker.rank(queries, window, blocked, min(self._protocol.top_k, n_keys))
+
+    def _rank_ties(
+        self, queries: Float32[Tensor, "query dim"], window: Keys, blocked: Blocked
+    ) -> tuple[Similarities, KeyIndex]:
+        """Return at least the top k and all that equal the last of them, with `exact_similarity`.
+
+        More and more keys are fetched until the last one is clearly below the k-th of every query.
+        """
+        top_k, n_keys = self._protocol.top_k, window.shape[0] * window.shape[1]
+        # A still scene repeats every token in every frame of the queue.
+        k = min(top_k + 1 + window.shape[1], n_keys)
+        values, index = self._ranker.rank(queries, window, blocked, k)
+        while k < n_keys and not _are_ties_in(values, top_k):
+            k = min(2 * k, n_keys)
+            values, index = self._ranker.rank(queries, window, blocked, k)
+        exact = exact_similarity(queries, window.flatten(0, 1), index)
+        return exact.masked_fill(values.isneginf(), -torch.inf), index
 
     def _by_rows(self, columns: Tensor) -> Tensor:
         by_cell = columns.view(self._grid.cols, self._grid.rows, -1)
@@ -167,14 +190,34 @@ class ContextSearch:
             raise InputError(f"{what} are not finite", wanted="numbers", found="nan or inf")
 
 
-def _merge(lists: list[Neighbors], k: int) -> Neighbors:
-    """Return the k most similar of several lists; counts beyond k places are cut."""
-    similarity = torch.cat([item.similarity for item in lists], dim=1)
-    similarity, order = similarity.sort(dim=1, descending=True, stable=True)
-    order = order[:, :k]
-    frame, position, count = (
-        torch.cat([getattr(item, name) for item in lists], dim=1).gather(1, order)
-        for name in ("frame", "position", "count")
-    )
-    places_left = (k - (count.cumsum(dim=1) - count)).clamp(min=0)
-    return Neighbors(frame, position, similarity[:, :k], torch.minimum(count, places_left).int())
+def check_candidates(grid: Grid, protocol: EvalProtocol) -> None:
+    """Raise `UsageError` when frame 1 has fewer candidates, copies counted, than `top_k` asks for."""
+    n_frames = 1 + (protocol.n_context if protocol.first_frame_copies else 0)
+    if protocol.top_k > n_frames * grid.n_tokens:
+        raise UsageError(
+            f"top_k asks for more neighbours than a {grid} grid has at the second frame",
+            wanted=f"at most {n_frames * grid.n_tokens}",
+            found=protocol.top_k,
+            hint="a smaller top_k, or a larger size",
+        )
+
+
+def exact_similarity(
+    queries: Float32[Tensor, "query dim"], keys: Float32[Tensor, "key dim"], index: KeyIndex
+) -> Similarities:
+    """Return the dot products with the keys at `index`, equal for equal keys to the last bit.
+
+    A matrix product adds up in an order that depends on where a key lies; here every pair is added up alike.
+    """
+    at_once = max(1, _PAIR_FLOATS // (index.shape[1] * keys.shape[1]))
+    parts = zip(queries.split(at_once), index.split(at_once), strict=True)
+    return torch.cat([(part[:, None] * keys[chosen]).sum(dim=-1) for part, chosen in parts])
+
+
+def _are_ties_in(values: Similarities, top_k: int) -> bool:
+    last = values[:, -1]
+    return bool((last.isneginf() | (last < values[:, top_k - 1] - ROUNDING)).all())
+
+
+def _widen(part: Tensor, width: int, value: float | int) -> Tensor:
+    return torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value)

@@ -14,9 +14,14 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from cosettle_cache.affinity import transition
-from cosettle_cache.context import ContextSearch, Neighbors
+from cosettle_cache.context import ContextSearch
+from cosettle_cache.errors import InputError
+from cosettle_cache.neighbors import Neighbors
 from cosettle_cache.protocols import check_protocol
 from cosettle_cache.types import EvalProtocol, Grid
+
+#: The first frame is given, so there must be another.
+MIN_FRAMES = 2
 
 LabelMap = Float32[Tensor, "row col class"]
 _Frame = TypeVar("_Frame", int, Tensor)
@@ -88,6 +93,13 @@ def propagate(
     device: str | torch.device = "cpu",
     search: str = "auto",
 ) -> Float32[Tensor, "frame row col class"]:
-    """Return the label maps of a video; frame 0 is `first_labels`."""
+    """Return the label maps of a video; frame 0 is `first_labels`.
+
+    Raises `InputError` for a video of one frame, which has nothing to propagate to.
+    """
+    if len(tokens) < MIN_FRAMES:
+        raise InputError(
+            "the video has nothing to propagate to", wanted=f"at least {MIN_FRAMES} frames", found=len(tokens)
+        )
     propagator = Propagator(first_labels, protocol, device=device, search=search)
     return torch.stack([propagator.step(torch.as_tensor(frame)).cpu() for frame in tokens])

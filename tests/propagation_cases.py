@@ -21,10 +21,13 @@ from cosettle_cache.config import FramesSettings
 from cosettle_cache.datasets.davis import build_davis_manifest, write_mask
 from cosettle_cache.plan import make_plan
 from cosettle_cache.protocols import make_protocol
-from cosettle_cache.types import EvalProtocol, Slot
+from cosettle_cache.types import EvalProtocol, Grid, Slot
 
 #: FAISS is an extra; where it is not installed torch is tested alone.
 SEARCHES = ("torch", "faiss") if importlib.util.find_spec("faiss") else ("torch",)
+
+#: Cosines of equal tokens differ by less in float64.
+TIE = 1e-12
 
 needs_faiss = pytest.mark.skipif("faiss" not in SEARCHES, reason="faiss is not installed")
 
@@ -41,7 +44,7 @@ def single_thread() -> Iterator[None]:
 def dense_oracle(tokens: Tensor, first_labels: Tensor, protocol: EvalProtocol) -> tuple[Tensor, bool]:
     """Return the label maps the plain way, in float64, and whether a tie leaves them open.
 
-    Every frame of the context stands side by side, copies of the first one included (PROTOCOLS 1.2).
+    Every frame of the context stands side by side, copies of the first one included (PROTOCOLS 1.1, 1.2).
     """
     n_frames, rows, cols, _ = tokens.shape
     unit = normalize(tokens.double(), dim=-1).flatten(1, 2)
@@ -62,38 +65,63 @@ def dense_oracle(tokens: Tensor, first_labels: Tensor, protocol: EvalProtocol) -
         context = [(0, inside if protocol.mask_first else everywhere), *((frame, inside) for frame in queue)]
         cosines = torch.cat([(unit[t] @ unit[s].T).where(seen, -torch.inf) for s, seen in context], dim=1)
         identity = torch.cat([torch.arange(rows * cols) + s * rows * cols for s, _ in context])
-        best, index = cosines.topk(min(protocol.top_k + 1, cosines.shape[1]), dim=1)
-        if best.shape[1] > protocol.top_k:
-            close = best[:, -2] - best[:, -1] < 1e-6  # two infinities differ by nan, which is not close
-            open_tie |= bool((close & (identity[index[:, -2]] != identity[index[:, -1]])).any())
-            best, index = best[:, :-1], index[:, :-1]
+        best, index = cosines.topk(protocol.top_k, dim=1)
+        last = best.where(best.isfinite(), torch.inf).amin(dim=1, keepdim=True)
+        near = (cosines - last).abs() < 1e-6
+        if protocol.keep_ties:
+            open_tie |= bool((near & ((cosines - last).abs() > TIE)).any())
+            best = cosines.masked_fill(cosines < last - TIE, -torch.inf)
+            index = torch.arange(len(identity)).expand_as(best)
+        elif not bool(best.isinf().any()):
+            # Copies of one token on the last places have one label, so any of them will do.
+            chosen = identity[index[:, -1:]]
+            open_tie |= bool((near & (identity != chosen)).any())
         known = torch.cat([labels[s] for s, _ in context])
         labels.append((torch.softmax(best / protocol.temperature, 1)[..., None] * known[index]).sum(1))
     return torch.stack(labels).view(n_frames, rows, cols, -1).float(), open_tie
 
 
-@st.composite
-def protocols(draw: st.DrawFn) -> EvalProtocol:
-    """Any protocol that can be honoured on a small grid."""
-    return make_protocol(
-        top_k=draw(st.integers(1, 12)),
-        n_context=draw(st.integers(0, 6)),
-        radius=draw(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 40.0])),
-        temperature=draw(st.sampled_from([0.05, 0.7, 1.0])),
-        window=draw(st.sampled_from(["disc", "square"])),
-        mask_first=draw(st.booleans()),
-        first_frame_copies=draw(st.booleans()),
-    )
+@dataclass(frozen=True)
+class Clip:
+    """A random video, `[frame row col dim]`, its first label map `[row col class]`, and a protocol for it."""
+
+    tokens: Tensor
+    first_labels: Tensor
+    protocol: EvalProtocol
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(*self.tokens.shape[1:3])
 
 
 @st.composite
-def videos(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Tokens `[frame row col dim]` of a random video and its first label map `[row col class]`."""
-    n_frames, rows, cols = draw(st.integers(1, 8)), draw(st.integers(1, 5)), draw(st.integers(1, 18))
+def clips(draw: st.DrawFn, min_frames: int = 2, **fixed: object) -> Clip:
+    """Any video on a small grid with any protocol that it can honour; `fixed` fields are as given.
+
+    Where ties are kept, frames and tokens may repeat: real ties, to the last bit.
+    """
+    n_frames, rows, cols = draw(st.integers(min_frames, 8)), draw(st.integers(1, 5)), draw(st.integers(1, 18))
+    fields = {
+        "keep_ties": draw(st.booleans()),
+        "n_context": draw(st.integers(0, 6)),
+        "radius": draw(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 40.0])),
+        "temperature": draw(st.sampled_from([0.05, 0.7, 1.0])),
+        "window": draw(st.sampled_from(["disc", "square"])),
+        "mask_first": draw(st.booleans()),
+        "first_frame_copies": draw(st.booleans()),
+        **fixed,
+    }
+    most = rows * cols * (1 + fields["n_context"] * fields["first_frame_copies"])
+    protocol = make_protocol(**{"top_k": draw(st.integers(1, min(12, most))), **fields})
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     tokens = torch.randn(n_frames, rows, cols, draw(st.sampled_from([8, 24])), generator=generator)
+    if protocol.keep_ties and draw(st.booleans()):
+        kept = torch.randint(0, draw(st.integers(1, n_frames)), (n_frames,), generator=generator)
+        tokens = tokens[kept].flatten(1, 2)
+        kept = torch.randint(0, draw(st.integers(1, rows * cols)), (rows * cols,), generator=generator)
+        tokens = tokens[:, kept].unflatten(1, (rows, cols))
     labels = torch.rand(rows, cols, draw(st.integers(1, 4)), generator=generator)
-    return tokens, labels / labels.sum(-1, keepdim=True)
+    return Clip(tokens, labels / labels.sum(-1, keepdim=True), protocol)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
-from propagation_cases import SEARCHES, needs_faiss, protocols, single_thread, videos
+from propagation_cases import SEARCHES, clips, needs_faiss, single_thread
 
 from cosettle_cache.context import ContextSearch, Queue
 from cosettle_cache.errors import InputError, UsageError
@@ -26,14 +28,16 @@ def make_search(protocol, rows=3, cols=4, dim=8, search="torch"):
     return ContextSearch(Grid(rows, cols), dim, protocol, device=CPU, search=search)
 
 
+def clip_search(clip, search="torch"):
+    return make_search(clip.protocol, *clip.tokens.shape[1:], search)
+
+
 @settings(max_examples=40, deadline=None)
-@given(videos(), protocols())
+@given(clips())
 @needs_faiss
-def test_both_searches_find_the_same(video, protocol):
-    tokens, _ = video
-    _, rows, cols, dim = tokens.shape
-    searches = [make_search(protocol, rows, cols, dim, search) for search in SEARCHES]
-    for frame in tokens:
+def test_both_searches_find_the_same(clip):
+    searches = [clip_search(clip, search) for search in SEARCHES]
+    for frame in clip.tokens:
         a, b = (search.step(frame) for search in searches)
         if a is not None:
             torch.testing.assert_close(a.similarity, b.similarity, atol=1e-5, rtol=0)
@@ -41,14 +45,13 @@ def test_both_searches_find_the_same(video, protocol):
 
 
 @settings(max_examples=40, deadline=None)
-@given(videos(), protocols())
-def test_neighbours_are_what_they_say(video, protocol):
-    tokens, _ = video
-    n_frames, rows, cols, dim = tokens.shape
+@given(clips())
+def test_neighbours_are_what_they_say(clip):
+    tokens, protocol = clip.tokens, clip.protocol
     unit = torch.nn.functional.normalize(tokens, dim=-1).flatten(1, 2)
-    search = make_search(protocol, rows, cols, dim)
+    search = clip_search(clip)
     search.step(tokens[0])
-    for t in range(1, n_frames):
+    for t in range(1, len(tokens)):
         found = search.step(tokens[t])
         there = found.count > 0
         cosine = (unit[t][:, None] * unit[found.frame.long(), found.position.long()]).sum(-1)
@@ -56,12 +59,23 @@ def test_neighbours_are_what_they_say(video, protocol):
         assert (found.similarity.diff(dim=1)[there[:, 1:]] <= 0).all()
         assert (found.frame[there] < t).all()
         assert ((found.frame == 0) | (found.frame >= t - protocol.n_context))[there].all()
-        assert (found.count.sum(1) <= protocol.top_k).all()
+        places = torch.tensor([int(count[:-1].sum()) for count in _without_padding(found.count)])
+        if protocol.keep_ties:
+            beyond = there & (found.count.cumsum(1) - found.count >= protocol.top_k)
+            last = found.similarity.masked_fill(~there | beyond, torch.inf).amin(1, keepdim=True)
+            assert (found.similarity == last)[beyond].all()
+        else:
+            assert (found.count.sum(1) <= protocol.top_k).all()
+            assert (places < protocol.top_k).all()
+
+
+def _without_padding(count):
+    return [row[row > 0] for row in count]
 
 
 @pytest.mark.parametrize("t", [1, 2, 19, 20, 21, 25])
 def test_the_first_frame_stands_as_often_as_in_the_padded_clip(t):
-    protocol = make_protocol(top_k=60, radius=0.5)
+    protocol = make_protocol(top_k=21, radius=0.5)
     search = make_search(protocol, 1, 1)
     for _ in range(t):
         search.step(torch.ones(1, 1, 8))
@@ -71,7 +85,7 @@ def test_the_first_frame_stands_as_often_as_in_the_padded_clip(t):
 
 
 def test_copies_of_the_first_frame_stay_inside_the_window():
-    protocol = make_protocol(top_k=100, radius=1, n_context=4)
+    protocol = make_protocol(top_k=15, radius=1, n_context=4)
     search = make_search(protocol, 1, 3)
     tokens = torch.randn(1, 3, 8)
     search.step(tokens)
@@ -130,3 +144,33 @@ def test_searches_that_cannot_run_are_refused():
     with pytest.raises(UsageError, match="CPU only"):
         make_ranker("faiss", torch.device("cuda"))
     assert isinstance(make_ranker("auto", torch.device("cuda")), TorchRanker)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_still_clip_keeps_every_repetition(search):
+    protocol = make_protocol("dino", top_k=2, radius=1, n_context=30)
+    tokens = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    context = make_search(protocol, 4, 6, search=search)
+    for _ in range(12):
+        context.step(tokens)
+    found = context.step(tokens)
+    assert (found.count.sum(1) == 12).all()
+    assert torch.equal(found.position, torch.arange(24, dtype=torch.int32)[:, None].expand(24, 12))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_frame_of_one_colour_ties_with_everything(search):
+    context = make_search(make_protocol("dino", n_context=2, radius=2), 4, 6, search=search)
+    tokens = torch.randn(8, generator=torch.Generator().manual_seed(0)).expand(4, 6, 8)
+    for _ in range(3):
+        context.step(tokens)
+    corner, inner = context.step(tokens).count.sum(1)[[0, 14]]
+    assert (int(corner), int(inner)) == (3 * 9, 3 * 20)
+
+
+def test_more_neighbours_than_candidates_are_refused():
+    for protocol, most in ((make_protocol(n_context=2), 36), (make_protocol("dino"), 12)):
+        make_search(replace(protocol, top_k=most))
+        with pytest.raises(UsageError, match="more neighbours than a 3x4 grid") as caught:
+            make_search(replace(protocol, top_k=most + 1))
+        assert caught.value.wanted == f"at most {most}"
