@@ -26,7 +26,14 @@ from torch import Tensor
 from cosettle_cache.config import package_versions
 from cosettle_cache.console import SILENT, Progress
 from cosettle_cache.datasets.davis import DavisSequence, open_sequence, read_mask, write_mask
-from cosettle_cache.errors import DamagedStoreError, FingerprintError, InputError, OutputError, UsageError
+from cosettle_cache.errors import (
+    DamagedStoreError,
+    FingerprintError,
+    InputError,
+    OutputError,
+    RemoteError,
+    UsageError,
+)
 from cosettle_cache.files import make_folder
 from cosettle_cache.frames import iter_frames
 from cosettle_cache.labels import FirstLabels, Mask, Size, decode_mask, encode_mask
@@ -77,9 +84,9 @@ class PropagationReport:
     """What one run of `propagate_store` did.
 
     `scores` has one row per video, kind of tokens and object, for videos annotated throughout and at least
-    three frames long; `failures`
-    maps video ids to reasons; `n_frames` counts frames once, however many projections shared them. `error`
-    is what ended the run early (no space left, say); the scores until then are kept.
+    three frames long; `failures` maps video ids to reasons; `n_frames` counts frames once, however many
+    projections shared them. `error` is what ended the run early (no space left, say, or an object store that
+    does not answer); the scores until then are kept.
     """
 
     scores: tuple[Score, ...]
@@ -88,7 +95,7 @@ class PropagationReport:
     seconds: StageSeconds
     peak_memory_bytes: int
     interrupted: bool
-    error: OutputError | None = None
+    error: OutputError | RemoteError | None = None
 
 
 def propagate_store(
@@ -206,7 +213,7 @@ class _Run:
     failures: dict[str, str] = field(default_factory=dict)
     n_videos: int = 0
     n_frames: int = 0
-    error: OutputError | None = None
+    error: OutputError | RemoteError | None = None
 
     def propagate(self, overlays: str, stop: Event) -> PropagationReport:
         videos = self.store.manifest.videos
@@ -250,7 +257,7 @@ class _Run:
         except (InputError, DamagedStoreError) as error:
             self.failures[video.video_id] = error.summary
             return None
-        except OutputError as error:
+        except (OutputError, RemoteError) as error:
             self.error = error
             return None
         return sequence

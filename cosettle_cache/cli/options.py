@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Event
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cosettle_cache.config import DATA_ROOT_VARIABLE
 from cosettle_cache.console import Talk
 from cosettle_cache.errors import UsageError
+
+if TYPE_CHECKING:
+    from cosettle_cache.store import FeatureStore
 
 DataRoot = Annotated[
     Path | None,
@@ -26,9 +30,39 @@ Weights = Annotated[
     str | None, typer.Option(help="Checkpoint file, or 'random'; default: the published weights.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Folder for copies of a remote store's shards; docs/remote.md.")
+]
+CacheSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of these copies.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
+
+
+DEFAULT_CACHE_SIZE = "20GB"
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that a text such as 500MB or 1.5T means; units count in thousands."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", wanted="a number and kB, MB, GB or TB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def open_features(features: str, cache_dir: Path | None, cache_size: str) -> FeatureStore:
+    """Open the store that `--features` names, local or at a URL."""
+    from cosettle_cache.store import open_store
+
+    return open_store(features, cache_dir=cache_dir, cache_bytes=parse_bytes(cache_size))
+
+
+def store_title(path: str) -> str:
+    """Return what folders of results are called after a store, local or at a URL."""
+    return PurePosixPath(path.rstrip("/")).stem
 
 
 def pick_device(device: str | None) -> str:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosettle_cache.cli.options import (
+    DEFAULT_CACHE_SIZE,
+    CacheDir,
+    CacheSize,
     DataRoot,
     Device,
     DryRun,
@@ -19,7 +22,9 @@ from cosettle_cache.cli.options import (
     Quiet,
     Weights,
     interruptible,
+    open_features,
     pick_device,
+    store_title,
 )
 from cosettle_cache.config import FramesSettings, digest
 from cosettle_cache.console import Talk, human_bytes, human_seconds
@@ -59,7 +64,7 @@ class Request:
     """What was asked of `propagate`, before anything is derived."""
 
     task: str
-    features: Path | None
+    features: str | None
     projections: tuple[Path, ...]
     backbone: str | None
     weights: str | None
@@ -69,11 +74,15 @@ class Request:
     search: str
     device: str | None
     precision: str
+    cache_dir: Path | None
+    cache_size: str
 
 
 def propagate(
     task: Annotated[str, typer.Option(help="davis (any folder in the DAVIS layout) or sprites.")],
-    features: Annotated[Path | None, typer.Option(help="A frames store; default: made on the way.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="A frames store, local or at a URL; default: made on the way.")
+    ] = None,
     projection: Annotated[
         list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")
     ] = None,
@@ -89,6 +98,8 @@ def propagate(
     search: Annotated[Search, typer.Option(help="All are exact.")] = Search.AUTO,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="Of an encoder run on the way.")] = "fp32",
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -111,6 +122,8 @@ def propagate(
         search,
         device,
         precision,
+        cache_dir,
+        cache_size,
     )
     if dry_run:
         _check_paths(request)
@@ -120,9 +133,11 @@ def propagate(
 
 
 def _check_paths(request: Request) -> None:
-    for path in filter(None, (request.features, *request.projections)):
+    if request.features is not None:
+        open_features(request.features, None, request.cache_size)
+    for path in request.projections:
         if not path.exists():
-            raise InputError(f"{path} does not exist", wanted="a store or a projection")
+            raise InputError(f"{path} does not exist", wanted="a projection")
 
 
 def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bool) -> int:
@@ -131,7 +146,7 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
 
     store, data_root, failed = _features(request, protocol, talk)
     projections = _projections(request, store, talk)
-    out = request.out or Path("runs") / f"{request.task}-{Path(store.path).stem}"
+    out = request.out or Path("runs") / f"{request.task}-{store_title(store.path)}"
     results.remove_scores(out)
     talk.note(f"protocol: {json.dumps(protocol.to_json())}")
     with interruptible(talk, "video") as stop:
@@ -169,7 +184,7 @@ def _features(
     from cosettle_cache.store import open_store
 
     if request.features is not None:
-        store = open_store(request.features)
+        store = open_features(request.features, request.cache_dir, request.cache_size)
         return store, media_root(store.manifest, request.data_root), dict(store.failures)
     data = _task_data(request, talk)
     path, failures = _make_store(request, protocol, data, talk)
