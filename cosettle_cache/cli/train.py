@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cosettle_cache.cli.options import Device, DryRun, Json, Quiet
-from cosettle_cache.config import TrainSettings
+from cosettle_cache.cli.projection import fit
+from cosettle_cache.config import SpectralSettings, TrainSettings
 from cosettle_cache.console import Talk, human_bytes, human_seconds
 from cosettle_cache.errors import ExitCode, UsageError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from cosettle_cache.train import TrainPlan, TrainReport
 
 _DEFAULT = TrainSettings()
+_SPECTRAL = SpectralSettings()
 
 
 def train(
@@ -29,7 +31,7 @@ def train(
         list[str] | None,
         typer.Option(help="NAME=VALUE,VALUE: train all combinations from one stream; may be repeated."),
     ] = None,
-    head: Annotated[str, typer.Option(help="linear, affine, mlp2 or mlp3.")] = _DEFAULT.head,
+    head: Annotated[str, typer.Option(help="linear, affine, mlp2, mlp3 or spectral.")] = _DEFAULT.head,
     regularizer: Annotated[str, typer.Option(help="kl, mse or cosine.")] = _DEFAULT.regularizer,
     reduction: Annotated[
         str, typer.Option(help="released or token-mean (the paper's).")
@@ -65,6 +67,12 @@ def train(
     ] = _DEFAULT.palindrome,
     gap: Annotated[float, typer.Option(help="Between frames of a frames store, of a clip.")] = _DEFAULT.gap,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = _DEFAULT.checkpoint_every,
+    spectral_lambda: Annotated[
+        float | None, typer.Option(help="Of the spectral head; default: by the margin on held-out clips.")
+    ] = None,
+    correspondence: Annotated[
+        str, typer.Option(help="Of the spectral head: nearest or position.")
+    ] = _SPECTRAL.correspondence,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep shards of remote stores here.")] = None,
     device: Device = None,
     dry_run: DryRun = False,
@@ -75,6 +83,19 @@ def train(
 
     Example: cosettle-cache train --features store.zarr --sweep separability_weight=1,3,10
     """
+    if head == "spectral":
+        _check_spectral(features, sweep)
+        fit(
+            features[0],
+            out=out,
+            correspondence=correspondence,
+            spectral_lambda=spectral_lambda,
+            seed=seed,
+            device=device,
+            dry_run=dry_run,
+            as_json=as_json,
+            quiet=quiet,
+        )
     settings = TrainSettings(
         head=head,
         regularizer=regularizer,
@@ -102,6 +123,15 @@ def train(
     folder = out or Path("runs") / Path(features[0]).stem
     talk = Talk(quiet=quiet)
     return _train(talk, features, folder, settings, sweep or [], cache_dir, device, dry_run, as_json)
+
+
+def _check_spectral(features: list[str], sweep: list[str] | None) -> None:
+    if len(features) > 1 or sweep:
+        raise UsageError(
+            "the spectral head is computed from one store, without training",
+            wanted="one --features and no --sweep",
+            found=f"{len(features)} stores, {len(sweep or [])} axes",
+        )
 
 
 def _weight(text: str) -> float | Literal["auto"]:

@@ -1,0 +1,286 @@
+"""Training from a store: over the released way, over tensors in memory, sweeps over one run, and memory.
+
+Sides run in turn in one process on the same samples, batch and head; ratios are medians over the repeats. The
+store holds random tokens of the size of ViT-B/16 (3 x 196 x 768 float16 per sample) and is read warm. The
+released way runs an encoder of that size (random weights) on three images per sample, then the same step.
+
+    python benchmarks/train.py --samples 512 --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from cosettle_cache.backbones import load_backbone
+from cosettle_cache.config import PairsSettings, TrainSettings
+from cosettle_cache.console import Talk
+from cosettle_cache.feeding import Batch, BatchRing, Ids, Portion, SampleSource, Step
+from cosettle_cache.manifest import manifest_digest
+from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.projection import Projection
+from cosettle_cache.samples import make_samples
+from cosettle_cache.store import FeatureStore, StoreWriter, open_store, spec_version
+from cosettle_cache.trainer import Learner, Trainer
+from cosettle_cache.types import Fingerprint, Manifest, MediaKind, Video
+
+SHAPE = (3, 14, 14, 768)
+SAMPLE_BYTES = 2 * int(np.prod(SHAPE))
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    folder = Path(tempfile.mkdtemp(prefix="train-benchmark-", dir=options.folder))
+    try:
+        figures = _measure(options, folder)
+    finally:
+        shutil.rmtree(folder)
+    Talk().table("training", ["figure", "value"], [[key, str(value)] for key, value in figures.items()])
+    text = json.dumps(figures)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=8, help="members of the sweep")
+    parser.add_argument("--sweep-samples", type=int, default=128, help="samples of the computing-bound sweep")
+    parser.add_argument("--released-samples", type=int, default=8, help="samples of the released way")
+    parser.add_argument("--backbone", default="timm/vit_base_patch16_224")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--slow-factor", type=float, default=12.0, help="throttled reading over one step")
+    parser.add_argument("--folder", type=Path, help="where the store is written; default: the system's")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run over some samples."""
+
+    samples: int
+    seconds: float
+    waited_s: float
+
+    @property
+    def rate(self) -> float:
+        """Samples per second."""
+        return self.samples / self.seconds
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the time without a batch to work on."""
+        return self.waited_s / self.seconds
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Samples in memory, copied into the ring."""
+
+    samples: np.ndarray
+
+    def read_into(self, ids: Ids, out: np.ndarray, /) -> None:
+        np.take(self.samples, ids, axis=0, out=out)
+
+
+@dataclass(frozen=True)
+class SlowSource:
+    """A source that takes at least `seconds` per sample, as a remote store does."""
+
+    source: SampleSource
+    seconds: float
+
+    def read_into(self, ids: Ids, out: np.ndarray, /) -> None:
+        started = time.perf_counter()
+        self.source.read_into(ids, out)
+        time.sleep(max(started + self.seconds * len(ids) - time.perf_counter(), 0))
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> dict[str, float | int | str]:
+    store = write_store(folder / "s.zarr", options.samples)
+    source = make_samples([store], TrainSettings())
+    ids = source.epoch_ids(0)
+    few = ids[: options.sweep_samples]
+    in_memory = torch.from_numpy(store.samples(ids))
+    images = torch.randn(3 * options.released_samples, 3, 224, 224)
+    encoder = load_backbone(options.backbone, weights="random")
+    sides: dict[str, Callable[[], Timing]] = {
+        "store": lambda: run(source, ids, options.batch),
+        "memory": lambda: run_memory(in_memory, options.batch),
+        "released": lambda: run_released(encoder.encode, images, options.released_samples),
+        "one": lambda: run(source, few, options.batch),
+        "sweep": lambda: run(source, few, options.batch, options.heads),
+    }
+    run(source, ids, options.batch)
+    rows = _interleave(sides, options.repeats)
+    slow = SlowSource(source, options.slow_factor / statistics.median(t.rate for t in rows["one"]))
+    slow_rows = _interleave(
+        {
+            "one": lambda: run(slow, few, options.batch // 4),
+            "sweep": lambda: run(slow, few, options.batch // 4, options.heads),
+        },
+        options.repeats,
+    )
+    return _figures(options, rows, slow_rows) | _memory_figures(options)
+
+
+def _interleave(sides: dict[str, Callable[[], Timing]], repeats: int) -> dict[str, list[Timing]]:
+    rows: dict[str, list[Timing]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            rows[name].append(side())
+    return rows
+
+
+def _figures(
+    options: argparse.Namespace, rows: dict[str, list[Timing]], slow: dict[str, list[Timing]]
+) -> dict[str, float | int | str]:
+    def rate(name: str) -> float:
+        return round(statistics.median(timing.rate for timing in rows[name]), 2)
+
+    def ratio(a: list[Timing], b: list[Timing]) -> float:
+        pairs = zip(a, b, strict=True)
+        return round(statistics.median(x.seconds / x.samples / (y.seconds / y.samples) for x, y in pairs), 3)
+
+    return {
+        "samples": options.samples,
+        "batch": options.batch,
+        "threads": options.threads,
+        "heads": options.heads,
+        "store_samples_per_s": rate("store"),
+        "store_gb_per_s": round(rate("store") * SAMPLE_BYTES / 1e9, 3),
+        "memory_samples_per_s": rate("memory"),
+        "released_samples_per_s": rate("released"),
+        "store_over_released": ratio(rows["released"], rows["store"]),
+        "store_over_memory": ratio(rows["memory"], rows["store"]),
+        "waiting_share": round(statistics.median(t.waiting_share for t in rows["store"]), 4),
+        "sweep_over_one": ratio(rows["sweep"], rows["one"]),
+        "sweep_over_one_throttled": ratio(slow["sweep"], slow["one"]),
+    }
+
+
+def run(source: SampleSource, ids: Ids, batch: int, n_heads: int = 1) -> Timing:
+    """Train on every sample once, as `train` does."""
+    trainer = Trainer(make_learners(n_heads))
+    with BatchRing(source, portions(ids, batch), SHAPE, batch) as ring:
+        started = time.perf_counter()
+        for item in ring:
+            trainer.feed(item)
+        return Timing(len(ids), time.perf_counter() - started, ring.waited_s)
+
+
+def run_memory(samples: torch.Tensor, batch: int) -> Timing:
+    """Do the same steps on tensors that lie in memory already."""
+    trainer = Trainer(make_learners(1))
+    started = time.perf_counter()
+    for portion in portions(np.arange(len(samples)), batch):
+        trainer.feed(Batch(portion, samples[portion.ids[0] : portion.ids[-1] + 1]))
+    return Timing(len(samples), time.perf_counter() - started, 0.0)
+
+
+def run_released(encode: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, n: int) -> Timing:
+    """Encode three images per sample and take the same step, for one batch."""
+    trainer = Trainer(make_learners(1))
+    (portion,) = portions(np.arange(n), n)
+    started = time.perf_counter()
+    tokens = torch.cat([encode(part) for part in images.split(24)])
+    trainer.feed(Batch(portion, tokens.half().reshape(n, *SHAPE)))
+    return Timing(n, time.perf_counter() - started, 0.0)
+
+
+def make_learners(n: int) -> list[Learner]:
+    """Return learners that differ in temperature and weight."""
+    base = TrainSettings()
+    settings = [replace(base, temperature=0.02 + 0.01 * i, separability_weight=1.0 + i) for i in range(n)]
+    return [Learner(Projection(SHAPE[-1]), item) for item in settings]
+
+
+def portions(ids: Ids, batch: int) -> list[Portion]:
+    """Return one portion per batch."""
+    parts = [ids[start : start + batch] for start in range(0, len(ids), batch)]
+    return [Portion(Step(i, 0, i / len(parts), False, part), part, True) for i, part in enumerate(parts)]
+
+
+def write_store(path: Path, n_samples: int) -> FeatureStore:
+    """Write a store of random tokens, one sample per clip."""
+    videos = tuple(Video(f"clip{i}", f"media/{i}", MediaKind.FRAMES, 20, 224, 224) for i in range(n_samples))
+    manifest = Manifest(videos, {"builder": "benchmark"})
+    plan = make_plan(manifest, PairsSettings(n_views=1), patch=16, dim=SHAPE[-1])
+    writer = StoreWriter.create_or_resume(path, plan.arrays, _fingerprint(plan, manifest), manifest, {})
+    generator = np.random.default_rng(0)
+    for index in writer.todo():
+        slot = plan.slot(index)
+        shard = writer.new_shard(slot)
+        shard.tokens[:] = generator.standard_normal(shard.tokens.shape, dtype=np.float32)
+        writer.commit(slot, shard, {})
+    writer.close()
+    return open_store(path)
+
+
+def _fingerprint(plan: Plan, manifest: Manifest) -> Fingerprint:
+    return Fingerprint(
+        spec_version=spec_version(),
+        backbone="random",
+        weights_sha256="0" * 64,
+        token_rule="none",
+        position_rule="none",
+        preprocessing="none",
+        plan=plan.to_json(),
+        dtype="float16",
+        precision="float32",
+        manifest_digest=manifest_digest(manifest),
+        versions={},
+    )
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """As many samples as asked for, made on the spot: memory must not depend on their number."""
+
+    block: np.ndarray
+
+    def read_into(self, ids: Ids, out: np.ndarray, /) -> None:
+        np.take(self.block, ids % len(self.block), axis=0, out=out)
+
+
+def _memory_figures(options: argparse.Namespace) -> dict[str, float | int | str]:
+    """Return the growth of resident memory from the first quarter of a longer run to its end."""
+    source = RandomSource(
+        np.random.default_rng(0).standard_normal((8, *SHAPE), dtype=np.float32).astype("f2")
+    )
+    trainer, process, seen = Trainer(make_learners(1)), psutil.Process(), []
+    ids = np.arange(8 * options.sweep_samples)
+    with BatchRing(source, portions(ids, 16), SHAPE, 16) as ring:
+        for item in ring:
+            trainer.feed(item)
+            seen.append(process.memory_info().rss)
+    quarter: Sequence[int] = seen[: len(seen) // 4]
+    return {
+        "resident_mb": round(max(seen) / 1e6),
+        "resident_growth_mb": round((max(seen) - max(quarter)) / 1e6, 1),
+        "python": sys.version.split()[0],
+    }
+
+
+if __name__ == "__main__":
+    main()
