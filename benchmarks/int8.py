@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ TOP_K = 7
 TIMED_FRAMES, REPEATS = 40, 15
 
 Round = Callable[[np.ndarray], np.ndarray]
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def _bfloat16(tokens: np.ndarray) -> np.ndarray:
 
 FLOAT16 = Way("float16", "float16", _as_is, lambda dim: 2 * dim)
 WAYS = (
+    FLOAT16,
     Way("int8", "int8", _as_is, stored_width),
     Way("int8-per-token", "float16", _per_token, lambda dim: dim + 2),
     Way("bfloat16", "float16", _bfloat16, lambda dim: 2 * dim),
@@ -107,23 +110,28 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--weights", help="checkpoint, here or under the data root, or random")
     parser.add_argument("--features", help="a float16 frames store, instead of extracting one")
     parser.add_argument("--videos", type=int, help="the first so many only (without --features)")
+    parser.add_argument("--speed", action="store_true", help="time the casts only")
     parser.add_argument("--out", type=Path, help="folder that keeps the stores and masks")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     return parser.parse_args()
 
 
-def _measure(out: Path, options: argparse.Namespace) -> dict[str, object]:
+def _measure(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     store = open_store(options.features or _extract(out, options))
+    figures = {"channels": store.arrays[0].n_channels, "speed": _speed(store)}
+    if options.speed:
+        return figures
+    return figures | {"ways": {way.name: _measure_way(store, way, out, options) for way in WAYS}}
+
+
+def _measure_way(store: FeatureStore, way: Way, out: Path, options: argparse.Namespace) -> Figures:
     layout = store.arrays[0]
-    figures: dict[str, object] = {"channels": layout.n_channels, "speed": _speed(store)}
-    for way in (FLOAT16, *WAYS):
-        other = store if way is FLOAT16 else _rewrite(store, out / f"{way.name}.zarr", way)
-        figures[way.name] = {
-            "bytes_per_encoding": layout.grid.n_tokens * way.token_bytes(layout.n_channels),
-            **({} if way is FLOAT16 else asdict(_errors(store, other))),
-            **_percentages(_propagate(other, out / way.name, options)),
-        }
-    return figures
+    figures: Figures = {"bytes_per_encoding": layout.grid.n_tokens * way.token_bytes(layout.n_channels)}
+    other = store
+    if way is not FLOAT16:
+        other = _rewrite(store, out / f"{way.name}.zarr", way)
+        figures |= asdict(_errors(store, other))
+    return figures | _percentages(_propagate(other, out / way.name, options))
 
 
 def _extract(out: Path, options: argparse.Namespace) -> str:
@@ -210,14 +218,11 @@ def _propagate(store: FeatureStore, out: Path, options: argparse.Namespace) -> t
     return report.scores
 
 
-def _percentages(scores: tuple[Score, ...]) -> dict[str, object]:
+def _percentages(scores: tuple[Score, ...]) -> Figures:
     (mean,) = mean_scores(scores)
-    sequences = {video_id: 100 * means[0].jf_mean for video_id, means in sequence_means(scores)}
-    return {
-        "jf_mean": 100 * mean.jf_mean,
-        "j_mean": 100 * mean.j_mean,
-        "f_mean": 100 * mean.f_mean,
-        "jf_by_sequence": sequences,
+    figures = {name: 100 * getattr(mean, name) for name in ("jf_mean", "j_mean", "f_mean")}
+    return figures | {
+        f"jf_mean {video_id}": 100 * means[0].jf_mean for video_id, means in sequence_means(scores)
     }
 
 
@@ -257,22 +262,14 @@ def _time_in_turn(
     return {name: statistics.median(runs) for name, runs in seconds.items()}
 
 
-def _report(figures: dict[str, object], path: Path | None) -> None:
+def _report(figures: dict[str, Any], path: Path | None) -> None:
     talk = Talk()
-    names = [FLOAT16.name, *(way.name for way in WAYS)]
-    of = {name: figures[name] for name in names}
-    columns = [key for key in of[names[-1]] if key != "jf_by_sequence"]
-    rows = [[key, *(_cell(of[name].get(key)) for name in names)] for key in columns]
-    videos = of[names[0]]["jf_by_sequence"]
-    rows += [
-        [f"J&F {video}", *(_cell(of[name]["jf_by_sequence"][video]) for name in names)] for video in videos
-    ]
-    talk.table("tokens of the same frames, kept in four ways", ["figure", *names], rows)
-    talk.table(
-        "MB of float16 tokens per second",
-        ["figure", "value"],
-        [[k, str(v)] for k, v in figures["speed"].items()],
-    )
+    if ways := figures.get("ways"):
+        keys = list(ways[WAYS[-1].name])
+        rows = [[key, *(_cell(way.get(key)) for way in ways.values())] for key in keys]
+        talk.table("tokens of the same frames, kept in several ways", ["figure", *ways], rows)
+    speed = [[key, str(value)] for key, value in figures["speed"].items()]
+    talk.table("MB of float16 tokens per second", ["figure", "value"], speed)
     text = json.dumps(figures)
     talk.result(text)
     if path:
