@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
+import resource
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
 import pytest
+from crash_harness import PROCESSES, Clips, kill_until, make_reference
 from store_cases import Case, crash_case, folder_bytes, frames_case, pairs_case, write_and_die
 
-from cosettle_cache.errors import InputError, OutputError
-from cosettle_cache.store import open_store
+from cosettle_cache.errors import DamagedStoreError, InputError, OutputError
+from cosettle_cache.store import open_store, repair_store, verify_store
 
-N_KILLS = 10
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cosettle_cache.plan", "cosettle_cache.store", "zarr"])
+N_KILLS = 8
+#: Kills of real extractions in the gate, and in the long run, by processes at work on one store.
+GATE_KILLS = {1: 8, 3: 9}
+MANY_KILLS = {1: 120, 3: 120}
 
 
-def start_writer(path: Path) -> multiprocessing.Process:
+def start_writer(path: Path) -> BaseProcess:
     here, there = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=write_and_die, args=(path, there))
     process.start()
@@ -64,6 +67,24 @@ def test_killed_at_random_moments_and_resumed_is_the_same_store(tmp_path: Path) 
         assert folder_bytes(path) == wanted
         assert [item.name for item in path.parent.iterdir()] == ["store.zarr"]
     assert len(set(shown)) > 1, "the kills all came at the same moment"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Clips:
+    return make_reference(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.mark.parametrize("n_writers", GATE_KILLS)
+def test_killed_extractions_lose_nothing(clips: Clips, tmp_path: Path, n_writers: int) -> None:
+    figures = kill_until(clips, tmp_path, GATE_KILLS[n_writers], n_writers, random.Random(n_writers))
+    assert figures.n_stores > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_writers", MANY_KILLS)
+def test_many_killed_extractions_lose_nothing(clips: Clips, tmp_path: Path, n_writers: int) -> None:
+    figures = kill_until(clips, tmp_path, MANY_KILLS[n_writers], n_writers, random.Random(0))
+    assert len(figures.hits) > 3, "the kills all came at the same moment"
 
 
 def test_kill_between_shard_and_commit_mark(tmp_path: Path) -> None:
@@ -140,7 +161,7 @@ def test_a_reader_sees_committed_slots_only(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB."""
+    """A file system of 256 kB: full in the middle of a shard, as a quota is."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
@@ -219,22 +240,109 @@ def nobody() -> Iterator[None]:
 def test_read_only_folder(open_folder: Path, request: pytest.FixtureRequest) -> None:
     case = frames_case()
     path = case.write(open_folder / "store.zarr", slots=[0])
+    before = folder_bytes(path)
     for item in [open_folder, path, *path.rglob("*")]:
         item.chmod(0o555 if item.is_dir() else 0o444)
     request.getfixturevalue("nobody")
     for name in ("new.zarr", "store.zarr"):
         with pytest.raises(OutputError, match="not writable"):
             case.writer(open_folder / name)
+    with pytest.raises(OutputError, match="not writable"):
+        repair_store(path)
     assert open_store(path).slot_states()["done"] == 1
+    assert verify_store(path).damages == ()
+    assert folder_bytes(path) == before
 
 
-def test_output_folder_vanishes(tmp_path: Path) -> None:
+@pytest.fixture
+def read_only_disk(small_disk: Path) -> Callable[[str], None]:
+    """Makes the small file system read-only, or writable again."""
+
+    def remount(mode: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{mode},size=2m", str(small_disk)], check=True)
+
+    return remount
+
+
+def test_a_file_system_turns_read_only(small_disk: Path, read_only_disk: Callable[[str], None]) -> None:
     case = frames_case()
-    writer = case.writer(tmp_path / "store.zarr")
-    case.commit(writer, 0)
-    shutil.rmtree(tmp_path / "store.zarr")
-    with pytest.raises(OutputError, match="does not exist"):
+    path = case.write(small_disk / "store.zarr", slots=[0])
+    before = folder_bytes(path)
+    read_only_disk("ro")
+    for act in (lambda: case.writer(path), lambda: repair_store(path)):
+        with pytest.raises(OutputError, match="file system is read-only"):
+            act()
+    assert verify_store(path).damages == ()
+    assert folder_bytes(path) == before
+    read_only_disk("rw")
+    assert folder_bytes(case.write(path)) == folder_bytes(case.write(small_disk / "whole.zarr"))
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 1 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_limit_of_file_size_in_the_middle_of_a_shard(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    case = frames_case(dim=64)
+    path = case.write(tmp_path / "store.zarr", slots=[0])
+    before = folder_bytes(path)
+    writer = case.writer(path)
+    request.getfixturevalue("small_files")
+    with pytest.raises(OutputError, match=r"c\.1\.0\.0\.0 cannot be written: the file would be larger"):
         case.commit(writer, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+    assert folder_bytes(path) == before
+    assert writer.todo() == [1, 2, 3]
+    writer.close()
+    assert folder_bytes(case.write(path)) == folder_bytes(case.write(tmp_path / "whole.zarr"))
+
+
+@pytest.mark.parametrize("gone", ["", "tokens", "tokens/2x3", "index", "index/2x3"])
+def test_a_folder_vanishes_while_writing(tmp_path: Path, gone: str) -> None:
+    case = frames_case()
+    whole = folder_bytes(case.write(tmp_path / "whole.zarr"))
+    path = tmp_path / "store.zarr"
+    writer = case.writer(path)
+    case.commit(writer, 0)
+    shutil.rmtree(path / gone)
+    with pytest.raises(OutputError, match="does not exist") as caught:
+        case.commit(writer, 1)
+    assert str(path) in caught.value.message
+    writer.close()
+    if gone:
+        repair_store(path)
+    assert folder_bytes(case.write(path)) == whole
+
+
+@pytest.mark.parametrize("gone", ["", "tokens", "tokens/2x2"])
+def test_a_folder_vanishes_while_reading(tmp_path: Path, gone: str) -> None:
+    case = pairs_case()
+    path = case.write(tmp_path / "store.zarr")
+    store = open_store(path)
+    wanted = store.samples([0])  # this slot's shard is open and stays readable
+    shutil.rmtree(path / gone)
+    assert np.array_equal(store.samples([0]), wanted)
+    with pytest.raises(DamagedStoreError, match=r"slot 1 ") as caught:
+        store.samples([5])
+    assert str(path) in "".join(caught.value.lines())
+
+
+def test_the_device_fails_while_reading(tmp_path: Path) -> None:
+    """A folder in a shard's place: the open works, every read fails."""
+    path = pairs_case().write(tmp_path / "store.zarr")
+    shard = path / "tokens/2x2/c.1.0.0.0"
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(DamagedStoreError, match="slot 1 ") as caught:
+        open_store(path).samples([0, 5])
+    assert caught.value.details
 
 
 def test_interrupted_creation_is_no_store(tmp_path: Path) -> None:

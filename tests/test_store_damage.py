@@ -9,26 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flip_harness import read_everything
 from store_cases import Case, frames_case, pairs_case
 
+from cosettle_cache.cli import run_command
 from cosettle_cache.errors import CosettleError, DamagedStoreError, ExitCode
-from cosettle_cache.store import FeatureStore, open_store
+from cosettle_cache.store import open_store
 from cosettle_cache.store.layout import BytesError
 from cosettle_cache.store.sealed import unseal
-from cosettle_cache.types import PlanKind
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1 << bit
     path.write_bytes(data)
-
-
-def read_everything(store: FeatureStore) -> list[bytes]:
-    everything = [repr(store.manifest).encode(), repr(store.index.to_pylist()).encode()]
-    if store.plan_kind is PlanKind.PAIRS:
-        return [*everything, store.samples(store.sample_ids).tobytes()]
-    return [*everything, *(store.tokens(video_id).tobytes() for video_id in store.video_ids)]
 
 
 @pytest.fixture
@@ -95,9 +89,9 @@ def test_following_the_hint_mends_it(pairs: tuple[Case, Path]) -> None:
     flip(shard_of(path), 0)
     with pytest.raises(DamagedStoreError, match="slot 0") as caught:
         open_store(path).samples([0])
-    part = path / "index" / "2x2" / "000000.parquet"
-    assert str(part) in str(caught.value.hint)
-    part.unlink()
+    command = str(caught.value.hint).partition(",")[0].split()
+    assert command[:3] == ["cosettle-cache", "store", "repair"]
+    assert run_command(command[1:]) == 0
     case.write(path)
     assert read_everything(open_store(path)) == before
 
