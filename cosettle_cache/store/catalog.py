@@ -5,13 +5,12 @@ In comes the outline of the committed slots; out go failures, rows of plain enco
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int64
 
+from cosettle_cache.store.lazy import cached_property
 from cosettle_cache.types import ArrayLayout
 
 

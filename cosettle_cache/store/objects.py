@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
 from typing import Any, ClassVar
 from urllib.parse import quote
 
@@ -20,6 +19,7 @@ from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
 from cosettle_cache.errors import CosettleError, OutputError, RemoteError, UsageError
 from cosettle_cache.files import Buffer
+from cosettle_cache.store.lazy import cached_property
 from cosettle_cache.store.storage import RangeFile
 
 #: Requests in flight; a request takes tens of milliseconds and moves a few tens of MB/s.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from cosettle_cache.store.chunks import ChunkSource, aligned_memory, flat_rows
 from cosettle_cache.store.creation import HEADER_COPY
 from cosettle_cache.store.header import check_array, read_header, repair_hint
 from cosettle_cache.store.layout import MANIFEST, BytesError, SlotState
+from cosettle_cache.store.lazy import cached_property
 from cosettle_cache.store.objects import ObjectStorage
 from cosettle_cache.store.sealed import unseal
 from cosettle_cache.store.storage import ReadStorage, open_storage
