@@ -17,6 +17,8 @@ _HOMES = {
     "make_protocol": "protocols",
     "propagate": "propagator",
     "davis_j_and_f": "metrics",
+    "mean_iou": "metrics",
+    "pck": "metrics",
 }
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604

@@ -1,13 +1,14 @@
 """Manifests: which videos a job is about, one row per video, as Parquet or CSV.
 
 In come table files; out go `Manifest` objects whose paths are safe (relative, no `..`) and whose ids are
-unique. The digest of the rows identifies the list wherever a number is reported.
+unique. The digest of the rows identifies the list wherever a number is reported. A published list may leave
+sizes open; the manifest that a job works from may not.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,18 +40,30 @@ SCHEMA = pa.schema(
         pa.field("class_name", pa.string()),
     ]
 )
+#: What a published list may not know of a video: 0 in its row, empty in its file.
+_MEASURES = ("n_frames", "height", "width")
+LISTED_SCHEMA = pa.schema(
+    [field.with_nullable(field.nullable or field.name in _MEASURES) for field in SCHEMA]
+)
 _REQUIRED = [field.name for field in SCHEMA if not field.nullable]
 _DEFAULTS = {field.name: field.default for field in fields(Video)}
 
 
 def manifest_table(manifest: Manifest) -> pa.Table:
-    """Return the manifest as a table whose file metadata is the provenance."""
-    table = tables.make_table([asdict(video) for video in manifest], SCHEMA)
+    """Return the manifest as a table whose file metadata is the provenance; an unknown size is null."""
+    rows = [asdict(video) for video in manifest]
+    listed = any(not row[name] for row in rows for name in _MEASURES)
+    if listed:
+        rows = [row | {name: row[name] or None for name in _MEASURES} for row in rows]
+    table = tables.make_table(rows, LISTED_SCHEMA if listed else SCHEMA)
     return tables.with_metadata(table, manifest.provenance)
 
 
-def manifest_from_table(table: pa.Table, origin: str = "the manifest") -> Manifest:
-    """Return the manifest in `table`; raise `InputError` that names the row and what is wrong with it."""
+def manifest_from_table(table: pa.Table, origin: str = "the manifest", *, listed: bool = False) -> Manifest:
+    """Return the manifest in `table`; raise `InputError` that names the row and what is wrong with it.
+
+    Rows of a published list (`listed`) may leave their number of frames and their size open: those are 0.
+    """
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise InputError(
@@ -58,16 +71,22 @@ def manifest_from_table(table: pa.Table, origin: str = "the manifest") -> Manife
             wanted=", ".join(_REQUIRED),
             found=", ".join(table.column_names),
         )
-    videos = tuple(_video(row, number, origin) for number, row in enumerate(table.to_pylist(), start=1))
+    rows = table.to_pylist()
+    if listed:
+        rows = [row | {name: row[name] or 0 for name in _MEASURES} for row in rows]
+    else:
+        _check_measured(rows, origin)
+    least = 0 if listed else 1
+    videos = tuple(_video(row, number, origin, least) for number, row in enumerate(rows, start=1))
     if not videos:
         raise InputError(f"{origin} lists no videos", wanted="at least one row")
     _check_unique(videos, origin)
     return Manifest(videos, tables.read_metadata(table))
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read a Parquet or CSV manifest."""
-    return manifest_from_table(tables.read_table(path, SCHEMA), str(path))
+def read_manifest(path: Path, *, listed: bool = False) -> Manifest:
+    """Read a Parquet or CSV manifest; only a published list (`listed`) may leave sizes open."""
+    return manifest_from_table(tables.read_table(path, SCHEMA), str(path), listed=listed)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -89,7 +108,19 @@ def select_videos(manifest: Manifest, wanted: tuple[str, ...]) -> Manifest:
     return Manifest(tuple(v for v in manifest if v.video_id in wanted), manifest.provenance)
 
 
-def _video(row: Mapping[str, Any], number: int, origin: str) -> Video:
+def _check_measured(rows: Sequence[Mapping[str, Any]], origin: str) -> None:
+    """Raise `InputError` for a list whose videos nobody has measured yet."""
+    unknown = [row["video_id"] for row in rows if all(row[name] is None for name in _MEASURES)]
+    if unknown:
+        raise InputError(
+            f"{origin} is a list: it does not say how long and how large {len(unknown)} of its videos are",
+            wanted="n_frames, height and width",
+            found=f"none of {unknown[0]}",
+            hint=f"cosettle-cache manifest build DATASET FOLDER --list {origin}",
+        )
+
+
+def _video(row: Mapping[str, Any], number: int, origin: str, least: int) -> Video:
     empty = [name for name in _REQUIRED if row.get(name) is None]
     if empty:
         raise InputError(f"row {number} of {origin} has no {empty[0]}", wanted=", ".join(_REQUIRED))
@@ -98,7 +129,7 @@ def _video(row: Mapping[str, Any], number: int, origin: str) -> Video:
         video = Video(**_typed(values))
     except (TypeError, ValueError) as error:
         raise InputError(f"row {number} of {origin} is malformed", found=str(error)) from error
-    _check_row(video, f"row {number} of {origin} ({video.video_id})")
+    _check_row(video, f"row {number} of {origin} ({video.video_id})", least)
     return video
 
 
@@ -114,15 +145,18 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_row(video: Video, where: str) -> None:
+def _check_row(video: Video, where: str, least: int) -> None:
+    """Raise `InputError` for unsafe paths and for counts and sizes below `least`."""
     # The id names the folder that masks go to.
     for path in (video.video_id, video.media, video.labels):
         if path is not None and not is_safe_path(path):
             raise InputError(f"{where} has an unsafe path", wanted="a relative path without ..", found=path)
-    if video.n_frames < 1 or video.first_frame < 0:
+    if video.n_frames < least or video.first_frame < 0:
         found = f"n_frames={video.n_frames}, first_frame={video.first_frame}"
-        raise InputError(f"{where} has no frames", wanted="n_frames >= 1, first_frame >= 0", found=found)
-    if video.height < 1 or video.width < 1:
+        raise InputError(
+            f"{where} has no frames", wanted=f"n_frames >= {least}, first_frame >= 0", found=found
+        )
+    if video.height < least or video.width < least:
         raise InputError(
             f"{where} has no size", wanted="positive pixels", found=f"{video.height}x{video.width}"
         )

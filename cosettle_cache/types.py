@@ -162,8 +162,8 @@ class Video:
     """One manifest row. `media` and `labels` are relative to the data root and use forward slashes.
 
     `first_frame` is the index (in natural order) of the first frame used, `n_frames` how many follow;
-    `height` and `width` are pixels; `fps` is frames per second where known. `labelled_frames` counts the
-    annotated frames.
+    `height` and `width` are pixels; all three are 0 where a published list does not know them. `fps` is
+    frames per second where known. `labelled_frames` counts the annotated frames.
     """
 
     video_id: str

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,13 +26,17 @@ ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="Parquet 
 @app.command()
 @exits
 def build(
-    dataset: Annotated[str, typer.Argument(help="davis, kinetics, folder or sprites.")],
+    dataset: Annotated[str, typer.Argument(help="davis, vip, jhmdb, masks, kinetics, folder or sprites.")],
     folder: Annotated[
         Path | None, typer.Argument(help="The dataset's folder; relative to the data root.")
     ] = None,
     data_root: DataRoot = None,
     out: Annotated[Path | None, typer.Option(help="File to write; default DATASET.parquet.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split, for davis and sprites; default val.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split; default val where there are any.")] = None,
+    listed: Annotated[
+        Path | None, typer.Option("--list", help="Only the videos of this list or manifest, in its order.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="First mask of a single clip, for masks.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -46,7 +50,7 @@ def build(
 
     talk = Talk(quiet=quiet)
     root, base = _roots(dataset, folder, data_root)
-    options = {} if split is None else {"split": split}
+    options = _builder_options(split=split, listed=listed, mask=mask)
     result = build_manifest(dataset, base, root, **options)
     path = out or Path(f"{dataset}.parquet")
     if not dry_run:
@@ -58,6 +62,35 @@ def build(
     for media, reason in result.failures.items():
         talk.warn(f"left out {media}: {reason}")
     return int(ExitCode.UNCLEAN if result.failures else ExitCode.DONE)
+
+
+@app.command("from-list")
+@exits
+def from_list(
+    dataset: Annotated[str, typer.Argument(help="davis, vip, jhmdb or kinetics.")],
+    listed: Annotated[Path, typer.Argument(metavar="LIST", help="Text, CSV or Parquet list of videos.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; default LIST.parquet.")] = None,
+    folder: Annotated[str | None, typer.Option(help="The dataset's folder below a data root.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split; default the one that is evaluated.")] = None,
+    source: Annotated[str, typer.Option(help="Where the list comes from, in words.")] = "",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a published list into a manifest, without the data: sizes stay open where it has none.
+
+    Example: cosettle-cache manifest from-list vip val_videos.txt --out vip_val.parquet
+    """
+    from cosettle_cache.datasets.lists import list_manifest
+    from cosettle_cache.manifest import write_manifest
+
+    manifest = list_manifest(dataset, listed, folder=folder, split=split, source=source)
+    path = out or Path(listed.stem).with_suffix(".parquet")
+    if not dry_run:
+        write_manifest(path, manifest)
+    n_known = sum(bool(video.n_frames) for video in manifest)
+    document = {"out": str(path), "videos": len(manifest), "of_known_length": n_known}
+    text = f"{path}: {len(manifest)} videos, {n_known} of known length"
+    Talk().result(json.dumps(document, indent=2) if as_json else text)
 
 
 @app.command()
@@ -75,16 +108,18 @@ def check(
 
     Example: cosettle-cache manifest check clips.parquet --data-root /data --decode
     """
-    from cosettle_cache.cli.data import manifest_data
+    from cosettle_cache.cli.data import media_root
     from cosettle_cache.datasets.check import check_media
+    from cosettle_cache.manifest import read_manifest
 
     talk = Talk(quiet=quiet)
-    data = manifest_data(manifest, data_root)
-    problems = check_media(data.manifest, data.root, decode=decode, progress=talk.progress("check"))
+    content = read_manifest(manifest, listed=True)
+    root = media_root(content, data_root)
+    problems = check_media(content, root, decode=decode, progress=talk.progress("check"))
     if as_json:
-        talk.result(json.dumps({"videos": len(data.manifest), "problems": problems}, indent=2))
+        talk.result(json.dumps({"videos": len(content), "problems": problems}, indent=2))
     else:
-        talk.result(f"{manifest}: {len(data.manifest)} videos, {len(problems)} with problems")
+        talk.result(f"{manifest}: {len(content)} videos, {len(problems)} with problems")
     if problems:
         details = [f"{video_id}: {reason}" for video_id, reason in problems.items()]
         raise UncleanError(f"{len(problems)} videos have problems", details=details)
@@ -101,18 +136,18 @@ def show(manifest: ManifestPath, as_json: Json = False) -> None:
     from cosettle_cache.manifest import manifest_digest, read_manifest
 
     talk = Talk()
-    content = read_manifest(manifest)
+    content = read_manifest(manifest, listed=True)
     if as_json:
         videos = [asdict(video) for video in content]
         talk.result(json.dumps({"provenance": dict(content.provenance), "videos": videos}, indent=2))
         return
-    sizes = Counter(f"{video.height}x{video.width}" for video in content)
+    sizes = Counter(_size(video) for video in content)
     columns = ["video", "frames", "size", "fps", "labels", "objects", "class"]
     rows = [
         [
             video.video_id,
-            str(video.n_frames),
-            f"{video.height}x{video.width}",
+            str(video.n_frames or ""),
+            _size(video),
             f"{video.fps:.4g}" if video.fps else "",
             str(video.label_kind or ""),
             str(video.n_objects or ""),
@@ -140,6 +175,23 @@ def _roots(dataset: str, folder: Path | None, data_root: Path | None) -> tuple[P
         )
     root = data_root or folder or Path()
     return root, root / folder if data_root and folder else root
+
+
+def _builder_options(*, split: str | None, listed: Path | None, mask: Path | None) -> dict[str, Any]:
+    from cosettle_cache.datasets.lists import read_list
+
+    options: dict[str, Any] = {}
+    if split is not None:
+        options["split"] = split
+    if listed is not None:
+        options["names"] = tuple(item.name for item in read_list(listed))
+    if mask is not None:
+        options["mask"] = mask
+    return options
+
+
+def _size(video: Video) -> str:
+    return f"{video.height}x{video.width}" if video.height and video.width else ""
 
 
 def _frames(videos: tuple[Video, ...]) -> int:

@@ -12,14 +12,30 @@ from typing import Any
 from cosettle_cache.datasets.build import BuildResult
 from cosettle_cache.datasets.davis import DavisSequence, build_davis_manifest, open_sequence
 from cosettle_cache.datasets.folder import build_folder_manifest
+from cosettle_cache.datasets.jhmdb import JointSequence, build_jhmdb_manifest, open_joints
 from cosettle_cache.datasets.kinetics import build_kinetics_manifest
+from cosettle_cache.datasets.masks import build_masks_manifest
 from cosettle_cache.datasets.sprites import build_sprites_manifest
+from cosettle_cache.datasets.vip import PartSequence, build_vip_manifest, open_parts
 from cosettle_cache.errors import UsageError
 
-__all__ = ["BUILDERS", "BuildResult", "DavisSequence", "build_manifest", "open_sequence"]
+__all__ = [
+    "BUILDERS",
+    "BuildResult",
+    "DavisSequence",
+    "JointSequence",
+    "PartSequence",
+    "build_manifest",
+    "open_joints",
+    "open_parts",
+    "open_sequence",
+]
 
 BUILDERS: dict[str, Callable[..., BuildResult]] = {
     "davis": build_davis_manifest,
+    "vip": build_vip_manifest,
+    "jhmdb": build_jhmdb_manifest,
+    "masks": build_masks_manifest,
     "kinetics": build_kinetics_manifest,
     "folder": build_folder_manifest,
     "sprites": build_sprites_manifest,
@@ -29,7 +45,8 @@ BUILDERS: dict[str, Callable[..., BuildResult]] = {
 def build_manifest(name: str, root: Path, data_root: Path, **options: Any) -> BuildResult:
     """Return the manifest of the folder `root` in the layout `name`, and the reasons of what was left out.
 
-    Media paths are relative to `data_root`. `options` are the layout's own, `split` for all of them. Raises
+    Media paths are relative to `data_root`. `options` are the layout's own; all have `split`, and `names` to
+    restrict and order the clips. Raises
     `UsageError` for an unknown layout and `InputError` for a folder without a usable clip.
     """
     if name not in BUILDERS:

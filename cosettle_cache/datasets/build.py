@@ -21,11 +21,12 @@ from cosettle_cache.types import Manifest, Video
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A video file or a folder of frames that a layout found, and its row's id."""
+    """A video file or a folder of frames that a layout found, its annotations, and its row's id."""
 
     video_id: str
     path: Path
     class_name: str | None = None
+    labels: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Source:
 
     def relative(self, path: Path) -> str:
         """Return `path`, which lies under `root`, as a manifest writes it."""
-        return (_root_in(self.root, self.data_root) / path.relative_to(self.root)).as_posix()
+        return (path_in(self.root, self.data_root) / path.relative_to(self.root)).as_posix()
 
     def video(self, clip: Clip) -> Video:
         """Return the row of one clip; raise `MediaError` when it cannot be decoded or named."""
@@ -109,7 +110,8 @@ def _attempt(make_video: Callable[[Clip], Video], clip: Clip) -> Video | str:
         return error.summary
 
 
-def _root_in(root: Path, data_root: Path) -> Path:
+def path_in(root: Path, data_root: Path) -> Path:
+    """Return `root` relative to `data_root`; raise `InputError` when it lies elsewhere."""
     # As written first, so that a link under the data root keeps its place there.
     for inner, outer in ((root.absolute(), data_root.absolute()), (root.resolve(), data_root.resolve())):
         if inner.is_relative_to(outer) and ".." not in inner.relative_to(outer).parts:
@@ -128,6 +130,18 @@ def entries(folder: Path) -> list[Path]:
         raise InputError(f"{folder} is not a folder", wanted="a dataset folder")
     visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
     return sorted(visible, key=lambda entry: natural_key(entry.name))
+
+
+def choose(clips: Sequence[Clip], names: Sequence[str], root: Path) -> list[Clip]:
+    """Return the clips `names` in that order, all without any; one that is not there shows when it is probed.
+
+    A name is a clip's id or, where a layout has class folders and the list does not, its last part.
+    """
+    if not names:
+        return list(clips)
+    by_name = {clip.video_id.rpartition("/")[2]: clip for clip in clips}
+    by_name |= {clip.video_id: clip for clip in clips}
+    return [by_name.get(name, Clip(name, root / name)) for name in names]
 
 
 def is_video_file(path: Path) -> bool:

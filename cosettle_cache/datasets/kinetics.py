@@ -5,6 +5,7 @@ In comes the folder of classes, out goes a manifest whose rows carry the class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cosettle_cache.datasets.build import (
@@ -12,6 +13,7 @@ from cosettle_cache.datasets.build import (
     Clip,
     Source,
     build,
+    choose,
     entries,
     is_video_file,
     name_clips,
@@ -19,13 +21,16 @@ from cosettle_cache.datasets.build import (
 )
 
 
-def build_kinetics_manifest(root: Path, data_root: Path, split: str = "") -> BuildResult:
-    """Return the clips `class/video/*.jpg` and `class/video.mp4` under `root`, both in natural order.
+def build_kinetics_manifest(
+    root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()
+) -> BuildResult:
+    """Return the clips `class/video/*.jpg` and `class/video.mp4` in natural order or as `names`.
 
-    A class folder without clips counts as a failure, so that a half-copied dataset shows.
+    `names` are ids (`class/video`) or videos alone. Without them a class folder without clips counts as a
+    failure, so that a half-copied dataset shows.
     """
     clips = [clip for folder in subfolders(root) for clip in _class_clips(folder, root)]
-    return build(clips, Source("kinetics", split, root, data_root))
+    return build(choose(clips, names, root), Source("kinetics", split, root, data_root))
 
 
 def _class_clips(folder: Path, root: Path) -> list[Clip]:

@@ -6,6 +6,7 @@ In comes a folder (default: in the cache), out goes the same folder holding the 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ VERSION = 1
 _MARK = "sprites.json"
 
 
-def build_sprites_manifest(root: Path, data_root: Path, split: str = "val") -> BuildResult:
-    """Return the clips of one split (train, val) of a folder made by `ensure_sprites`."""
-    return build_davis_manifest(root, data_root, split, dataset="sprites")
+def build_sprites_manifest(
+    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
+) -> BuildResult:
+    """Return the clips of one split (train, val), or `names`, of a folder made by `ensure_sprites`."""
+    return build_davis_manifest(root, data_root, split, names, dataset="sprites")
 
 
 def ensure_sprites(folder: Path | None = None, settings: SpritesSettings | None = None) -> Path:
