@@ -53,11 +53,12 @@ class Journal:
                 page.metrics.append(item)
                 page.scalars.add("train", item)
 
-    def validation(self, figures: Sequence[ValidationFigures]) -> None:
-        """Write the figures of an epoch on held-out clips."""
+    def validation(self, figures: Sequence[ValidationFigures | None]) -> None:
+        """Write the figures of an epoch on held-out clips, one line per member that still learns."""
         for page, item in zip(self._pages, figures, strict=False):
-            page.validation.append(item)
-            page.scalars.add("validation", item)
+            if item is not None:
+                page.validation.append(item)
+                page.scalars.add("validation", item)
 
     def save(self, step: int, origin: Mapping[str, str], learners: Sequence[Learner]) -> None:
         """Write a checkpoint after `step` steps, once all lines before it are safely on disk."""

@@ -33,7 +33,8 @@ class LossTerms:
     """The objective and its parts as 0-d tensors; only `total`, `cycle` and `separability` carry gradients.
 
     `cycle_accuracy` is the share of walks whose most probable end is their start (chance: one over the pooled
-    tokens); `identity_cosine` the cosine of the batch's transitions, flattened, with the identity.
+    tokens); `identity_cosine` the cosine of the batch's transitions, flattened, with the identity;
+    `return_probability` the mean probability that a walk ends where it started.
     """
 
     total: Float[Tensor, ""]
@@ -41,6 +42,7 @@ class LossTerms:
     separability: Float[Tensor, ""]
     cycle_accuracy: Float[Tensor, ""]
     identity_cosine: Float[Tensor, ""]
+    return_probability: Float[Tensor, ""]
 
 
 def transfer_loss(
@@ -72,8 +74,8 @@ def transfer_loss(
     cycle = parts.cycle(transition)
     separability = separability_loss(projected, F.normalize(original, dim=-1))
     with torch.no_grad():
-        accuracy, identity = cycle_accuracy(transition), identity_cosine(transition)
-    return LossTerms(cycle + separability_weight * separability, cycle, separability, accuracy, identity)
+        monitored = [measure(transition) for measure in (cycle_accuracy, identity_cosine, return_probability)]
+    return LossTerms(cycle + separability_weight * separability, cycle, separability, *monitored)
 
 
 def check_window(rows: int, cols: int, window: int) -> None:
@@ -238,6 +240,11 @@ def identity_cosine(transition: Float[Tensor, "n token token"]) -> Float[Tensor,
     trace = transition.diagonal(dim1=1, dim2=2).sum()
     squares = transition.square().sum()
     return trace / (squares * n * token).sqrt()
+
+
+def return_probability(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
+    """Return the mean probability that a walk ends where it started (chance: one over the tokens)."""
+    return transition.diagonal(dim1=1, dim2=2).mean()
 
 
 def _starts(transition: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ class StepFigures:
     separability: float
     cycle_accuracy: float
     identity_cosine: float
+    return_probability: float
     separability_weight: float
     gradient_norm: float
 

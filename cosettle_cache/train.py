@@ -76,9 +76,11 @@ def train(
     files = RunFiles(make_folder(out))
     if not resume:
         _clear(files, members, replicas)
-    learners = [_make_learner(plan, member, device) for member in members]
-    trainer = Trainer(learners, replicas)
-    return _Run(stream, members, plan, files, trainer, replicas, progress or SILENT, stop or Event()).run()
+        replicas.wait()
+    trainer = Trainer([_make_learner(plan, member, device) for member in members], replicas)
+    origin = stream.origin(members)
+    run = _Run(stream, members, plan, origin, files, trainer, replicas, progress or SILENT, stop or Event())
+    return run.run()
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class _Run:
     stream: Stream
     members: Sequence[Member]
     plan: TrainPlan
+    origin: Mapping[str, str]
     files: RunFiles
     trainer: Trainer
     replicas: Replicas
@@ -117,7 +120,7 @@ class _Run:
             _clear(self.files, self.members, self.replicas)
             return [(0, 0)] * (len(self.members) if self.replicas.is_first else 0)
         checkpoint = read_checkpoint(path)
-        check_origin(path, self.stream.origin(self.members), checkpoint.origin)
+        check_origin(path, self.origin, checkpoint.origin)
         for learner, state in zip(self.trainer.learners, checkpoint.learners, strict=True):
             _load(path, learner, state)
         self.steps_before = checkpoint.step
@@ -170,9 +173,11 @@ class _Run:
             GB_per_s=self.samples * self.plan.sample_bytes / seconds / 1e9,
         )
 
-    def _validate(self, step: Step) -> list[ValidationFigures]:
+    def _validate(self, step: Step) -> list[ValidationFigures | None]:
+        active = [learner for learner in self.trainer.learners if learner.diverged_at is None]
         ids = self.stream.held_out.ids
-        return validate(self.trainer.learners, self.stream.samples, ids, step.number + 1, step.epoch)
+        figures = iter(validate(active, self.stream.samples, ids, step.number + 1, step.epoch))
+        return [None if item.diverged_at is not None else next(figures) for item in self.trainer.learners]
 
     def _check_finite(self, step: Step) -> None:
         """Raise `InputError` when tokens of a step are to blame for a divergence, or no learner is left."""
@@ -199,8 +204,7 @@ class _Run:
         return [self.stream.samples.name(int(item)) for item in ids[:limit]] + more
 
     def _save(self, journal: Journal) -> None:
-        origin = self.stream.origin(self.members)
-        journal.save(self.steps_before + self.steps, origin, self.trainer.learners)
+        journal.save(self.steps_before + self.steps, self.origin, self.trainer.learners)
 
     def _finish(self, seconds: float, waited_s: float) -> TrainReport:
         complete = self.steps_before + self.steps == self.plan.n_steps

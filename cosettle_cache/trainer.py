@@ -32,6 +32,9 @@ PART_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _TERMS = tuple(field.name for field in fields(LossTerms))
+_TOTAL, _CYCLE, _SEPARABILITY, _COSINE, _RETURN = map(
+    _TERMS.index, ("total", "cycle", "separability", "identity_cosine", "return_probability")
+)
 
 
 def learning_rate(settings: TrainSettings, position: float) -> float:
@@ -68,12 +71,8 @@ class Balance:
         found = torch.autograd.grad(cycle, self._parameters, retain_graph=True)
         torch._foreach_add_(self.cycle_gradients, found)
 
-    def apply(self, scale: float) -> Tensor:
-        """Turn gradients of the separability into those of the whole objective; return the weight, 0-d.
-
-        `scale` is what the cycle gradients were multiplied by and the others no longer are.
-        """
-        torch._foreach_div_(self.cycle_gradients, scale)
+    def apply(self) -> Tensor:
+        """Turn gradients of the separability into those of the whole objective; return the weight, 0-d."""
         separability = [item.grad for item in self._parameters if item.grad is not None]
         length = torch.nn.utils.get_total_norm(separability).clamp(min=torch.finfo(torch.float32).tiny)
         weight = self._ratio * torch.nn.utils.get_total_norm(self.cycle_gradients) / length
@@ -144,7 +143,10 @@ class Learner:
             self._balance.add(self._scaler.scale(terms.cycle * share))
         objective = terms.separability if self._balance else terms.total
         torch.autograd.backward(self._scaler.scale(objective * share))
-        self._means += share * torch.stack([getattr(terms, name).detach() for name in _TERMS])
+        values = torch.stack([getattr(terms, name).detach() for name in _TERMS])
+        # Means of parts add up to those of the step, but cosines do not: their squared lengths do.
+        values[_COSINE] = (values[_RETURN] / values[_COSINE]).square()
+        self._means += share * values
 
     def sums(self) -> list[Tensor]:
         """Return what processes add up before the step ends."""
@@ -152,24 +154,25 @@ class Learner:
 
     def finish_gradient(self) -> Float[Tensor, " figure"]:
         """Weigh, measure and clip the gradient; return the terms, the separability weight and the norm."""
-        scale = self._scaler.get_scale()
-        self._scaler.unscale_(self.optimizer)
+        means = self._means
+        means[_COSINE] = means[_RETURN] / means[_COSINE].sqrt()
         if self._balance:
-            weight = self._balance.apply(scale)
-            self._means[0] = self._means[1] + weight * self._means[2]
+            weight = self._balance.apply()
+            means[_TOTAL] = means[_CYCLE] + weight * means[_SEPARABILITY]
         else:
             weight = torch.tensor(self.settings.separability_weight, device=self.device)
+        self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(self._gradients())
         if self.settings.clip_gradient:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.settings.clip_gradient, norm)
-        return torch.cat([self._means, weight.view(1), norm.view(1)])
+        return torch.cat([means, weight.view(1), norm.view(1)])
 
     def finish_step(self, step: Step, values: Sequence[float]) -> StepFigures | None:
         """Move the parameters; or, when a figure is not finite, mark the learner and return nothing.
 
         In fp16 a gradient may overflow: the scaler leaves the step out and lowers its scale.
         """
-        needed = values[:-1] if self._scaler.is_enabled() else values
+        needed = (values[_CYCLE], values[_SEPARABILITY]) if self._scaler.is_enabled() else values
         if not all(map(math.isfinite, needed)):
             self.diverged_at = step.number
             return None

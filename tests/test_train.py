@@ -116,6 +116,7 @@ def test_parts_of_a_batch_add_up() -> None:
     (found,) = Trainer([parts], part_bytes=3 * 4 * samples[0].numel()).feed(batch)
     assert found.total == pytest.approx(wanted.total, rel=1e-5)
     assert found.cycle_accuracy == pytest.approx(wanted.cycle_accuracy, abs=1e-6)
+    assert found.identity_cosine == pytest.approx(wanted.identity_cosine, rel=1e-6)
     for a, b in zip(whole.projection.parameters(), parts.projection.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
