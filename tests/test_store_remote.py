@@ -538,3 +538,22 @@ def test_a_cache_on_a_full_disk(cache: Cache, small_disk: Path) -> None:  # noqa
         check_samples(CACHED, here.open())
     assert "--cache-size" in str(caught.value.hint)
     check_samples(CACHED, here.open(10_000))
+
+
+def test_compressed_chunks_come_from_the_copies(url: str, proxy: Proxy, tmp_path: Path) -> None:
+    case = pairs_case(codec="zstd")
+    case.write(url)
+    store = open_store(url, cache_dir=tmp_path / "cache")
+    check_samples(case, store)
+    proxy.clear()
+    check_samples(case, store)
+    assert not [request for request in proxy.requests if request.startswith("GET")]
+
+
+def test_a_refusal_while_zarr_reads(url: str, proxy: Proxy) -> None:
+    case = pairs_case(codec="zstd")
+    store = open_store(case.write(url))
+    check_samples(case, store)
+    proxy.n_refused, proxy.refusal = 10**6, 403
+    with pytest.raises(RemoteError, match="access is refused"):
+        store.samples([3])

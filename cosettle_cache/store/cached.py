@@ -109,8 +109,8 @@ class CachedStorage:
         return self.remote.walk()
 
     def zarr_store(self) -> Any:
-        """Return a Zarr store over the object store."""
-        return self.remote.zarr_store()
+        """Return a Zarr store over the object store, its shards from the copies."""
+        return self.remote.zarr_view(self)
 
     def _copy(self, name: str) -> _Copy:
         size, tag = self.remote.state(name)

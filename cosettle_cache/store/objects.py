@@ -20,7 +20,7 @@ from obstore.store import AzureStore, GCSStore, S3Store, from_url
 from cosettle_cache.errors import CosettleError, OutputError, RemoteError, UsageError
 from cosettle_cache.files import Buffer
 from cosettle_cache.store.lazy import cached_property
-from cosettle_cache.store.storage import RangeFile
+from cosettle_cache.store.storage import RangeFile, ReadStorage
 
 #: Requests in flight; a request takes tens of milliseconds and moves a few tens of MB/s.
 _PARALLEL_REQUESTS = 16
@@ -161,9 +161,15 @@ class ObjectStorage:
 
     def zarr_store(self) -> Any:
         """Return a Zarr store over the same objects."""
+        return self.zarr_view(self)
+
+    def zarr_view(self, storage: ReadStorage) -> Any:
+        """Return a Zarr store that reads through `storage`, which is this one or a cache of it."""
         from zarr.storage import ObjectStore
 
-        return ObjectStore(self._client, read_only=True)
+        from cosettle_cache.store.zarr_view import ZarrView
+
+        return ZarrView(ObjectStore(self._client, read_only=True), storage)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
