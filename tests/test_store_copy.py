@@ -56,10 +56,11 @@ def test_a_copy_has_the_same_bytes(tmp_path: Path, dtype: str, codec: str) -> No
     assert (again.n_copied, again.n_there, again.n_bytes) == (0, 3, 0)
 
 
-def test_stores_of_the_first_release_are_copied_as_they_are(tmp_path: Path) -> None:
-    for path in (Path(__file__).parent / "stores/v1").iterdir():
-        copy_store(path, tmp_path / path.name)
-        assert folder_bytes(tmp_path / path.name) == folder_bytes(path)
+def test_released_stores_are_copied_as_they_are(tmp_path: Path) -> None:
+    for path in (Path(__file__).parent / "stores").glob("*/*"):
+        copy = tmp_path / path.parent.name / path.name
+        copy_store(path, copy)
+        assert folder_bytes(copy) == folder_bytes(path)
 
 
 def test_a_stopped_copy_goes_on(tmp_path: Path) -> None:

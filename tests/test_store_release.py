@@ -6,11 +6,14 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pytest
 from store_cases import folder_bytes, frames_case
 
-from cosettle_cache.store import StoreWriter, open_store
+from cosettle_cache.store import StoreWriter, open_store, verify_store
 
-V1 = Path(__file__).parent / "stores" / "v1"
+STORES = Path(__file__).parent / "stores"
+V1, V2 = STORES / "v1", STORES / "v2"
 
 
 def sha256(data: bytes) -> str:
@@ -38,6 +41,44 @@ def test_v1_frames() -> None:
     assert store.slot_states() == {"todo": 1, "done": 3, "failed": 0}
     assert [str(layout.grid) for layout in store.arrays] == ["1x3", "2x2"]
     assert store.fingerprint.backbone == "tiny"
+
+
+def test_v2_pairs() -> None:
+    """Grouped int8, compressed."""
+    store = open_store(V2 / "pairs")
+    assert [(layout.dtype, layout.codec) for layout in store.arrays] == [("int8", "zstd")]
+    assert store.fingerprint.spec_version == 2
+    assert store.failures == {"clip1": "frame 3 cannot be decoded"}
+    found = store.samples(store.sample_ids)
+    assert (found.dtype, found.shape) == (np.float16, (2, 3, 2, 2, 66))
+    assert sha256(found.tobytes()) == "741c02c1b1cd66d92e709ab6caf482ac07b02dd9b1c27186aa387bca37b96e33"
+
+
+def test_v2_frames() -> None:
+    """Grouped int8, read directly."""
+    store = open_store(V2 / "frames")
+    assert {name: sha256(store.tokens(name).tobytes()) for name in store.video_ids} == {
+        "bear": "eb2fd2f6b34d8a4e611ceb653fe7782b8aeebc58709b19341bcca27ac5dfafc7",
+        "dog": "b7e15e402b9cbd05c59710acdd3f1b0adc75f8eafb6385b32c489b3f26ae777d",
+    }
+    assert store.slot_states() == {"todo": 1, "done": 3, "failed": 0}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(STORES.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}"
+)
+def test_released_stores_are_clean(path: Path) -> None:
+    assert verify_store(path).damages == ()
+
+
+def test_v2_can_be_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "frames"
+    shutil.copytree(V2 / "frames", path)
+    before = folder_bytes(path)
+    videos = (("bear", 3, 2, 2), ("camel", 2, 2, 2), ("dog", 1, 1, 3))
+    frames_case(videos, dim=66, slot_encodings=4, n_shifted=1, seed=21, dtype="int8").write(path)
+    assert folder_bytes(path).items() >= before.items()
+    assert open_store(path).video_ids == ("bear", "camel", "dog")
 
 
 def test_v1_can_be_resumed(tmp_path: Path) -> None:
