@@ -116,7 +116,7 @@ class StepFigures:
 
 @dataclass(frozen=True, slots=True)
 class ValidationFigures:
-    """One line of `validation.jsonl`: held-out clips after `step` steps, at the end of `epoch`.
+    """One line of `validation.jsonl`: held-out clips after step `step`, the last of `epoch`.
 
     Distances are between unit tokens at the same place of the grid, in diameters of the unit sphere (0 to 1):
     `inter_distance` of different clips, `intra_distance` of two frames of one; `margin` is the paper's D, the

@@ -176,7 +176,7 @@ class _Run:
     def _validate(self, step: Step) -> list[ValidationFigures | None]:
         active = [learner for learner in self.trainer.learners if learner.diverged_at is None]
         ids = self.stream.held_out.ids
-        figures = iter(validate(active, self.stream.samples, ids, step.number + 1, step.epoch))
+        figures = iter(validate(active, self.stream.samples, ids, step.number, step.epoch))
         return [None if item.diverged_at is not None else next(figures) for item in self.trainer.learners]
 
     def _check_finite(self, step: Step) -> None:

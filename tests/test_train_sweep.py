@@ -104,6 +104,23 @@ def test_every_member_equals_its_single_run(swept: Path, tmp_path: Path) -> None
             assert wanted.read_bytes() == found.read_bytes()
 
 
+def test_tensorboard_sees_the_figures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    store, stop = make_store(tmp_path, n_videos=20), threading.Event()
+    run = replace(SMALL, validation=0.2)
+    train(store, run, tmp_path / "run", progress=After(5, stop.set), stop=stop)
+    train(store, run, tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    figures = read_figures(tmp_path / "run" / "metrics.jsonl")
+    scalars = events.Scalars("train/total")
+    assert [item.step for item in scalars] == [item.step for item in figures]
+    assert scalars[-1].value == pytest.approx(figures[-1].total, rel=1e-6)
+    assert len(events.Scalars("validation/margin")) == 3
+
+
 def test_a_sweep_leaves_a_comparison(swept: Path) -> None:
     run = swept / "run"
     table = pq.read_table(run / "curves.parquet")
