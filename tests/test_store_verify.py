@@ -236,6 +236,15 @@ def test_foreign_files_are_notes(pairs: tuple[Case, Path]) -> None:
     assert sum("unfinished" in note for note in report.notes) == 1
 
 
+def test_a_store_without_its_root_is_no_place_for_another(pairs: tuple[Case, Path]) -> None:
+    case, path = pairs
+    lose_root(path)
+    for look in (open_store, case.writer):
+        with pytest.raises(DamagedStoreError, match="has lost its zarr.json") as caught:
+            look(path)
+        assert "store repair" in str(caught.value.hint)
+
+
 def test_two_damaged_headers_cannot_be_repaired(pairs: tuple[Case, Path]) -> None:
     _, path = pairs
     empty_root(path)

@@ -19,7 +19,7 @@ from typing import Any
 from cosettle_cache.errors import InputError
 from cosettle_cache.files import make_folder, output_errors, sync, temporary_name, write_durably
 from cosettle_cache.manifest import manifest_table
-from cosettle_cache.store.header import ATTRIBUTE, AXES, FILL_VALUES, Header
+from cosettle_cache.store.header import ATTRIBUTE, AXES, FILL_VALUES, Header, lost_header
 from cosettle_cache.store.layout import (
     DTYPES,
     INDEX_GROUP,
@@ -187,6 +187,8 @@ def _write_files(build: Path, files: Mapping[str, bytes]) -> None:
 def _check_vacant(path: Path) -> None:
     if path.is_dir() and not any(path.iterdir()):
         return
+    if (path / MANIFEST).is_file():
+        raise lost_header(path)
     if path.exists():
         raise InputError(
             f"{path} exists and is not a store",

@@ -9,13 +9,15 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cosettle_cache.config import digest
-from cosettle_cache.errors import DamagedStoreError, FingerprintError, InputError
+from cosettle_cache.errors import CosettleError, DamagedStoreError, FingerprintError, InputError
 from cosettle_cache.store.layout import (
     CODECS,
     DTYPES,
+    MANIFEST,
     ROOT_METADATA,
     SPEC_VERSION,
     array_folder,
@@ -145,10 +147,17 @@ def _read_attribute(storage: ReadStorage) -> dict[str, Any]:
     return attribute
 
 
-def _no_store(storage: ReadStorage) -> InputError:
+def lost_header(path: str | Path) -> DamagedStoreError:
+    """Return the error for a local store that has all but its root's metadata."""
+    return DamagedStoreError(f"{path} has lost its {ROOT_METADATA}", hint=repair_hint(str(path)))
+
+
+def _no_store(storage: ReadStorage) -> CosettleError:
     path, local = storage.path, storage.local
     if local is None:
         return InputError(f"{path} holds no store", wanted=f"an object {ROOT_METADATA}", hint=_make_one(path))
+    if storage.exists(MANIFEST):
+        return lost_header(path)
     if not os.path.lexists(local):
         return InputError(f"{path} does not exist", wanted="a store", hint=_make_one(path))
     return InputError(
