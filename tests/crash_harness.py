@@ -27,6 +27,7 @@ import numpy as np
 from extract_cases import make_clips, manifest_of, tree
 
 from cosettle_cache.errors import InputError
+from cosettle_cache.manifest import read_manifest, write_manifest
 from cosettle_cache.store import open_store, verify_store
 
 #: Children start with everything imported; the server that forks them has done nothing else.
@@ -34,6 +35,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["cosettle_cache.extract", "cosettle_cache.backbones", "timm", "zarr"])
 
 N_CLIPS, N_VIEWS, SLOT_ENCODINGS = 16, 2, 6
+MANIFEST = "manifest.parquet"
 #: Kills come within this share of an uninterrupted run, so that a store takes several.
 REACH = 0.4
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -92,7 +94,7 @@ def extract_clips(root: Path, out: Path, line: Connection) -> None:
 
     torch.set_num_threads(1)
     backbone = load_backbone("timm/test_vit", weights="random")
-    manifest = manifest_of(root)
+    manifest = read_manifest(root.parent / MANIFEST)
     settings = PairsSettings(n_views=N_VIEWS, size=64)
     plan = make_plan(manifest, settings, patch=16, dim=64, slot_encodings=SLOT_ENCODINGS)
     fingerprint = make_fingerprint(backbone, plan, manifest)
@@ -128,6 +130,7 @@ def finish(root: Path, out: Path) -> float:
 def make_reference(folder: Path) -> Clips:
     """Draw clips and extract them without a disturbance."""
     root = make_clips(folder / "clips", N_CLIPS)
+    write_manifest(folder / MANIFEST, manifest_of(root))  # once: it holds the date
     seconds = finish(root, folder / "whole.zarr")
     store = open_store(folder / "whole.zarr")
     return Clips(root, tree(folder / "whole.zarr"), store.samples(store.sample_ids), seconds)
