@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, UInt8
-from PIL import Image
 from torch import Tensor
 
+from cosettle_cache.datasets.index_png import sample_mask
 from cosettle_cache.types import Grid
 
 Mask = UInt8[np.ndarray, "height width"]
@@ -59,7 +59,7 @@ def encode_mask_nearest(mask: Mask, grid: Grid) -> FirstLabels:
     The mask is sampled at its own size, without a stop at the network input, by Pillow's nearest neighbour.
     The background is a class even where no cell shows it, as in DINO; an object that no cell shows is none.
     """
-    cells = _sample(mask, (grid.rows, grid.cols))
+    cells = sample_mask(mask, (grid.rows, grid.cols))
     object_ids = np.union1d(0, cells)
     return FirstLabels(
         tuple(object_ids.tolist()),
@@ -93,7 +93,7 @@ def decode_mask_stretched(
     highest = maps.amax(dim=(1, 2), keepdim=True)
     classes = (maps / highest.where(highest > 0, 1.0)).max(dim=0).indices
     lookup = torch.tensor(object_ids, dtype=torch.uint8, device=label_map.device)
-    return _sample(lookup[classes].cpu().numpy(), mask_size)
+    return sample_mask(lookup[classes].cpu().numpy(), mask_size)
 
 
 def encode_keypoints(points: Points, grid: Grid) -> Float32[Tensor, "row col class"]:
@@ -129,26 +129,11 @@ def decode_keypoints(
     return points.where(total != 0, LOST)
 
 
-def pixels_to_cells(points: Points, image_size: Size, grid: Grid) -> Points:
-    """Return key points in cells of a grid that spans an image of (height, width) `image_size` pixels."""
-    return np.asarray(points * _cells_per_pixel(image_size, grid).astype(points.dtype))
-
-
-def cells_to_pixels(points: Points, image_size: Size, grid: Grid) -> Points:
-    """Return key points in pixels; those that are lost stay left of and above the image."""
-    return np.asarray(points / _cells_per_pixel(image_size, grid).astype(points.dtype))
-
-
 def resize_mask(mask: Mask, size: Size) -> UInt8[np.ndarray, "_ _"]:
     """Return `mask` at `size` by OpenCV's nearest neighbour, which rounds source coordinates down."""
     if mask.shape == size:
         return mask
     return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST).astype(np.uint8, copy=False)
-
-
-def _sample(mask: Mask, size: Size) -> UInt8[np.ndarray, "_ _"]:
-    """Return `mask` at `size` by Pillow's nearest neighbour, which samples the middle of target pixels."""
-    return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def _bump(centre: float, n_cells: int) -> Float64[np.ndarray, " cell"]:
@@ -161,11 +146,6 @@ def _bump(centre: float, n_cells: int) -> Float64[np.ndarray, " cell"]:
     cells = np.arange(n_cells)
     profile = np.exp(-((cells - (start + 2)) ** 2) / (2 * SIGMA**2))
     return np.where((cells >= start) & (cells < stop), profile, 0.0)
-
-
-def _cells_per_pixel(image_size: Size, grid: Grid) -> Float64[np.ndarray, "2 1"]:
-    height, width = image_size
-    return np.array([[grid.cols / width], [grid.rows / height]])
 
 
 def _shrink(chosen: np.ndarray, grid: Grid) -> Float32[np.ndarray, "row col"]:

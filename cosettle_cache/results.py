@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
     [*((name, _ARROW[kind]) for name, kind in get_type_hints(Score).items()), ("jf_mean", pa.float64())]
 )
 
+_TEXTS = [name for name, kind in get_type_hints(Score).items() if kind is str]
+
 SCORES_FILE, SUMMARY_FILE = "scores.parquet", "summary.json"
 
 #: Fields that must agree within one summary; they are reported once.
@@ -176,7 +178,10 @@ def read_scores(path: Path) -> list[Score]:
     """Read the rows of a `scores.parquet`; columns that it lacks, as older ones do, keep their defaults."""
     table = tables.read_table(path, SCHEMA)
     known = [item.name for item in fields(Score) if item.name in table.column_names]
-    return [Score(**row) for row in table.select(known).to_pylist()]
+    # CSV does not tell an empty text from none.
+    texts = [name for name in _TEXTS if name in known]
+    rows = table.select(known).to_pylist()
+    return [Score(**(row | {name: row[name] or "" for name in texts})) for row in rows]
 
 
 def summary_json(scores: Sequence[Score]) -> dict[str, Any]:

@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
+from cosettle_cache.datasets.jhmdb import cells_to_pixels, pixels_to_cells
 from cosettle_cache.labels import (
-    cells_to_pixels,
     decode_keypoints,
     decode_mask,
     decode_mask_stretched,
     encode_keypoints,
     encode_mask,
     encode_mask_nearest,
-    pixels_to_cells,
     resize_mask,
 )
 from cosettle_cache.types import Grid

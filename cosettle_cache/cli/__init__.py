@@ -18,6 +18,7 @@ from cosettle_cache.cli import (
     propagate,
     protocols,
     run,
+    score,
     store,
     train,
 )
@@ -40,6 +41,7 @@ STORY = (
     "train",
     "protocols",
     "propagate",
+    "score",
     "projection",
     "store",
     "run",
@@ -71,6 +73,7 @@ app.command()(exits(extract.extract))
 app.command()(exits(train.train))
 app.command()(exits(protocols.protocols))
 app.command()(exits(propagate.propagate))
+app.command()(exits(score.score))
 app.add_typer(projection.app, name="projection")
 app.add_typer(store.app, name="store")
 app.command()(exits(run.run))

@@ -24,6 +24,12 @@ TRAINING_FOLDERS = (
     ("folder", "clips"),
 )
 DAVIS_FOLDERS = (("davis", "DAVIS"), ("davis", "davis-2017"), ("davis", "davis"), ("davis", "."))
+#: Per benchmark: what tells its folder, and the folders looked for under the data root.
+BENCHMARK_FOLDERS = {
+    "davis": ("JPEGImages", ("DAVIS", "davis-2017", "davis", ".")),
+    "vip": ("Images", ("VIP", "VIP_Fine", "vip", ".")),
+    "jhmdb": ("Rename_Images", ("JHMDB", "jhmdb", ".")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,21 @@ def training_data(data_root: Path | None, talk: Talk) -> Data:
 def davis_data(data_root: Path | None, talk: Talk) -> Data:
     """Return sequences to propagate on: the DAVIS folder under the data root, else the sprites."""
     return _find(data_root, DAVIS_FOLDERS, "a DAVIS folder", "val", talk)
+
+
+def benchmark_data(task: str, data_root: Path | None) -> Data:
+    """Return the videos of a benchmark under the data root; raise `InputError` when it is not there."""
+    if data_root is None:
+        raise UsageError(f"where is {task}?", wanted="--data-root FOLDER or --manifest FILE")
+    _check_root(data_root)
+    mark, names = BENCHMARK_FOLDERS[task]
+    for name in names:
+        if (data_root / name / mark).is_dir():
+            built = build_manifest(task, data_root / name, data_root)
+            origin = f"{data_root / name} ({len(built.manifest)} videos)"
+            return Data(built.manifest, data_root, origin, built.failures)
+    wanted = ", ".join(f"{name}/{mark}" for name in names)
+    raise InputError(f"{data_root} holds no {task} data", wanted=f"one of {wanted}")
 
 
 def sprites_data(split: str) -> Data:

@@ -41,6 +41,11 @@ def _is_stretched(image: ImageFile) -> bool:
     return any(str(tile[-1]) in ("L;2", "L;4") for tile in image.tile)
 
 
+def sample_mask(mask: Mask, size: tuple[int, int]) -> UInt8[np.ndarray, "_ _"]:
+    """Return `mask` at `size` by Pillow's nearest neighbour, which samples the middle of target pixels."""
+    return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
 def write_mask(path: Path, mask: Mask) -> None:
     """Write indices as an 8-bit palette PNG in the benchmark's colours; raise `OutputError` if it cannot."""
     image = Image.fromarray(mask)

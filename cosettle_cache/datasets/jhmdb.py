@@ -23,7 +23,7 @@ from cosettle_cache.datasets.lists import Listed, locate, read_list
 from cosettle_cache.datasets.mask_files import check_numbers, frame_stems
 from cosettle_cache.errors import MediaError
 from cosettle_cache.files import output_errors
-from cosettle_cache.types import LabelKind, Video
+from cosettle_cache.types import Grid, LabelKind, Video
 
 #: The joints in the order of `pos_img`.
 JOINTS = (
@@ -46,6 +46,8 @@ JOINTS = (
 MAT_FILE = "joint_positions.mat"
 
 Joints = Float64[np.ndarray, "2 joint frame"]
+#: Key points: x, then y.
+Points = Float[np.ndarray, "2 joint"]
 
 #: What a pickled NumPy array is made of; anything else in a file of predictions is refused.
 _ARRAY_PARTS = {
@@ -142,10 +144,10 @@ def open_joints(video: Video, data_root: Path) -> JointSequence:
 
 def read_joints(path: Path) -> Joints:
     """Return `pos_img` of a MATLAB file in pixels counted from 0; the file counts from 1 (PROTOCOLS 2.1)."""
+    if not path.is_file():
+        raise MediaError(f"{path} does not exist", wanted="a file of joints")
     try:
         content = scipy.io.loadmat(path)
-    except FileNotFoundError as error:
-        raise MediaError(f"{path} does not exist", wanted="a file of joints") from error
     except _UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MediaError(f"{path} is not a readable MATLAB file", found=reason) from error
@@ -167,6 +169,21 @@ def _checked(joints: Any, path: Path) -> Joints:
     if joints.dtype.kind not in "fiu" or not np.isfinite(joints).all():
         raise MediaError(f"{path} has joints that are nowhere", wanted="finite numbers", found="others")
     return np.asarray(joints, dtype=np.float64)
+
+
+def pixels_to_cells(points: Points, image_size: tuple[int, int], grid: Grid) -> Points:
+    """Return key points in cells of a grid that spans an image of (height, width) `image_size` pixels."""
+    return np.asarray(points * _cells_per_pixel(image_size, grid).astype(points.dtype))
+
+
+def cells_to_pixels(points: Points, image_size: tuple[int, int], grid: Grid) -> Points:
+    """Return key points in pixels; those that are lost stay left of and above the image."""
+    return np.asarray(points / _cells_per_pixel(image_size, grid).astype(points.dtype))
+
+
+def _cells_per_pixel(image_size: tuple[int, int], grid: Grid) -> Float64[np.ndarray, "2 1"]:
+    height, width = image_size
+    return np.array([[grid.cols / width], [grid.rows / height]])
 
 
 def write_predicted_joints(path: Path, points: Float32[np.ndarray, "2 joint frame"]) -> None:

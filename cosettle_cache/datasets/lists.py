@@ -20,6 +20,9 @@ from cosettle_cache.types import LabelKind, Manifest, MediaKind, Video
 _MEDIA_FOLDERS = ("Images", "Rename_Images", "JPEGImages")
 _LABEL_FOLDERS = ("Category_ids", "Annotations", "joint_positions")
 
+#: Columns of frames, height, width and objects in a manifest, and in a list with a header.
+_SIZE_COLUMNS = (("n_frames", "frames"), ("height",), ("width",), ("n_objects", "objects"))
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -153,16 +156,16 @@ def _from_row(row: dict[str, object], path: Path) -> Listed:
     if name is None:
         found = ", ".join(row)
         raise InputError(f"{path} names no videos", wanted="a column video_id or sequence", found=found)
-    numbers = {
-        "n_frames": row.get("n_frames") or row.get("frames"),
-        "height": row.get("height"),
-        "width": row.get("width"),
-        "n_objects": row.get("n_objects") or row.get("objects"),
-    }
     try:
-        return Listed(str(name), **{key: int(str(value or 0)) for key, value in numbers.items()})
+        n_frames, height, width, n_objects = (_number(row, *names) for names in _SIZE_COLUMNS)
     except ValueError as error:
         raise InputError(f"{path} has a size that is no number", found=error) from error
+    return Listed(str(name), None, None, n_frames, height, width, n_objects)
+
+
+def _number(row: dict[str, object], *names: str) -> int:
+    """Return what the row has under one of `names`, 0 where it has nothing."""
+    return int(str(next((row[name] for name in names if row.get(name) is not None), 0)))
 
 
 def locate(root: Path, listed: str, folders: tuple[str, ...] = (*_MEDIA_FOLDERS, *_LABEL_FOLDERS)) -> Path:

@@ -1,0 +1,78 @@
+"""Object masks in the DAVIS layout: `VIDEO/FRAME.png` with object numbers, at the annotation's own size.
+
+In comes a case, out go one J&F row per object of the first annotation. The benchmark scores neither the
+first nor the last frame, so their masks may be missing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cosettle_cache.datasets.davis import DavisSequence, open_sequence
+from cosettle_cache.datasets.index_png import read_mask
+from cosettle_cache.errors import MediaError
+from cosettle_cache.frames import decode_errors
+from cosettle_cache.metrics import DavisScorer
+from cosettle_cache.metrics.rows import object_row
+from cosettle_cache.scoring.case import Case, lacking
+from cosettle_cache.types import Score
+
+MIN_FRAMES = 3
+#: Modes of images whose pixels are numbers.
+_INDEXED = ("P", "L", "1")
+
+
+def check_masks(case: Case) -> list[str]:
+    """Return what keeps the video from being scored, after a look at every file's name, size and kind."""
+    sequence = open_sequence(case.video, case.data_root)
+    if case.video.n_frames < MIN_FRAMES or len(sequence.labelled) < case.video.n_frames:
+        found = f"{len(sequence.labelled)} of {case.video.n_frames} frames annotated"
+        return [f"cannot be scored: {found}, at least {MIN_FRAMES} and all needed"]
+    folder = case.predictions / case.video.video_id
+    if not folder.is_dir():
+        return ["no folder of masks"]
+    names = [f"{name}.png" for name in sequence.frame_names[1:-1]]
+    missing = [name for name in names if not (folder / name).is_file()]
+    present = [name for name in names if name not in set(missing)]
+    faults = [fault for name in present if (fault := _header_fault(folder / name, case))]
+    return [*lacking("masks", missing, len(names)), *faults]
+
+
+def _header_fault(path: Path, case: Case) -> str | None:
+    wanted = (case.video.height, case.video.width)
+    try:
+        with decode_errors(path), Image.open(path) as image:
+            found, mode = (image.height, image.width), image.mode
+    except MediaError as error:
+        return f"{path.name}: {error.summary}"
+    if found != wanted:
+        return f"{path.name} is {found[0]}x{found[1]}, not {wanted[0]}x{wanted[1]}"
+    if mode not in _INDEXED:
+        return f"{path.name} holds colours (mode {mode}), not object numbers"
+    return None
+
+
+def score_masks(case: Case, row: Score) -> list[Score]:
+    """Return one row per object that the first annotation shows; raise `InputError` for unknown objects.
+
+    Where its numbers have gaps, the official tool also counts the numbers between, as objects that are never
+    there and so always right; they get no row here.
+    """
+    sequence = open_sequence(case.video, case.data_root)
+    first = sequence.first_mask()
+    scorer = DavisScorer.from_first_mask(first)
+    for index in range(case.video.n_frames):
+        truth = sequence.mask(index)
+        assert truth is not None
+        scored = 0 < index < case.video.n_frames - 1
+        scorer.add(truth, _prediction(case, sequence, index) if scored else truth)
+    shown = set(np.unique(first).tolist())
+    items = [item for item in scorer.finish() if item.object_id in shown]
+    return [object_row(row, item, scorer.tolerance) for item in items]
+
+
+def _prediction(case: Case, sequence: DavisSequence, index: int) -> np.ndarray:
+    return read_mask(case.predictions / case.video.video_id / f"{sequence.frame_names[index]}.png")
