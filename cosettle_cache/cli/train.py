@@ -24,56 +24,42 @@ _SPECTRAL = SpectralSettings()
 def train(
     features: Annotated[
         list[str],
-        typer.Option(help="A store, local or at a URL, with shifted views; may be given several times."),
+        typer.Option(help="A store with shifted views; repeat for more."),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/STORE.")] = None,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE,VALUE: train all combinations from one stream; may be repeated."),
+        typer.Option(help="NAME=VALUE,VALUE; repeat for all combinations."),
     ] = None,
-    head: Annotated[str, typer.Option(help="linear, affine, mlp2, mlp3 or spectral.")] = _DEFAULT.head,
+    head: Annotated[str, typer.Option(help="linear, affine, mlp2, mlp3, spectral.")] = _DEFAULT.head,
     regularizer: Annotated[str, typer.Option(help="kl, mse or cosine.")] = _DEFAULT.regularizer,
-    reduction: Annotated[
-        str, typer.Option(help="released or token-mean (the paper's).")
-    ] = _DEFAULT.reduction,
+    reduction: Annotated[str, typer.Option(help="released or token-mean.")] = _DEFAULT.reduction,
     temperature: Annotated[float, typer.Option(help="Of the cycle's transitions.")] = _DEFAULT.temperature,
-    separability_weight: Annotated[
-        str, typer.Option(help="Weight of the semantic-separability loss, or auto.")
-    ] = str(_DEFAULT.separability_weight),
-    gradient_ratio: Annotated[
-        float, typer.Option(help="With auto: length of its gradient over the cycle's.")
-    ] = _DEFAULT.gradient_ratio,
+    separability_weight: Annotated[str, typer.Option(help="Of its loss, or auto.")] = str(
+        _DEFAULT.separability_weight
+    ),
+    gradient_ratio: Annotated[float, typer.Option(help="With auto.")] = _DEFAULT.gradient_ratio,
     window: Annotated[int, typer.Option(min=1, help="Tokens pooled per side.")] = _DEFAULT.window,
     epochs: Annotated[int, typer.Option(min=1, help="One sample of every clip each.")] = _DEFAULT.epochs,
     warmup_epochs: Annotated[float, typer.Option(min=0, help="Linear warm-up.")] = _DEFAULT.warmup_epochs,
     batch: Annotated[int, typer.Option(min=1, help="Samples read in one go.")] = _DEFAULT.batch_size,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = _DEFAULT.accumulate,
-    base_lr: Annotated[
-        float, typer.Option(help="Learning rate per 256 samples of a step.")
-    ] = _DEFAULT.base_lr,
+    base_lr: Annotated[float, typer.Option(help="Per 256 samples of a step.")] = _DEFAULT.base_lr,
     weight_decay: Annotated[float, typer.Option(help="On matrices only.")] = _DEFAULT.weight_decay,
-    clip_gradient: Annotated[
-        float, typer.Option(min=0, help="Largest length of a gradient; 0: any.")
-    ] = _DEFAULT.clip_gradient,
-    precision: Annotated[str, typer.Option(help="float32, bf16 or fp16, of the head.")] = _DEFAULT.precision,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of initialisation and order.")] = _DEFAULT.seed,
-    order: Annotated[str, typer.Option(help="samples; shards for slow disks and URLs.")] = _DEFAULT.order,
-    shard_window: Annotated[
-        int, typer.Option(min=1, help="Shards that are mixed by --order shards.")
-    ] = _DEFAULT.shard_window,
+    clip_gradient: Annotated[float, typer.Option(min=0, help="Its length; 0: any.")] = _DEFAULT.clip_gradient,
+    precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = _DEFAULT.precision,
+    seed: Annotated[int, typer.Option(min=0, help="Of initialisation and order.")] = _DEFAULT.seed,
+    order: Annotated[str, typer.Option(help="samples, or shards (URLs).")] = _DEFAULT.order,
+    shard_window: Annotated[int, typer.Option(min=1, help="Shards to mix.")] = _DEFAULT.shard_window,
     validation: Annotated[float, typer.Option(help="Share of clips held out.")] = _DEFAULT.validation,
-    palindrome: Annotated[
-        int, typer.Option(min=2, help="Frames of a walk on its way out; over 2 from frames stores only.")
-    ] = _DEFAULT.palindrome,
-    gap: Annotated[float, typer.Option(help="Between frames of a frames store, of a clip.")] = _DEFAULT.gap,
+    palindrome: Annotated[int, typer.Option(min=2, help="Frames of a walk.")] = _DEFAULT.palindrome,
+    gap: Annotated[float, typer.Option(help="Share of a clip, in frames stores.")] = _DEFAULT.gap,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = _DEFAULT.checkpoint_every,
-    spectral_lambda: Annotated[
-        float | None, typer.Option(help="Of the spectral head; default: by the margin on held-out clips.")
-    ] = None,
+    spectral_lambda: Annotated[float | None, typer.Option(help="Default: by the margin.")] = None,
     correspondence: Annotated[
-        str, typer.Option(help="Of the spectral head: nearest or position.")
+        str, typer.Option(help="Spectral: nearest, position.")
     ] = _SPECTRAL.correspondence,
-    cache_dir: Annotated[Path | None, typer.Option(help="Keep shards of remote stores here.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="For shards of remote stores.")] = None,
     device: Device = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -81,7 +67,7 @@ def train(
 ) -> int:
     """Train Co-Settle's projection on stored tokens. Run it again to resume.
 
-    Example: cosettle-cache train --features store.zarr --sweep separability_weight=1,3,10
+    Example: cosettle-cache train --features store.zarr --sweep window=1,2
     """
     if head == "spectral":
         _check_spectral(features, sweep)
