@@ -15,16 +15,8 @@ from torch import Tensor
 from cosettle_cache.affinity import in_window, unit_tokens
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.neighbors import Neighbors, merge_neighbors
-from cosettle_cache.search import (
-    Blocked,
-    KeyIndex,
-    Keys,
-    Similarities,
-    Slab,
-    make_open_slabs,
-    make_ranker,
-    make_slabs,
-)
+from cosettle_cache.search import KeyIndex, Keys, Similarities, make_ranker
+from cosettle_cache.slabs import Blocked, SearchSize, Slab, make_open_slabs, make_slabs
 from cosettle_cache.types import EvalProtocol, Grid
 
 #: Far above the rounding of a cosine in float32, far below what separates different tokens.
@@ -33,18 +25,20 @@ ROUNDING = 1e-5
 #: Floats of keys that are gathered at a time.
 _PAIR_FLOATS = 2**21
 
+#: Positions whose frames are moved at a time while the queue fills.
+_GROW_POSITIONS = 64
+
 
 class Queue:
     """The last `capacity` frames after the first: `keys[position, slot]` is a token of frame `frames[slot]`.
 
-    While it fills, each frame's arrival lays the keys out anew, so that a position's frames stay side by side
-    without empty places between them; later frames replace the oldest.
+    While it fills, each frame's arrival lays the keys out anew in the same storage, so that a position's
+    frames stay side by side without empty places between them; later frames replace the oldest.
     """
 
     def __init__(self, capacity: int, grid: Grid, dim: int, device: torch.device) -> None:
         self._capacity = capacity
         self._storage = torch.empty(capacity * grid.n_tokens * dim, device=device)
-        self._spare = torch.empty_like(self._storage)
         self.keys: Keys = self._storage[:0].view(grid.n_tokens, 0, dim)
         self.frames: Int32[Tensor, " slot"] = torch.empty(0, dtype=torch.int32, device=device)
 
@@ -59,33 +53,45 @@ class Queue:
 
     def _grow(self, tokens: Float32[Tensor, "position dim"], frame: int) -> None:
         n_positions, n_frames, dim = self.keys.shape
-        grown = self._spare[: n_positions * (n_frames + 1) * dim].view(n_positions, n_frames + 1, dim)
-        grown[:, :n_frames] = self.keys
-        grown[:, n_frames] = tokens
-        self.keys = grown
+        wider = self._storage[: n_positions * (n_frames + 1) * dim].view(n_positions, n_frames + 1, dim)
+        # Positions move towards the end, so the last ones go first; a copy lets a block overlap itself.
+        for start in reversed(range(0, n_positions, _GROW_POSITIONS)):
+            block = slice(start, start + _GROW_POSITIONS)
+            wider[block, :n_frames] = self.keys[block].clone()
+        wider[:, n_frames] = tokens
+        self.keys = wider
         self.frames = torch.cat([self.frames, self.frames.new_tensor([frame])])
-        self._storage, self._spare = self._spare, self._storage
-        if n_frames + 1 == self._capacity:
-            self._spare = torch.empty(0)
 
 
 class ContextSearch:
     """The context of one video, first frame and queue, and each next frame's neighbours in it.
 
     Tokens are normalised once, when they enter, and lie column by column, so that the window of a slab of
-    query columns is one contiguous block. Memory does not depend on the number of frames: it is the context,
-    a spare queue while that fills, and one slab of similarities.
+    query columns is one contiguous block. Memory does not depend on the number of frames: it is the context
+    and the similarities of the slabs in work, which `memory_limit` (bytes, `labels_bytes` of labels included)
+    makes narrower; only ties beyond all measure, where a protocol keeps them, take more. Raises `UsageError`
+    with the least limit that works.
     """
 
     def __init__(
-        self, grid: Grid, dim: int, protocol: EvalProtocol, *, device: torch.device, search: str = "auto"
+        self,
+        grid: Grid,
+        dim: int,
+        protocol: EvalProtocol,
+        *,
+        device: torch.device,
+        search: str = "auto",
+        memory_limit: int | None = None,
+        labels_bytes: int = 0,
     ) -> None:
         check_candidates(grid, protocol)
         self._grid, self._protocol, self._device = grid, protocol, device
         self._shape = (grid.rows, grid.cols, dim)
         self._ranker = make_ranker(search, device)
-        self._slabs = make_slabs(grid, protocol, device)
-        self._first_slabs = self._slabs if protocol.mask_first else make_open_slabs(grid)
+        size = SearchSize(grid, dim, protocol, self._ranker.n_parallel, labels_bytes)
+        slab_cols = size.slab_cols(memory_limit)
+        self._slabs = make_slabs(grid, protocol, device, slab_cols)
+        self._first_slabs = self._slabs if protocol.mask_first else make_open_slabs(grid, slab_cols)
         self._first: Keys | None = None
         self._queue = Queue(protocol.n_context, grid, dim, device)
         self._n_seen = 0
@@ -132,7 +138,7 @@ class ContextSearch:
     ) -> tuple[Similarities, Int32[Tensor, "query k"], Int32[Tensor, "query k"]]:
         """Return similarity, position and slot of the nearest keys, queries and positions row by row."""
         ranked = list(self._ranker.map(partial(self._rank_slab, queries, keys), slabs))
-        width = max(values.shape[1] for values, _ in ranked)
+        width = max(self._protocol.top_k, *(values.shape[1] for values, _ in ranked))
         similarity = torch.cat([_widen(values, width, -torch.inf) for values, _ in ranked])
         index = torch.cat([_widen(index, width, 0) for _, index in ranked])
         place = (self._by_rows(index) // keys.shape[1]).int()
@@ -210,8 +216,8 @@ def exact_similarity(
     A matrix product adds up in an order that depends on where a key lies; here every pair is added up alike.
     """
     at_once = max(1, _PAIR_FLOATS // (index.shape[1] * keys.shape[1]))
-    parts = zip(queries.split(at_once), index.split(at_once), strict=True)
-    return torch.cat([(part[:, None] * keys[chosen]).sum(dim=-1) for part, chosen in parts])
+    starts = (slice(start, start + at_once) for start in range(0, len(queries), at_once))
+    return torch.cat([(queries[part, None] * keys[index[part]]).sum(dim=-1) for part in starts])
 
 
 def _are_ties_in(values: Similarities, top_k: int) -> bool:

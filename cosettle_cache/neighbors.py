@@ -18,9 +18,9 @@ class Neighbors:
     """The context tokens that each query of one frame looks at, most similar first.
 
     Queries and positions count row by row over the grid; `frame` counts from the video's first frame.
-    `count` says how often the neighbour stands in the context (PROTOCOLS 1.2.4); entries of count 0 fill rows
-    that are shorter than others. Counts of a row add up to top_k where there are that many candidates, and
-    to more where a protocol keeps ties.
+    `count` says how often the neighbour stands in the context (PROTOCOLS 1.2.4); entries of count 0, with a
+    similarity of minus infinity, fill rows that are shorter than others or than top_k. Counts
+    of a row add up to top_k where there are that many candidates, to more where a protocol keeps ties.
     """
 
     frame: Int32[Tensor, "query k"]
@@ -43,11 +43,11 @@ def merge_neighbors(lists: list[Neighbors], top_k: int, *, keep_ties: bool) -> N
     places_left = (top_k - (count.cumsum(dim=1) - count)).clamp(min=0)
     if keep_ties:
         count = count.masked_fill(~_as_similar_as_last(similarity, places_left > 0), 0)
+        width = max(top_k, int((count > 0).sum(dim=1).max()))
     else:
-        count = torch.minimum(count, places_left)
-    used = max(1, int((count > 0).sum(dim=1).max()))
-    parts = (item[:, :used].contiguous() for item in (frame, position, similarity, count.int()))
-    return Neighbors(*parts)
+        count, width = torch.minimum(count, places_left).int(), top_k
+    similarity = similarity.masked_fill(count == 0, -torch.inf)
+    return Neighbors(*(item[:, :width].contiguous() for item in (frame, position, similarity, count)))
 
 
 def _as_similar_as_last(

@@ -9,40 +9,24 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Bool, Float32, Int, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from cosettle_cache.affinity import in_window, window_reach
 from cosettle_cache.errors import UsageError
-from cosettle_cache.types import EvalProtocol, Grid
+from cosettle_cache.slabs import Blocked, Slab
 
 SEARCHES = ("auto", "torch", "faiss")
-
-#: Query columns that are ranked together: few enough that their common window stays narrow, many enough for
-#: a fast matrix product (at 30x55 tokens 4 to 9 are equally fast, 2 and 14 slower).
-SLAB_COLS = 5
 
 #: Keys per matrix product on a CPU: MKL runs 2,000 at a time a fifth faster than 30,000 at once.
 CPU_KEYS = 2048
 
 Queries = Float32[Tensor, "query dim"]
 Keys = Float32[Tensor, "position frame dim"]
-Blocked = Bool[Tensor, "query position"] | None
 Similarities = Float32[Tensor, "query k"]
 KeyIndex = Int64[Tensor, "query k"]
-
-
-@dataclass(frozen=True, slots=True)
-class Slab:
-    """Neighbouring query columns and the key positions, column by column, that their windows reach."""
-
-    query_cols: slice
-    positions: slice
-    blocked: Blocked
 
 
 Job = Callable[[Slab], tuple[Similarities, KeyIndex]]
@@ -50,6 +34,9 @@ Job = Callable[[Slab], tuple[Similarities, KeyIndex]]
 
 class TorchRanker:
     """Matrix product, mask, top-k, in one scratch buffer that every call uses again."""
+
+    #: Slabs that are ranked side by side.
+    n_parallel = 1
 
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
@@ -96,9 +83,14 @@ class FaissRanker:
         # stays under; 20 is what it was before. Speed is all this decides.
         faiss.cvar.distance_compute_blas_threshold = 20
 
+    @property
+    def n_parallel(self) -> int:
+        """Slabs that are ranked side by side: as many as torch has threads."""
+        return torch.get_num_threads()
+
     def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
-        """Return `job(slab)` of every slab in order, as many at a time as torch has threads."""
-        return _faiss_threads(torch.get_num_threads()).map(job, slabs)
+        """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
+        return _faiss_threads(self.n_parallel).map(job, slabs)
 
     def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> tuple[Similarities, KeyIndex]:
         """See `TorchRanker.rank`; any number of threads may be inside."""
@@ -158,41 +150,3 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
         raise UsageError("faiss searches on the CPU only", found=str(device), hint="--search torch")
     use_faiss = search == "faiss" or (search == "auto" and has_faiss and device.type == "cpu")
     return FaissRanker() if use_faiss else TorchRanker()
-
-
-def make_slabs(grid: Grid, protocol: EvalProtocol, device: torch.device) -> list[Slab]:
-    """Return slabs that cover every query once, with the protocol's window; a window is never empty."""
-    reach = window_reach(protocol.window, protocol.radius)
-    slabs = []
-    for cols in _slab_cols(grid):
-        keys = slice(max(cols.start - reach, 0), min(cols.stop + reach, grid.cols))
-        row, col = _displacements(grid, cols, keys, device)
-        blocked = ~in_window(row, col, protocol.window, protocol.radius)
-        positions = slice(keys.start * grid.rows, keys.stop * grid.rows)
-        slabs.append(Slab(cols, positions, blocked if blocked.any() else None))
-    return slabs
-
-
-def make_open_slabs(grid: Grid) -> list[Slab]:
-    """Return slabs that cover every query once and reach every position."""
-    return [Slab(cols, slice(0, grid.n_tokens), None) for cols in _slab_cols(grid)]
-
-
-def _slab_cols(grid: Grid) -> list[slice]:
-    return [slice(col, min(col + SLAB_COLS, grid.cols)) for col in range(0, grid.cols, SLAB_COLS)]
-
-
-def _displacements(
-    grid: Grid, queries: slice, keys: slice, device: torch.device
-) -> tuple[Int[Tensor, "query position"], Int[Tensor, "query position"]]:
-    query_col, query_row = _cells(grid, queries, device)
-    key_col, key_row = _cells(grid, keys, device)
-    return key_row - query_row[:, None], key_col - query_col[:, None]
-
-
-def _cells(
-    grid: Grid, cols: slice, device: torch.device
-) -> tuple[Int[Tensor, " cell"], Int[Tensor, " cell"]]:
-    col = torch.arange(cols.start, cols.stop, device=device).repeat_interleave(grid.rows)
-    row = torch.arange(grid.rows, device=device).repeat(cols.stop - cols.start)
-    return col, row

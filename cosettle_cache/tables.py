@@ -1,12 +1,14 @@
-"""Tables on disk: Parquet, CSV and JSON, read whole, written durably. The only room that writes with pyarrow.
+"""Tables on disk: Parquet, CSV and JSON, written durably. The only room that writes with pyarrow.
 
-Rows come in as mappings or as a `pyarrow.Table`; what goes out is a `pyarrow.Table`.
+Rows come in as mappings or as a `pyarrow.Table`; what goes out is a `pyarrow.Table`. Files
+that are too long to hold are written and read group by group.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from cosettle_cache.errors import InputError
-from cosettle_cache.files import make_folder, write_durably
+from cosettle_cache.files import make_folder, output_errors, sync, temporary_name, write_durably
 
 Row = Mapping[str, Any]
 
@@ -54,6 +56,36 @@ def write_table(path: Path, table: pa.Table) -> None:
         write_durably(path, [encode_parquet(table)])
 
 
+@contextmanager
+def stream_table(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Give a function that appends rows, each call one row group; at the end `path` holds the Parquet file.
+
+    After an error inside, `path` holds what it held before.
+    """
+    make_folder(path.parent)
+    temporary = temporary_name(path)
+    with output_errors(path):
+        try:
+            with pa.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                yield writer.write_batch
+            sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def open_table(path: Path) -> pa.parquet.ParquetFile:
+    """Open a Parquet file for reading it group by group; raise `InputError` when it is missing or is none."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", wanted="a Parquet file")
+    try:
+        return pa.parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     """Read a Parquet or CSV file; raise `InputError` when it is missing or is neither.
 
@@ -66,8 +98,12 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
             return pa.csv.read_csv(path, convert_options=_csv_options(schema))
         return pa.parquet.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is not a readable table", found=reason) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"{path} is not a readable table", found=reason)
 
 
 def _csv_options(schema: pa.Schema | None) -> pa.csv.ConvertOptions:

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from propagation_cases import SEARCHES, clips, needs_faiss, single_thread
 
 from cosettle_cache.context import ContextSearch, Queue
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.protocols import make_protocol
-from cosettle_cache.search import FaissRanker, TorchRanker, make_ranker, make_slabs
+from cosettle_cache.search import FaissRanker, TorchRanker, make_ranker
+from cosettle_cache.slabs import SLAB_COLS, SearchSize, make_slabs
 from cosettle_cache.types import Grid
 
 CPU = torch.device("cpu")
@@ -118,6 +120,42 @@ def test_a_queue_replaces_its_oldest_frame():
         queue.append(torch.full((2, 1), float(frame)), frame)
     assert sorted(queue.frames.tolist()) == [3, 4, 5]
     assert torch.equal(queue.keys[:, :, 0], queue.frames.float().expand(2, 3))
+
+
+def test_a_queue_fills_in_one_storage():
+    grid, frames = Grid(9, 20), torch.randn(4, 180, 2)
+    queue = Queue(4, grid, 2, CPU)
+    storage = queue.keys.untyped_storage().data_ptr()
+    for frame, tokens in enumerate(frames, start=1):
+        queue.append(tokens, frame)
+        assert torch.equal(queue.keys, frames[:frame].transpose(0, 1))
+    assert queue.keys.untyped_storage().data_ptr() == storage
+
+
+@settings(max_examples=15, deadline=None)
+@given(clips(), st.sampled_from(SEARCHES))
+def test_a_memory_limit_changes_nothing_but_memory(clip, search):
+    grid, dim = clip.grid, clip.tokens.shape[-1]
+    n_parallel = make_ranker(search, CPU).n_parallel
+    least = SearchSize(grid, dim, clip.protocol, n_parallel).needed_bytes(1)
+    narrow = ContextSearch(grid, dim, clip.protocol, device=CPU, search=search, memory_limit=least)
+    wide = ContextSearch(grid, dim, clip.protocol, device=CPU, search=search)
+    for frame in clip.tokens:
+        a, b = narrow.step(frame), wide.step(frame)
+        if a is not None:
+            torch.testing.assert_close(a.similarity, b.similarity, atol=1e-5, rtol=0)
+            assert torch.equal(a.count.sum(1), b.count.sum(1))
+    with pytest.raises(UsageError, match="needs more memory") as caught:
+        ContextSearch(grid, dim, clip.protocol, device=CPU, search=search, memory_limit=least - 1)
+    assert caught.value.wanted == f"at least {least} bytes"
+
+
+def test_slabs_are_as_wide_as_the_limit_allows():
+    size = SearchSize(Grid(30, 55), 768, make_protocol(), n_parallel=2)
+    needs = [size.needed_bytes(cols) for cols in range(1, SLAB_COLS + 1)]
+    assert needs == sorted(needs) and needs[-1] < 200e6
+    assert [size.slab_cols(need) for need in needs] == list(range(1, SLAB_COLS + 1))
+    assert size.slab_cols(None) == SLAB_COLS
 
 
 def test_slabs_cover_every_query_once_and_open_windows_have_no_mask():
