@@ -17,6 +17,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import resource_tracker
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import Any, Generic, TypeVar
@@ -40,6 +41,8 @@ CONNECT_TIMEOUT_S = 10
 CLOSE_TIMEOUT_S = 5
 #: Local workers that may die over one item before it is set aside; a running scheduler has its own setting.
 LOCAL_DEATHS = 2
+#: A local worker is replaced within seconds; after this long without any, nobody will come.
+LOCAL_PATIENCE_S = 300.0
 #: The tasks of one worker share its GPU, when it declares one.
 GPU_SHARE = {"GPU": 0.01}
 
@@ -55,10 +58,14 @@ def _silent(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Workers to hand units of work to; made by `connect`. `note` hears of waiting and of lost workers."""
+    """Workers to hand units of work to; made by `connect`. `note` hears of waiting and of lost workers.
+
+    Without any worker for `patience_s` seconds a run fails.
+    """
 
     client: Client
     note: Callable[[str], None] = _silent
+    patience_s: float = float("inf")
 
     def has_gpus(self) -> bool:
         """Say whether any worker there now declares the resource `GPU`."""
@@ -112,7 +119,7 @@ def connect(
             yield Cluster(client, note)
         return
     with _local_cluster(workers, threads, gpus) as cluster, closing(_client(cluster)) as client:
-        yield Cluster(client, note)
+        yield Cluster(client, note, LOCAL_PATIENCE_S)
 
 
 def share_of_cores(workers: int) -> int:
@@ -136,15 +143,18 @@ class _Run(Generic[Item]):
     workers: frozenset[str] = frozenset()
     places: int = 0
     counted: float = float("-inf")
+    seen: float = field(default_factory=time.monotonic)
 
     def results(self, items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
         waiting = iter(items)
         while True:
-            if self.stop.is_set():
-                self._begin_no_more()
-            else:
-                self._top_up(waiting)
-            if not self.in_hand:
+            with _scheduler_errors():
+                self._census()
+                if self.stop.is_set():
+                    self._begin_no_more()
+                else:
+                    self._top_up(waiting)
+            if not self.in_hand or (self.ended and not self.workers):
                 return
             with suppress(Empty):
                 yield from self._answer(self.ready.get(timeout=POLL_S))
@@ -166,33 +176,35 @@ class _Run(Generic[Item]):
                 self.cluster.client.cancel([future for future, _ in self.in_hand.values()])
 
     def _top_up(self, waiting: Iterator[Item]) -> None:
-        with _scheduler_errors():
-            self._census()
-            # One at least: without workers it waits at the scheduler for the first to come.
-            for item in islice(waiting, max(0, max(1, self.places) - len(self.in_hand))):
-                future = self.cluster.client.submit(
-                    _call, __version__, self.name, self.unit, item, pure=False, resources=self.resources
-                )
-                self.in_hand[future.key] = (future, item)
-                future.add_done_callback(self.ready.put)
+        # One at least: without workers it waits at the scheduler for the first to come.
+        for item in islice(waiting, max(0, max(1, self.places) - len(self.in_hand))):
+            future = self.cluster.client.submit(
+                _call, __version__, self.name, self.unit, item, pure=False, resources=self.resources
+            )
+            self.in_hand[future.key] = (future, item)
+            future.add_done_callback(self.ready.put)
 
     def _census(self) -> None:
         """Count workers and their threads; say who left."""
-        if time.monotonic() - self.counted < CENSUS_S:
+        now = time.monotonic()
+        if now - self.counted < CENSUS_S:
             return
         threads = self.cluster.client.nthreads()
+        if threads:
+            self.seen = now
+        elif now - self.seen > self.cluster.patience_s:
+            raise ClusterError("all worker processes died and none came back")
         if not threads and (self.workers or self.counted < 0):
             self.cluster.note("waiting for workers")
         elif lost := self.workers - threads.keys():
             self.cluster.note(f"workers lost: {len(lost)}; what they had in hand is done again")
         self.workers, self.places = frozenset(threads), sum(threads.values())
-        self.counted = time.monotonic()
+        self.counted = now
 
     def _begin_no_more(self) -> None:
         if not self.ended:
             self.ended = True
-            with _scheduler_errors():
-                self.cluster.client.run(_end, self.name, on_error="ignore")
+            self.cluster.client.run(_end, self.name, on_error="ignore")
 
     def _answer(self, future: Future[Any]) -> Iterator[tuple[Item, Any]]:
         """Yield the item of a future with its result, if it has one."""
@@ -306,7 +318,13 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
 
 
 def _scheduler_options() -> dict[str, Any]:
-    return {"host": "127.0.0.1", "port": 0, "dashboard": False, "allowed_failures": LOCAL_DEATHS - 1}
+    return {
+        "host": "127.0.0.1",
+        "port": 0,
+        "dashboard": False,
+        "dashboard_address": "127.0.0.1:0",
+        "allowed_failures": LOCAL_DEATHS - 1,
+    }
 
 
 def _worker_options(
@@ -332,6 +350,8 @@ def _worker_options(
 def _no_interrupts() -> Iterator[None]:
     """Let the threads started in here, and the processes that they start, never see a Ctrl-C."""
     # A terminal sends it to the whole process group; workers are to finish what they have in hand.
+    # Python's resource tracker, started with the first of them, would unblock it again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

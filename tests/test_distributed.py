@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
 
 import pytest
+from extract_cases import make_clips, manifest_of, tree
 
 from cosettle_cache import distributed
+from cosettle_cache.cli import run_command
+from cosettle_cache.config import PairsSettings
 from cosettle_cache.distributed import Cluster, connect
 from cosettle_cache.errors import ClusterError, InputError, UsageError
+from cosettle_cache.extract import ExtractSpec, extract_across, fill_slot
+from cosettle_cache.manifest import read_manifest, write_manifest
+from cosettle_cache.plan import make_plan
+from cosettle_cache.store import StoreWriter, open_store
 
 N_WORKERS = 2
+WORDS = ["--backbone", "timm/test_vit", "--weights", "random", "--views", "20", "--size", "64"]
+WORDS += ["--slot-encodings", "60", "--batch", "4", "--quiet"]
 
 
 def square(number: int) -> int:
@@ -116,6 +130,13 @@ def test_an_item_that_kills_workers_is_named_and_alone(cluster: Cluster) -> None
     assert caught.value.hint is not None
 
 
+def test_another_version_is_a_sentence(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "__version__", "0.0.0")
+    with pytest.raises(ClusterError, match="another version") as caught:
+        list(cluster.run(square, range(3)))
+    assert caught.value.wanted == "0.0.0"
+
+
 def test_a_missing_scheduler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "CONNECT_TIMEOUT_S", 0.3)
     for address in ("tcp://127.0.0.1:9", "nonsense", "tcp://no-such-host.invalid:8786"):
@@ -123,3 +144,148 @@ def test_a_missing_scheduler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
             pass
     with pytest.raises(UsageError), connect():
         pass
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve short clips, of which one cannot be decoded."""
+    root = make_clips(tmp_path_factory.mktemp("clips"), 12)
+    write_manifest(root.parent / "m.parquet", manifest_of(root))
+    for path in (root / "clip5").iterdir():
+        path.write_bytes(path.read_bytes()[:300])
+    return root
+
+
+@pytest.fixture(scope="module")
+def straight(clips: Path) -> Path:
+    """A store made by this process alone."""
+    assert run_command(["extract", *places(clips, clips.parent / "straight.zarr")]) == 4
+    return clips.parent / "straight.zarr"
+
+
+def places(clips: Path, out: Path) -> list[str]:
+    manifest = str(clips.parent / "m.parquet")
+    return [*WORDS, "--manifest", manifest, "--data-root", str(clips), "--out", str(out)]
+
+
+def wait_for(done: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def interrupted(clips: Path) -> Path:
+    """A store of two worker processes, stopped by a Ctrl-C that all of them got."""
+    out = clips.parent / "across.zarr"
+    words = [sys.executable, "-m", "cosettle_cache.cli", "extract", *places(clips, out), "--workers", "2"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(lambda: list(out.glob("index/4x4/*.parquet")) or process.poll() is not None, 300)
+        os.killpg(process.pid, signal.SIGINT)
+        talk = process.communicate(timeout=120)[1]
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert (process.returncode, "finishing the slots in hand" in talk) == (130, True), talk
+    return out
+
+
+def test_an_interrupt_of_all_processes_finishes_what_is_in_hand(interrupted: Path) -> None:
+    states = open_store(interrupted).slot_states()
+    assert states["todo"] >= 1
+    assert states["done"] + states["failed"] >= 1
+    assert not list(interrupted.rglob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a scheduler with two workers, started as one starts them on a cluster."""
+    folder = tmp_path_factory.mktemp("dask")
+    file = ["--scheduler-file", str(folder / "scheduler.json")]
+    common = ["--no-dashboard", *file]
+    lines = [
+        ["scheduler", "--host", "127.0.0.1", "--port", "0", *common],
+        ["worker", "--nworkers", "2", "--nthreads", "2", "--local-directory", str(folder), *common],
+    ]
+    with ExitStack() as stack:
+        for line in lines:
+            log = stack.enter_context((folder / f"{line[0]}.log").open("w"))
+            process = subprocess.Popen([sys.executable, "-m", "dask", *line], stderr=log, stdout=log)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            wait_for((folder / "scheduler.json").exists)
+        yield json.loads((folder / "scheduler.json").read_text())["address"]
+
+
+@dataclass
+class KillsOneWorker:
+    """A progress report that kills a worker with the first slot, and keeps what it was told."""
+
+    pids: Callable[[], Iterable[int]]
+    n_images: int = 0
+    killed: bool = False
+
+    def start(self, total: int, unit: str) -> None:
+        self.total = total
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        self.n_images += n
+        if not self.killed:
+            self.killed = True
+            os.kill(next(iter(self.pids())), signal.SIGKILL)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_a_scheduler_goes_on_and_a_killed_worker_changes_nothing(
+    scheduler: str, interrupted: Path, clips: Path, straight: Path
+) -> None:
+    manifest = read_manifest(clips.parent / "m.parquet")
+    settings = PairsSettings(n_views=20, size=64)
+    spec = ExtractSpec(
+        str(interrupted), str(clips), settings, "timm/test_vit", "random", batch_size=4, slot_encodings=60
+    )
+    plan = make_plan(manifest, settings, patch=16, dim=64, slot_encodings=60)
+    before = open_store(interrupted)
+    writer = StoreWriter.create_or_resume(interrupted, plan.arrays, before.fingerprint, manifest, {})
+    notes: list[str] = []
+    with closing(writer), connect(scheduler=scheduler, note=notes.append) as cluster:
+        progress = KillsOneWorker(cluster.client.run(os.getpid).values)
+        report = extract_across(cluster.run, spec, plan, writer, progress=progress)
+    assert progress.killed
+    assert (report.interrupted, report.n_slots_before) == (False, plan.n_slots - before.slot_states()["todo"])
+    assert report.n_slots + report.n_slots_before + report.n_slots_elsewhere == plan.n_slots
+    assert progress.n_images == progress.total - sum(video == "clip5" for video in report.failures) * 60
+    assert report.seconds.encode > 0
+    assert tree(interrupted) == tree(straight)
+    assert list(open_store(interrupted).failures) == ["clip5"]
+
+
+def test_a_worker_without_the_data_or_the_code_says_so(
+    scheduler: str, interrupted: Path, clips: Path, tmp_path: Path
+) -> None:
+    spec = ExtractSpec(str(interrupted), str(tmp_path / "absent"), PairsSettings(), "timm/test_vit", "random")
+    with connect(scheduler=scheduler) as cluster:
+        with pytest.raises(InputError, match="absent is not a folder on ") as caught:
+            list(cluster.run(partial(fill_slot, spec), [0]))
+        assert "on worker" in caught.value.details[0]
+        elsewhere = ExtractSpec(
+            str(tmp_path / "s.zarr"), str(clips), PairsSettings(), "timm/test_vit", "random"
+        )
+        with pytest.raises(InputError, match=r"s\.zarr does not exist"):
+            list(cluster.run(partial(fill_slot, elsewhere), [0]))
+        with pytest.raises(ClusterError, match="cannot import"):
+            list(cluster.run(square, [0]))
+
+
+def test_workers_and_a_scheduler_exclude_each_other(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["extract", *places(clips, tmp_path / "s.zarr"), "--workers", "2"]
+    assert run_command([*words, "--scheduler", "tcp://127.0.0.1:9"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert run_command([*words, "--device", "cuda:1"]) == 2
+    assert "dealt their GPUs" in capsys.readouterr().err
