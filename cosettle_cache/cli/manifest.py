@@ -173,6 +173,8 @@ def _roots(dataset: str, folder: Path | None, data_root: Path | None) -> tuple[P
         raise UsageError(
             "which folder?", wanted="a folder or --data-root", hint="cosettle-cache manifest build -h"
         )
+    if dataset == "masks" and data_root is None and folder is not None:
+        return folder.absolute().parent, folder.absolute()  # its mask may lie beside it
     root = data_root or folder or Path()
     return root, root / folder if data_root and folder else root
 
