@@ -6,17 +6,15 @@ shards. A sample is the views that a walk visits on its way out, and the first o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from numpy.typing import NDArray
 
 from cosettle_cache.config import TrainSettings
@@ -236,37 +234,6 @@ def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> Joi
                 found=source.shape,
             )
     return JoinedSamples(sources)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Marks the samples of held-out clips: those whose hash of seed and video id falls below `share`."""
-
-    samples: Samples
-    share: float
-    seed: int
-
-    def __call__(self, ids: Ids) -> Bool[np.ndarray, " n"]:
-        """Return whether each sample is held out."""
-        videos = self.samples.videos(ids)
-        known = {video: self._is_held_out(video) for video in set(videos) - self._known.keys()}
-        self._known.update(known)
-        return np.array([self._known[video] for video in videos], bool)
-
-    @cached_property
-    def _known(self) -> dict[str, bool]:
-        return {}
-
-    @cached_property
-    def ids(self) -> Ids:
-        """The held-out samples of the first epoch, by which all epochs are measured."""
-        first = self.samples.epoch_ids(0)
-        held_out: Ids = first[self(first)]
-        return held_out
-
-    def _is_held_out(self, video_id: str) -> bool:
-        word = hashlib.sha256(f"{self.seed}\0{video_id}".encode()).digest()[:8]
-        return int.from_bytes(word, "big") < self.share * 2**64
 
 
 def find_not_finite(samples: Samples, ids: Ids) -> Ids:

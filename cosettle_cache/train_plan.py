@@ -27,11 +27,12 @@ from cosettle_cache.losses import check_window, find_regularizer
 from cosettle_cache.projection import find_head, released_init
 from cosettle_cache.replicas import Replicas
 from cosettle_cache.run_state import flat_text
-from cosettle_cache.samples import HeldOut, JoinedSamples, make_samples
+from cosettle_cache.samples import JoinedSamples, make_samples
 from cosettle_cache.store import FeatureStore, SlotState
 from cosettle_cache.sweep import Axis, Member, make_members
 from cosettle_cache.trainer import PRECISIONS
 from cosettle_cache.types import Grid
+from cosettle_cache.validation import HeldOut
 
 #: Tokens of a sample over channels in the released setting: what the default separability weight is made for.
 RELEASED_TOKENS_PER_DIM = 588 / 768

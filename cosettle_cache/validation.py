@@ -1,16 +1,19 @@
-"""Validation: how learners do on clips that they do not learn from.
+"""Validation: which clips are held out, and how learners do on them.
 
 Held-out samples go in, are read once for all learners, and figures of each come out; nothing is changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +27,37 @@ GROUP_CLIPS = 16
 
 #: Weight of the distance within clips in the paper's margin D (PROTOCOLS 5.3).
 INTRA_WEIGHT = 0.3
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Marks the samples of held-out clips: those whose hash of seed and video id falls below `share`."""
+
+    samples: Samples
+    share: float
+    seed: int
+
+    def __call__(self, ids: Ids) -> Bool[np.ndarray, " n"]:
+        """Return whether each sample is held out."""
+        videos = self.samples.videos(ids)
+        known = {video: self._is_held_out(video) for video in set(videos) - self._known.keys()}
+        self._known.update(known)
+        return np.array([self._known[video] for video in videos], bool)
+
+    @cached_property
+    def _known(self) -> dict[str, bool]:
+        return {}
+
+    @cached_property
+    def ids(self) -> Ids:
+        """The held-out samples of the first epoch, by which all epochs are measured."""
+        first = self.samples.epoch_ids(0)
+        held_out: Ids = first[self(first)]
+        return held_out
+
+    def _is_held_out(self, video_id: str) -> bool:
+        word = hashlib.sha256(f"{self.seed}\0{video_id}".encode()).digest()[:8]
+        return int.from_bytes(word, "big") < self.share * 2**64
 
 
 @torch.no_grad()

@@ -22,10 +22,11 @@ from cosettle_cache.errors import FingerprintError, InputError
 from cosettle_cache.feeding import EpochOrder, ShuffleShards, Step, make_portions
 from cosettle_cache.plan import choose_pair
 from cosettle_cache.replicas import Replicas
-from cosettle_cache.samples import HeldOut, JoinedSamples, choose_frames, make_samples, walk_of
+from cosettle_cache.samples import JoinedSamples, choose_frames, make_samples, walk_of
 from cosettle_cache.store import FeatureStore, open_store
 from cosettle_cache.train import make_train_plan, train
 from cosettle_cache.types import Fingerprint
+from cosettle_cache.validation import HeldOut
 
 
 @pytest.fixture(autouse=True, scope="module")
