@@ -79,4 +79,3 @@ def join_replicas(device: str) -> Iterator[tuple[Replicas, str]]:
         yield Replicas(dist.get_rank(), dist.get_world_size()), device
     finally:
         dist.destroy_process_group()
-

@@ -240,7 +240,7 @@ def test_a_store_without_its_root_is_no_place_for_another(pairs: tuple[Case, Pat
     case, path = pairs
     lose_root(path)
     for look in (open_store, case.writer):
-        with pytest.raises(DamagedStoreError, match="has lost its zarr.json") as caught:
+        with pytest.raises(DamagedStoreError, match=r"has lost its zarr.json") as caught:
             look(path)
         assert "store repair" in str(caught.value.hint)
 
