@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.util
-import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from crash_harness import PROCESSES
 from store_cases import Case, crash_case
 
 from cosettle_cache.store import FeatureStore, open_store
@@ -36,11 +37,6 @@ CREDENTIALS = {
 }
 
 
-#: Where the processes of the tests come from: it has imported everything and uses no store itself.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["remote_cases", "zarr"])
-
-
 def start(task: Callable[..., None], *arguments: object) -> BaseProcess:
     """Start `task` in a process of its own, with this one's environment."""
     process = PROCESSES.Process(target=_run, args=(dict(os.environ), task, arguments))
@@ -51,6 +47,10 @@ def start(task: Callable[..., None], *arguments: object) -> BaseProcess:
 def _run(environment: dict[str, str], task: Callable[..., None], arguments: tuple[object, ...]) -> None:
     os.environ.update(environment)
     task(*arguments)
+
+
+def unpickle_and_read(pickled: bytes) -> None:
+    check_samples(crash_case(), pickle.loads(pickled))
 
 
 def write_store(url: str) -> None:
