@@ -2,8 +2,9 @@
 
 The dense side is what T-CORE and CropMAE do for a frame: gather the 21 frames of the context, the full
 affinity in blocks of 100 queries, add the mask, divide, top-k, softmax, gather labels. All sides see the same
-frame in turn, with a full queue; figures are medians. Memory is measured for clips of 20 and 100 frames, each
-in a process of its own, with tokens made frame by frame.
+frame in turn, with a full queue; figures are medians. The floor is the product of every query with its
+candidates alone, at the rate that this machine multiplies matrices with. Memory is measured for clips of 20
+and 100 frames, each in a process of its own, with tokens made frame by frame.
 
     python benchmarks/propagate.py
     python benchmarks/propagate.py --rows 15 --cols 27 --dim 192 --frames 5
@@ -29,7 +30,8 @@ from cosettle_cache.affinity import in_window
 from cosettle_cache.console import Talk
 from cosettle_cache.propagator import Propagator
 from cosettle_cache.protocols import make_protocol
-from cosettle_cache.types import EvalProtocol
+from cosettle_cache.slabs import make_slabs
+from cosettle_cache.types import EvalProtocol, Grid
 
 CLIP_LENGTHS = (20, 100)
 
@@ -58,6 +60,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--search", default="auto", help="of the memory measurement")
+    parser.add_argument("--memory-limit", type=int, help="bytes, of the memory measurement")
     parser.add_argument("--memory", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -144,11 +147,41 @@ def _time_frames(options: argparse.Namespace) -> dict[str, object]:
     }
     for name, values in full.items():
         figures[f"{name}_ms"] = round(1000 * statistics.median(values), 1)
+    figures |= _floor(options, protocol)
     for search in searches:
         ratios = [dense / ours for dense, ours in zip(full["dense"], full[search], strict=True)]
         figures[f"dense_over_{search}"] = round(statistics.median(ratios), 2)
         figures[f"{search}_max_label_error"] = float((found[search] - found["dense"]).abs().max())
     return figures
+
+
+def _floor(options: argparse.Namespace, protocol: EvalProtocol) -> dict[str, object]:
+    """Return how long the products of a frame take at best: of its windows, of its slabs, of everything."""
+    grid = Grid(options.rows, options.cols)
+    reached = [(slab.query_cols, slab.positions) for slab in make_slabs(grid, protocol, torch.device("cpu"))]
+    in_slabs = sum((q.stop - q.start) * grid.rows * (k.stop - k.start) for q, k in reached)
+    cell = torch.arange(grid.n_tokens)
+    down, right = cell[:, None] // grid.cols - cell // grid.cols, cell[:, None] % grid.cols - cell % grid.cols
+    in_windows = int(in_window(down, right, protocol.window, protocol.radius).sum())
+    rate = _matrix_rate(options)
+    first = grid.n_tokens**2
+    flops = {
+        name: 2 * options.dim * (first + protocol.n_context * pairs)
+        for name, pairs in (("floor", in_windows), ("slabs", in_slabs), ("whole", first))
+    }
+    milliseconds = {f"{name}_product_ms": round(1000 * count / rate, 1) for name, count in flops.items()}
+    return {"matrix_gflop_per_s": round(rate / 1e9, 1), **milliseconds}
+
+
+def _matrix_rate(options: argparse.Namespace) -> float:
+    """Return the float operations per second of a large float32 product, the best of five."""
+    a = torch.randn(options.rows * options.cols, options.dim, device=options.device)
+    b = torch.randn(options.dim, 8192, device=options.device)
+    out = torch.empty(len(a), 8192, device=options.device)
+    seconds: list[float] = []
+    for _ in range(6):
+        _timed(lambda _: torch.mm(a, b, out=out), a, seconds)
+    return 2 * a.numel() * 8192 / min(seconds[1:])
 
 
 def _timed(step: Callable[[Tensor], Tensor], tokens: Tensor, seconds: list[float]) -> Tensor:
@@ -173,7 +206,11 @@ def _memory_figures(options: argparse.Namespace) -> dict[str, object]:
 def _measure_memory(options: argparse.Namespace) -> dict[str, float]:
     """Return resident MB after the last of `options.memory` frames, and how much of it propagation added."""
     propagator = Propagator(
-        _first_labels(options), make_protocol(), device=options.device, search=options.search
+        _first_labels(options),
+        make_protocol(),
+        device=options.device,
+        search=options.search,
+        memory_limit=options.memory_limit,
     )
     process, before = psutil.Process(), 0
     for number, tokens in zip(range(options.memory), _tokens(options), strict=False):
