@@ -36,16 +36,24 @@ from cosettle_cache.errors import (
 )
 from cosettle_cache.files import make_folder
 from cosettle_cache.frames import iter_frames
-from cosettle_cache.labels import FirstLabels, Mask, Size, decode_mask, encode_mask
+from cosettle_cache.labels import (
+    FirstLabels,
+    Mask,
+    Size,
+    decode_mask,
+    decode_mask_stretched,
+    encode_mask,
+    encode_mask_nearest,
+)
 from cosettle_cache.metrics import DavisScorer, ObjectScore
 from cosettle_cache.pictures.overlays import write_overlays
 from cosettle_cache.projection import Projection, projection_sha256
 from cosettle_cache.propagator import Propagator, propagate
-from cosettle_cache.protocols import check_protocol
+from cosettle_cache.protocols import check_protocol, image_std
 from cosettle_cache.search import make_ranker
 from cosettle_cache.sizes import resolve_size
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.types import EvalProtocol, PlanKind, Score, Video
+from cosettle_cache.types import EvalProtocol, Grid, PlanKind, Score, Video
 
 __all__ = ["PropagationReport", "Propagator", "StageSeconds", "check_store", "propagate", "propagate_store"]
 
@@ -135,11 +143,25 @@ def check_store(store: FeatureStore, protocol: EvalProtocol) -> None:
     plan = store.fingerprint.plan
     if int(plan["every"]) != 1:
         raise _wrong_store(store, "every frame", f"one frame in {plan['every']}", protocol)
+    _check_std(store, protocol)
     for video in store.manifest:
         wanted, found = (_size(rule, video) for rule in (protocol.size, str(plan["size"])))
         if wanted != found:
             at = [f"{video.video_id} at {height}x{width}" for height, width in (wanted, found)]
             raise _wrong_store(store, at[0], at[1], protocol)
+
+
+def _check_std(store: FeatureStore, protocol: EvalProtocol) -> None:
+    """Raise `FingerprintError` when the images were not normalised as the protocol has it."""
+    found = tuple(store.encoder.get("std", ()))
+    wanted = image_std(protocol, found) if found else found
+    if wanted != found:
+        raise FingerprintError(
+            f"the images of {store.path} were normalised otherwise than in the protocol {protocol.name}",
+            wanted=f"red_std {protocol.red_std:g}",
+            found=f"red_std {found[0]:g}",
+            hint=f"--set red_std={found[0]:g} keeps to the store; the protocol's name then says so",
+        )
 
 
 def _wrong_store(store: FeatureStore, wanted: str, found: str, protocol: EvalProtocol) -> FingerprintError:
@@ -180,6 +202,24 @@ def _make_kinds(projections: Sequence[tuple[str, Projection]], dim: int, device:
             raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
     heads = (_Kind(name, head.to(device).eval(), projection_sha256(head)) for name, head in projections)
     return [_Kind(RAW, None, ""), *heads]
+
+
+@dataclass(frozen=True, slots=True)
+class _LabelRules:
+    """How the protocol turns masks into label maps and back, for frames encoded at `size`."""
+
+    protocol: EvalProtocol
+    size: Size
+
+    def encode(self, mask: Mask, grid: Grid) -> FirstLabels:
+        if self.protocol.label_encoding == "nearest":
+            return encode_mask_nearest(mask, grid)
+        return encode_mask(mask, self.size, grid)
+
+    def decode(self, label_map: Float[Tensor, "row col class"], first: FirstLabels, mask_size: Size) -> Mask:
+        decode = decode_mask_stretched if self.protocol.norm_mask else decode_mask
+        at = self.size if self.protocol.decode_size == "input" else mask_size
+        return decode(label_map, first.object_ids, at, mask_size)
 
 
 _Frame = tuple[str, Float[Tensor, "row col dim"], Mask | None]
@@ -266,13 +306,14 @@ class _Run:
     def _propagate_video(self, sequence: DavisSequence) -> list[Score]:
         video, first_mask = sequence.video, sequence.first_mask()
         size = _size(self.protocol.size, video)
-        first = encode_mask(first_mask, size, self.store.grid(video.video_id))
+        rules = _LabelRules(self.protocol, size)
+        first = rules.encode(first_mask, self.store.grid(video.video_id))
         tracks = [self._make_track(kind, video, first, first_mask) for kind in self.kinds]
         for name, tokens, truth in self._read(sequence):
             for track in tracks:
                 with self.seconds.timed("propagate"):
                     label_map = track.propagator.step(track.kind.apply(tokens))
-                    mask = decode_mask(label_map, first.object_ids, size, first_mask.shape)
+                    mask = rules.decode(label_map, first, first_mask.shape)
                 self._keep(track, name, mask, truth)
             self.n_frames += 1
             self.progress.advance()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +29,7 @@ class Case:
     manifest: Manifest
     plan: Plan
     seed: int = 0
+    encoder: Mapping[str, object] = field(default_factory=lambda: {"patch": PATCH})
 
     def fingerprint(self, **changes: object) -> Fingerprint:
         values = {
@@ -56,9 +57,7 @@ class Case:
 
     def writer(self, path: Path | str, **changes: object) -> StoreWriter:
         fingerprint = self.fingerprint(**changes)
-        return StoreWriter.create_or_resume(
-            path, self.plan.arrays, fingerprint, self.manifest, {"patch": PATCH}
-        )
+        return StoreWriter.create_or_resume(path, self.plan.arrays, fingerprint, self.manifest, self.encoder)
 
     def slot_tokens(self, slot: Slot) -> np.ndarray:
         layout = next(layout for layout in self.plan.arrays if layout.grid == slot.grid)

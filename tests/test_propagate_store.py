@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from threading import Event
 
 import av
@@ -62,6 +63,28 @@ def test_objects_are_followed_and_scored(run, squares, tmp_path):
     assert np.array_equal(found[8::16, 8::16], mask[8::16, 8::16])
     assert report.seconds.total >= report.seconds.propagate > 0
     assert report.peak_memory_bytes > 50e6
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [{"label_encoding": "nearest"}, {"norm_mask": True}, {"decode_size": "annotation"}, {"keep_ties": True}],
+    ids=lambda rules: next(iter(rules)),
+)
+def test_the_protocol_decides_how_labels_are_made_and_read(squares, tmp_path, rules):
+    protocol = make_protocol(size="native", top_k=1, **rules)
+    arguments = {"out": tmp_path / "out", "overlays": "none"}
+    report = propagate_store(squares, tmp_path / "data", protocol, **arguments)
+    assert next(iter(rules)) in report.scores[0].protocol
+    assert all(score.j_mean > 0.6 for score in report.scores)
+
+
+def test_images_normalised_otherwise_are_refused(tmp_path):
+    case = make_squares(tmp_path / "data")
+    path = replace(case, encoder={"std": [0.229, 0.224, 0.225]}).write(tmp_path / "squares.zarr")
+    dino = make_protocol("dino", size="native", top_k=1)
+    with pytest.raises(FingerprintError, match="normalised") as caught:
+        propagate_store(open_store(path), tmp_path / "data", dino, tmp_path / "out")
+    assert "red_std=0.229" in str(caught.value.hint)
 
 
 def test_a_score_row_says_where_it_comes_from(run, squares):
