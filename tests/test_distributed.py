@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+from cluster_units import die_at, die_once, environment, process, refuse, square
 from extract_cases import make_clips, manifest_of, tree
 
 from cosettle_cache import distributed
@@ -31,40 +32,6 @@ from cosettle_cache.store import StoreWriter, open_store
 N_WORKERS = 2
 WORDS = ["--backbone", "timm/test_vit", "--weights", "random", "--views", "20", "--size", "64"]
 WORDS += ["--slot-encodings", "60", "--batch", "4", "--quiet"]
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def process(number: int) -> int:
-    time.sleep(0.05)
-    return os.getpid()
-
-
-def die_at(wanted: int, number: int) -> int:
-    if number == wanted:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def die_once(mark: Path, number: int) -> int:
-    """Kill the first process that comes here."""
-    try:
-        mark.touch(exist_ok=False)
-    except FileExistsError:
-        time.sleep(0.02)
-        return number
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
-
-
-def refuse(number: int) -> int:
-    raise InputError("nothing here", wanted="something", found=number)
-
-
-def environment(names: tuple[str, ...], number: int) -> tuple[str | None, ...]:
-    return tuple(os.environ.get(name) for name in names)
 
 
 @pytest.fixture(scope="module")
