@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache.errors import InputError
+from cosettle_cache.errors import CosettleError, InputError
 from cosettle_cache.files import make_folder, output_errors, sync, temporary_name, write_durably
 from cosettle_cache.manifest import manifest_table
 from cosettle_cache.store.header import ATTRIBUTE, AXES, FILL_VALUES, Header, lost_header
@@ -146,9 +146,11 @@ def _create_objects(storage: ObjectStorage, files: Mapping[str, bytes]) -> None:
 
 def _create_folder(path: Path, arrays: Sequence[ArrayLayout], files: Mapping[str, bytes]) -> None:
     with output_errors(path):
+        obstacle = _find_obstacle(path)
         if (path / ROOT_METADATA).exists():
-            return
-        _check_vacant(path)
+            return  # looked at last: a rival's store appears all at once
+        if obstacle is not None:
+            raise obstacle
         make_folder(path.parent)
         remove_dead_builds(path)
         build, lock = _start_build(path)
@@ -184,18 +186,18 @@ def _write_files(build: Path, files: Mapping[str, bytes]) -> None:
         write_durably(build / name, [data])
 
 
-def _check_vacant(path: Path) -> None:
-    if path.is_dir() and not any(path.iterdir()):
-        return
+def _find_obstacle(path: Path) -> CosettleError | None:
+    """Return why no store can be made at `path`, provided that there is none."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
     if (path / MANIFEST).is_file():
-        raise lost_header(path)
-    if path.exists():
-        raise InputError(
-            f"{path} exists and is not a store",
-            wanted="a store, an empty folder, or nothing",
-            found="a folder with other files" if path.is_dir() else "a file",
-            hint="choose another --out",
-        )
+        return lost_header(path)
+    return InputError(
+        f"{path} exists and is not a store",
+        wanted="a store, an empty folder, or nothing",
+        found="a folder with other files" if path.is_dir() else "a file",
+        hint="choose another --out",
+    )
 
 
 def _publish(build: Path, path: Path) -> None:

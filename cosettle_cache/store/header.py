@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cosettle_cache.config import digest
-from cosettle_cache.errors import CosettleError, DamagedStoreError, FingerprintError, InputError
+from cosettle_cache.errors import DamagedStoreError, FingerprintError, InputError
 from cosettle_cache.store.layout import (
     CODECS,
     DTYPES,
@@ -131,8 +131,10 @@ def check_same(wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHE
 
 def _read_attribute(storage: ReadStorage) -> dict[str, Any]:
     path = storage.path
+    # The manifest first: a store that is being made appears all at once, between two looks as well.
+    has_manifest = storage.local is not None and storage.exists(MANIFEST)
     if not is_store(storage):
-        raise _no_store(storage)
+        raise lost_header(path) if has_manifest else _no_store(storage)
     try:
         document = json.loads(storage.read(ROOT_METADATA))
     except OSError as error:
@@ -152,12 +154,10 @@ def lost_header(path: str | Path) -> DamagedStoreError:
     return DamagedStoreError(f"{path} has lost its {ROOT_METADATA}", hint=repair_hint(str(path)))
 
 
-def _no_store(storage: ReadStorage) -> CosettleError:
+def _no_store(storage: ReadStorage) -> InputError:
     path, local = storage.path, storage.local
     if local is None:
         return InputError(f"{path} holds no store", wanted=f"an object {ROOT_METADATA}", hint=_make_one(path))
-    if storage.exists(MANIFEST):
-        return lost_header(path)
     if not os.path.lexists(local):
         return InputError(f"{path} does not exist", wanted="a store", hint=_make_one(path))
     return InputError(
