@@ -220,6 +220,7 @@ def test_a_scheduler_goes_on_and_a_killed_worker_changes_nothing(
     writer = StoreWriter.create_or_resume(interrupted, plan.arrays, before.fingerprint, manifest, {})
     notes: list[str] = []
     with closing(writer), connect(scheduler=scheduler, note=notes.append) as cluster:
+        cluster.client.wait_for_workers(2, timeout=120)
         progress = KillsOneWorker(cluster.client.run(os.getpid).values)
         report = extract_across(cluster.run, spec, plan, writer, progress=progress)
     assert progress.killed
