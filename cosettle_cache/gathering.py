@@ -1,12 +1,11 @@
 """One pass over the frame pairs of a store: groups of slots in, sums over corresponding unit tokens out.
 
-A group is a unit of work for this process or for workers. The sums are added up in the order of the store,
-because floating-point sums depend on it: whoever did the work, the bits are the same.
+A group is a unit of work for this process or for workers; the sums are added up in the order of the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,17 +18,13 @@ from cosettle_cache.console import Progress
 from cosettle_cache.correspondence import find_correspondence
 from cosettle_cache.errors import InputError
 from cosettle_cache.frame_pairs import FramePairs, PairReader
+from cosettle_cache.handing import Run, in_order
 from cosettle_cache.spectrum import SpectralStatistics, place_index
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.types import Grid
 
 #: Tokens per batch and frame: 32 samples of the released size.
 BATCH_TOKENS = 32 * 196
-
-Unit = Callable[[FramePairs], SpectralStatistics]
-
-#: Hands out groups and yields each with its sums, in any order; `Cluster.run` is one.
-Run = Callable[[Unit, Iterable[FramePairs]], Iterator[tuple[FramePairs, SpectralStatistics]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,27 +94,15 @@ class UnitBatch:
         )
 
 
-def one_by_one(unit: Unit, groups: Iterable[FramePairs]) -> Iterator[tuple[FramePairs, SpectralStatistics]]:
-    """Do every group here, one after the other."""
-    for group in groups:
-        yield group, unit(group)
-
-
 def gather(
     unit: GatherUnit, groups: Sequence[FramePairs], run: Run, progress: Progress
 ) -> SpectralStatistics:
-    """Return the sums over all groups, added in their order: floating-point sums depend on it."""
+    """Return the sums over all groups, added in their order."""
     total = SpectralStatistics.zero(unit.store.arrays[0].n_channels, unit.places.n_tokens)
-    waiting: dict[int, SpectralStatistics] = {}
-    order = iter([group.number for group in groups])
-    awaited = next(order, None)
     progress.start(sum(map(len, groups)), "pairs")
     try:
-        for group, statistics in run(unit, groups):
-            waiting[group.number] = statistics
-            while awaited in waiting:
-                total += waiting.pop(awaited)
-                awaited = next(order, None)
+        for group, statistics in in_order(run, unit, groups):
+            total += statistics
             progress.advance(len(group))
     finally:
         progress.finish()

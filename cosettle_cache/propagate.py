@@ -36,6 +36,7 @@ from cosettle_cache.errors import (
 )
 from cosettle_cache.files import make_folder
 from cosettle_cache.frames import iter_frames
+from cosettle_cache.kinds import TokenKind, make_kinds
 from cosettle_cache.labels import (
     FirstLabels,
     Mask,
@@ -47,7 +48,7 @@ from cosettle_cache.labels import (
 )
 from cosettle_cache.metrics import DavisScorer, ObjectScore
 from cosettle_cache.pictures.overlays import write_overlays
-from cosettle_cache.projection import Projection, projection_sha256
+from cosettle_cache.projection import Projection
 from cosettle_cache.propagator import Propagator, propagate
 from cosettle_cache.protocols import check_protocol, image_std
 from cosettle_cache.search import make_ranker
@@ -57,8 +58,6 @@ from cosettle_cache.types import EvalProtocol, Grid, PlanKind, Score, Video
 
 __all__ = ["PropagationReport", "Propagator", "StageSeconds", "check_store", "propagate", "propagate_store"]
 
-#: Name of the tokens as the encoder gave them, beside the projections' names.
-RAW = "raw"
 OVERLAYS = ("none", "first", "all")
 #: The benchmark scores neither the first nor the last frame.
 MIN_SCORED_FRAMES = 3
@@ -127,7 +126,7 @@ def propagate_store(
     ends it after the video in hand. Raises `FingerprintError` when the store was made for another size.
     """
     check_store(store, protocol)
-    kinds = _make_kinds(projections, store.arrays[0].n_channels, device)
+    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=[OVERLAY_FOLDER])
     make_ranker(search, torch.device(device))
     if overlays not in OVERLAYS:
         raise UsageError(f"{overlays!r} says nothing about overlays", wanted=", ".join(OVERLAYS))
@@ -178,33 +177,6 @@ def _size(rule: str, video: Video) -> Size:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """One kind of tokens: raw, or through one projection."""
-
-    name: str
-    projection: Projection | None
-    sha256: str
-
-    def apply(self, tokens: Float[Tensor, "row col dim"]) -> Float[Tensor, "row col dim"]:
-        if self.projection is None:
-            return tokens
-        projected: Tensor = self.projection(tokens.float())
-        return projected
-
-
-def _make_kinds(projections: Sequence[tuple[str, Projection]], dim: int, device: str) -> list[_Kind]:
-    names = [RAW, *(name for name, _ in projections)]
-    if len({*names, OVERLAY_FOLDER}) <= len(names):
-        wanted = f"different names, not {RAW} and not {OVERLAY_FOLDER}"
-        raise UsageError("projections need names of their own", wanted=wanted, found=", ".join(names[1:]))
-    for name, projection in projections:
-        if projection.dim != dim:
-            raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
-    heads = (_Kind(name, head.to(device).eval(), projection_sha256(head)) for name, head in projections)
-    return [_Kind(RAW, None, ""), *heads]
-
-
-@dataclass(frozen=True, slots=True)
 class _LabelRules:
     """How the protocol turns masks into label maps and back, for frames encoded at `size`."""
 
@@ -229,7 +201,7 @@ _Frame = tuple[str, Float[Tensor, "row col dim"], Mask | None]
 class _Track:
     """One kind of tokens on its way through one video."""
 
-    kind: _Kind
+    kind: TokenKind
     propagator: Propagator
     scorer: DavisScorer
     folder: Path
@@ -244,7 +216,7 @@ class _Run:
     protocol: EvalProtocol
     out: Path
     task: str
-    kinds: list[_Kind]
+    kinds: list[TokenKind]
     search: str
     device: str
     progress: Progress
@@ -321,7 +293,7 @@ class _Run:
             return []
         return [self._score(video, track, item) for track in tracks for item in track.scorer.finish()]
 
-    def _make_track(self, kind: _Kind, video: Video, first: FirstLabels, first_mask: Mask) -> _Track:
+    def _make_track(self, kind: TokenKind, video: Video, first: FirstLabels, first_mask: Mask) -> _Track:
         propagator = Propagator(first.label_map, self.protocol, device=self.device, search=self.search)
         folder = make_folder(self.out / kind.name / video.video_id)
         return _Track(kind, propagator, DavisScorer.from_first_mask(first_mask), folder)

@@ -29,7 +29,8 @@ from cosettle_cache.correspondence import find_correspondence
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.files import make_folder
 from cosettle_cache.frame_pairs import FramePairs, list_pairs
-from cosettle_cache.gathering import GatherUnit, Run, gather, one_by_one
+from cosettle_cache.gathering import GatherUnit, gather
+from cosettle_cache.handing import Run, one_by_one
 from cosettle_cache.margins import inter_distances, intra_distances
 from cosettle_cache.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.spectrum import (

@@ -26,7 +26,8 @@ from cosettle_cache.console import SILENT
 from cosettle_cache.correspondence import match_nearest
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.frame_pairs import FramePairs, list_pairs
-from cosettle_cache.gathering import GatherUnit, gather, one_by_one
+from cosettle_cache.gathering import GatherUnit, gather
+from cosettle_cache.handing import one_by_one
 from cosettle_cache.projection import load_projection, projection_sha256, read_provenance
 from cosettle_cache.spectral import SpectralReport, choose_held_out, fit_spectral
 from cosettle_cache.spectrum import SpectralStatistics, Spectrum, choose_places, make_spectrum, place_index

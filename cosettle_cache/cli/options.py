@@ -18,6 +18,7 @@ from cosettle_cache.console import Talk
 from cosettle_cache.errors import UsageError
 
 if TYPE_CHECKING:
+    from cosettle_cache.handing import Run
     from cosettle_cache.store import FeatureStore
 
 DataRoot = Annotated[
@@ -36,6 +37,10 @@ CacheDir = Annotated[
 CacheSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of these copies.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes here; 0: this one.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="A dask scheduler whose workers do it, as tcp://host:8786.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
 
 
@@ -80,6 +85,18 @@ def pick_device(device: str | None) -> str:
             f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"
         )
     return device
+
+
+@contextmanager
+def hand_out(workers: int, scheduler: str | None, talk: Talk) -> Iterator[Run | None]:
+    """Yield what hands units of work to workers; None where this process does all."""
+    if not workers and scheduler is None:
+        yield None
+        return
+    from cosettle_cache.distributed import connect
+
+    with connect(workers=workers, scheduler=scheduler, note=talk.note) as cluster:
+        yield cluster.run
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cosettle_cache.cli.entry import exits
-from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, pick_device
+from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, Scheduler, Workers, hand_out, pick_device
 from cosettle_cache.config import SpectralSettings
 from cosettle_cache.console import Talk, human_seconds
 
 if TYPE_CHECKING:
-    from cosettle_cache.gathering import Run
+    from cosettle_cache.handing import Run
     from cosettle_cache.projection import ProjectionInfo
     from cosettle_cache.spectral import SpectralReport
     from cosettle_cache.store import FeatureStore
@@ -53,10 +51,8 @@ def fit(
     gamma: Annotated[float, typer.Option(help="Of the margin D_inter - gamma D_intra.")] = _DEFAULT.gamma,
     held_out: Annotated[float, typer.Option(help="Share of clips to choose by.")] = _DEFAULT.held_out,
     seed: Annotated[int, typer.Option(min=0, help="Which clips are held out.")] = _DEFAULT.seed,
-    workers: Annotated[int, typer.Option(min=0, help="Processes here; 0: this one.")] = 0,
-    scheduler: Annotated[
-        str | None, typer.Option(help="A dask scheduler whose workers do it, as tcp://host:8786.")
-    ] = None,
+    workers: Workers = 0,
+    scheduler: Scheduler = None,
     device: Device = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -81,25 +77,13 @@ def fit(
     if dry_run:
         _dry_fit(store, settings, folder, talk)
         return
-    with _workers(workers, scheduler, talk) as run:
+    with hand_out(workers, scheduler, talk) as run:
         report = _fit(store, settings, folder, pick_device(device), run, talk)
     if as_json:
         talk.result(json.dumps(report.to_json(), indent=2))
         return
     for line in _fit_lines(report):
         talk.result(line)
-
-
-@contextmanager
-def _workers(workers: int, scheduler: str | None, talk: Talk) -> Iterator[Run | None]:
-    """Yield what hands groups of slots to workers; None where this process does all."""
-    if not workers and scheduler is None:
-        yield None
-        return
-    from cosettle_cache.distributed import connect
-
-    with connect(workers=workers, scheduler=scheduler, note=talk.note) as cluster:
-        yield cluster.run
 
 
 def _fit(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cosettle_cache.cli.heads import check_encoder, load_heads
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     CacheDir,
@@ -239,44 +240,21 @@ def _encoder(request: Request, talk: Talk) -> tuple[str, str | None, int | None]
 
 
 def _projections(request: Request, store: FeatureStore, talk: Talk) -> list[tuple[str, Any]]:
-    from cosettle_cache.projection import load_projection
-
     paths = list(request.projections)
     if not paths and request.features is None and DEFAULT_PROJECTION.is_file():
         paths = _default_projection(store, talk)
-    for path in paths:
-        _check_encoder(path, store)
-    dim = store.arrays[0].n_channels
-    return [(_projection_name(path), load_projection(path, dim=dim)) for path in paths]
+    return load_heads(paths, store)
 
 
 def _default_projection(store: FeatureStore, talk: Talk) -> list[Path]:
     """Return the projection that `train` leaves, if it was trained on tokens of the store's encoder."""
     try:
-        _check_encoder(DEFAULT_PROJECTION, store)
+        check_encoder(DEFAULT_PROJECTION, store)
     except FingerprintError:
         talk.note(f"{DEFAULT_PROJECTION} is of another encoder: raw tokens only")
         return []
     talk.note(f"projection: {DEFAULT_PROJECTION}")
     return [DEFAULT_PROJECTION]
-
-
-def _check_encoder(path: Path, store: FeatureStore) -> None:
-    """Raise `FingerprintError` when our own file says that it was trained on another encoder's tokens."""
-    from cosettle_cache.projection import read_provenance
-
-    trained_on = read_provenance(path).get("weights_sha256", store.fingerprint.weights_sha256)
-    if trained_on != store.fingerprint.weights_sha256:
-        raise FingerprintError(
-            f"{path} was trained on tokens of another encoder than {store.path} holds",
-            wanted=f"weights {store.fingerprint.weights_sha256[:12]} ({store.fingerprint.backbone})",
-            found=f"weights {trained_on[:12]} ({read_provenance(path).get('backbone', 'unknown')})",
-        )
-
-
-def _projection_name(path: Path) -> str:
-    """`runs/mine/projection.safetensors` is `mine`, any other file goes by its own name."""
-    return path.absolute().parent.name if path.stem == "projection" else path.stem
 
 
 def _print(report: PropagationReport, out: Path, talk: Talk, as_json: bool) -> None:

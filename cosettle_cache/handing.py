@@ -1,0 +1,46 @@
+"""Units of work handed out, here or to workers, and their results put in order again.
+
+Floating-point sums depend on their order: who adds up results in the order of the items has the same bits
+whoever did the work, and however fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+
+@runtime_checkable
+class Numbered(Protocol):
+    """An item of work that knows its place in the order."""
+
+    @property
+    def number(self) -> int:
+        """The place; no two items share one."""
+
+
+Item = TypeVar("Item", bound=Numbered)
+Result = TypeVar("Result")
+
+#: Does a unit of work for every item and yields (item, result) in any order; `Cluster.run` is one.
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[tuple[Any, Any]]]
+
+
+def one_by_one(unit: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Do every item here, one after the other."""
+    for item in items:
+        yield item, unit(item)
+
+
+def in_order(
+    run: Run, unit: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, result) in the order of `items`; what is ready early waits for its turn."""
+    waiting: dict[int, tuple[Item, Result]] = {}
+    order = iter([item.number for item in items])
+    awaited = next(order, None)
+    for item, result in run(unit, items):
+        waiting[item.number] = (item, result)
+        while awaited in waiting:
+            yield waiting.pop(awaited)
+            awaited = next(order, None)
