@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
@@ -28,6 +29,16 @@ class ZarrView(WrapperStore[ObjectStore[Any]]):
         except FileNotFoundError:
             return None
         return prototype.buffer.from_bytes(data)
+
+    async def get_ranges(
+        self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: BufferPrototype, **_: Any
+    ) -> AsyncIterator[Sequence[tuple[int, Buffer | None]]]:
+        """Yield `(number, bytes)` of each range; newer Zarrs ask so, and would pass by `get`."""
+        for number, byte_range in enumerate(byte_ranges):
+            found = await self.get(key, prototype, byte_range)
+            if found is None:
+                raise FileNotFoundError(key)
+            yield [(number, found)]
 
 
 def _read(storage: ReadStorage, key: str, byte_range: ByteRequest | None) -> bytes:
