@@ -118,6 +118,25 @@ class SpectralSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class TrackSettings:
+    """Which queries are asked, and how a point is found again among tokens (docs/tracking.md).
+
+    `query_mode` is `first` or `strided` (every `query_stride` frames). A point is where the token of highest
+    cosine lies, refined by a soft-argmax over the tokens within `radius` tokens of it, cosines divided by
+    `temperature`. By `occlusion` it is visible when going back from there ends within `cycle_radius` tokens
+    of the query (`cycle`), when its cosine is at least `min_cosine` (`cosine`), or always (`never`).
+    """
+
+    query_mode: str = "first"
+    query_stride: int = 5
+    radius: float = 2.0
+    temperature: float = 0.05
+    occlusion: str = "cycle"
+    cycle_radius: float = 2.0
+    min_cosine: float = 0.6
+
+
+@dataclass(frozen=True, slots=True)
 class SpritesSettings:
     """The built-in clips: how many of each split, how long, and their size in pixels."""
 

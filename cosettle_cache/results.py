@@ -1,7 +1,7 @@
 """Score rows on disk and in tables: one row per object or clip with its whole provenance, and their means.
 
 A number never travels alone: protocol, sizes, digests and versions stand in every row and in the summary.
-J&F is averaged over objects; mIoU and PCK of a data set come from what its clips counted.
+J&F is averaged over objects, AJ over clips; mIoU and PCK of a data set come from what its clips counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from cosettle_cache import tables
 from cosettle_cache.metrics import Confusion, JointCounts, clip_miou
-from cosettle_cache.metrics.rows import joint_figures, row_confusion, row_joint_counts
+from cosettle_cache.metrics.rows import DELTA_COLUMNS, joint_figures, row_confusion, row_joint_counts
 from cosettle_cache.types import Score
 
 _ARROW = {
@@ -135,7 +135,50 @@ class JointsMean:
         return _percent(self.pck_0_1, self.pck_0_2, *strict, self.visible_share)
 
 
-Mean = ObjectsMean | PartsMean | JointsMean
+@dataclass(frozen=True, slots=True)
+class TracksMean:
+    """Unweighted means over clips (the rule of TAP-Vid) for one kind of tokens; shares from 0 to 1.
+
+    A figure is averaged over the clips that have it (all, unless a clip never shows a point again), and is
+    None where none has.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "AJ",
+        "delta_avg",
+        "OA",
+        "<1 px",
+        "<2 px",
+        "<4 px",
+        "<8 px",
+        "<16 px",
+    )
+    label: ClassVar[str] = "mean over clips"
+
+    tokens: str
+    n_videos: int
+    aj: float | None
+    delta_avg: float | None
+    oa: float | None
+    delta_1: float | None
+    delta_2: float | None
+    delta_4: float | None
+    delta_8: float | None
+    delta_16: float | None
+
+    @property
+    def main(self) -> float | None:
+        """Average Jaccard."""
+        return self.aj
+
+    def cells(self) -> list[str]:
+        """Return what stands under `columns`."""
+        deltas = (self.delta_1, self.delta_2, self.delta_4, self.delta_8, self.delta_16)
+        values = (self.aj, self.delta_avg, self.oa, *deltas)
+        return ["-" if value is None else _percent(value)[0] for value in values]
+
+
+Mean = ObjectsMean | PartsMean | JointsMean | TracksMean
 
 
 def mean_scores(scores: Sequence[Score]) -> list[Mean]:
@@ -211,6 +254,8 @@ def _mean(kind: str, scores: Sequence[Score]) -> Mean:
     n_videos = len({score.video_id for score in scores})
     if scores[0].miou is not None:
         return _parts_mean(kind, n_videos, [row_confusion(score) for score in scores])
+    if scores[0].oa is not None:
+        return _tracks_mean(kind, n_videos, scores)
     if scores[0].visible_share is not None:
         return _joints_mean(kind, n_videos, [row_joint_counts(score) for score in scores])
     names = ("jf_mean", "j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay")
@@ -226,6 +271,14 @@ def _parts_mean(kind: str, n_videos: int, clips: Sequence[Confusion]) -> PartsMe
 def _joints_mean(kind: str, n_videos: int, clips: Sequence[tuple[JointCounts, JointCounts]]) -> JointsMean:
     inherited, strict = (sum(counts[1:], start=counts[0]) for counts in zip(*clips, strict=True))
     return JointsMean(kind, n_videos, **joint_figures(inherited, strict))
+
+
+def _tracks_mean(kind: str, n_videos: int, scores: Sequence[Score]) -> TracksMean:
+    means: dict[str, float | None] = {}
+    for name in ("aj", "delta_avg", "oa", *DELTA_COLUMNS):
+        known = [value for value in (getattr(score, name) for score in scores) if value is not None]
+        means[name] = sum(known) / len(known) if known else None
+    return TracksMean(kind, n_videos, **means)
 
 
 def _percent(*shares: float) -> list[str]:

@@ -19,11 +19,12 @@ class MediaKind(StrEnum):
 
 
 class LabelKind(StrEnum):
-    """What a dataset annotates: object masks, body-part masks, or key points."""
+    """What a dataset annotates: object masks, body-part masks, key points, or tracks of any points."""
 
     MASKS = "masks"
     PARTS = "parts"
     KEYPOINTS = "keypoints"
+    TRACKS = "tracks"
 
 
 class PlanKind(StrEnum):
@@ -292,7 +293,7 @@ class EvalProtocol:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One scored thing under one protocol: an object (J&F), the parts of a clip (mIoU), its joints (PCK).
+    """One scored thing under one protocol: an object (J&F), a clip's parts (mIoU), joints (PCK), points (AJ).
 
     All figures are shares from 0 to 1; those of other benchmarks than the row's are None. `tokens` is
     `raw`, the projection's name, or the name of the predictions that were scored. `counts_json` holds what
@@ -334,6 +335,14 @@ class Score:
     strict_pck_0_4: float | None = None
     strict_pck_0_5: float | None = None
     visible_share: float | None = None
+    aj: float | None = None
+    delta_avg: float | None = None
+    oa: float | None = None
+    delta_1: float | None = None
+    delta_2: float | None = None
+    delta_4: float | None = None
+    delta_8: float | None = None
+    delta_16: float | None = None
     counts_json: str = ""
 
     @property

@@ -17,7 +17,8 @@ from store_cases import PATCH, frames_case, pairs_case
 
 from cosettle_cache.datasets.davis import PALETTE, read_mask
 from cosettle_cache.errors import FingerprintError, OutputError, UsageError
-from cosettle_cache.pictures.overlays import draw_overlay, still_frames
+from cosettle_cache.pictures.overlays import draw_overlay
+from cosettle_cache.pictures.video import still_frames
 from cosettle_cache.projection import Projection, projection_sha256
 from cosettle_cache.propagate import propagate_store
 from cosettle_cache.protocols import make_protocol

@@ -20,6 +20,7 @@ from cosettle_cache.cli import (
     run,
     score,
     store,
+    track,
     train,
 )
 from cosettle_cache.cli.entry import exits
@@ -41,6 +42,7 @@ STORY = (
     "train",
     "protocols",
     "propagate",
+    "track",
     "score",
     "projection",
     "store",
@@ -73,6 +75,7 @@ app.command()(exits(extract.extract))
 app.command()(exits(train.train))
 app.command()(exits(protocols.protocols))
 app.command()(exits(propagate.propagate))
+app.command()(exits(track.track))
 app.command()(exits(score.score))
 app.add_typer(projection.app, name="projection")
 app.add_typer(store.app, name="store")

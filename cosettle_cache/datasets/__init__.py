@@ -16,6 +16,7 @@ from cosettle_cache.datasets.jhmdb import JointSequence, build_jhmdb_manifest, o
 from cosettle_cache.datasets.kinetics import build_kinetics_manifest
 from cosettle_cache.datasets.masks import build_masks_manifest
 from cosettle_cache.datasets.sprites import build_sprites_manifest
+from cosettle_cache.datasets.tapvid import build_tapvid_manifest
 from cosettle_cache.datasets.vip import PartSequence, build_vip_manifest, open_parts
 from cosettle_cache.errors import UsageError
 
@@ -39,6 +40,7 @@ BUILDERS: dict[str, Callable[..., BuildResult]] = {
     "kinetics": build_kinetics_manifest,
     "folder": build_folder_manifest,
     "sprites": build_sprites_manifest,
+    "tapvid": build_tapvid_manifest,
 }
 
 

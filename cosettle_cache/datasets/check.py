@@ -8,6 +8,7 @@ from pathlib import Path
 from cosettle_cache.console import Progress
 from cosettle_cache.datasets.davis import open_sequence
 from cosettle_cache.datasets.jhmdb import open_joints
+from cosettle_cache.datasets.tracks import open_tracks
 from cosettle_cache.datasets.vip import open_parts
 from cosettle_cache.errors import MediaError
 from cosettle_cache.frames import MediaInfo, iter_frames, probe
@@ -72,6 +73,8 @@ def _check_labels(video: Video, data_root: Path, decode: bool) -> int:
     """Return how many frames are annotated; raise `MediaError` for what cannot be read."""
     if video.label_kind is LabelKind.KEYPOINTS:
         return int(open_joints(video, data_root).joints.shape[2])
+    if video.label_kind is LabelKind.TRACKS:
+        return open_tracks(video, data_root).n_frames
     opener = open_sequence if video.label_kind is LabelKind.MASKS else open_parts
     sequence = opener(video, data_root)
     for index in range(video.n_frames if decode else 1):

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.io
 from jaxtyping import Float, Float32, Float64
 
+from cosettle_cache.datasets.array_pickles import ArrayUnpickler
 from cosettle_cache.datasets.build import BuildResult, Clip, Source, build, entries, subfolders
 from cosettle_cache.datasets.lists import Listed, locate, read_list
 from cosettle_cache.datasets.mask_files import check_numbers, frame_stems
@@ -49,14 +50,6 @@ Joints = Float64[np.ndarray, "2 joint frame"]
 #: Key points: x, then y.
 Points = Float[np.ndarray, "2 joint"]
 
-#: What a pickled NumPy array is made of; anything else in a file of predictions is refused.
-_ARRAY_PARTS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
-}
 #: What the MATLAB reader raises for files that are broken, something else, or of version 7.3.
 _UNREADABLE = (
     ValueError,
@@ -199,7 +192,11 @@ def read_predicted_joints(path: Path) -> Float[np.ndarray, "2 joint frame"]:
     """
     try:
         content = path.read_bytes()
-        points = np.load(io.BytesIO(content)) if path.suffix == ".npy" else _ArrayUnpickler(content).load()
+        points = (
+            np.load(io.BytesIO(content))
+            if path.suffix == ".npy"
+            else ArrayUnpickler(io.BytesIO(content)).load()
+        )
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", wanted="predicted joints") from error
     except Exception as error:  # a pickle of anything raises anything
@@ -210,16 +207,3 @@ def read_predicted_joints(path: Path) -> Float[np.ndarray, "2 joint frame"]:
         found = f"{points.dtype} {points.shape}" if isinstance(points, np.ndarray) else type(points).__name__
         raise MediaError(f"{path} does not hold joints", wanted="float 2 x joints x frames", found=found)
     return points
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Loads arrays of numbers and nothing else."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content))
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Refuse what is no part of an array."""
-        if (module, name) not in _ARRAY_PARTS:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no part of an array")
-        return super().find_class(module, name)

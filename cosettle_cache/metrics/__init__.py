@@ -6,6 +6,7 @@ In come index maps or key points of the truth and of the prediction; out go smal
 from cosettle_cache.metrics.davis import DavisScorer, ObjectScore, boundary_tolerance, davis_j_and_f
 from cosettle_cache.metrics.parsing import Confusion, MeanIoU, clip_miou, count_pixels, mean_iou, no_pixels
 from cosettle_cache.metrics.pck import JointCounts, count_joints, count_joints_strictly, pck, strict_pck
+from cosettle_cache.metrics.tracks import TrackCounts, count_tracks
 
 __all__ = [
     "Confusion",
@@ -13,11 +14,13 @@ __all__ = [
     "JointCounts",
     "MeanIoU",
     "ObjectScore",
+    "TrackCounts",
     "boundary_tolerance",
     "clip_miou",
     "count_joints",
     "count_joints_strictly",
     "count_pixels",
+    "count_tracks",
     "davis_j_and_f",
     "mean_iou",
     "no_pixels",

@@ -14,11 +14,15 @@ import numpy as np
 from cosettle_cache.metrics.davis import ObjectScore
 from cosettle_cache.metrics.parsing import Confusion
 from cosettle_cache.metrics.pck import THRESHOLDS, JointCounts
+from cosettle_cache.metrics.tracks import THRESHOLDS as TRACK_THRESHOLDS
+from cosettle_cache.metrics.tracks import TrackCounts
 from cosettle_cache.types import Score
 
 #: PCK at the benchmark's thresholds, in both readings, as a score row names them.
 PCK_COLUMNS = tuple("pck_" + f"{threshold:g}".replace(".", "_") for threshold in THRESHOLDS)
 STRICT_COLUMNS = tuple(f"strict_{name}" for name in PCK_COLUMNS)
+#: Position accuracy of tracked points, likewise.
+DELTA_COLUMNS = tuple(f"delta_{threshold}" for threshold in TRACK_THRESHOLDS)
 
 
 def object_row(row: Score, figures: ObjectScore, tolerance: int) -> Score:
@@ -48,6 +52,22 @@ def joints_row(row: Score, counts: JointCounts, strict: JointCounts) -> Score:
     figures = joint_figures(counts, strict)
     plain = {"inherited": _plain(counts), "strict": _plain(strict)}
     return replace(row, **figures, counts_json=json.dumps(plain, separators=(",", ":")))
+
+
+def tracks_row(row: Score, counts: TrackCounts) -> Score:
+    """Return `row` with the points of one clip; a figure that the clip does not have is None."""
+    deltas = dict(zip(DELTA_COLUMNS, counts.deltas.tolist(), strict=True))
+    figures = {"aj": counts.aj, "delta_avg": counts.delta_avg, "oa": counts.oa, **deltas}
+    known: dict[str, Any] = {name: None if np.isnan(value) else value for name, value in figures.items()}
+    plain = {
+        "scored": counts.scored,
+        "agreed": counts.agreed,
+        "visible": counts.visible,
+        "shown": counts.shown,
+        "near": counts.near.tolist(),
+        "hits": counts.hits.tolist(),
+    }
+    return replace(row, **known, counts_json=json.dumps({"tracks": plain}, separators=(",", ":")))
 
 
 def joint_figures(counts: JointCounts, strict: JointCounts) -> dict[str, Any]:

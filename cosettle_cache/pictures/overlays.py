@@ -6,24 +6,18 @@ Frames and index masks go in, one after the other; files come out. Nothing is ke
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from cosettle_cache.datasets.davis import PALETTE
-from cosettle_cache.files import make_folder, output_errors, temporary_name
 from cosettle_cache.frames import Image8
+from cosettle_cache.pictures.video import write_film
 
 #: Share of an object's colour in the pixels it covers; its outline is drawn in full colour.
 OPACITY = 0.5
-N_STILLS = 4
-#: Frames per second where the source does not say; DAVIS was filmed at 24.
-USUAL_FPS = 24.0
 
 Mask = UInt8[np.ndarray, "height width"]
 
@@ -37,11 +31,6 @@ def draw_overlay(image: Image8, mask: Mask) -> Image8:
     return np.where((outline & (mask > 0))[..., None], colours, drawn)
 
 
-def still_frames(n_frames: int) -> list[int]:
-    """Return the frames that also become PNGs: first, last, and evenly between."""
-    return sorted({round(place) for place in np.linspace(0, n_frames - 1, N_STILLS)})
-
-
 def write_overlays(
     images: Iterable[Image8], masks: Iterable[Mask], n_frames: int, fps: float | None, folder: Path, name: str
 ) -> None:
@@ -49,59 +38,5 @@ def write_overlays(
 
     Raises `OutputError` when they cannot be written.
     """
-    make_folder(folder)
-    stills = set(still_frames(n_frames))
     drawn = (draw_overlay(image, mask) for image, mask in zip(images, masks, strict=True))
-    with _Mp4(folder / f"{name}.mp4", fps or USUAL_FPS) as video:
-        for index, overlay in enumerate(drawn):
-            video.add(overlay)
-            if index in stills:
-                path = folder / f"{name}_{index:05d}.png"
-                with output_errors(path):
-                    Image.fromarray(overlay).save(path)
-
-
-class _Mp4:
-    """An MP4 that gets its name when it is whole. Odd sizes lose their last row or column, as H.264 wants."""
-
-    def __init__(self, path: Path, fps: float) -> None:
-        self._path, self._temporary = path, temporary_name(path)
-        self._rate = Fraction(fps).limit_denominator(1001)
-        self._stream: av.VideoStream | None = None
-
-    def __enter__(self) -> _Mp4:
-        with output_errors(self._path):
-            self._container = av.open(str(self._temporary), "w", format="mp4")
-        return self
-
-    def add(self, image: Image8) -> None:
-        """Append one frame; the first decides the size."""
-        height, width = (side // 2 * 2 for side in image.shape[:2])
-        if self._stream is None:
-            self._stream = self._open_stream(height, width)
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
-        self._encode(frame)
-
-    def _open_stream(self, height: int, width: int) -> av.VideoStream:
-        # Some builds of FFmpeg lack H.264; every build has MPEG-4.
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        stream = self._container.add_stream(codec, rate=self._rate)
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        return stream
-
-    def _encode(self, frame: av.VideoFrame | None) -> None:
-        assert self._stream is not None
-        with output_errors(self._path):
-            self._container.mux(self._stream.encode(frame))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None and self._stream is not None:
-                self._encode(None)
-            with output_errors(self._path):
-                self._container.close()
-                if kind is None:
-                    self._temporary.replace(self._path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+    write_film(drawn, n_frames, fps, folder, name)

@@ -133,9 +133,19 @@ class FeatureStore:
         """Return the number of plain encodings of a video (frames plan)."""
         return len(self._plain_rows(video_id)[1])
 
-    def tokens(self, video_id: str) -> Float16[np.ndarray, "frame row col dim"]:
-        """Return the plain tokens of a video in frame order (frames plan)."""
+    def tokens(
+        self, video_id: str, frames: Sequence[int] | None = None
+    ) -> Float16[np.ndarray, "frame row col dim"]:
+        """Return the plain tokens of a video in frame order, or of its encodings `frames` (frames plan).
+
+        In a store of every k-th frame `frames` counts the encodings, from 0.
+        """
         array, rows = self._plain_rows(video_id)
+        if frames is not None:
+            if len(frames) and not 0 <= min(frames) <= max(frames) < len(rows):
+                wanted, found = f"0 to {len(rows) - 1}", f"{min(frames)} to {max(frames)}"
+                raise InputError(f"{self.path} has no such frames of {video_id}", wanted=wanted, found=found)
+            rows = rows[np.asarray(frames, np.int64)]
         layout = self.arrays[array]
         out = np.empty((len(rows), layout.grid.rows, layout.grid.cols, layout.n_channels), np.float16)
         self._chunks.read_many(array, rows, flat_rows(out))

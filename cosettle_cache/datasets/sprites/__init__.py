@@ -4,6 +4,6 @@ In come settings, out goes a data root in the public layouts, drawn on demand an
 """
 
 from cosettle_cache.config import SpritesSettings
-from cosettle_cache.datasets.sprites.root import build_sprites_manifest, ensure_sprites
+from cosettle_cache.datasets.sprites.root import build_sprites_manifest, ensure_sprites, read_settings
 
-__all__ = ["SpritesSettings", "build_sprites_manifest", "ensure_sprites"]
+__all__ = ["SpritesSettings", "build_sprites_manifest", "ensure_sprites", "read_settings"]

@@ -43,6 +43,14 @@ def ensure_sprites(folder: Path | None = None, settings: SpritesSettings | None 
     return root
 
 
+def read_settings(root: Path) -> SpritesSettings:
+    """Return the settings of the clips in a folder made by `ensure_sprites`."""
+    mark = read_json(root / _MARK)
+    if not isinstance(mark, dict) or mark.pop("version", None) != VERSION:
+        raise InputError(f"{root} holds sprites clips of another version", wanted=VERSION, hint=_OTHER)
+    return SpritesSettings(**mark)
+
+
 def _holds(root: Path, settings: SpritesSettings) -> bool:
     if (root / _MARK).is_file():
         found, wanted = read_json(root / _MARK), _mark(settings)

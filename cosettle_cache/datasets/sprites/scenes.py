@@ -5,14 +5,14 @@ In come a cast and a seed; out come frames: picture, objects, parts and joints, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 from numpy.random import Generator, default_rng
 
-from cosettle_cache.datasets.sprites.creatures import KINDS, Creature, Joints, Kind
+from cosettle_cache.datasets.sprites.creatures import KINDS, Creature, Joints, Kind, Pose
 from cosettle_cache.datasets.sprites.drawing import (
     Canvas,
     Piece,
@@ -123,9 +123,7 @@ def render(scene: Scene, moment: float) -> Frame:
     owner, part = [0], [0]
     joints: Joints | None = None
     figure = 0
-    for actor, object_id in zip(scene.actors, scene.objects, strict=True):
-        placement = actor.placement(moment, scene.height, scene.width)
-        pose = actor.creature(actor.phase_at(moment))
+    for object_id, placement, pose in poses(scene, moment):
         for piece in pose.pieces:
             canvas.paint(_placed(piece, placement, len(owner)))
             owner.append(object_id)
@@ -136,6 +134,16 @@ def render(scene: Scene, moment: float) -> Frame:
     parts = np.array(part, np.uint8)[canvas.indices]
     visible = None if joints is None else _shows(objects, joints, figure)
     return Frame(canvas.picture(), objects, parts, joints, visible)
+
+
+def poses(scene: Scene, moment: float) -> Iterator[tuple[int, Placement, Pose]]:
+    """Yield every actor's object index, where it lies and its pose, from back to front.
+
+    An actor has the same pieces in the same order at every moment.
+    """
+    for actor, object_id in zip(scene.actors, scene.objects, strict=True):
+        placement = actor.placement(moment, scene.height, scene.width)
+        yield object_id, placement, actor.creature(actor.phase_at(moment))
 
 
 def _placed(piece: Piece, placement: Placement, index: int) -> Piece:
@@ -153,12 +161,17 @@ def _shows(
 
 
 def _background(scene: Scene, moment: float) -> Picture:
+    return warp(scene.background, background_look(scene, moment), (scene.width, scene.height))
+
+
+def background_look(scene: Scene, moment: float) -> Placement:
+    """Return the map from the frame's pixels to those of the background's texture."""
     height, width = scene.height, scene.width
     zoom = scene.zoom**moment
     shift = move(scene.drift[0] * width * moment, scene.drift[1] * height * moment)
     centre = move(*(side / 2 for side in scene.background.shape[1::-1]))
-    look = centre @ shift @ turn(scene.roll * moment) @ stretch(zoom, zoom) @ move(-width / 2, -height / 2)
-    return warp(scene.background, look, (width, height))
+    look: Placement = centre @ shift @ turn(scene.roll * moment) @ stretch(zoom, zoom)
+    return np.asarray(look @ move(-width / 2, -height / 2))
 
 
 def _draw_background(rng: Generator, height: int, width: int) -> Scene:

@@ -47,7 +47,7 @@ CASTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class _ClipPlan:
+class ClipPlan:
     """One clip to draw; `name` is its folder in every layout."""
 
     name: str
@@ -56,7 +56,13 @@ class _ClipPlan:
     n_frames: int
 
     @property
+    def moments(self) -> list[float]:
+        """When each frame is, from 0 (first) to 1 (last)."""
+        return [index / max(self.n_frames - 1, 1) for index in range(self.n_frames)]
+
+    @property
     def has_parts(self) -> bool:
+        """Say whether anything in it has VIP's parts."""
         return FIGURE in self.cast
 
     @property
@@ -68,14 +74,15 @@ class _ClipPlan:
 def write_sprites(root: Path, settings: SpritesSettings) -> None:
     """Draw every clip of `settings` into the new folder `root`; equal settings give equal pixels."""
     for split in CASTS:
-        plans = _plan_split(split, settings)
+        plans = plan_split(split, settings)
         _write_lines(root / "ImageSets" / "2017" / f"{split}.txt", [plan.name for plan in plans])
         _write_figure_lists(root, split, plans, settings.resolution)
         for plan in plans:
             _write_clip(root, plan, settings)
 
 
-def _plan_split(split: str, settings: SpritesSettings) -> list[_ClipPlan]:
+def plan_split(split: str, settings: SpritesSettings) -> list[ClipPlan]:
+    """Return the clips of one split in order."""
     casts, number = CASTS[split], list(CASTS).index(split)
     n_clips, n_frames = {
         "train": (settings.n_train, settings.train_frames),
@@ -83,14 +90,14 @@ def _plan_split(split: str, settings: SpritesSettings) -> list[_ClipPlan]:
     }[split]
     chosen = [casts[index % len(casts)] for index in range(n_clips)]
     return [
-        _ClipPlan(f"{split}{index:02d}-{'-'.join(cast)}", cast, (settings.seed, number, index), n_frames)
+        ClipPlan(f"{split}{index:02d}-{'-'.join(cast)}", cast, (settings.seed, number, index), n_frames)
         for index, cast in enumerate(chosen)
     ]
 
 
-def _write_clip(root: Path, plan: _ClipPlan, settings: SpritesSettings) -> None:
+def _write_clip(root: Path, plan: ClipPlan, settings: SpritesSettings) -> None:
     scene = draw_scene(plan.cast, plan.seed, settings.height, settings.width)
-    frames = [render(scene, index / max(plan.n_frames - 1, 1)) for index in range(plan.n_frames)]
+    frames = [render(scene, moment) for moment in plan.moments]
     images = _new_folder(root / "JPEGImages" / settings.resolution / plan.name)
     for index, frame in enumerate(frames):
         Image.fromarray(frame.image).save(images / f"{index:05d}.jpg", quality=settings.jpeg_quality)
@@ -114,7 +121,7 @@ def _write_joints(path: Path, frames: Sequence[Frame]) -> None:
     savemat(path, {"pos_img": joints.transpose(2, 1, 0) + 1, "visible": visible.T.astype(np.uint8)})
 
 
-def _write_figure_lists(root: Path, split: str, plans: Sequence[_ClipPlan], resolution: str) -> None:
+def _write_figure_lists(root: Path, split: str, plans: Sequence[ClipPlan], resolution: str) -> None:
     """Write the lists of the part and pose benchmarks: pairs of paths, relative to the data root."""
     images = {plan.name: f"JPEGImages/{resolution}/{plan.name}" for plan in plans}
     parts = [f"{images[plan.name]} {_PARTS}/{plan.name}" for plan in plans if plan.has_parts]

@@ -1,0 +1,88 @@
+"""Pictures in a row: an MP4 that is written frame by frame, and which frames also become stills.
+
+Frames go in one after the other; nothing is kept beyond the frame in hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from cosettle_cache.files import make_folder, output_errors, temporary_name
+from cosettle_cache.frames import Image8
+
+N_STILLS = 4
+#: Frames per second where the source does not say; DAVIS was filmed at 24.
+USUAL_FPS = 24.0
+
+
+def still_frames(n_frames: int) -> list[int]:
+    """Return the frames that also become PNGs: first, last, and evenly between."""
+    return sorted({round(place) for place in np.linspace(0, n_frames - 1, N_STILLS)})
+
+
+def write_film(pictures: Iterable[Image8], n_frames: int, fps: float | None, folder: Path, name: str) -> None:
+    """Write `folder/name.mp4` with all pictures and `folder/name_FRAME.png` with four of them.
+
+    Raises `OutputError` when they cannot be written.
+    """
+    make_folder(folder)
+    stills = set(still_frames(n_frames))
+    with Mp4(folder / f"{name}.mp4", fps) as film:
+        for index, picture in enumerate(pictures):
+            film.add(picture)
+            if index in stills:
+                path = folder / f"{name}_{index:05d}.png"
+                with output_errors(path):
+                    Image.fromarray(picture).save(path)
+
+
+class Mp4:
+    """An MP4 that gets its name when it is whole. Odd sizes lose their last row or column, as H.264 wants."""
+
+    def __init__(self, path: Path, fps: float | None) -> None:
+        self._path, self._temporary = path, temporary_name(path)
+        self._rate = Fraction(fps or USUAL_FPS).limit_denominator(1001)
+        self._stream: av.VideoStream | None = None
+
+    def __enter__(self) -> Mp4:
+        with output_errors(self._path):
+            self._container = av.open(str(self._temporary), "w", format="mp4")
+        return self
+
+    def add(self, image: Image8) -> None:
+        """Append one frame; the first decides the size."""
+        height, width = (side // 2 * 2 for side in image.shape[:2])
+        if self._stream is None:
+            self._stream = self._open_stream(height, width)
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
+        self._encode(frame)
+
+    def _open_stream(self, height: int, width: int) -> av.VideoStream:
+        # Some builds of FFmpeg lack H.264; every build has MPEG-4.
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = self._container.add_stream(codec, rate=self._rate)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        return stream
+
+    def _encode(self, frame: av.VideoFrame | None) -> None:
+        assert self._stream is not None
+        with output_errors(self._path):
+            self._container.mux(self._stream.encode(frame))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._encode(None)
+            with output_errors(self._path):
+                self._container.close()
+                if kind is None:
+                    self._temporary.replace(self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
