@@ -26,7 +26,9 @@ ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="Parquet 
 @app.command()
 @exits
 def build(
-    dataset: Annotated[str, typer.Argument(help="davis, vip, jhmdb, masks, kinetics, folder or sprites.")],
+    dataset: Annotated[
+        str, typer.Argument(help="davis, vip, jhmdb, masks, kinetics, folder, tapvid or sprites.")
+    ],
     folder: Annotated[
         Path | None, typer.Argument(help="The dataset's folder; relative to the data root.")
     ] = None,
@@ -91,6 +93,38 @@ def from_list(
     document = {"out": str(path), "videos": len(manifest), "of_known_length": n_known}
     text = f"{path}: {len(manifest)} videos, {n_known} of known length"
     Talk().result(json.dumps(document, indent=2) if as_json else text)
+
+
+@app.command()
+@exits
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="tapvid_davis.pkl, tapvid_rgb_stacking.pkl.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write, new or empty.")],
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a pickle of TAP-Vid into frames and tracks for `manifest build tapvid`; nothing is executed.
+
+    Example: cosettle-cache manifest unpack tapvid_davis.pkl /data/tapvid_davis
+    """
+    from cosettle_cache.datasets.tapvid import check_empty, read_tapvid, unpack_tapvid
+
+    talk = Talk(quiet=quiet)
+    check_empty(folder)
+    clips = read_tapvid(file)
+    if not dry_run:
+        progress = talk.progress("unpack")
+        progress.start(len(clips), "clips")
+        try:
+            unpack_tapvid(clips, folder, progress.advance)
+        finally:
+            progress.finish()
+    n_points = sum(len(clip["points"]) for clip in clips.values())
+    n_frames = sum(len(clip["video"]) for clip in clips.values())
+    document = {"out": str(folder), "videos": len(clips), "frames": n_frames, "points": n_points}
+    text = f"{folder}: {len(clips)} videos, {n_frames} frames, {n_points} points"
+    talk.result(json.dumps(document, indent=2) if as_json else text)
 
 
 @app.command()

@@ -87,6 +87,12 @@ def _is_jpeg(frame: Any) -> bool:
     return isinstance(frame, bytes) and frame.startswith(_JPEG_MARK)
 
 
+def check_empty(folder: Path) -> None:
+    """Raise `InputError` unless a data set may be written to `folder`."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something already", wanted="a new or empty folder")
+
+
 def unpack_tapvid(clips: Clips, folder: Path, advance: Callable[[], None] = lambda: None) -> None:
     """Write the clips of `read_tapvid` under `folder`; arrays become PNG, JPEG files stay what they are.
 

@@ -21,10 +21,15 @@ from cosettle_cache.pictures.video import write_film
 
 #: Frames that a tail goes back.
 TAIL = 10
+#: Smaller frames are enlarged by a whole number, so that dots and lines stay fine.
+LEAST_HEIGHT = 480
 #: Sub-pixels per pixel in which OpenCV takes places, as a power of two.
 _SHIFT = 4
 #: The radius of a dot as a share of the image's height.
 _DOT = 1 / 120
+_WHITE = [255, 255, 255]
+
+Place = Float[np.ndarray, "2"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,56 +57,60 @@ def write_tracks(
     write_film(drawn, tracks.found.n_frames, fps, folder, name)
 
 
-def draw_tracks(image: Image8, tracks: DrawnTracks, frame: int) -> Image8:
-    """Return the frame with every point that was given by then."""
-    canvas = np.ascontiguousarray(image).copy()
-    radius = max(2.0, image.shape[0] * _DOT)
-    for point, colour in enumerate(tracks.colours.tolist()):
-        if tracks.given[point] <= frame:
-            _draw_tail(canvas, tracks, point, frame, colour)
-    for point, colour in enumerate(tracks.colours.tolist()):
-        if tracks.given[point] <= frame:
-            _draw_truth(canvas, tracks, point, frame, radius)
-            _draw_dot(canvas, tracks.found, point, frame, colour, radius)
+def draw_tracks(image: Image8, tracks: DrawnTracks, frame: int) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Return the frame, enlarged if it is small, with every point that was given by then."""
+    scale = -(-LEAST_HEIGHT // image.shape[0])
+    canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    brush = _Brush(canvas, scale, canvas.shape[0] * _DOT)
+    colours = tracks.colours.tolist()
+    given = np.flatnonzero(tracks.given <= frame).tolist()
+    for point in given:
+        _draw_tail(brush, tracks, point, frame, colours[point])
+    for point in given:
+        _draw_truth(brush, tracks, point, frame)
+        shown = bool(tracks.found.visible[point, frame])
+        brush.dot(tracks.found.points[point, frame], colours[point], shown)
     return canvas
 
 
-def _draw_tail(canvas: Image8, tracks: DrawnTracks, point: int, frame: int, colour: list[int]) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Brush:
+    """Draws on a canvas that is `scale` times as large as the frame whose pixels places are given in."""
+
+    canvas: Image8
+    scale: int
+    radius: float
+
+    def line(self, start: Place, end: Place, colour: list[int]) -> None:
+        cv2.line(self.canvas, self._fixed(start), self._fixed(end), colour, 1, cv2.LINE_AA, _SHIFT)
+
+    def dot(self, place: Place, colour: list[int], filled: bool) -> None:
+        centre, size = self._fixed(place), round(self.radius * 2**_SHIFT)
+        cv2.circle(self.canvas, centre, size, (0, 0, 0), 2, cv2.LINE_AA, _SHIFT)
+        cv2.circle(self.canvas, centre, size, colour, -1 if filled else 1, cv2.LINE_AA, _SHIFT)
+
+    def cross(self, place: Place) -> None:
+        for step in ((self.radius, 0.0), (0.0, self.radius)):
+            reach = np.array(step) / self.scale
+            self.line(place - reach, place + reach, _WHITE)
+
+    def _fixed(self, place: Place) -> tuple[int, int]:
+        """Return a place as OpenCV counts: in parts of a pixel, from the first pixel's centre."""
+        x, y = np.round((place * self.scale - 0.5) * 2**_SHIFT).astype(int).tolist()
+        return x, y
+
+
+def _draw_tail(brush: _Brush, tracks: DrawnTracks, point: int, frame: int, colour: list[int]) -> None:
     first = max(int(tracks.given[point]), frame - TAIL)
     points, visible = tracks.found.points[point], tracks.found.visible[point]
     for index in range(first + 1, frame + 1):
         if visible[index - 1] and visible[index]:
-            _line(canvas, points[index - 1], points[index], colour)
+            brush.line(points[index - 1], points[index], colour)
 
 
-def _draw_dot(
-    canvas: Image8, found: PointTracks, point: int, frame: int, colour: list[int], radius: float
-) -> None:
-    place, size = _fixed(found.points[point, frame]), round(radius * 2**_SHIFT)
-    if found.visible[point, frame]:
-        cv2.circle(canvas, place, size, (0, 0, 0), 2, cv2.LINE_AA, _SHIFT)
-        cv2.circle(canvas, place, size, colour, -1, cv2.LINE_AA, _SHIFT)
-    else:
-        cv2.circle(canvas, place, size, colour, 1, cv2.LINE_AA, _SHIFT)
-
-
-def _draw_truth(canvas: Image8, tracks: DrawnTracks, point: int, frame: int, radius: float) -> None:
+def _draw_truth(brush: _Brush, tracks: DrawnTracks, point: int, frame: int) -> None:
     """Tie the true place to the found one; nothing where the point does not show."""
-    if tracks.truth is None or not tracks.truth.visible[point, frame]:
-        return
-    true, found = tracks.truth.points[point, frame], tracks.found.points[point, frame]
-    _line(canvas, true, found, [255, 255, 255])
-    for step in ((radius, 0.0), (0.0, radius)):
-        _line(canvas, true - step, true + step, [255, 255, 255])
-
-
-def _line(
-    canvas: Image8, start: Float[np.ndarray, "2"], end: Float[np.ndarray, "2"], colour: list[int]
-) -> None:
-    cv2.line(canvas, _fixed(start), _fixed(end), colour, 1, cv2.LINE_AA, _SHIFT)
-
-
-def _fixed(point: Float[np.ndarray, "2"]) -> tuple[int, int]:
-    """Return a place as OpenCV counts: in parts of a pixel, from the first pixel's centre."""
-    x, y = np.round((point - 0.5) * 2**_SHIFT).astype(int).tolist()
-    return x, y
+    if tracks.truth is not None and tracks.truth.visible[point, frame]:
+        true = tracks.truth.points[point, frame]
+        brush.line(true, tracks.found.points[point, frame], _WHITE)
+        brush.cross(true)

@@ -16,7 +16,7 @@ from numpy.random import Generator, default_rng
 
 from cosettle_cache.config import SpritesSettings
 from cosettle_cache.datasets.point_tracks import PointTracks
-from cosettle_cache.datasets.sprites.drawing import Outline, Placement, transform
+from cosettle_cache.datasets.sprites.drawing import Placement, transform
 from cosettle_cache.datasets.sprites.scenes import Scene, background_look, draw_scene, poses, render
 from cosettle_cache.datasets.sprites.writing import CASTS, plan_split
 from cosettle_cache.errors import InputError
@@ -41,7 +41,7 @@ class _Stage:
 
     owners: tuple[int, ...]
     placements: tuple[Placement, ...]
-    outlines: tuple[Outline, ...]
+    outlines: tuple[Float[np.ndarray, "_ 2"], ...]
 
     def covers(self, number: int, point: Float[np.ndarray, "2"]) -> bool:
         """Say whether the outline of piece `number` covers a point in pixels."""
@@ -98,7 +98,7 @@ def scene_tracks(
 def _stage(scene: Scene, moment: float) -> _Stage:
     owners = [_BACKGROUND]
     placements = [np.linalg.inv(background_look(scene, moment))]
-    outlines: list[Outline] = [np.zeros((0, 2))]
+    outlines: list[Float[np.ndarray, "_ 2"]] = [np.zeros((0, 2))]
     for object_id, placement, pose in poses(scene, moment):
         for piece in pose.pieces:
             owners.append(object_id)
