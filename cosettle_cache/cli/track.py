@@ -163,7 +163,7 @@ def _request(
 
 
 def _plan(request: Request, settings: TrackSettings) -> dict[str, object]:
-    from cosettle_cache.cli.projections import load_projections
+    from cosettle_cache.cli.heads import load_heads
     from cosettle_cache.tracker import check_settings
 
     check_settings(settings)
@@ -171,7 +171,7 @@ def _plan(request: Request, settings: TrackSettings) -> dict[str, object]:
     return {
         "task": request.task,
         "videos": len(videos),
-        "tokens": ["raw", *(name for name, _ in load_projections(request.projections, request.store))],
+        "tokens": ["raw", *(name for name, _ in load_heads(request.projections, request.store))],
         "settings": asdict(settings),
         "pictures": request.pictures,
         "out": str(request.out),
@@ -180,10 +180,10 @@ def _plan(request: Request, settings: TrackSettings) -> dict[str, object]:
 
 def _track(request: Request, settings: TrackSettings, device: str, talk: Talk, as_json: bool) -> int:
     from cosettle_cache import results
-    from cosettle_cache.cli.projections import load_projections
+    from cosettle_cache.cli.heads import load_heads
     from cosettle_cache.track import track_store
 
-    projections = load_projections(request.projections, request.store)
+    projections = load_heads(request.projections, request.store)
     results.remove_scores(request.out)
     talk.note(f"settings: {json.dumps(asdict(settings))}")
     with interruptible(talk, "video") as stop:
