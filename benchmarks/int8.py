@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from cosettle_cache.affinity import unit_tokens
-from cosettle_cache.cli.data import davis_data, media_root, sprites_data
+from cosettle_cache.cli.data import evaluation_data, media_root
 from cosettle_cache.cli.jobs import StoreJob, find_weights, run_job
 from cosettle_cache.config import FramesSettings
 from cosettle_cache.console import Talk
@@ -136,7 +136,7 @@ def _measure_way(store: FeatureStore, way: Way, out: Path, options: argparse.Nam
 
 def _extract(out: Path, options: argparse.Namespace) -> str:
     talk = Talk()
-    data = sprites_data("val") if options.task == "sprites" else davis_data(options.data_root, talk)
+    data = evaluation_data(options.task, options.data_root, talk)
     settings = FramesSettings(size=make_protocol(task=options.task).size)
     videos = Manifest(data.manifest.videos[: options.videos], data.manifest.provenance)
     weights = find_weights(options.weights, options.data_root)

@@ -96,6 +96,7 @@ class ExtractSpec:
     dtype: str = "float16"
     codec: str = "none"
     retry_failed: bool = False
+    red_std: float | None = None
     run: str = field(default_factory=lambda: uuid4().hex)
 
 
@@ -333,6 +334,7 @@ def _open(spec: ExtractSpec) -> Filler:
         precision=spec.precision,
         heads=spec.heads,
         compiled=spec.compiled,
+        red_std=spec.red_std,
     )
     plan = make_plan(
         manifest,

@@ -6,13 +6,16 @@ Projections with names come in; what turns stored tokens into those of each kind
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cosettle_cache.errors import UsageError
-from cosettle_cache.projection import Projection, projection_sha256
+from cosettle_cache.files import make_folder
+from cosettle_cache.projection import Projection, load_projection, projection_sha256, save_projection
 
 #: Name of the tokens as the encoder gave them, beside the projections' names.
 RAW = "raw"
@@ -20,11 +23,15 @@ RAW = "raw"
 
 @dataclass(frozen=True, slots=True)
 class TokenKind:
-    """One kind of tokens: raw (no projection, no digest), or through one projection."""
+    """One kind of tokens: raw (no projection, no digest), or through one projection.
+
+    With a `path` pickling keeps that, and not the tensors.
+    """
 
     name: str
     projection: Projection | None
     sha256: str
+    path: Path | None = None
 
     def apply(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
         """Return the tokens of this kind: raw ones as they are, projected ones in float32."""
@@ -32,6 +39,28 @@ class TokenKind:
             return tokens
         projected: Tensor = self.projection(tokens.float())
         return projected
+
+    def on(self, device: torch.device) -> TokenKind:
+        """Return the same kind with its projection on a device, ready for use."""
+        head = self.projection
+        return self if head is None else replace(self, projection=head.to(device).eval())
+
+    def saved(self, folder: Path) -> TokenKind:
+        """Return the same kind with its projection in a file there, for other processes."""
+        if self.projection is None:
+            return self
+        path = make_folder(folder) / f"{self.name}.safetensors"
+        save_projection(path, self.projection, {})
+        return replace(self, path=path)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.path is not None:
+            return (_load, (self.name, self.sha256, self.path))
+        return (TokenKind, (self.name, self.projection, self.sha256))
+
+
+def _load(name: str, sha256: str, path: Path) -> TokenKind:
+    return TokenKind(name, load_projection(path), sha256, path)
 
 
 def make_kinds(

@@ -146,12 +146,17 @@ def propagate(
 
     Raises `InputError` for a video of one frame, which has nothing to propagate to.
     """
-    if len(tokens) < MIN_FRAMES:
-        raise InputError(
-            "the video has nothing to propagate to", wanted=f"at least {MIN_FRAMES} frames", found=len(tokens)
-        )
+    check_length(len(tokens))
     propagator = Propagator(first_labels, protocol, device=device, search=search, memory_limit=memory_limit)
     return torch.stack([propagator.step(torch.as_tensor(frame)).cpu() for frame in tokens])
+
+
+def check_length(n_frames: int) -> None:
+    """Raise `InputError` for a video of one frame."""
+    if n_frames < MIN_FRAMES:
+        raise InputError(
+            "the video has nothing to propagate to", wanted=f"at least {MIN_FRAMES} frames", found=n_frames
+        )
 
 
 def find_neighbors(

@@ -165,8 +165,13 @@ def image_std(protocol: EvalProtocol, encoder_std: tuple[float, float, float]) -
 
     An encoder with statistics of its own keeps them: the slip that `red_std` repeats is one in ImageNet's.
     """
+    return replace_red_std(encoder_std, protocol.red_std)
+
+
+def replace_red_std(encoder_std: tuple[float, float, float], red_std: float) -> tuple[float, float, float]:
+    """Return `encoder_std` with another red deviation in place of ImageNet's, and any other as it is."""
     red, green, blue = encoder_std
-    return (protocol.red_std if red == IMAGENET_RED_STD else red, green, blue)
+    return (red_std if red == IMAGENET_RED_STD else red, green, blue)
 
 
 def search_json(protocol: EvalProtocol) -> dict[str, object]:

@@ -222,15 +222,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def check_origin(path: Path, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Raise `FingerprintError` listing every key in which a checkpoint's origin differs from this run's."""
-    keys = sorted(wanted.keys() | found.keys())
-    pairs = [(key, wanted.get(key, "(absent)"), found.get(key, "(absent)")) for key in keys]
-    details = [f"{key}: wanted {a}, found {b}" for key, a, b in pairs if a != b]
-    if details:
+    if details := differing(wanted, found):
         raise FingerprintError(
             f"{path} was made with other settings or on another store",
             details=details,
             hint="choose another folder with --out, or remove this one to start over",
         )
+
+
+def differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Return one line per key in which two origins differ."""
+    keys = sorted(wanted.keys() | found.keys())
+    pairs = [(key, wanted.get(key, "(absent)"), found.get(key, "(absent)")) for key in keys]
+    return [f"{key}: wanted {a}, found {b}" for key, a, b in pairs if a != b]
 
 
 def flat_text(document: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -117,7 +117,7 @@ def test_projected_beside_raw_equals_alone(run, squares, tmp_path):
     by_kind = {}
     for score in together.scores:
         by_kind.setdefault(score.tokens, []).append((score.j_mean, score.f_mean))
-    alone = run()
+    alone = run(restart=True)
     assert by_kind["a"] == by_kind["b"]
     assert by_kind["raw"] == [(score.j_mean, score.f_mean) for score in alone.scores]
 

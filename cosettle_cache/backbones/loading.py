@@ -11,6 +11,7 @@ from cosettle_cache.backbones.describing import check_no_heads
 from cosettle_cache.backbones.encoder import PRECISIONS, Backbone
 from cosettle_cache.backbones.registry import TIMM_PREFIX
 from cosettle_cache.errors import InputError, UsageError
+from cosettle_cache.protocols import replace_red_std
 
 
 def load_backbone(
@@ -22,13 +23,15 @@ def load_backbone(
     seed: int = 0,
     heads: int | None = None,
     compiled: bool = False,
+    red_std: float | None = None,
 ) -> Backbone:
     """Return a frozen encoder.
 
     `name` is a row of the table, a family with a weights file of any size, or `timm/<model id>`. `weights`:
     None for the published ones (cached), "random" for random ones from `seed`, or a file. `heads` is for
     files of a family whose width does not give the number of heads. `compiled` puts the blocks through
-    torch.compile.
+    torch.compile. `red_std` replaces ImageNet's red deviation, which some protocols have otherwise, where the
+    encoder normalises with that.
     """
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
@@ -38,6 +41,8 @@ def load_backbone(
         backbone = timm_models.load(name, weights, where, precision, seed)
     else:
         backbone = published.load(name, weights, where, precision, seed, heads)
+    if red_std is not None:
+        backbone.std = replace_red_std(backbone.std, red_std)
     if compiled:
         backbone.compile_blocks()
     return backbone

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cosettle_cache.console import Talk
 from cosettle_cache.datasets import build_manifest
+from cosettle_cache.datasets.build import entries, is_video_file
 from cosettle_cache.datasets.sprites import ensure_sprites
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.manifest import read_manifest
 from cosettle_cache.types import Manifest
 
-SPRITES = "sprites"
+SPRITES, MASKS = "sprites", "masks"
 
 #: Folders looked for under the data root, most specific first: (dataset layout, folder).
 TRAINING_FOLDERS = (
@@ -23,7 +24,6 @@ TRAINING_FOLDERS = (
     ("kinetics", "k400"),
     ("folder", "clips"),
 )
-DAVIS_FOLDERS = (("davis", "DAVIS"), ("davis", "davis-2017"), ("davis", "davis"), ("davis", "."))
 #: Per benchmark: what tells its folder, and the folders looked for under the data root.
 BENCHMARK_FOLDERS = {
     "davis": ("JPEGImages", ("DAVIS", "davis-2017", "davis", ".")),
@@ -71,9 +71,23 @@ def training_data(data_root: Path | None, talk: Talk) -> Data:
     return _find(data_root, TRAINING_FOLDERS, "clips to train on", "train", talk)
 
 
-def davis_data(data_root: Path | None, talk: Talk) -> Data:
-    """Return sequences to propagate on: the DAVIS folder under the data root, else the sprites."""
-    return _find(data_root, DAVIS_FOLDERS, "a DAVIS folder", "val", talk)
+def evaluation_data(task: str, data_root: Path | None, talk: Talk) -> Data:
+    """Return videos to propagate on: those under the data root, else the sprites clips."""
+    if task == SPRITES:
+        return sprites_data("val")
+    if task == MASKS:
+        return _own_clips(data_root, talk)
+    if data_root is None:
+        data = sprites_data("val", task)
+        talk.note(f"no --data-root given: using the {data.origin}")
+        return data
+    _check_root(data_root)
+    folder = _benchmark_folder(task, data_root)
+    if folder is not None:
+        return _build(task, folder, data_root, "val", talk)
+    data = sprites_data("val", task)
+    talk.note(f"no {task} data under {data_root}: using the {data.origin}")
+    return data
 
 
 def benchmark_data(task: str, data_root: Path | None) -> Data:
@@ -81,21 +95,39 @@ def benchmark_data(task: str, data_root: Path | None) -> Data:
     if data_root is None:
         raise UsageError(f"where is {task}?", wanted="--data-root FOLDER or --manifest FILE")
     _check_root(data_root)
+    folder = _benchmark_folder(task, data_root)
+    if folder is None:
+        mark, names = BENCHMARK_FOLDERS[task]
+        wanted = ", ".join(f"{name}/{mark}" for name in names)
+        raise InputError(f"{data_root} holds no {task} data", wanted=f"one of {wanted}")
+    built = build_manifest(task, folder, data_root)
+    return Data(built.manifest, data_root, f"{folder} ({len(built.manifest)} videos)", built.failures)
+
+
+def _benchmark_folder(task: str, data_root: Path) -> Path | None:
     mark, names = BENCHMARK_FOLDERS[task]
-    for name in names:
-        if (data_root / name / mark).is_dir():
-            built = build_manifest(task, data_root / name, data_root)
-            origin = f"{data_root / name} ({len(built.manifest)} videos)"
-            return Data(built.manifest, data_root, origin, built.failures)
-    wanted = ", ".join(f"{name}/{mark}" for name in names)
-    raise InputError(f"{data_root} holds no {task} data", wanted=f"one of {wanted}")
+    return next((data_root / name for name in names if (data_root / name / mark).is_dir()), None)
 
 
-def sprites_data(split: str) -> Data:
-    """Return the built-in clips of one split."""
+def sprites_data(split: str, layout: str = SPRITES) -> Data:
+    """Return the built-in clips of one split, with their masks or as another benchmark has them."""
     root = ensure_sprites()
-    manifest = build_manifest(SPRITES, root, root, split=split).manifest
+    built = build_manifest(layout, root, root, split=split).manifest
+    # Whatever the labels, they are these clips, and lie where these lie.
+    manifest = replace(built, videos=tuple(replace(video, dataset=SPRITES) for video in built))
     return Data(manifest, root, f"built-in sprites clips ({len(manifest)} videos)")
+
+
+def _own_clips(data_root: Path | None, talk: Talk) -> Data:
+    """Return the clips in a folder, or the folder that is a clip, each with a first mask beside it."""
+    if data_root is None:
+        raise UsageError(
+            "where are the clips?",
+            wanted="--data-root FOLDER that holds CLIP.mp4, or a folder CLIP of frames, and CLIP.png",
+        )
+    _check_root(data_root)
+    is_clip = not any(path.is_dir() or is_video_file(path) for path in entries(data_root))
+    return _build(MASKS, data_root, data_root.absolute().parent if is_clip else data_root, "", talk)
 
 
 def _find(
@@ -107,19 +139,16 @@ def _find(
         return data
     _check_root(data_root)
     for layout, name in folders:
-        if _has_layout(layout, data_root / name):
+        if (data_root / name).is_dir():
             return _build(layout, data_root / name, data_root, split, talk)
     data = sprites_data(split)
     talk.note(f"no {what} under {data_root}: using the {data.origin}")
     return data
 
 
-def _has_layout(layout: str, folder: Path) -> bool:
-    return (folder / "JPEGImages").is_dir() if layout == "davis" else folder.is_dir()
-
-
 def _build(layout: str, folder: Path, data_root: Path, split: str, talk: Talk) -> Data:
-    options = {"split": split} if layout == "davis" else {}
+    # A folder of training clips is its own split.
+    options = {"split": split} if layout in BENCHMARK_FOLDERS else {}
     built = build_manifest(layout, folder, data_root, **options)
     for media, reason in built.failures.items():
         talk.warn(f"left out {media}: {reason}")

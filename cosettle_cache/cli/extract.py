@@ -61,6 +61,9 @@ def extract(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Put the encoder through torch.compile.")
     ] = False,
+    red_std: Annotated[
+        float | None, typer.Option(help="Red deviation instead of ImageNet's 0.229: 0.228 as DINO evaluates.")
+    ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where width/64 is wrong.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass.")] = None,
     decode_threads: Annotated[int | None, typer.Option(min=1, help="Threads that prepare images.")] = None,
@@ -112,6 +115,7 @@ def extract(
         compiled=compiled,
         workers=workers,
         scheduler=scheduler,
+        red_std=red_std,
     )
     if dry_run:
         summary = asdict(summarise_plan(job, plan_job(job)))

@@ -31,6 +31,7 @@ class StoreJob:
     """One store to fill: which videos, which encoder, which plan, where to (path or URL), by whom.
 
     Without `workers` (processes on this machine) or a `scheduler` (address) this process does the work.
+    `red_std` replaces ImageNet's red deviation, where the encoder normalises with that.
     """
 
     data: Data
@@ -50,6 +51,7 @@ class StoreJob:
     compiled: bool = False
     workers: int = 0
     scheduler: str | None = None
+    red_std: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ def _run_across(job: StoreJob, plan: Plan, talk: Talk) -> ExtractReport:
     from cosettle_cache.distributed import connect
     from cosettle_cache.extract import extract_across
 
-    gpus = _check_workers(job)
+    gpus = check_workers(job.workers, job.scheduler, job.device)
     with connect(workers=job.workers, scheduler=job.scheduler, gpus=gpus, note=talk.note) as cluster:
         # Loaded here only to say what the tokens depend on; workers load their own, and compare.
         backbone = _load(job, "cpu")
@@ -201,13 +203,13 @@ def _run_across(job: StoreJob, plan: Plan, talk: Talk) -> ExtractReport:
             )
 
 
-def _check_workers(job: StoreJob) -> Sequence[str]:
+def check_workers(workers: int, scheduler: str | None, device: str | None) -> Sequence[str]:
     """Return the GPUs of this machine to be dealt to workers; raise `UsageError` for what cannot be."""
-    if job.workers and job.scheduler:
+    if workers and scheduler:
         raise UsageError("--workers and --scheduler exclude each other", wanted="one of the two")
-    if job.device not in (None, "cpu", "cuda"):
-        raise UsageError("workers are dealt their GPUs", wanted="--device cpu or cuda", found=job.device)
-    if job.scheduler or pick_device(job.device) == "cpu":
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError("workers are dealt their GPUs", wanted="--device cpu or cuda", found=device)
+    if scheduler or pick_device(device) == "cpu":
         return ()
     import torch
 
@@ -239,6 +241,7 @@ def _spec(job: StoreJob) -> ExtractSpec:
         dtype=job.dtype,
         codec=job.codec,
         retry_failed=job.retry_failed,
+        red_std=job.red_std,
     )
 
 
@@ -252,6 +255,7 @@ def _load(job: StoreJob, device: str) -> Backbone:
         precision=job.precision,
         heads=job.heads,
         compiled=job.compiled,
+        red_std=job.red_std,
     )
 
 

@@ -19,6 +19,7 @@ from cosettle_cache.errors import InputError, MediaError, UsageError
 from cosettle_cache.types import LabelKind, Video
 
 __all__ = [
+    "MIN_SCORED_FRAMES",
     "PALETTE",
     "VOID",
     "DavisSequence",
@@ -31,6 +32,8 @@ __all__ = [
 
 #: The resolution folder that is meant when several lie side by side.
 USUAL_RESOLUTION = "480p"
+#: The benchmark scores neither the first nor the last frame.
+MIN_SCORED_FRAMES = 3
 
 
 def build_davis_manifest(
@@ -107,6 +110,11 @@ class DavisSequence:
     def labelled(self) -> frozenset[int]:
         """The frames (from 0 in the row's range) that have an annotation: all, or the first alone."""
         return self.files.labelled
+
+    @property
+    def scorable(self) -> bool:
+        """Whether every frame is annotated and there are frames besides the first and the last."""
+        return len(self.labelled) == self.video.n_frames >= MIN_SCORED_FRAMES
 
     def first_mask(self) -> Mask:
         """Return the annotation of the first frame; void is background."""

@@ -47,8 +47,8 @@ JOINTS = (
 MAT_FILE = "joint_positions.mat"
 
 Joints = Float64[np.ndarray, "2 joint frame"]
-#: Key points: x, then y.
-Points = Float[np.ndarray, "2 joint"]
+#: Key points of one frame or of many: x, then y.
+AnyPoints = Float[np.ndarray, "2 ..."]
 
 #: What the MATLAB reader raises for files that are broken, something else, or of version 7.3.
 _UNREADABLE = (
@@ -164,19 +164,20 @@ def _checked(joints: Any, path: Path) -> Joints:
     return np.asarray(joints, dtype=np.float64)
 
 
-def pixels_to_cells(points: Points, image_size: tuple[int, int], grid: Grid) -> Points:
+def pixels_to_cells(points: AnyPoints, image_size: tuple[int, int], grid: Grid) -> AnyPoints:
     """Return key points in cells of a grid that spans an image of (height, width) `image_size` pixels."""
-    return np.asarray(points * _cells_per_pixel(image_size, grid).astype(points.dtype))
+    return np.asarray(points * _cells_per_pixel(points, image_size, grid))
 
 
-def cells_to_pixels(points: Points, image_size: tuple[int, int], grid: Grid) -> Points:
+def cells_to_pixels(points: AnyPoints, image_size: tuple[int, int], grid: Grid) -> AnyPoints:
     """Return key points in pixels; those that are lost stay left of and above the image."""
-    return np.asarray(points / _cells_per_pixel(image_size, grid).astype(points.dtype))
+    return np.asarray(points / _cells_per_pixel(points, image_size, grid))
 
 
-def _cells_per_pixel(image_size: tuple[int, int], grid: Grid) -> Float64[np.ndarray, "2 1"]:
+def _cells_per_pixel(points: AnyPoints, image_size: tuple[int, int], grid: Grid) -> np.ndarray:
     height, width = image_size
-    return np.array([[grid.cols / width], [grid.rows / height]])
+    scale = np.array([grid.cols / width, grid.rows / height], dtype=points.dtype)
+    return scale.reshape(2, *(1,) * (points.ndim - 1))
 
 
 def write_predicted_joints(path: Path, points: Float32[np.ndarray, "2 joint frame"]) -> None:

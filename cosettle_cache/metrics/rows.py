@@ -6,14 +6,22 @@ In come a row that holds provenance only and one video's figures; out goes the r
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cosettle_cache.metrics.davis import ObjectScore
+from cosettle_cache.metrics.davis import DavisScorer, ObjectScore
 from cosettle_cache.metrics.parsing import Confusion
-from cosettle_cache.metrics.pck import THRESHOLDS, JointCounts
+from cosettle_cache.metrics.pck import (
+    THRESHOLDS,
+    AnyJoints,
+    JointCounts,
+    Joints,
+    count_joints,
+    count_joints_strictly,
+)
 from cosettle_cache.metrics.tracks import THRESHOLDS as TRACK_THRESHOLDS
 from cosettle_cache.metrics.tracks import TrackCounts
 from cosettle_cache.types import Score
@@ -23,6 +31,16 @@ PCK_COLUMNS = tuple("pck_" + f"{threshold:g}".replace(".", "_") for threshold in
 STRICT_COLUMNS = tuple(f"strict_{name}" for name in PCK_COLUMNS)
 #: Position accuracy of tracked points, likewise.
 DELTA_COLUMNS = tuple(f"delta_{threshold}" for threshold in TRACK_THRESHOLDS)
+
+
+def object_rows(row: Score, scorer: DavisScorer, shown: Collection[int]) -> list[Score]:
+    """Return `row` with J and F once per object, of those `shown` in the first true mask.
+
+    Where its numbers have gaps, the official tool also counts the numbers between, as objects that are never
+    there and so always right; they get no row here.
+    """
+    items = [item for item in scorer.finish() if item.object_id in shown]
+    return [object_row(row, item, scorer.tolerance) for item in items]
 
 
 def object_row(row: Score, figures: ObjectScore, tolerance: int) -> Score:
@@ -68,6 +86,12 @@ def tracks_row(row: Score, counts: TrackCounts) -> Score:
         "hits": counts.hits.tolist(),
     }
     return replace(row, **known, counts_json=json.dumps({"tracks": plain}, separators=(",", ":")))
+
+
+def clip_row(row: Score, truth: Joints, prediction: AnyJoints, image_size: tuple[int, int]) -> Score:
+    """Return `row` with the joints of one clip, true and predicted in pixels of images of (height, width)."""
+    strict = count_joints_strictly(truth, prediction, image_size)
+    return joints_row(row, count_joints(truth, prediction), strict)
 
 
 def joint_figures(counts: JointCounts, strict: JointCounts) -> dict[str, Any]:

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Float
-
 from cosettle_cache.datasets.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
 from cosettle_cache.errors import MediaError
-from cosettle_cache.metrics import count_joints, count_joints_strictly
-from cosettle_cache.metrics.rows import joints_row
+from cosettle_cache.metrics.rows import clip_row
 from cosettle_cache.scoring.case import Case
 from cosettle_cache.types import Score
 
@@ -46,15 +42,10 @@ def score_joints(case: Case, row: Score) -> list[Score]:
     path = _find(case)
     assert path is not None
     size = (case.video.height, case.video.width)
-    pixels = _to_pixels(read_predicted_joints(path), case)
-    return [joints_row(row, count_joints(truth, pixels), count_joints_strictly(truth, pixels, size))]
+    pixels = cells_to_pixels(read_predicted_joints(path), size, case.grid)
+    return [clip_row(row, truth, pixels, size)]
 
 
 def _find(case: Case) -> Path | None:
     by_name = case.predictions / f"{case.video.video_id}.npy"
     return next((path for path in (by_name, case.predictions / f"{case.number}.dat") if path.is_file()), None)
-
-
-def _to_pixels(points: Float[np.ndarray, "2 joint frame"], case: Case) -> Float[np.ndarray, "2 joint frame"]:
-    size = (case.video.height, case.video.width)
-    return cells_to_pixels(points.reshape(2, -1), size, case.grid).reshape(points.shape)

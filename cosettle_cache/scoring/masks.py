@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cosettle_cache.datasets.davis import DavisSequence, open_sequence
+from cosettle_cache.datasets.davis import MIN_SCORED_FRAMES, DavisSequence, open_sequence
 from cosettle_cache.datasets.index_png import read_mask
 from cosettle_cache.errors import MediaError
 from cosettle_cache.frames import decode_errors
 from cosettle_cache.metrics import DavisScorer
-from cosettle_cache.metrics.rows import object_row
+from cosettle_cache.metrics.rows import object_rows
 from cosettle_cache.scoring.case import Case, lacking
 from cosettle_cache.types import Score
 
-MIN_FRAMES = 3
 #: Modes of images whose pixels are numbers.
 _INDEXED = ("P", "L", "1")
 
@@ -28,9 +27,9 @@ _INDEXED = ("P", "L", "1")
 def check_masks(case: Case) -> list[str]:
     """Return what keeps the video from being scored, after a look at every file's name, size and kind."""
     sequence = open_sequence(case.video, case.data_root)
-    if case.video.n_frames < MIN_FRAMES or len(sequence.labelled) < case.video.n_frames:
+    if not sequence.scorable:
         found = f"{len(sequence.labelled)} of {case.video.n_frames} frames annotated"
-        return [f"cannot be scored: {found}, at least {MIN_FRAMES} and all needed"]
+        return [f"cannot be scored: {found}, at least {MIN_SCORED_FRAMES} and all needed"]
     folder = case.predictions / case.video.video_id
     if not folder.is_dir():
         return ["no folder of masks"]
@@ -56,11 +55,7 @@ def _header_fault(path: Path, case: Case) -> str | None:
 
 
 def score_masks(case: Case, row: Score) -> list[Score]:
-    """Return one row per object that the first annotation shows; raise `InputError` for unknown objects.
-
-    Where its numbers have gaps, the official tool also counts the numbers between, as objects that are never
-    there and so always right; they get no row here.
-    """
+    """Return one row per object that the first annotation shows; raise `InputError` for unknown objects."""
     sequence = open_sequence(case.video, case.data_root)
     first = sequence.first_mask()
     scorer = DavisScorer.from_first_mask(first)
@@ -69,9 +64,7 @@ def score_masks(case: Case, row: Score) -> list[Score]:
         assert truth is not None
         scored = 0 < index < case.video.n_frames - 1
         scorer.add(truth, _prediction(case, sequence, index) if scored else truth)
-    shown = set(np.unique(first).tolist())
-    items = [item for item in scorer.finish() if item.object_id in shown]
-    return [object_row(row, item, scorer.tolerance) for item in items]
+    return object_rows(row, scorer, set(np.unique(first).tolist()))
 
 
 def _prediction(case: Case, sequence: DavisSequence, index: int) -> np.ndarray:
