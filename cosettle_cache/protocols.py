@@ -28,8 +28,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 #: Fields that decide which neighbours a query has among given tokens; labels and weights come after.
 SEARCH_FIELDS = ("top_k", "keep_ties", "n_context", "radius", "window", "mask_first", "first_frame_copies")
 
-#: ImageNet's deviation of the red channel, and what `red_std` stands in for.
+#: ImageNet's deviation of the red channel, which `red_std` stands in for, and those of green and blue.
 IMAGENET_RED_STD = 0.229
+_IMAGENET_OTHER_STD = (0.224, 0.225)
 
 _T = TypeVar("_T")
 
@@ -170,8 +171,9 @@ def image_std(protocol: EvalProtocol, encoder_std: tuple[float, float, float]) -
 
 def replace_red_std(encoder_std: tuple[float, float, float], red_std: float) -> tuple[float, float, float]:
     """Return `encoder_std` with another red deviation in place of ImageNet's, and any other as it is."""
-    red, green, blue = encoder_std
-    return (red_std if red == IMAGENET_RED_STD else red, green, blue)
+    red, *others = encoder_std
+    # A red that was replaced before is known by its neighbours.
+    return (red_std if tuple(others) == _IMAGENET_OTHER_STD else red, *others)  # type: ignore[return-value]
 
 
 def search_json(protocol: EvalProtocol) -> dict[str, object]:

@@ -64,6 +64,7 @@ def test_the_slip_in_red_replaces_imagenets_deviation_only():
     assert image_std(make_protocol("dino"), imagenet) == (0.228, 0.224, 0.225)
     assert image_std(make_protocol(), imagenet) == imagenet
     assert image_std(make_protocol("dino"), own) == own
+    assert image_std(make_protocol(), (0.228, 0.224, 0.225)) == imagenet
 
 
 def test_the_command_lists_every_field_of_every_preset(capsys):

@@ -34,6 +34,7 @@ def propagate_video(
 
     What is wrong with the video or with its tokens becomes the report's `failure`; other errors are raised.
     """
+    work.check_places()
     video = work.videos[number]
     work.folder.reopen(video.video_id)
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from cosettle_cache.errors import InputError
 from cosettle_cache.kinds import TokenKind
 from cosettle_cache.propagate.checks import input_size
 from cosettle_cache.propagate.folder import RunFolder
@@ -43,6 +45,15 @@ class VideoWork:
     def search_bytes(self) -> int | None:
         """The bytes that the search of one kind of tokens may take."""
         return None if self.memory_limit is None else self.memory_limit // len(self.kinds)
+
+    def check_places(self) -> None:
+        """Raise `InputError` on a machine that does not see the data or the output under the run's paths."""
+        for path, what in ((self.data_root, "the data root"), (self.folder.progress, "the output folder")):
+            if not path.is_dir():
+                raise InputError(
+                    f"{path} is not a folder on {platform.node()}",
+                    wanted=f"{what} under the same path on every worker",
+                )
 
     def setting(self, number: int) -> Setting:
         """Return what labels and maps of a video depend on."""
