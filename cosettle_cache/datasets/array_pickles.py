@@ -5,6 +5,7 @@ An open file comes in, what it holds goes out.
 
 from __future__ import annotations
 
+import io
 import pickle
 from typing import IO, Any
 
@@ -23,7 +24,7 @@ _ARRAY_PARTS = {
 class ArrayUnpickler(pickle.Unpickler):
     """Loads arrays, plain numbers, texts, bytes, lists, tuples, dictionaries, and nothing else."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | io.BytesIO) -> None:
         super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
