@@ -19,6 +19,7 @@ _HOMES = {
     "davis_j_and_f": "metrics",
     "mean_iou": "metrics",
     "pck": "metrics",
+    "trade_off": "metrics.tradeoff",
 }
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cosettle_cache.cli import (
+    analyze,
     backbones,
     demo,
     extract,
@@ -31,7 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 HELP = """Run a frozen image encoder once; train, propagate and measure on its stored tokens.
 
-The order of work: manifest, extract, train, propagate. Without any data the built-in sprites clips serve.
+The order of work: manifest, extract, train, propagate, analyze. Without any data the built-in sprites
+clips serve.
 """
 
 #: Commands in the order of the story, as `--help` lists them.
@@ -44,6 +46,7 @@ STORY = (
     "propagate",
     "track",
     "score",
+    "analyze",
     "projection",
     "store",
     "run",
@@ -77,6 +80,7 @@ app.command()(exits(protocols.protocols))
 app.command()(exits(propagate.propagate))
 app.command()(exits(track.track))
 app.command()(exits(score.score))
+app.command()(exits(analyze.analyze))
 app.add_typer(projection.app, name="projection")
 app.add_typer(store.app, name="store")
 app.command()(exits(run.run))

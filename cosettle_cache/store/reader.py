@@ -133,6 +133,11 @@ class FeatureStore:
         """Return the number of plain encodings of a video (frames plan)."""
         return len(self._plain_rows(video_id)[1])
 
+    def video_rows(self, video_id: str) -> tuple[Grid, Int64[np.ndarray, " frame"]]:
+        """Return grid and rows of a video's plain encodings in frame order, for `read_encodings`."""
+        array, rows = self._plain_rows(video_id)
+        return self.arrays[array].grid, rows
+
     def tokens(
         self, video_id: str, frames: Sequence[int] | None = None
     ) -> Float16[np.ndarray, "frame row col dim"]:
