@@ -115,7 +115,7 @@ def _check_key(path: Path, wanted: Mapping[str, object], found: Mapping[str, Any
         raise FingerprintError(
             f"{path} holds neighbours of other tokens or of another search",
             details=[f"{name}: wanted {wanted.get(name)}, found {found.get(name)}" for name in keys],
-            hint="search again, without --neighbors",
+            hint="search again, and keep the lists in another folder",
         )
 
 

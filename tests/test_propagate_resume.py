@@ -118,8 +118,9 @@ def test_what_was_half_done_counts_for_nothing(go, tmp_path, whole):
     (tmp_path / "out/mine/dog/00002.png").unlink()
     shutil.rmtree(tmp_path / "out/overlays/apple")
     (tmp_path / "out/progress/videos/.bear.json.0.tmp").write_text("{")
+    (tmp_path / "out/progress/videos/bear.json").write_text("{}")
     report = go()
-    assert (report.n_videos_before, report.n_frames) == (2, 10)
+    assert (report.n_videos_before, report.n_frames) == (1, 15)
     (tmp_path / "out/progress/videos/.bear.json.0.tmp").unlink()
     assert results_of(tmp_path / "out") == whole[1]
 

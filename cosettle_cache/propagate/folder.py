@@ -80,10 +80,10 @@ class RunFolder:
         """Return the mark of a finished video; None where files are gone or annotations have changed."""
         try:
             document = read_json(self._mark(video.video_id))
-        except InputError:
+            scores = tuple(Score(**row) for row in document["scores"])
+            mark = Mark(document["labels"], tuple(document["files"]), scores)
+        except (InputError, KeyError, TypeError):  # none, damaged, or of another version: to be done
             return None
-        scores = tuple(Score(**row) for row in document["scores"])
-        mark = Mark(document["labels"], tuple(document["files"]), scores)
         there = all((self.path / name).is_file() for name in mark.files)
         return mark if there and mark.labels == labels_stamp(video, data_root) else None
 

@@ -69,7 +69,8 @@ def propagate_store(
         raise UsageError(f"{overlays!r} says nothing about overlays", wanted=", ".join(OVERLAYS))
     check_labels(store, find_benchmark(task).labels, task)
     check_store(store, protocol)
-    kinds = tuple(make_kinds(projections, store.arrays[0].n_channels, reserved=RESERVED))
+    here = "cpu" if runner or device is None else device
+    kinds = tuple(make_kinds(projections, store.arrays[0].n_channels, device=here, reserved=RESERVED))
     n_parallel = make_ranker(search, torch.device(device or "cpu")).n_parallel
     check_memory(store, protocol, memory_limit, n_kinds=len(kinds), n_parallel=n_parallel)
     folder = RunFolder(out.absolute())
