@@ -53,6 +53,7 @@ class ObjectsMean:
     """Unweighted means over objects (the rule of DAVIS) for one kind of tokens; shares from 0 to 1."""
 
     columns: ClassVar[tuple[str, ...]] = ("objects", "J&F", "J", "F")
+    main_name: ClassVar[str] = "J&F"
     label: ClassVar[str] = "mean over objects"
 
     tokens: str
@@ -85,6 +86,7 @@ class PartsMean:
     """
 
     columns: ClassVar[tuple[str, ...]] = ("mIoU", "mIoU by clip", "pixels")
+    main_name: ClassVar[str] = "mIoU"
     label: ClassVar[str] = "all clips together"
 
     tokens: str
@@ -108,6 +110,7 @@ class JointsMean:
     """Joints of all clips of one kind of tokens, pooled; shares from 0 to 1."""
 
     columns: ClassVar[tuple[str, ...]] = ("PCK@0.1", "PCK@0.2", "strict PCK@0.1", "strict PCK@0.2", "visible")
+    main_name: ClassVar[str] = "PCK@0.1"
     label: ClassVar[str] = "all clips together"
 
     tokens: str

@@ -18,6 +18,7 @@ from cosettle_cache.cli import (
     projection,
     propagate,
     protocols,
+    report,
     run,
     score,
     store,
@@ -32,8 +33,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 HELP = """Run a frozen image encoder once; train, propagate and measure on its stored tokens.
 
-The order of work: manifest, extract, train, propagate, analyze. Without any data the built-in sprites
-clips serve.
+The order of work: manifest, extract, train, propagate, analyze, report. Without data the built-in
+sprites clips serve.
 """
 
 #: Commands in the order of the story, as `--help` lists them.
@@ -47,6 +48,7 @@ STORY = (
     "track",
     "score",
     "analyze",
+    "report",
     "projection",
     "store",
     "run",
@@ -81,6 +83,7 @@ app.command()(exits(propagate.propagate))
 app.command()(exits(track.track))
 app.command()(exits(score.score))
 app.command()(exits(analyze.analyze))
+app.command()(exits(report.report))
 app.add_typer(projection.app, name="projection")
 app.add_typer(store.app, name="store")
 app.command()(exits(run.run))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from threading import Event
@@ -85,6 +85,16 @@ def pick_device(device: str | None) -> str:
             f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"
         )
     return device
+
+
+def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return folders by name; those of one name by their parent's too."""
+    names = [folder.absolute().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = ["/".join(folder.absolute().parts[-2:]) for folder in folders]
+    if len(set(names)) < len(names):
+        raise UsageError("two folders have one name", wanted="different names", found=", ".join(names))
+    return dict(zip(names, folders, strict=True))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
+from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, name_folders
 from cosettle_cache.console import Talk
 from cosettle_cache.errors import ExitCode, InputError, UncleanError, UsageError
 from cosettle_cache.types import Grid, Score
@@ -56,7 +56,7 @@ def score(
     Example: cosettle-cache score --task davis --predictions results --data-root /data
     """
     talk = Talk(quiet=quiet)
-    request = Request(task.value, _data(task, manifest, data_root), _names(predictions), _grid(grid))
+    request = Request(task.value, _data(task, manifest, data_root), name_folders(predictions), _grid(grid))
     problems = _problems(request, talk)
     _refuse_incomplete(request, problems, partial=partial)
     if dry_run:
@@ -77,16 +77,6 @@ def _data(task: Task, manifest: Path | None, data_root: Path | None) -> Data:
     if manifest is not None:
         return manifest_data(manifest, data_root)
     return sprites_data("val") if task is Task.SPRITES else benchmark_data(task.value, data_root)
-
-
-def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return the folders by name; those of one name by their parent's too."""
-    names = [folder.absolute().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = ["/".join(folder.absolute().parts[-2:]) for folder in folders]
-    if len(set(names)) < len(names):
-        raise UsageError("two folders of predictions have one name", wanted="different names")
-    return dict(zip(names, folders, strict=True))
 
 
 def _grid(text: str) -> Grid:

@@ -1,0 +1,59 @@
+"""The report: one HTML file that shows what runs did, to be looked at anywhere and sent to anybody.
+
+Folders of runs come in (and, for the affinity explorer, a store and projections), the text of a page with
+everything inside goes out. Sections appear where their data are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from cosettle_cache.files import make_folder, write_durably
+from cosettle_cache.report.curves import curves_section
+from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
+from cosettle_cache.report.media import Media
+from cosettle_cache.report.overlays import overlay_section
+from cosettle_cache.report.page import assemble, encode
+from cosettle_cache.report.provenance import provenance_section
+from cosettle_cache.report.runs import Runs, holds_run, read_runs
+from cosettle_cache.report.scores import overview_section, score_section
+
+__all__ = ["Limits", "Media", "Runs", "Tokens", "holds_run", "make_report", "make_tokens", "read_runs", "write_report"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the size of the file: videos with pictures per run, and frames of each."""
+
+    n_videos: int = 3
+    max_frames: int = 24
+
+
+def make_report(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits, title: str) -> str:
+    """Return the page's text; with `tokens`, whose frames are in `media`, it has an affinity explorer."""
+    return assemble(title, _sections(runs, media, tokens, limits))
+
+
+def write_report(path: Path, text: str) -> int:
+    """Write the page; return its size in bytes. Raises `OutputError` when it cannot be written."""
+    data = encode(text)
+    make_folder(path.parent)
+    write_durably(path, [data])
+    return len(data)
+
+
+def _sections(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits) -> Sequence[Element]:
+    scored = [run for run in runs.scored if run.scores]
+    found: list[Element | None] = [overview_section(scored)] if len(scored) > 1 else []
+    for number, run in enumerate(runs.scored):
+        found.append(score_section(run, number))
+        found.append(overlay_section(run, number, media, limits.n_videos, limits.max_frames))
+    if tokens is not None:
+        wanted = [score.video_id for run in scored for score in run.scores]
+        found.append(explorer_section(tokens, media, wanted, limits.n_videos, limits.max_frames))
+    found += [curves_section(run, number) for number, run in enumerate(runs.trained)]
+    found.append(provenance_section(runs, tokens.provenance() if tokens else {}))
+    return [section for section in found if section is not None]

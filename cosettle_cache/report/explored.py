@@ -1,0 +1,143 @@
+"""What the affinity explorer knows: the exact nearest patches of every patch of a first frame, and small tokens.
+
+A store and kinds of tokens come in; per video and kind of tokens come neighbour lists by the search that
+`propagate` uses, and 8-bit tokens from which a browser computes whole affinity maps, with the error it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int8, Int16, UInt16
+from torch import Tensor
+
+from cosettle_cache.affinity import unit_tokens
+from cosettle_cache.kinds import TokenKind
+from cosettle_cache.search import make_ranker
+from cosettle_cache.store import FeatureStore
+from cosettle_cache.types import Grid
+
+#: Neighbours listed per patch, and channels kept per token: what one frame costs is about 100 bytes a patch.
+TOP_K = 10
+MAX_CHANNELS = 64
+#: Frames per video, the first included.
+MAX_FRAMES = 7
+
+#: Patches whose maps are compared with exact cosines.
+_CHECKED = 64
+
+Tokens = Float32[Tensor, "frame patch dim"]
+
+
+@dataclass(frozen=True, slots=True)
+class SmallTokens:
+    """Unit tokens along the `channels` directions in which they are longest, in 8 bits.
+
+    A component is `values * scale[channel]`. `share` is the part of the squared length that is kept; `error`
+    the largest difference to an exact cosine with the first frame, found on patches spread over the grid.
+    """
+
+    values: Int8[np.ndarray, "frame patch channel"]
+    scale: Float32[np.ndarray, " channel"]
+    of_channels: int
+    share: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExploredKind:
+    """One kind of tokens: for every patch of the first frame its nearest in each later one, best first."""
+
+    name: str
+    position: UInt16[np.ndarray, "frame patch k"]
+    cosine: Int16[np.ndarray, "frame patch k"]
+    small: SmallTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Explored:
+    """One video: the chosen frames, the first of all included, and its tokens by kind."""
+
+    video_id: str
+    grid: Grid
+    frames: tuple[int, ...]
+    kinds: tuple[ExploredKind, ...]
+
+
+#: Cosines are kept in steps of one over this.
+COSINE_STEPS = 32767
+
+
+def chosen_frames(n_frames: int, at_most: int) -> list[int]:
+    """Return the first frame and later ones, ever farther apart up to the last."""
+    n_later = min(n_frames, at_most, MAX_FRAMES) - 1
+    later = np.geomspace(1, n_frames - 1, n_later) if n_later > 0 else []
+    return sorted({0, *(round(float(place)) for place in later)})
+
+
+@torch.inference_mode()
+def explore(
+    store: FeatureStore, video_id: str, kinds: Sequence[TokenKind], max_frames: int
+) -> Explored:
+    """Return what there is to explore in one video; `frames` count the encodings of the store.
+
+    Raises `InputError` when the store lacks tokens of the video, `DamagedStoreError` when they are damaged.
+    """
+    frames = chosen_frames(store.n_frames(video_id), max_frames)
+    tokens = torch.stack(list(_read(store, video_id, frames)))
+    explored = tuple(_kind(kind.name, kind.apply(tokens)) for kind in kinds)
+    return Explored(video_id, store.grid(video_id), tuple(frames), explored)
+
+
+def _read(store: FeatureStore, video_id: str, frames: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the tokens of ascending `frames`, patches row by row; memory does not grow with the video."""
+    wanted = set(frames)
+    for index, tokens in enumerate(store.stream_tokens(video_id)):
+        if index in wanted:
+            yield torch.from_numpy(tokens.copy()).flatten(0, 1)
+        if index == frames[-1]:
+            return
+
+
+def _kind(name: str, tokens: Float[Tensor, "frame patch dim"]) -> ExploredKind:
+    unit = unit_tokens(tokens)
+    ranker = make_ranker("auto", unit.device)
+    k = min(TOP_K, unit.shape[1])
+    ranked = [ranker.rank(unit[0], later[:, None], None, k) for later in unit[1:]]
+    position = np.array([index.numpy() for _, index in ranked], np.uint16).reshape(-1, unit.shape[1], k)
+    cosine = np.array([(values * COSINE_STEPS).round().numpy() for values, _ in ranked]).astype(np.int16)
+    return ExploredKind(name, position, cosine.reshape(position.shape), shrink(unit))
+
+
+def shrink(unit: Tokens, max_channels: int = MAX_CHANNELS) -> SmallTokens:
+    """Return `unit` tokens along their strongest directions (of the uncentred second moment), in 8 bits.
+
+    The directions keep dot products as well as any of their number can; tokens that are narrow enough keep
+    their own channels.
+    """
+    dim = unit.shape[2]
+    kept = unit if dim <= max_channels else unit @ _directions(unit, max_channels)
+    scale = (kept.abs().amax(dim=(0, 1)) / 127).clamp(min=1e-12)
+    values = (kept / scale).round().clamp(-127, 127)
+    share = float(kept.square().sum() / unit.square().sum().clamp(min=1e-12))
+    error = _largest_error(unit, values * scale)
+    return SmallTokens(values.to(torch.int8).numpy(), scale.numpy(), dim, share, error)
+
+
+def _directions(unit: Tokens, n: int) -> Float32[Tensor, "dim n"]:
+    flat = unit.flatten(0, 1).double()
+    _, vectors = torch.linalg.eigh(flat.T @ flat)
+    strongest: Tensor = vectors[:, -n:].flip(1).float()
+    return strongest
+
+
+def _largest_error(unit: Tokens, small: Float32[Tensor, "frame patch channel"]) -> float:
+    some = torch.linspace(0, unit.shape[1] - 1, min(_CHECKED, unit.shape[1])).long()
+    differences = [
+        (unit[0, some] @ exact.T - small[0, some] @ short.T).abs().max()
+        for exact, short in zip(unit, small, strict=True)
+    ]
+    return float(torch.stack(differences).max())

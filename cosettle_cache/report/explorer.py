@@ -1,0 +1,197 @@
+"""The affinity explorer: pick a patch of the first frame, see where later frames answer, raw and projected.
+
+A store, projections and the frames behind them come in; a section whose canvases the page's scripts draw
+comes out.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree.ElementTree import Element
+
+import numpy as np
+
+from cosettle_cache.errors import CosettleError, InputError
+from cosettle_cache.frames import iter_frames
+from cosettle_cache.kinds import TokenKind, make_kinds
+from cosettle_cache.projection import Projection
+from cosettle_cache.report.elements import data_element, element
+from cosettle_cache.report.explored import TOP_K, Explored, ExploredKind, explore
+from cosettle_cache.report.images import data_uri
+from cosettle_cache.report.marks import swatch
+from cosettle_cache.report.media import Media
+from cosettle_cache.report.slider import slider
+from cosettle_cache.store import FeatureStore
+
+#: What a map can show: cosines, or softmax weights at the temperatures in use (PROTOCOLS 1.1, 1.2, 7.1).
+MAPS = (
+    ("cosine", "cosine"),
+    ("0.03", "soft affinity, temperature 0.03 (training)"),
+    ("0.1", "soft affinity, temperature 0.1 (protocol dino)"),
+    ("0.7", "soft affinity, temperature 0.7 (protocol cosettle)"),
+)
+DEFAULT_MAP = "0.03"
+
+_KEYS = "Arrow keys move the patch, Page Up and Page Down the frame."
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What there is to explore: a store of frames, and the kinds of tokens that are made from it."""
+
+    store: FeatureStore
+    kinds: Sequence[TokenKind]
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what decides these tokens."""
+        return {
+            "store": str(self.store.path),
+            "fingerprint": self.store.fingerprint.to_json(),
+            "projection_sha256": {kind.name: kind.sha256 for kind in self.kinds},
+        }
+
+
+def make_tokens(store: FeatureStore, projections: Sequence[tuple[str, Projection]]) -> Tokens:
+    """Return raw tokens of `store` and those of every projection.
+
+    Raises `InputError` for a store without a whole video, `UsageError` for one of another plan than frames, for
+    a projection of another width and for names that are not each one's own.
+    """
+    if not store.video_ids:
+        raise InputError(f"{store.path} does not hold all tokens of any video", found=dict(store.slot_states()))
+    store.n_frames(store.video_ids[0])
+    return Tokens(store, make_kinds(projections, store.arrays[0].n_channels))
+
+
+def explorer_section(
+    tokens: Tokens, media: Media, wanted: Sequence[str], n_videos: int, max_frames: int
+) -> Element | None:
+    """Return the explorer of up to `n_videos` videos, `wanted` ones first; None for none.
+
+    A video whose tokens or frames cannot be read is named on the page.
+    """
+    present = tokens.store.video_ids
+    ordered = list(dict.fromkeys([*(name for name in wanted if name in present), *present]))
+    figures, failed = [], []
+    for number, video_id in enumerate(ordered[:n_videos]):
+        try:
+            found = explore(tokens.store, video_id, tokens.kinds, max_frames)
+            figures.append(_figure(found, _pictures(found, tokens.store, media), f"explorer-{number}"))
+        except CosettleError as error:
+            failed.append(f"{video_id}: {error.summary}")
+    if not figures and not failed:
+        return None
+    return element(
+        "section",
+        element("h2", "Affinity explorer"),
+        element("p", _about(len(figures), len(ordered)), class_="about"),
+        *(element("p", text, class_="warning", role="note") for text in failed),
+        *figures,
+        id="explorer",
+    )
+
+
+def _about(n_shown: int, n_videos: int) -> str:
+    return (
+        f"{n_shown} of {n_videos} videos. Pick a patch of the first frame; the later frame shows how much each of its "
+        f"patches resembles it, and numbers the nearest. {_KEYS}"
+    )
+
+
+def _pictures(found: Explored, store: FeatureStore, media: Media) -> list[str]:
+    every = int(store.fingerprint.plan.get("every", 1))
+    frames = [every * frame for frame in found.frames]
+    return [data_uri(image) for image in iter_frames(media.videos[found.video_id], media.root, frames)]
+
+
+def _figure(found: Explored, pictures: Sequence[str], identifier: str) -> Element:
+    names = [f"frame {frame}" for frame in found.frames[1:]]
+    views = [_pick(found), *(_view(found, kind, number) for number, kind in enumerate(found.kinds))]
+    return element(
+        "figure",
+        element("figcaption", element("span", found.video_id, class_="name"), f", {found.grid} patches"),
+        _choice(identifier),
+        element("div", *views, class_="views"),
+        slider(f"Later frame of {found.video_id}", names or ["no later frame"]),
+        element("details", element("summary", "What is shown"), _explained(found)),
+        data_element(f"data-{identifier}", _document(found, pictures, names)),
+        class_="overlay explorer",
+        data_explorer=identifier,
+    )
+
+
+def _choice(identifier: str) -> Element:
+    options = [element("option", text, value=value, selected=value == DEFAULT_MAP) for value, text in MAPS]
+    label = element("label", "Map ", for_=f"map-{identifier}")
+    return element("div", label, element("select", *options, id=f"map-{identifier}"), class_="choice")
+
+
+def _pick(found: Explored) -> Element:
+    canvas = element(
+        "canvas",
+        f"The first frame of {found.video_id}",
+        class_="pick",
+        tabindex="0",
+        role="application",
+        aria_label=f"First frame of {found.video_id}. {_KEYS}",
+    )
+    reading = element("output", "", aria_live="polite", class_="reading")
+    return element("figure", canvas, element("figcaption", "first frame"), reading)
+
+
+def _view(found: Explored, kind: ExploredKind, number: int) -> Element:
+    canvas = element("canvas", role="img", aria_label=f"Affinity of {kind.name} in the later frame")
+    caption = element("figcaption", swatch(number), element("span", kind.name, class_="name"))
+    return element("figure", canvas, caption, element("output", "", aria_live="polite", class_="reading"))
+
+
+def _explained(found: Explored) -> Element:
+    said = (
+        f"The numbered patches are the {TOP_K} nearest by cosine in the whole later frame: exact, by the search that "
+        "propagate uses, without its spatial window. A map is made in the page from smaller tokens. Its colours "
+        "run from the least to the largest value of each map, which stand below it. Soft affinity is the softmax of "
+        "the cosines over the whole later frame."
+    )
+    items = [element("li", element("span", kind.name, class_="name"), _precision(kind)) for kind in found.kinds]
+    return element("div", element("p", said), element("ul", *items))
+
+
+def _precision(kind: ExploredKind) -> str:
+    small = kind.small
+    channels = small.values.shape[2]
+    kept = f"all {channels} channels"
+    if channels < small.of_channels:
+        kept = f"{channels} of {small.of_channels} principal directions ({100 * small.share:.2f} % of the squared length)"
+    return f": maps from {kept}, in 8 bits; largest difference to an exact cosine {small.error:.4f}."
+
+
+def _document(found: Explored, pictures: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "rows": found.grid.rows,
+        "cols": found.grid.cols,
+        "names": list(names),
+        "pictures": list(pictures),
+        "kinds": [_kind_document(kind) for kind in found.kinds],
+    }
+
+
+def _kind_document(kind: ExploredKind) -> dict[str, Any]:
+    return {
+        "channels": kind.small.values.shape[2],
+        "scale": [float(value) for value in kind.small.scale],
+        "tokens": _each(_base64, kind.small.values),
+        "k": kind.position.shape[2],
+        "position": _each(_base64, kind.position.astype("<u2")),
+        "cosine": _each(_base64, kind.cosine.astype("<i2")),
+    }
+
+
+def _each(make: Callable[[np.ndarray], str], frames: np.ndarray) -> list[str]:
+    return [make(frame) for frame in frames]
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()

@@ -1,0 +1,175 @@
+"""Overlays of a run: label maps over the frames, one slider per video, kinds of tokens side by side.
+
+What `propagate` left in a run's folder comes in (its overlay videos, or its masks and the frames themselves),
+a section with embedded pictures comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+from cosettle_cache.datasets.davis import Mask, read_mask
+from cosettle_cache.datasets.mask_files import frame_stems
+from cosettle_cache.errors import CosettleError
+from cosettle_cache.frames import Image8, iter_frames, natural_key, probe
+from cosettle_cache.pictures.overlays import draw_overlay
+from cosettle_cache.report.elements import data_element, element
+from cosettle_cache.report.images import data_uri, spread
+from cosettle_cache.report.marks import swatch
+from cosettle_cache.report.media import Media
+from cosettle_cache.report.runs import ScoreRun
+from cosettle_cache.report.slider import slider
+from cosettle_cache.types import Video
+
+#: Where `propagate` puts its overlays, and what they are called.
+FOLDER, SUFFIX = "overlays", ".mp4"
+
+#: Kinds of tokens shown side by side; more would make pictures too small and the file too large.
+MAX_KINDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """Chosen frames of one video by kind of tokens, as data URIs."""
+
+    video_id: str
+    frames: tuple[int, ...]
+    pictures: Mapping[str, tuple[str, ...]]
+
+
+def overlay_section(
+    run: ScoreRun, number: int, media: Media, n_videos: int, max_frames: int
+) -> Element | None:
+    """Return the overlays of up to `n_videos` videos, `max_frames` of each; None where there are none.
+
+    A video whose pictures cannot be read is named on the page.
+    """
+    kinds = _kinds(run)
+    known = _drawable(run, kinds, media)
+    if not known or not n_videos or not kinds:
+        return None
+    shown, failed = _read(run, kinds, known[:n_videos], media, max_frames)
+    figures = [_figure(overlay, kinds, f"overlay-{number}-{index}") for index, overlay in enumerate(shown)]
+    return element(
+        "section",
+        element("h2", "Masks: ", element("span", run.name, class_="name")),
+        element("p", _about(len(shown), len(known), _all_videos(run), len(kinds), run), class_="about"),
+        *(element("p", text, class_="warning", role="note") for text in failed),
+        *figures,
+        id=f"overlays-{number}",
+    )
+
+
+def _kinds(run: ScoreRun) -> list[str]:
+    """Return the kinds of tokens to show: what was scored, else whoever has overlays."""
+    if run.tokens:
+        return list(run.tokens[:MAX_KINDS])
+    names = {path.stem for path in (run.folder / FOLDER).glob(f"*/*{SUFFIX}")}
+    return sorted(names, key=lambda name: (name != "raw", natural_key(name)))[:MAX_KINDS]
+
+
+def _drawable(run: ScoreRun, kinds: Sequence[str], media: Media) -> list[str]:
+    """Return the videos that have an overlay video, or masks and frames, for all kinds."""
+    return [
+        video_id
+        for video_id in _all_videos(run)
+        if all(_movie(run, video_id, kind).is_file() for kind in kinds)
+        or (video_id in media.videos and all(_masks(run, video_id, kind).is_dir() for kind in kinds))
+    ]
+
+
+def _all_videos(run: ScoreRun) -> list[str]:
+    """Return the scored videos in their order, then others with overlays."""
+    folder = run.folder / FOLDER
+    drawn = sorted(
+        (item.parent.relative_to(folder).as_posix() for item in folder.rglob(f"*{SUFFIX}")), key=natural_key
+    )
+    return list(dict.fromkeys([*(score.video_id for score in run.scores), *drawn]))
+
+
+def _movie(run: ScoreRun, video_id: str, kind: str) -> Path:
+    return run.folder / FOLDER / video_id / f"{kind}{SUFFIX}"
+
+
+def _masks(run: ScoreRun, video_id: str, kind: str) -> Path:
+    return run.folder / kind / video_id
+
+
+def _read(
+    run: ScoreRun, kinds: Sequence[str], video_ids: Sequence[str], media: Media, max_frames: int
+) -> tuple[list[Overlay], list[str]]:
+    shown, failed = [], []
+    for video_id in video_ids:
+        try:
+            shown.append(_overlay(run, kinds, video_id, media, max_frames))
+        except CosettleError as error:
+            failed.append(f"{video_id}: {error.summary}")
+    return shown, failed
+
+
+def _overlay(run: ScoreRun, kinds: Sequence[str], video_id: str, media: Media, max_frames: int) -> Overlay:
+    movies = {kind: _movie(run, video_id, kind) for kind in kinds}
+    if all(path.is_file() for path in movies.values()):
+        n_frames = min(probe(path).n_frames for path in movies.values())
+        frames = spread(n_frames, max_frames)
+        pictures = {kind: _from_movie(path, frames) for kind, path in movies.items()}
+    else:
+        video = media.videos[video_id]
+        frames = spread(video.n_frames, max_frames)
+        pictures = {kind: _draw(video, media.root, _masks(run, video_id, kind), frames) for kind in kinds}
+    return Overlay(
+        video_id, tuple(frames), {kind: tuple(map(data_uri, found)) for kind, found in pictures.items()}
+    )
+
+
+def _from_movie(path: Path, frames: Sequence[int]) -> Iterator[Image8]:
+    info = probe(path)
+    video = Video(path.stem, path.name, info.kind, info.n_frames, info.height, info.width)
+    return iter_frames(video, path.parent, frames)
+
+
+def _draw(video: Video, root: Path, masks: Path, frames: Sequence[int]) -> Iterator[Image8]:
+    stems = frame_stems(video, root)
+    found: Iterator[Mask] = (read_mask(masks / f"{stems[index]}.png") for index in frames)
+    return (
+        draw_overlay(image, mask) for image, mask in zip(iter_frames(video, root, frames), found, strict=True)
+    )
+
+
+def _about(n_shown: int, n_drawable: int, all_videos: Sequence[str], n_kinds: int, run: ScoreRun) -> str:
+    said = f"{n_shown} of {len(all_videos)} videos."
+    if n_shown < n_drawable:
+        said += " More with --videos."
+    if n_drawable < len(all_videos):
+        said += (
+            " For the others, run propagate with --overlays all, or give report --features and --data-root."
+        )
+    if n_kinds < len(run.tokens):
+        said += f" The first {n_kinds} of {len(run.tokens)} kinds of tokens."
+    return said
+
+
+def _figure(overlay: Overlay, kinds: Sequence[str], identifier: str) -> Element:
+    views = [_view(overlay, kind, number) for number, kind in enumerate(kinds)]
+    names = [f"frame {frame}" for frame in overlay.frames]
+    pictures = [overlay.pictures[kind] for kind in kinds]
+    return element(
+        "figure",
+        element("figcaption", overlay.video_id, class_="name"),
+        element("div", *views, class_="views"),
+        slider(f"Frame of {overlay.video_id}", names),
+        data_element(f"data-{identifier}", {"pictures": pictures, "names": names}),
+        class_="overlay",
+        data_overlay=identifier,
+    )
+
+
+def _view(overlay: Overlay, kind: str, number: int) -> Element:
+    alt = f"{overlay.video_id}, masks of {kind}, frame {overlay.frames[0]}"
+    picture = element("img", src=overlay.pictures[kind][0], alt=alt)
+    return element(
+        "figure", picture, element("figcaption", swatch(number), element("span", kind, class_="name"))
+    )

@@ -1,0 +1,145 @@
+"""What lies in the folders of a report: scores, journals of training, the figures of an analysis.
+
+Folders come in, what their files hold comes out; a folder that holds none of it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cosettle_cache.errors import InputError
+from cosettle_cache.frames import natural_key
+from cosettle_cache.results import SCORES_FILE, SUMMARY_FILE, read_scores
+from cosettle_cache.run_state import RunFiles, StepFigures, ValidationFigures, read_figures, read_validation
+from cosettle_cache.tables import read_json
+from cosettle_cache.types import Score
+
+_T = TypeVar("_T")
+
+#: Entries of a folder that an error lists.
+_LISTED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRun:
+    """A folder of `propagate`: its score rows, and whether every video had its turn."""
+
+    name: str
+    folder: Path
+    scores: tuple[Score, ...]
+    complete: bool
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The kinds of tokens, raw first as the run has them."""
+        return tuple(dict.fromkeys(score.tokens for score in self.scores))
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """The figures of one projection in training, step by step and epoch by epoch."""
+
+    name: str
+    steps: tuple[StepFigures, ...]
+    epochs: tuple[ValidationFigures, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRun:
+    """A folder of `train`: the curves of its projections, and its own report, empty while it goes."""
+
+    name: str
+    folder: Path
+    members: tuple[Curves, ...]
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Everything that was found, in the order of the folders."""
+
+    scored: tuple[ScoreRun, ...]
+    trained: tuple[TrainRun, ...]
+
+
+def read_runs(folders: Mapping[str, Path]) -> Runs:
+    """Return what the folders hold, by the names they go by.
+
+    Raises `InputError` for a folder that is missing or holds no run, and for files that cannot be read.
+    """
+    for folder in folders.values():
+        _check_run(folder)
+    named = folders.items()
+    return Runs(
+        scored=tuple(_score_run(name, folder) for name, folder in named if _has_scores(folder)),
+        trained=tuple(_train_run(name, folder) for name, folder in named if _member_folders(folder)),
+    )
+
+
+def _check_run(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not there", wanted="the folder of a run")
+    if holds_run(folder):
+        return
+    inside = [item for item in _entries(folder) if item.is_dir() and holds_run(item)]
+    hint = f"cosettle-cache report {' '.join(map(str, inside[:_LISTED]))}" if inside else None
+    if (folder / "projection.safetensors").is_file():
+        hint = f"--projection {folder / 'projection.safetensors'} shows it in the affinity explorer"
+    raise InputError(
+        f"{folder} holds no run",
+        wanted=f"{SCORES_FILE} of propagate or metrics.jsonl of train",
+        found=", ".join(item.name for item in _entries(folder)[:_LISTED]) or "an empty folder",
+        hint=hint,
+    )
+
+
+def holds_run(folder: Path) -> bool:
+    """Say whether a report has anything to show of `folder`."""
+    return _has_scores(folder) or bool(_member_folders(folder))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda item: natural_key(item.name))
+
+
+def _has_scores(folder: Path) -> bool:
+    return (folder / SCORES_FILE).is_file()
+
+
+def _score_run(name: str, folder: Path) -> ScoreRun:
+    summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
+    complete = bool(summary.get("complete", True)) if isinstance(summary, dict) else True
+    return ScoreRun(name, folder, tuple(read_scores(folder / SCORES_FILE)), complete)
+
+
+def _member_folders(folder: Path) -> list[Path]:
+    """Return the folders with a journal: the run's own, or those of a sweep's members."""
+    files = RunFiles(folder)
+    if files.metrics.is_file():
+        return [folder]
+    if not any(path.is_file() for path in (files.checkpoint, files.table, files.comparison)):
+        return []
+    return [item for item in _entries(folder) if RunFiles(item).metrics.is_file()]
+
+
+def _train_run(name: str, folder: Path) -> TrainRun:
+    found = _member_folders(folder)
+    members = tuple(_curves(name if item == folder else item.name, RunFiles(item)) for item in found)
+    report = RunFiles(folder).report
+    return TrainRun(name, folder, members, read_json(report) if report.is_file() else {})
+
+
+def _curves(name: str, files: RunFiles) -> Curves:
+    steps = _journal(read_figures, files.metrics)
+    return Curves(name, tuple(steps), tuple(_journal(read_validation, files.validation)))
+
+
+def _journal(read: Callable[[Path], Sequence[_T]], path: Path) -> Sequence[_T]:
+    try:
+        return read(path)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise InputError(f"{path} is not a journal of training", found=str(error)) from error

@@ -1,0 +1,183 @@
+"""Scores of `propagate` as a table and a chart: every sequence, raw against projected.
+
+The rows of a run come in; sections of the page come out. Figures are percentages, differences are points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from xml.etree.ElementTree import Element
+
+from cosettle_cache.report.axes import Axis, labels_below, make_axis, vertical_grid
+from cosettle_cache.report.elements import Child, element
+from cosettle_cache.report.marks import legend, mark
+from cosettle_cache.report.runs import ScoreRun
+from cosettle_cache.report.tables import number_cell, scrollable, simple_table, sortable_head, text_cell
+from cosettle_cache.results import Mean, mean_scores, score_table, sequence_means
+from cosettle_cache.types import Score
+
+#: Sequences that a chart has room for; of more, those that gain and lose most are drawn.
+CHARTED = 40
+
+_OBJECT_FIGURES = ("j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay", "jf_mean")
+
+
+def score_section(run: ScoreRun, number: int) -> Element:
+    """Return table, chart and all further figures of one run."""
+    heading = element("h2", "Scores: ", element("span", run.name, class_="name"))
+    if not run.scores:
+        none = element("p", "Nothing was scored: no video of this run is annotated throughout.")
+        return element("section", heading, none, id=f"scores-{number}")
+    first = run.scores[0]
+    videos = len({score.video_id for score in run.scores})
+    said = f"{first.task}, {videos} videos, encoder {first.backbone}, protocol {first.protocol}."
+    warning = [] if run.complete else [_incomplete()]
+    return element(
+        "section",
+        heading,
+        element("p", said, class_="about"),
+        *warning,
+        _main_table(run),
+        _chart(run),
+        *_further(run),
+        id=f"scores-{number}",
+    )
+
+
+def overview_section(runs: Sequence[ScoreRun]) -> Element:
+    """Return one line per run and kind of tokens, each against the raw tokens of its own run."""
+    rows = []
+    for run in runs:
+        means = mean_scores(run.scores)
+        best = max(means, key=lambda mean: mean.main, default=None)
+        rows += [_overview_row(run, mean, _raw(means), is_best=mean is best) for mean in means]
+    head = sortable_head(["run", "task", "encoder", "tokens", "main figure", "percent", "against raw"], 5)
+    table = element("table", element("thead", head), element("tbody", *rows), class_="sortable")
+    heading = element("h2", "All runs")
+    said = element("p", "Each kind of tokens against the raw tokens of its own run.", class_="about")
+    return element("section", heading, said, scrollable(table, "All runs"), id="overview")
+
+
+def _overview_row(run: ScoreRun, mean: Mean, raw: Mean | None, *, is_best: bool) -> Element:
+    first = run.scores[0]
+    against = (mean.main - raw.main) if raw is not None and raw is not mean else None
+    cells = [text_cell(text) for text in (first.task, first.backbone, mean.tokens, mean.main_name)]
+    difference = number_cell(against, _difference(against)) if against is not None else text_cell("")
+    main = number_cell(mean.main, f"{100 * mean.main:.1f}", *_star(is_best))
+    return element("tr", element("th", run.name, scope="row", class_="name"), *cells, main, difference)
+
+
+def _incomplete() -> Element:
+    text = "This run was interrupted: the figures are of the videos that had their turn."
+    return element("p", element("strong", "Not complete. "), text, class_="warning", role="note")
+
+
+def _raw(means: Sequence[Mean]) -> Mean | None:
+    return next((mean for mean in means if mean.tokens == "raw"), None)
+
+
+def _main_table(run: ScoreRun) -> Element:
+    totals = mean_scores(run.scores)
+    name = totals[0].main_name
+    against = "raw" in run.tokens and len(run.tokens) > 1
+    said = f"{name}, percent; ★ is the best of a row" + (
+        "; ▲ and ▼ are points against raw." if against else "."
+    )
+    head = sortable_head(["sequence", *run.tokens], 1)
+    body = [_row(video_id, means, run.tokens) for video_id, means in sequence_means(run.scores)]
+    foot = _row(totals[0].label, totals, run.tokens)
+    table = element(
+        "table",
+        element("caption", said),
+        element("thead", head),
+        element("tbody", *body),
+        element("tfoot", foot),
+        class_="sortable",
+    )
+    return scrollable(table, f"{name} by sequence")
+
+
+def _row(title: str, means: Sequence[Mean], kinds: Sequence[str]) -> Element:
+    by_kind = {mean.tokens: mean.main for mean in means}
+    best = max(by_kind.values()) if len(by_kind) > 1 else None
+    cells = [_cell(kind, by_kind, best) for kind in kinds]
+    return element("tr", element("th", title, scope="row", class_="name"), *cells)
+
+
+def _cell(kind: str, by_kind: Mapping[str, float], best: float | None) -> Element:
+    if kind not in by_kind:
+        return text_cell("–")
+    value = by_kind[kind]
+    shown = f"{100 * value:.1f}"
+    extra: list[Child] = []
+    if "raw" in by_kind and kind != "raw":
+        extra.append(_difference(value - by_kind["raw"]))
+    is_best = best is not None and shown == f"{100 * best:.1f}"
+    return number_cell(value, shown, *_star(is_best), *extra)
+
+
+def _star(is_best: bool) -> list[Child]:
+    star = element("span", "★", class_="best", role="img", aria_label="best of the row")
+    return [star] if is_best else []
+
+
+def _difference(share: float) -> Element:
+    points = f"{100 * share:+.1f}"
+    if float(points) == 0:
+        return element("span", "± 0.0", class_="difference")
+    sign, word = ("▲", "up") if share > 0 else ("▼", "down")
+    return element("span", f"{sign} {points.replace('-', '−')}", class_=f"difference {word}")
+
+
+def _chart(run: ScoreRun) -> Element:
+    """Return a line per sequence with one mark per kind of tokens on a common axis."""
+    named = sequence_means(run.scores)
+    chosen = _most_moved(named) if len(named) > CHARTED else named
+    left_out = f" The {CHARTED} that gain or lose most." if len(chosen) < len(named) else ""
+    axis = make_axis([100 * mean.main for _, means in chosen for mean in means])
+    name = mean_scores(run.scores)[0].main_name
+    rows = [_chart_row(video_id, means, run.tokens, axis) for video_id, means in chosen]
+    scale = element("li", element("span", f"{name}, %", class_="unit"), labels_below(axis), class_="scale")
+    caption = element("figcaption", f"{name} by sequence.{left_out}", legend(run.tokens))
+    return element("figure", caption, element("ul", *rows, scale, class_="dots"))
+
+
+def _most_moved(named: list[tuple[str, list[Mean]]]) -> list[tuple[str, list[Mean]]]:
+    def moved(item: tuple[str, list[Mean]]) -> float:
+        values = {mean.tokens: mean.main for mean in item[1]}
+        return max(abs(value - values.get("raw", value)) for value in values.values())
+
+    kept = {video_id for video_id, _ in sorted(named, key=moved, reverse=True)[:CHARTED]}
+    return [item for item in named if item[0] in kept]
+
+
+def _chart_row(video_id: str, means: Sequence[Mean], kinds: Sequence[str], axis: Axis) -> Element:
+    values = {mean.tokens: 100 * mean.main for mean in means}
+    low, high = axis.across(min(values.values())), axis.across(max(values.values()))
+    span = element("line", x1=low, x2=high, y1="50%", y2="50%", class_="span")
+    marks = [
+        mark(number, axis.across(values[kind]), "50%", f"{kind}: {values[kind]:.1f}")
+        for number, kind in enumerate(kinds)
+        if kind in values
+    ]
+    said = ", ".join(f"{kind} {value:.1f}" for kind, value in values.items())
+    picture = element("svg", *vertical_grid(axis), span, *marks, role="img", aria_label=f"{video_id}: {said}")
+    return element("li", element("span", video_id, class_="name"), picture)
+
+
+def _further(run: ScoreRun) -> list[Element]:
+    header, rows = score_table(run.scores)
+    everything = element(
+        "details", element("summary", "All figures"), simple_table(header, rows, 2, "All figures")
+    )
+    if run.scores[0].object_id is None or run.scores[0].j_mean is None:
+        return [everything]
+    header = ["sequence", "object", "tokens", "J", "J recall", "J decay", "F", "F recall", "F decay", "J&F"]
+    table = simple_table(header, [_object_row(score) for score in run.scores], 3, "Every object")
+    return [everything, element("details", element("summary", "Every object"), table)]
+
+
+def _object_row(score: Score) -> list[str]:
+    figures = [getattr(score, name) for name in _OBJECT_FIGURES]
+    shown = ["–" if value is None else f"{100 * value:.1f}" for value in figures]
+    return [score.video_id, str(score.object_id), score.tokens, *shown]

@@ -1,0 +1,194 @@
+"""The report in a real browser: nothing is asked of the network, pointer and keyboard move what they should.
+
+One Chromium for the module; the tests skip where it, its driver or selenium is absent.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from propagation_cases import single_thread
+from report_cases import make_runs
+
+from cosettle_cache.cli import run_command
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+#: A busy machine is no failure.
+PATIENCE_S = 60
+
+
+def find(*names: str) -> str:
+    """Return the first program that is there; skip when none is."""
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no {' or '.join(names)} is installed")
+    return found
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = find("chromium", "chromium-browser", "google-chrome")
+    # Named, so that selenium looks for none and downloads none.
+    service = Service(find("chromedriver"))
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=service)
+    browser.get("about:blank")
+    browser.get_log("performance")  # what Chromium asks of itself for its first tab
+    browser.set_page_load_timeout(PATIENCE_S)
+    browser.set_script_timeout(PATIENCE_S)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, driver: Any) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    with single_thread():
+        made = make_runs(root)
+        line = ["report", *map(str, (made.scored, made.trained, made.swept)), "--out", str(root / "r.html")]
+        assert run_command([*line, "--quiet"]) == 0
+    return root / "r.html"
+
+
+@pytest.fixture
+def browser(driver: Any, page: Path) -> Any:
+    """The browser, at the top of a page that nobody has touched."""
+    resize(driver, 1200)
+    driver.get(page.as_uri())
+    driver.execute_script("localStorage.clear()")
+    driver.refresh()
+    wait(driver, lambda: driver.execute_script("return document.readyState") == "complete")
+    return driver
+
+
+def resize(driver: Any, width: int) -> None:
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def wait(driver: Any, happened: Any) -> None:
+    WebDriverWait(driver, PATIENCE_S, poll_frequency=0.05).until(lambda _: happened())
+
+
+def one(driver: Any, selector: str) -> Any:
+    return driver.find_element(By.CSS_SELECTOR, selector)
+
+
+def press(driver: Any, *keys: str) -> None:
+    """Press keys where the focus is."""
+    ActionChains(driver).send_keys(*keys).perform()
+
+
+def focus(driver: Any, selector: str) -> Any:
+    found = one(driver, selector)
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", found)
+    return found
+
+
+def colour(driver: Any) -> str:
+    return str(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
+
+
+def test_nothing_is_asked_of_the_network_and_nothing_goes_wrong(browser: Any) -> None:
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    events = [json.loads(item["message"])["message"] for item in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert asked and all(url.startswith(("file:", "data:")) for url in asked)
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_no_width_scrolls_sideways(browser: Any, width: int) -> None:
+    resize(browser, width)
+    browser.execute_script("document.querySelectorAll('details').forEach(item => item.open = true)")
+    wait(browser, lambda: browser.execute_script("return innerWidth") == width)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_button_turns_light_into_dark_and_is_remembered(browser: Any) -> None:
+    light = colour(browser)
+    button = focus(browser, "#theme")
+    press(browser, Keys.ENTER)
+    wait(browser, lambda: colour(browser) != light)
+    assert button.get_attribute("aria-pressed") == "true"
+    browser.refresh()
+    wait(browser, lambda: colour(browser) != light)
+    one(browser, "#theme").click()
+    wait(browser, lambda: colour(browser) == light)
+
+
+def test_a_head_sorts_its_column_both_ways(browser: Any) -> None:
+    cells = "#scores-0 > .scroll tbody tr td:nth-of-type(1)"
+    button = one(browser, "#scores-0 > .scroll th:nth-of-type(2) button")
+
+    def values() -> list[float]:
+        return [
+            float(cell.get_attribute("data-value")) for cell in browser.find_elements(By.CSS_SELECTOR, cells)
+        ]
+
+    button.click()
+    assert values() == sorted(values())
+    assert one(browser, "#scores-0 > .scroll th:nth-of-type(2)").get_attribute("aria-sort") == "ascending"
+    button.send_keys(Keys.SPACE)
+    assert values() == sorted(values(), reverse=True)
+
+
+def test_the_slider_moves_all_kinds_of_tokens(browser: Any) -> None:
+    images = browser.find_elements(By.CSS_SELECTOR, "#overlays-0 img")
+    before = [image.get_attribute("src") for image in images]
+    assert len(images) == 2
+    focus(browser, "#overlays-0 input[type=range]")
+    press(browser, Keys.ARROW_RIGHT)
+    wait(browser, lambda: one(browser, "#overlays-0 .slider output").text == "frame 1")
+    after = [image.get_attribute("src") for image in images]
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    assert all("frame 1" in image.get_attribute("alt") for image in images)
+
+
+def test_play_goes_round_until_it_is_paused(browser: Any) -> None:
+    button = one(browser, "#overlays-0 button.play")
+    output = one(browser, "#overlays-0 .slider output")
+    browser.execute_script("arguments[0].click()", button)
+    for frame in ("frame 5", "frame 0"):
+        wait(browser, lambda frame=frame: output.text == frame)
+    browser.execute_script("arguments[0].click()", button)
+    assert button.text == "Play" and button.get_attribute("aria-pressed") == "false"
+
+
+def test_curves_are_read_by_pointer_and_by_keys(browser: Any) -> None:
+    reading = one(browser, "#curves-1 .reading")
+    plot = focus(browser, "#curves-1 .plot")
+    press(browser, Keys.HOME, Keys.ARROW_RIGHT)
+    wait(browser, lambda: reading.text.startswith("step 4: weight=1"))
+    ActionChains(browser).move_to_element(plot).perform()
+    wait(browser, lambda: reading.text.startswith("step 3"))
+    shared = [
+        item.text.split(":")[0] for item in browser.find_elements(By.CSS_SELECTOR, "#curves-1 .reading")
+    ]
+    assert len(set(shared[:4])) == 1
