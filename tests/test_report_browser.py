@@ -23,7 +23,7 @@ from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 FLAGS = (
     "--headless=new",
@@ -71,8 +71,18 @@ def page(tmp_path_factory: pytest.TempPathFactory, driver: Any) -> Path:
     root = tmp_path_factory.mktemp("report")
     with single_thread():
         made = make_runs(root)
-        line = ["report", *map(str, (made.scored, made.trained, made.swept)), "--out", str(root / "r.html")]
-        assert run_command([*line, "--quiet"]) == 0
+        explored = ["--features", made.store, "--data-root", made.data_root, "--projection", made.projection]
+        line = [
+            "report",
+            made.scored,
+            made.trained,
+            made.swept,
+            *explored,
+            "--out",
+            root / "r.html",
+            "--quiet",
+        ]
+        assert run_command(list(map(str, line))) == 0
     return root / "r.html"
 
 
@@ -160,20 +170,20 @@ def test_a_head_sorts_its_column_both_ways(browser: Any) -> None:
 
 
 def test_the_slider_moves_all_kinds_of_tokens(browser: Any) -> None:
-    images = browser.find_elements(By.CSS_SELECTOR, "#overlays-0 img")
+    images = browser.find_elements(By.CSS_SELECTOR, "[data-overlay=overlay-0-0] img")
     before = [image.get_attribute("src") for image in images]
     assert len(images) == 2
-    focus(browser, "#overlays-0 input[type=range]")
+    focus(browser, "[data-overlay=overlay-0-0] input")
     press(browser, Keys.ARROW_RIGHT)
-    wait(browser, lambda: one(browser, "#overlays-0 .slider output").text == "frame 1")
+    wait(browser, lambda: one(browser, "[data-overlay=overlay-0-0] .slider output").text == "frame 1")
     after = [image.get_attribute("src") for image in images]
     assert all(old != new for old, new in zip(before, after, strict=True))
     assert all("frame 1" in image.get_attribute("alt") for image in images)
 
 
 def test_play_goes_round_until_it_is_paused(browser: Any) -> None:
-    button = one(browser, "#overlays-0 button.play")
-    output = one(browser, "#overlays-0 .slider output")
+    button = one(browser, "[data-overlay=overlay-0-0] button.play")
+    output = one(browser, "[data-overlay=overlay-0-0] .slider output")
     browser.execute_script("arguments[0].click()", button)
     for frame in ("frame 5", "frame 0"):
         wait(browser, lambda frame=frame: output.text == frame)
@@ -192,3 +202,88 @@ def test_curves_are_read_by_pointer_and_by_keys(browser: Any) -> None:
         item.text.split(":")[0] for item in browser.find_elements(By.CSS_SELECTOR, "#curves-1 .reading")
     ]
     assert len(set(shared[:4])) == 1
+
+
+def explored(browser: Any) -> Any:
+    """Return the first explorer, drawn."""
+    figure = one(browser, "[data-explorer]")
+    wait(browser, lambda: figure.get_attribute("data-ready") == "yes")
+    return figure
+
+
+def drawn(browser: Any) -> list[str]:
+    """Return what stands on the canvases of the first explorer, the picked one first."""
+    script = (
+        "return [...document.querySelectorAll('[data-explorer=explorer-0] canvas')].map(c => c.toDataURL())"
+    )
+    return list(browser.execute_script(script))
+
+
+def test_a_click_picks_a_patch(browser: Any) -> None:
+    figure = explored(browser)
+    before = drawn(browser)
+    pick = focus(browser, "[data-explorer] canvas.pick")
+    box = pick.size
+    place = round(0.42 * box["width"]), round(0.1 * box["height"])
+    ActionChains(browser).move_to_element_with_offset(pick, *place).click().perform()
+    wait(browser, lambda: figure.get_attribute("data-patch") == str(2 * 6 + 5))
+    assert all(old != new for old, new in zip(before, drawn(browser), strict=True))
+    readings = [item.text for item in figure.find_elements(By.CSS_SELECTOR, ".views output")]
+    assert readings[0] == "row 3, column 6"
+    # Tokens of the squares are their labels: object 2, in the last column of the lower half, walks left.
+    assert (
+        readings[1].startswith("nearest: row") and "column 5" in readings[1] and "cosine 1.000" in readings[1]
+    )
+
+
+def test_arrow_keys_move_the_patch_and_page_keys_the_frame(browser: Any) -> None:
+    figure = explored(browser)
+    focus(browser, "[data-explorer] canvas.pick")
+    patch = int(figure.get_attribute("data-patch"))
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_UP)
+    wait(browser, lambda: int(figure.get_attribute("data-patch")) == patch + 1 + 6)
+    press(browser, *6 * [Keys.ARROW_LEFT])
+    wait(browser, lambda: int(figure.get_attribute("data-patch")) % 6 == 0)
+    before = drawn(browser)
+    press(browser, Keys.PAGE_DOWN)
+    output = figure.find_element(By.CSS_SELECTOR, ".slider output")
+    wait(browser, lambda: output.text == "frame 2")
+    after = drawn(browser)
+    assert after[0] == before[0] and after[1] != before[1] and after[2] != before[2]
+
+
+def test_the_map_is_chosen(browser: Any) -> None:
+    explored(browser)
+    reading = browser.find_elements(By.CSS_SELECTOR, "[data-explorer] .views output")[1]
+    assert "largest weight" in reading.text
+    Select(focus(browser, "[data-explorer] select")).select_by_visible_text("cosine")
+    wait(browser, lambda: "cosines from 0.000 to 1.000" in reading.text)
+
+
+def test_maps_in_the_page_are_those_of_the_tokens(browser: Any) -> None:
+    explored(browser)
+    script = """
+        const data = JSON.parse(document.getElementById("data-explorer-0").textContent);
+        const kind = report.affinity.unpack(data.kinds[0]);
+        const values = report.affinity.cosines(kind, 0, 1);
+        const soft = report.affinity.soften(values, 0.1);
+        return [[...values], soft.reduce((a, b) => a + b, 0), report.affinity.half(soft)];
+    """
+    cosines, total, half = browser.execute_script(script)
+    # Object 1 fills the upper half of column 0 in frame 0, of column 1 in frame 1: two patches of 24.
+    assert [round(value, 2) for value in cosines] == [float(patch in (1, 7)) for patch in range(24)]
+    assert abs(total - 1) < 1e-5
+    assert half == 2
+
+
+def test_what_can_be_used_can_be_reached_and_has_a_name(browser: Any) -> None:
+    script = """
+        const used = [...document.querySelectorAll("button, input, select, a, summary, [role=application]")];
+        return used.filter((item) => item.tabIndex < 0 || !(
+            item.getAttribute("aria-label") || item.textContent.trim() || item.labels?.length)).length;
+    """
+    assert browser.execute_script(script) == 0
+    focus(browser, "[data-explorer] canvas.pick")
+    press(browser, Keys.ARROW_UP)
+    outline = browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cosettle_cache.cli.heads import load_heads
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     DataRoot,
@@ -18,7 +19,6 @@ from cosettle_cache.cli.options import (
     name_folders,
     open_features,
 )
-from cosettle_cache.cli.heads import load_heads
 from cosettle_cache.console import Talk, human_bytes
 from cosettle_cache.errors import ExitCode, UsageError
 
@@ -51,11 +51,12 @@ def report(
     talk = Talk(quiet=quiet)
     found = read_runs(name_folders(_different(runs)))
     media, tokens = _explored(features, projection or [], data_root)
-    document = {"out": str(out), "runs": _described(found), "explorer": _described_tokens(tokens)}
+    described = _described(found)
+    document = {"out": str(out), "runs": described, "explorer": _described_tokens(tokens)}
     if dry_run:
         talk.result(json.dumps(document, indent=2))
         return int(ExitCode.DONE)
-    title = f"Report: {_some(list(document['runs']))}"
+    title = f"Report: {_some(list(described))}"
     n_bytes = write_report(out, make_report(found, media, tokens, Limits(videos, max_frames), title))
     if as_json:
         talk.result(json.dumps({**document, "bytes": n_bytes}, indent=2))
@@ -82,9 +83,7 @@ def _explored(
         return Media({}, Path()), None
     store = open_features(features, None, DEFAULT_CACHE_SIZE)
     tokens = make_tokens(store, load_heads(projections, store))
-    media = Media(
-        {video.video_id: video for video in store.manifest}, media_root(store.manifest, data_root)
-    )
+    media = Media({video.video_id: video for video in store.manifest}, media_root(store.manifest, data_root))
     return media, tokens
 
 

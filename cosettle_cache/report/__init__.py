@@ -21,7 +21,17 @@ from cosettle_cache.report.provenance import provenance_section
 from cosettle_cache.report.runs import Runs, holds_run, read_runs
 from cosettle_cache.report.scores import overview_section, score_section
 
-__all__ = ["Limits", "Media", "Runs", "Tokens", "holds_run", "make_report", "make_tokens", "read_runs", "write_report"]
+__all__ = [
+    "Limits",
+    "Media",
+    "Runs",
+    "Tokens",
+    "holds_run",
+    "make_report",
+    "make_tokens",
+    "read_runs",
+    "write_report",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +62,7 @@ def _sections(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits) -
         found.append(score_section(run, number))
         found.append(overlay_section(run, number, media, limits.n_videos, limits.max_frames))
     if tokens is not None:
-        wanted = [score.video_id for run in scored for score in run.scores]
-        found.append(explorer_section(tokens, media, wanted, limits.n_videos, limits.max_frames))
+        found.append(explorer_section(tokens, media, scored, limits.n_videos, limits.max_frames))
     found += [curves_section(run, number) for number, run in enumerate(runs.trained)]
     found.append(provenance_section(runs, tokens.provenance() if tokens else {}))
     return [section for section in found if section is not None]

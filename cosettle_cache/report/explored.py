@@ -1,4 +1,4 @@
-"""What the affinity explorer knows: the exact nearest patches of every patch of a first frame, and small tokens.
+"""What the affinity explorer knows: exact neighbours of every patch of a first frame, and small tokens.
 
 A store and kinds of tokens come in; per video and kind of tokens come neighbour lists by the search that
 `propagate` uses, and 8-bit tokens from which a browser computes whole affinity maps, with the error it makes.
@@ -74,14 +74,12 @@ COSINE_STEPS = 32767
 def chosen_frames(n_frames: int, at_most: int) -> list[int]:
     """Return the first frame and later ones, ever farther apart up to the last."""
     n_later = min(n_frames, at_most, MAX_FRAMES) - 1
-    later = np.geomspace(1, n_frames - 1, n_later) if n_later > 0 else []
-    return sorted({0, *(round(float(place)) for place in later)})
+    later = np.geomspace(1, n_frames - 1, n_later).tolist() if n_later > 0 else []
+    return sorted({0, *map(round, later)})
 
 
 @torch.inference_mode()
-def explore(
-    store: FeatureStore, video_id: str, kinds: Sequence[TokenKind], max_frames: int
-) -> Explored:
+def explore(store: FeatureStore, video_id: str, kinds: Sequence[TokenKind], max_frames: int) -> Explored:
     """Return what there is to explore in one video; `frames` count the encodings of the store.
 
     Raises `InputError` when the store lacks tokens of the video, `DamagedStoreError` when they are damaged.

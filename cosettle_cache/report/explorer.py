@@ -14,8 +14,9 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from cosettle_cache.datasets.davis import VOID, read_mask
 from cosettle_cache.errors import CosettleError, InputError
-from cosettle_cache.frames import iter_frames
+from cosettle_cache.frames import iter_frames, natural_key
 from cosettle_cache.kinds import TokenKind, make_kinds
 from cosettle_cache.projection import Projection
 from cosettle_cache.report.elements import data_element, element
@@ -23,6 +24,7 @@ from cosettle_cache.report.explored import TOP_K, Explored, ExploredKind, explor
 from cosettle_cache.report.images import data_uri
 from cosettle_cache.report.marks import swatch
 from cosettle_cache.report.media import Media
+from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.report.slider import slider
 from cosettle_cache.store import FeatureStore
 
@@ -33,7 +35,7 @@ MAPS = (
     ("0.1", "soft affinity, temperature 0.1 (protocol dino)"),
     ("0.7", "soft affinity, temperature 0.7 (protocol cosettle)"),
 )
-DEFAULT_MAP = "0.03"
+DEFAULT_MAP = "0.1"
 
 _KEYS = "Arrow keys move the patch, Page Up and Page Down the frame."
 
@@ -57,29 +59,33 @@ class Tokens:
 def make_tokens(store: FeatureStore, projections: Sequence[tuple[str, Projection]]) -> Tokens:
     """Return raw tokens of `store` and those of every projection.
 
-    Raises `InputError` for a store without a whole video, `UsageError` for one of another plan than frames, for
-    a projection of another width and for names that are not each one's own.
+    Raises `InputError` for a store without a whole video, `UsageError` for one of another plan than
+    frames, for a projection of another width and for names that are not each one's own.
     """
     if not store.video_ids:
-        raise InputError(f"{store.path} does not hold all tokens of any video", found=dict(store.slot_states()))
+        raise InputError(
+            f"{store.path} does not hold all tokens of any video", found=dict(store.slot_states())
+        )
     store.n_frames(store.video_ids[0])
     return Tokens(store, make_kinds(projections, store.arrays[0].n_channels))
 
 
 def explorer_section(
-    tokens: Tokens, media: Media, wanted: Sequence[str], n_videos: int, max_frames: int
+    tokens: Tokens, media: Media, runs: Sequence[ScoreRun], n_videos: int, max_frames: int
 ) -> Element | None:
-    """Return the explorer of up to `n_videos` videos, `wanted` ones first; None for none.
+    """Return the explorer of up to `n_videos` videos, those of `runs` first; None for none.
 
     A video whose tokens or frames cannot be read is named on the page.
     """
     present = tokens.store.video_ids
-    ordered = list(dict.fromkeys([*(name for name in wanted if name in present), *present]))
+    scored = (score.video_id for run in runs for score in run.scores)
+    ordered = list(dict.fromkeys([*(name for name in scored if name in present), *present]))
     figures, failed = [], []
     for number, video_id in enumerate(ordered[:n_videos]):
         try:
             found = explore(tokens.store, video_id, tokens.kinds, max_frames)
-            figures.append(_figure(found, _pictures(found, tokens.store, media), f"explorer-{number}"))
+            pictures = _pictures(found, tokens.store, media)
+            figures.append(_figure(found, pictures, _start(found, runs), f"explorer-{number}"))
         except CosettleError as error:
             failed.append(f"{video_id}: {error.summary}")
     if not figures and not failed:
@@ -96,8 +102,8 @@ def explorer_section(
 
 def _about(n_shown: int, n_videos: int) -> str:
     return (
-        f"{n_shown} of {n_videos} videos. Pick a patch of the first frame; the later frame shows how much each of its "
-        f"patches resembles it, and numbers the nearest. {_KEYS}"
+        f"{n_shown} of {n_videos} videos. Pick a patch of the first frame; the later frame shows how much "
+        f"each of its patches resembles it, and numbers the nearest. {_KEYS}"
     )
 
 
@@ -107,17 +113,33 @@ def _pictures(found: Explored, store: FeatureStore, media: Media) -> list[str]:
     return [data_uri(image) for image in iter_frames(media.videos[found.video_id], media.root, frames)]
 
 
-def _figure(found: Explored, pictures: Sequence[str], identifier: str) -> Element:
+def _start(found: Explored, runs: Sequence[ScoreRun]) -> int:
+    """Return the patch that is picked at first: amid the first object of the first mask, or of the frame."""
+    folders = (run.folder / run.tokens[0] / found.video_id for run in runs if run.tokens)
+    masks = [sorted(folder.glob("*.png"), key=lambda path: natural_key(path.name)) for folder in folders]
+    row, col = 0.5, 0.5
+    for path in [paths[0] for paths in masks if paths][:1]:
+        mask = read_mask(path)
+        objects = np.argwhere(mask == mask[mask > 0].min(initial=VOID))
+        row, col = np.median(objects, axis=0) / mask.shape if len(objects) else (row, col)
+    return int(row * found.grid.rows) * found.grid.cols + int(col * found.grid.cols)
+
+
+def _figure(found: Explored, pictures: Sequence[str], start: int, identifier: str) -> Element:
     names = [f"frame {frame}" for frame in found.frames[1:]]
     views = [_pick(found), *(_view(found, kind, number) for number, kind in enumerate(found.kinds))]
     return element(
         "figure",
         element("figcaption", element("span", found.video_id, class_="name"), f", {found.grid} patches"),
-        _choice(identifier),
+        element(
+            "div",
+            _choice(identifier),
+            slider(f"Later frame of {found.video_id}", names or ["no later frame"]),
+            class_="controls",
+        ),
         element("div", *views, class_="views"),
-        slider(f"Later frame of {found.video_id}", names or ["no later frame"]),
         element("details", element("summary", "What is shown"), _explained(found)),
-        data_element(f"data-{identifier}", _document(found, pictures, names)),
+        data_element(f"data-{identifier}", _document(found, pictures, names, start)),
         class_="overlay explorer",
         data_explorer=identifier,
     )
@@ -150,12 +172,14 @@ def _view(found: Explored, kind: ExploredKind, number: int) -> Element:
 
 def _explained(found: Explored) -> Element:
     said = (
-        f"The numbered patches are the {TOP_K} nearest by cosine in the whole later frame: exact, by the search that "
-        "propagate uses, without its spatial window. A map is made in the page from smaller tokens. Its colours "
-        "run from the least to the largest value of each map, which stand below it. Soft affinity is the softmax of "
-        "the cosines over the whole later frame."
+        f"The outlined patches are the {TOP_K} nearest by cosine in the whole later frame: exact, by the "
+        "search that propagate uses, without its spatial window. A map is made in the page from smaller "
+        "tokens; its colours run from its least to its largest value. Soft affinity is the softmax of the "
+        "cosines over the whole later frame."
     )
-    items = [element("li", element("span", kind.name, class_="name"), _precision(kind)) for kind in found.kinds]
+    items = [
+        element("li", element("span", kind.name, class_="name"), _precision(kind)) for kind in found.kinds
+    ]
     return element("div", element("p", said), element("ul", *items))
 
 
@@ -164,14 +188,16 @@ def _precision(kind: ExploredKind) -> str:
     channels = small.values.shape[2]
     kept = f"all {channels} channels"
     if channels < small.of_channels:
-        kept = f"{channels} of {small.of_channels} principal directions ({100 * small.share:.2f} % of the squared length)"
+        share = f"{100 * small.share:.2f} % of the squared length"
+        kept = f"{channels} of {small.of_channels} principal directions ({share})"
     return f": maps from {kept}, in 8 bits; largest difference to an exact cosine {small.error:.4f}."
 
 
-def _document(found: Explored, pictures: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+def _document(found: Explored, pictures: Sequence[str], names: Sequence[str], start: int) -> dict[str, Any]:
     return {
         "rows": found.grid.rows,
         "cols": found.grid.cols,
+        "start": start,
         "names": list(names),
         "pictures": list(pictures),
         "kinds": [_kind_document(kind) for kind in found.kinds],

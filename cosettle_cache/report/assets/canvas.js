@@ -26,8 +26,9 @@ report.canvas = (() => {
   function map(canvas, cell, cols, values, [low, high]) {
     const context = canvas.getContext("2d");
     values.forEach((value, patch) => {
-      const [red, green, blue] = ramp((value - low) / (high - low || 1));
-      context.fillStyle = `rgb(${red} ${green} ${blue} / 0.62)`;
+      const share = (value - low) / (high - low || 1);
+      const [red, green, blue] = ramp(share);
+      context.fillStyle = `rgb(${red} ${green} ${blue} / ${0.5 + 0.25 * share})`;
       context.fillRect((patch % cols) * cell, Math.floor(patch / cols) * cell, cell, cell);
     });
   }

@@ -21,7 +21,7 @@
     return parts.length ? parts.join(", ") : "same place";
   }
   function short(value) {
-    return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(1) : value.toFixed(3);
+    return Math.abs(value) < 0.001 ? value.toExponential(1) : value.toFixed(3);
   }
 
   async function connect(figure) {
@@ -33,7 +33,7 @@
     const choice = figure.querySelector("select");
     const cell = [pick, ...canvases].map((canvas) => draw.fit(canvas, rows, cols))[0];
     const images = await Promise.all(data.pictures.map(load));
-    let patch = Math.floor(rows / 2) * cols + Math.floor(cols / 2);
+    let patch = data.start;
     let frame = Math.min(1, images.length - 1);
 
     function showKind(kind, index) {
@@ -49,10 +49,12 @@
       nearest.slice(0, NUMBERED).forEach((item) => draw.outline(canvas, cell, cols, item.position, 2));
       nearest.slice(0, NUMBERED).forEach((item, rank) => draw.number(canvas, cell, cols, item.position, String(rank + 1)));
       const best = nearest[0];
-      const spread = isSoft ? `; half of the weight in ${affinity.half(values)} patches` : "";
+      const said = isSoft
+        ? `largest weight ${short(range[1])}, half of all in ${affinity.half(values)} patches`
+        : `cosines from ${short(range[0])} to ${short(range[1])}`;
       readings[index].textContent =
-        `nearest: ${place(best.position, cols)} (${moved(patch, best.position, cols)}), cosine ${best.cosine.toFixed(3)}` +
-        `${spread}; map from ${short(range[0])} to ${short(range[1])}`;
+        `nearest: ${place(best.position, cols)} (${moved(patch, best.position, cols)}), ` +
+        `cosine ${short(best.cosine)}; ${said}`;
     }
     function show() {
       draw.frame(pick, images[0]);
