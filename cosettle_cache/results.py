@@ -156,6 +156,7 @@ class TracksMean:
         "<8 px",
         "<16 px",
     )
+    main_name: ClassVar[str] = "AJ"
     label: ClassVar[str] = "mean over clips"
 
     tokens: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from xml.etree.ElementTree import Element
 
+from cosettle_cache.kinds import RAW
 from cosettle_cache.report.axes import Axis, labels_below, make_axis, vertical_grid
 from cosettle_cache.report.elements import Child, element
 from cosettle_cache.report.marks import legend, mark
@@ -49,8 +50,7 @@ def overview_section(runs: Sequence[ScoreRun]) -> Element:
     rows = []
     for run in runs:
         means = mean_scores(run.scores)
-        best = max(means, key=lambda mean: mean.main, default=None)
-        rows += [_overview_row(run, mean, _raw(means), is_best=mean is best) for mean in means]
+        rows += [_overview_row(run, mean, _figures(means)) for mean in means]
     head = sortable_head(["run", "task", "encoder", "tokens", "main figure", "percent", "against raw"], 5)
     table = element("table", element("thead", head), element("tbody", *rows), class_="sortable")
     heading = element("h2", "All runs")
@@ -58,13 +58,32 @@ def overview_section(runs: Sequence[ScoreRun]) -> Element:
     return element("section", heading, said, scrollable(table, "All runs"), id="overview")
 
 
-def _overview_row(run: ScoreRun, mean: Mean, raw: Mean | None, *, is_best: bool) -> Element:
+def _overview_row(run: ScoreRun, mean: Mean, figures: Mapping[str, float]) -> Element:
     first = run.scores[0]
-    against = (mean.main - raw.main) if raw is not None and raw is not mean else None
-    cells = [text_cell(text) for text in (first.task, first.backbone, mean.tokens, mean.main_name)]
-    difference = number_cell(against, _difference(against)) if against is not None else text_cell("")
-    main = number_cell(mean.main, f"{100 * mean.main:.1f}", *_star(is_best))
-    return element("tr", element("th", run.name, scope="row", class_="name"), *cells, main, difference)
+    texts = [text_cell(text) for text in (first.task, first.backbone, mean.tokens, mean.main_name)]
+    value, raw = figures.get(mean.tokens), figures.get(RAW)
+    against = None if value is None or raw is None or mean.tokens == RAW else value - raw
+    difference = text_cell("") if against is None else number_cell(against, _difference(against))
+    return element(
+        "tr", element("th", run.name, scope="row", class_="name"), *texts, _plain(value, figures), difference
+    )
+
+
+def _plain(value: float | None, figures: Mapping[str, float]) -> Element:
+    """Return the cell of a figure, with a star for the best of `figures`."""
+    if value is None:
+        return text_cell("–")
+    return number_cell(value, f"{100 * value:.1f}", *_star(_is_best(value, figures)))
+
+
+def _is_best(value: float, figures: Mapping[str, float]) -> bool:
+    """Say whether nothing is larger, as far as people see."""
+    return len(figures) > 1 and f"{100 * value:.1f}" == f"{100 * max(figures.values()):.1f}"
+
+
+def _figures(means: Sequence[Mean]) -> dict[str, float]:
+    """Return the main figure by kind of tokens, of those that have one."""
+    return {mean.tokens: mean.main for mean in means if mean.main is not None}
 
 
 def _incomplete() -> Element:
@@ -72,14 +91,10 @@ def _incomplete() -> Element:
     return element("p", element("strong", "Not complete. "), text, class_="warning", role="note")
 
 
-def _raw(means: Sequence[Mean]) -> Mean | None:
-    return next((mean for mean in means if mean.tokens == "raw"), None)
-
-
 def _main_table(run: ScoreRun) -> Element:
     totals = mean_scores(run.scores)
     name = totals[0].main_name
-    against = "raw" in run.tokens and len(run.tokens) > 1
+    against = RAW in run.tokens and len(run.tokens) > 1
     said = f"{name}, percent; ★ is the best of a row" + (
         "; ▲ and ▼ are points against raw." if against else "."
     )
@@ -98,22 +113,16 @@ def _main_table(run: ScoreRun) -> Element:
 
 
 def _row(title: str, means: Sequence[Mean], kinds: Sequence[str]) -> Element:
-    by_kind = {mean.tokens: mean.main for mean in means}
-    best = max(by_kind.values()) if len(by_kind) > 1 else None
-    cells = [_cell(kind, by_kind, best) for kind in kinds]
+    figures = _figures(means)
+    cells = [_cell(kind, figures) for kind in kinds]
     return element("tr", element("th", title, scope="row", class_="name"), *cells)
 
 
-def _cell(kind: str, by_kind: Mapping[str, float], best: float | None) -> Element:
-    if kind not in by_kind:
-        return text_cell("–")
-    value = by_kind[kind]
-    shown = f"{100 * value:.1f}"
-    extra: list[Child] = []
-    if "raw" in by_kind and kind != "raw":
-        extra.append(_difference(value - by_kind["raw"]))
-    is_best = best is not None and shown == f"{100 * best:.1f}"
-    return number_cell(value, shown, *_star(is_best), *extra)
+def _cell(kind: str, figures: Mapping[str, float]) -> Element:
+    cell = _plain(figures.get(kind), figures)
+    if kind != RAW and RAW in figures and kind in figures:
+        cell.append(_difference(figures[kind] - figures[RAW]))
+    return cell
 
 
 def _star(is_best: bool) -> list[Child]:
@@ -134,7 +143,7 @@ def _chart(run: ScoreRun) -> Element:
     named = sequence_means(run.scores)
     chosen = _most_moved(named) if len(named) > CHARTED else named
     left_out = f" The {CHARTED} that gain or lose most." if len(chosen) < len(named) else ""
-    axis = make_axis([100 * mean.main for _, means in chosen for mean in means])
+    axis = make_axis([100 * value for _, means in chosen for value in _figures(means).values()])
     name = mean_scores(run.scores)[0].main_name
     rows = [_chart_row(video_id, means, run.tokens, axis) for video_id, means in chosen]
     scale = element("li", element("span", f"{name}, %", class_="unit"), labels_below(axis), class_="scale")
@@ -144,23 +153,23 @@ def _chart(run: ScoreRun) -> Element:
 
 def _most_moved(named: list[tuple[str, list[Mean]]]) -> list[tuple[str, list[Mean]]]:
     def moved(item: tuple[str, list[Mean]]) -> float:
-        values = {mean.tokens: mean.main for mean in item[1]}
-        return max(abs(value - values.get("raw", value)) for value in values.values())
+        values = _figures(item[1])
+        return max((abs(value - values.get(RAW, value)) for value in values.values()), default=0.0)
 
     kept = {video_id for video_id, _ in sorted(named, key=moved, reverse=True)[:CHARTED]}
     return [item for item in named if item[0] in kept]
 
 
 def _chart_row(video_id: str, means: Sequence[Mean], kinds: Sequence[str], axis: Axis) -> Element:
-    values = {mean.tokens: 100 * mean.main for mean in means}
-    low, high = axis.across(min(values.values())), axis.across(max(values.values()))
-    span = element("line", x1=low, x2=high, y1="50%", y2="50%", class_="span")
+    values = {kind: 100 * value for kind, value in _figures(means).items()}
+    ends = [axis.across(end(values.values())) for end in (min, max)] if values else ["0%", "0%"]
+    span = element("line", x1=ends[0], x2=ends[1], y1="50%", y2="50%", class_="span")
     marks = [
         mark(number, axis.across(values[kind]), "50%", f"{kind}: {values[kind]:.1f}")
         for number, kind in enumerate(kinds)
         if kind in values
     ]
-    said = ", ".join(f"{kind} {value:.1f}" for kind, value in values.items())
+    said = ", ".join(f"{kind} {value:.1f}" for kind, value in values.items()) or "no figure"
     picture = element("svg", *vertical_grid(axis), span, *marks, role="img", aria_label=f"{video_id}: {said}")
     return element("li", element("span", video_id, class_="name"), picture)
 
