@@ -10,12 +10,14 @@ from typing import Any
 
 from propagation_cases import make_squares
 
+from cosettle_cache.analysis_files import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
 from cosettle_cache.projection import Projection, save_projection
 from cosettle_cache.propagate import propagate_store
 from cosettle_cache.protocols import make_protocol
 from cosettle_cache.results import write_scores
 from cosettle_cache.run_state import FiguresLog, RunFiles, StepFigures, ValidationFigures
 from cosettle_cache.store import open_store
+from cosettle_cache.tables import make_table, write_table
 
 #: Names that would be markup if anybody pasted them.
 EVIL = 'one <b>&amp; "two"'
@@ -58,6 +60,23 @@ def make_runs(root: Path, *, overlays: str = "first", n_frames: int = 6) -> Made
         write_journal(swept / member, 700)
     (swept / "sweep.json").write_text("{}")
     return Made(out, trained, swept, store, root / "mine.safetensors", data)
+
+
+def write_analysis_table(folder: Path, backbone: str = "tiny") -> Path:
+    """Write the table of an analysis by its own schema: two definitions, raw and two projections."""
+    figures = {"raw": (0.5, 0.2), "mine": (0.6, 0.25), EVIL_KIND: (0.6, 0.2501)}
+    rows = [
+        dict.fromkeys(ANALYSIS_SCHEMA.names, None)
+        | dict.fromkeys(PROVENANCE, "{}")
+        | {"dataset": "clips", "backbone": backbone, "definition_json": '{"gamma": 0.3}'}
+        | {"tokens": tokens, "definition": definition, "n_videos": 3, "n_frames": 30}
+        | {"d_inter_100": inter, "d_intra_100": intra, "margin_100": inter - 0.3 * intra}
+        | {"cycle_accuracy": 0.5, "effective_rank": 0.7}
+        for definition in ("released", "paper")
+        for tokens, (inter, intra) in figures.items()
+    ]
+    write_table(folder / ANALYSIS_FILE, make_table(rows, ANALYSIS_SCHEMA))
+    return folder
 
 
 def write_journal(folder: Path, n_steps: int) -> None:

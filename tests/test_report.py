@@ -7,9 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from propagation_cases import single_thread
-from report_cases import EVIL, EVIL_KIND, PLAIN, Made, Page, make_runs, write_journal
+from report_cases import EVIL, EVIL_KIND, PLAIN, Made, Page, make_runs, write_analysis_table, write_journal
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.report.axes import make_axis
@@ -123,6 +125,23 @@ def test_several_runs_are_put_side_by_side(made: Made, tmp_path: Path) -> None:
     assert page.headings[0] == "overview"
     assert page.text.count("Not complete.") == 1
     assert sum(heading.startswith("scores-") for heading in page.headings) == 2
+
+
+def test_the_plane_has_a_point_per_encoder_and_kind_of_tokens(tmp_path: Path) -> None:
+    one, two = write_analysis_table(tmp_path / "one"), write_analysis_table(tmp_path / "two", "large <ViT>")
+    page = write(tmp_path / "r.html", one, two)
+    assert page.headings == ["trade-off", "provenance"]
+    assert page.text.count("large <ViT> mine: D inter 0.6000, D intra 0.2500, D 0.5250") == 2
+    assert page.text.count("▲ +0.0850") == 8, "two projections of two encoders under two definitions"
+    places = [value for name, value in page.attributes if name == "class" and value == "label"]
+    assert len(places) >= 4
+
+
+def test_a_table_of_something_else_is_no_analysis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.table({"tokens": ["raw"]}), tmp_path / "a/analysis.parquet")
+    assert run_command(["report", str(tmp_path / "a"), "--out", str(tmp_path / "r.html")]) == 3
+    assert "is not a table of analyze" in capsys.readouterr().err
 
 
 def test_json_and_dry_run(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

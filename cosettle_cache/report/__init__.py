@@ -17,6 +17,7 @@ from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
 from cosettle_cache.report.media import Media
 from cosettle_cache.report.overlays import overlay_section
 from cosettle_cache.report.page import assemble, encode
+from cosettle_cache.report.plane import plane_section
 from cosettle_cache.report.provenance import provenance_section
 from cosettle_cache.report.runs import Runs, holds_run, read_runs
 from cosettle_cache.report.scores import overview_section, score_section
@@ -63,6 +64,7 @@ def _sections(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits) -
         found.append(overlay_section(run, number, media, limits.n_videos, limits.max_frames))
     if tokens is not None:
         found.append(explorer_section(tokens, media, scored, limits.n_videos, limits.max_frames))
+    found.append(plane_section(runs.analyzed))
     found += [curves_section(run, number) for number, run in enumerate(runs.trained)]
     found.append(provenance_section(runs, tokens.provenance() if tokens else {}))
     return [section for section in found if section is not None]

@@ -42,11 +42,11 @@ class Axis:
         return f"{tick:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
-def make_axis(values: Iterable[float], n_ticks: int = 5) -> Axis:
-    """Return an axis over the finite ones of `values`, with some room around them."""
+def make_axis(values: Iterable[float], n_ticks: int = 5, margin: float = MARGIN) -> Axis:
+    """Return an axis over the finite ones of `values`, with a `margin` of their range on either side."""
     known = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(known), max(known)
-    room = MARGIN * (high - low) or 0.05 * abs(high) or 0.5
+    room = margin * (high - low) or 0.05 * abs(high) or 0.5
     low, high = low - room, high + room
     step = round_step((high - low) / n_ticks)
     first, last = math.ceil(low / step), math.floor(high / step)

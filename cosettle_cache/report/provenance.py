@@ -6,7 +6,7 @@ Runs come in, a section of details elements comes out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 from cosettle_cache.errors import CosettleError
 from cosettle_cache.projection import read_provenance
 from cosettle_cache.report.elements import element
-from cosettle_cache.report.runs import Runs, ScoreRun, TrainRun
+from cosettle_cache.report.runs import AnalysisRun, Runs, ScoreRun, TrainRun
 from cosettle_cache.results import PROVENANCE
 from cosettle_cache.run_state import RunFiles
 
@@ -25,6 +25,7 @@ def provenance_section(runs: Runs, explored: Mapping[str, Any]) -> Element:
     documents += [
         (f"Training {run.name}, {name}", found) for run in runs.trained for name, found in _trained(run)
     ]
+    documents += [(f"Trade-off {run.name}", _analysis_origin(run)) for run in runs.analyzed]
     documents += [("Affinity explorer", dict(explored))] if explored else []
     blocks = [element("details", element("summary", title), _block(found)) for title, found in documents]
     return element("section", element("h2", "Provenance"), *blocks, id="provenance")
@@ -48,6 +49,11 @@ def _score_origin(run: ScoreRun) -> dict[str, Any]:
     found["scored_size"] = {score.video_id: score.scored_size for score in run.scores}
     found["boundary_tolerance_px"] = {score.video_id: score.boundary_tolerance_px for score in run.scores}
     return found
+
+
+def _analysis_origin(run: AnalysisRun) -> dict[str, Any]:
+    rows = [{key: _parsed(value) for key, value in row.items()} for row in run.provenance]
+    return {"folder": str(run.folder), "rows": rows}
 
 
 def _trained(run: TrainRun) -> list[tuple[str, dict[str, Any]]]:
@@ -75,8 +81,3 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, TypeError):
         return text
-
-
-def all_digests(scored: Sequence[ScoreRun]) -> set[str]:
-    """Return the digests of the encoders' weights that the scores are of."""
-    return {score.weights_sha256 for run in scored for score in run.scores}

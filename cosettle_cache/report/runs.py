@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cosettle_cache.analysis_files import ANALYSIS_FILE, PROVENANCE
 from cosettle_cache.errors import InputError
 from cosettle_cache.frames import natural_key
 from cosettle_cache.results import SCORES_FILE, SUMMARY_FILE, read_scores
 from cosettle_cache.run_state import RunFiles, StepFigures, ValidationFigures, read_figures, read_validation
-from cosettle_cache.tables import read_json
+from cosettle_cache.tables import read_json, read_table
 from cosettle_cache.types import Score
 
 _T = TypeVar("_T")
@@ -59,11 +60,42 @@ class TrainRun:
 
 
 @dataclass(frozen=True, slots=True)
+class TradeOffRow:
+    """One line of an analysis: a kind of tokens of one encoder under one definition (docs/analysis.md).
+
+    Distances are in diameters that cover all tokens, `margin` is D = `d_inter` - `gamma` * `d_intra`.
+    """
+
+    dataset: str
+    backbone: str
+    tokens: str
+    definition: str
+    gamma: float
+    n_videos: int
+    d_inter: float
+    d_intra: float
+    margin: float
+    cycle_accuracy: float
+    effective_rank: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisRun:
+    """A folder of `analyze`: its figures, and what they are of."""
+
+    name: str
+    folder: Path
+    rows: tuple[TradeOffRow, ...]
+    provenance: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Runs:
     """Everything that was found, in the order of the folders."""
 
     scored: tuple[ScoreRun, ...]
     trained: tuple[TrainRun, ...]
+    analyzed: tuple[AnalysisRun, ...]
 
 
 def read_runs(folders: Mapping[str, Path]) -> Runs:
@@ -77,6 +109,7 @@ def read_runs(folders: Mapping[str, Path]) -> Runs:
     return Runs(
         scored=tuple(_score_run(name, folder) for name, folder in named if _has_scores(folder)),
         trained=tuple(_train_run(name, folder) for name, folder in named if _member_folders(folder)),
+        analyzed=tuple(_analysis_run(name, folder) for name, folder in named if _has_analysis(folder)),
     )
 
 
@@ -91,7 +124,7 @@ def _check_run(folder: Path) -> None:
         hint = f"--projection {folder / 'projection.safetensors'} shows it in the affinity explorer"
     raise InputError(
         f"{folder} holds no run",
-        wanted=f"{SCORES_FILE} of propagate or metrics.jsonl of train",
+        wanted=f"{SCORES_FILE} of propagate, metrics.jsonl of train or {ANALYSIS_FILE} of analyze",
         found=", ".join(item.name for item in _entries(folder)[:_LISTED]) or "an empty folder",
         hint=hint,
     )
@@ -99,7 +132,7 @@ def _check_run(folder: Path) -> None:
 
 def holds_run(folder: Path) -> bool:
     """Say whether a report has anything to show of `folder`."""
-    return _has_scores(folder) or bool(_member_folders(folder))
+    return _has_scores(folder) or bool(_member_folders(folder)) or _has_analysis(folder)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -108,6 +141,28 @@ def _entries(folder: Path) -> list[Path]:
 
 def _has_scores(folder: Path) -> bool:
     return (folder / SCORES_FILE).is_file()
+
+
+def _has_analysis(folder: Path) -> bool:
+    return (folder / ANALYSIS_FILE).is_file()
+
+
+def _analysis_run(name: str, folder: Path) -> AnalysisRun:
+    path = folder / ANALYSIS_FILE
+    found = read_table(path).to_pylist()
+    try:
+        rows = tuple(_trade_off_row(row) for row in found)
+        provenance = tuple({key: row[key] for key in ("tokens", "definition", *PROVENANCE)} for row in found)
+    except (KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a table of analyze", found=f"no {error}") from error
+    return AnalysisRun(name, folder, rows, provenance)
+
+
+def _trade_off_row(row: Mapping[str, Any]) -> TradeOffRow:
+    plain = ("dataset", "backbone", "tokens", "definition", "n_videos", "cycle_accuracy", "effective_rank")
+    distances = {name: row[f"{name}_100"] for name in ("d_inter", "d_intra", "margin")}
+    gamma = float(json.loads(row["definition_json"])["gamma"])
+    return TradeOffRow(**{name: row[name] for name in plain}, **distances, gamma=gamma)
 
 
 def _score_run(name: str, folder: Path) -> ScoreRun:

@@ -13,7 +13,14 @@ from cosettle_cache.report.axes import Axis, labels_below, make_axis, vertical_g
 from cosettle_cache.report.elements import Child, element
 from cosettle_cache.report.marks import legend, mark
 from cosettle_cache.report.runs import ScoreRun
-from cosettle_cache.report.tables import number_cell, scrollable, simple_table, sortable_head, text_cell
+from cosettle_cache.report.tables import (
+    number_cell,
+    scrollable,
+    signed,
+    simple_table,
+    sortable_head,
+    text_cell,
+)
 from cosettle_cache.results import Mean, mean_scores, score_table, sequence_means
 from cosettle_cache.types import Score
 
@@ -131,11 +138,7 @@ def _star(is_best: bool) -> list[Child]:
 
 
 def _difference(share: float) -> Element:
-    points = f"{100 * share:+.1f}"
-    if float(points) == 0:
-        return element("span", "± 0.0", class_="difference")
-    sign, word = ("▲", "up") if share > 0 else ("▼", "down")
-    return element("span", f"{sign} {points.replace('-', '−')}", class_=f"difference {word}")
+    return signed(100 * share, 1)
 
 
 def _chart(run: ScoreRun) -> Element:

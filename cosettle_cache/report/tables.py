@@ -21,6 +21,15 @@ def number_cell(value: float, shown: Child, *more: Child) -> Element:
     return element("td", shown, *more, class_="number", data_value=f"{value:.9g}")
 
 
+def signed(difference: float, digits: int) -> Element:
+    """Return a difference with its sign, and an arrow that says the same."""
+    shown = f"{difference:+.{digits}f}"
+    if float(shown) == 0:
+        return element("span", f"± {0:.{digits}f}", class_="difference")
+    arrow, word = ("▲", "up") if difference > 0 else ("▼", "down")
+    return element("span", f"{arrow} {shown.replace('-', '−')}", class_=f"difference {word}")
+
+
 def sortable_head(names: Sequence[str], n_texts: int) -> Element:
     """Return a row of column heads, each a button; those after the first `n_texts` are of numbers."""
     return element("tr", *(_head(name, is_number=index >= n_texts) for index, name in enumerate(names)))
