@@ -20,11 +20,18 @@ from cosettle_cache.search import make_ranker
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.types import Grid
 
-#: Neighbours listed per patch, and channels kept per token: what one frame costs is about 100 bytes a patch.
-TOP_K = 10
-MAX_CHANNELS = 64
-#: Frames per video, the first included.
+#: Neighbours listed per patch, as many as the protocol cosettle follows.
+TOP_K = 7
+
+#: Components of small tokens are multiples of this: cosines are then right to about 0.005 in the mean.
+STEP = 1 / 64
+
+#: Frames per video, the first included, and what the explorer may take in the page: fewer frames where they
+#: are large. Measured on ViT-Tiny tokens: 92 bytes for the 192 components of a token, 20 for its neighbours.
 MAX_FRAMES = 7
+BUDGET_BYTES = 8_000_000
+_COMPONENT_BYTES, _LIST_BYTES = 0.48, 20
+_BASE64 = 4 / 3
 
 #: Patches whose maps are compared with exact cosines.
 _CHECKED = 64
@@ -34,16 +41,14 @@ Tokens = Float32[Tensor, "frame patch dim"]
 
 @dataclass(frozen=True, slots=True)
 class SmallTokens:
-    """Unit tokens along the `channels` directions in which they are longest, in 8 bits.
+    """Unit tokens along their principal directions, strongest first, as multiples of `STEP`.
 
-    A component is `values * scale[channel]`. `share` is the part of the squared length that is kept; `error`
-    the largest difference to an exact cosine with the first frame, found on patches spread over the grid.
+    One step for all directions keeps dot products best at a given size, as weak directions become runs of
+    zeros. `error` is the largest difference to an exact cosine with the first frame, found on patches spread
+    over the grid.
     """
 
-    values: Int8[np.ndarray, "frame patch channel"]
-    scale: Float32[np.ndarray, " channel"]
-    of_channels: int
-    share: float
+    values: Int8[np.ndarray, "frame channel patch"]
     error: float
 
 
@@ -110,32 +115,25 @@ def _kind(name: str, tokens: Float[Tensor, "frame patch dim"]) -> ExploredKind:
     return ExploredKind(name, position, cosine.reshape(position.shape), shrink(unit))
 
 
-def shrink(unit: Tokens, max_channels: int = MAX_CHANNELS) -> SmallTokens:
-    """Return `unit` tokens along their strongest directions (of the uncentred second moment), in 8 bits.
-
-    The directions keep dot products as well as any of their number can; tokens that are narrow enough keep
-    their own channels.
-    """
-    dim = unit.shape[2]
-    kept = unit if dim <= max_channels else unit @ _directions(unit, max_channels)
-    scale = (kept.abs().amax(dim=(0, 1)) / 127).clamp(min=1e-12)
-    values = (kept / scale).round().clamp(-127, 127)
-    share = float(kept.square().sum() / unit.square().sum().clamp(min=1e-12))
-    error = _largest_error(unit, values * scale)
-    return SmallTokens(values.to(torch.int8).numpy(), scale.numpy(), dim, share, error)
-
-
-def _directions(unit: Tokens, n: int) -> Float32[Tensor, "dim n"]:
+def shrink(unit: Tokens) -> SmallTokens:
+    """Return `unit` tokens turned to the directions of their uncentred second moment, and rounded."""
     flat = unit.flatten(0, 1).double()
-    _, vectors = torch.linalg.eigh(flat.T @ flat)
-    strongest: Tensor = vectors[:, -n:].flip(1).float()
-    return strongest
+    _, directions = torch.linalg.eigh(flat.T @ flat)
+    values = (unit @ directions.flip(1).float() / STEP).round().to(torch.int8)
+    error = _largest_error(unit, values * STEP)
+    return SmallTokens(values.transpose(1, 2).contiguous().numpy(), error)
 
 
-def _largest_error(unit: Tokens, small: Float32[Tensor, "frame patch channel"]) -> float:
+def _largest_error(unit: Tokens, small: Tokens) -> float:
     some = torch.linspace(0, unit.shape[1] - 1, min(_CHECKED, unit.shape[1])).long()
     differences = [
         (unit[0, some] @ exact.T - small[0, some] @ short.T).abs().max()
         for exact, short in zip(unit, small, strict=True)
     ]
     return float(torch.stack(differences).max())
+
+
+def affordable_frames(grid: Grid, dim: int, n_series: int) -> int:
+    """Return how many frames, at least three, of each of `n_series` videos and kinds fit the budget."""
+    frame_bytes = _BASE64 * grid.n_tokens * (_COMPONENT_BYTES * dim + _LIST_BYTES)
+    return max(3, int(BUDGET_BYTES / (frame_bytes * max(n_series, 1))))

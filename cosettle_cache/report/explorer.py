@@ -7,7 +7,8 @@ comes out.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -20,7 +21,7 @@ from cosettle_cache.frames import iter_frames, natural_key
 from cosettle_cache.kinds import TokenKind, make_kinds
 from cosettle_cache.projection import Projection
 from cosettle_cache.report.elements import data_element, element
-from cosettle_cache.report.explored import TOP_K, Explored, ExploredKind, explore
+from cosettle_cache.report.explored import STEP, TOP_K, Explored, ExploredKind, affordable_frames, explore
 from cosettle_cache.report.images import data_uri
 from cosettle_cache.report.marks import swatch
 from cosettle_cache.report.media import Media
@@ -46,6 +47,11 @@ class Tokens:
 
     store: FeatureStore
     kinds: Sequence[TokenKind]
+
+    def affordable_frames(self, video_id: str, n_videos: int) -> int:
+        """Return how many frames of a video the page has room for."""
+        dim = self.store.arrays[0].n_channels
+        return affordable_frames(self.store.grid(video_id), dim, n_videos * len(self.kinds))
 
     def provenance(self) -> dict[str, Any]:
         """Return what decides these tokens."""
@@ -80,10 +86,11 @@ def explorer_section(
     present = tokens.store.video_ids
     scored = (score.video_id for run in runs for score in run.scores)
     ordered = list(dict.fromkeys([*(name for name in scored if name in present), *present]))
-    figures, failed = [], []
-    for number, video_id in enumerate(ordered[:n_videos]):
+    chosen, figures, failed = ordered[:n_videos], [], []
+    for number, video_id in enumerate(chosen):
+        n_frames = min(max_frames, tokens.affordable_frames(video_id, len(chosen)))
         try:
-            found = explore(tokens.store, video_id, tokens.kinds, max_frames)
+            found = explore(tokens.store, video_id, tokens.kinds, n_frames)
             pictures = _pictures(found, tokens.store, media)
             figures.append(_figure(found, pictures, _start(found, runs), f"explorer-{number}"))
         except CosettleError as error:
@@ -173,24 +180,16 @@ def _view(found: Explored, kind: ExploredKind, number: int) -> Element:
 def _explained(found: Explored) -> Element:
     said = (
         f"The outlined patches are the {TOP_K} nearest by cosine in the whole later frame: exact, by the "
-        "search that propagate uses, without its spatial window. A map is made in the page from smaller "
+        "search that propagate uses, without its spatial window. A map is made in the page from rounded "
         "tokens; its colours run from its least to its largest value. Soft affinity is the softmax of the "
         "cosines over the whole later frame."
     )
-    items = [
-        element("li", element("span", kind.name, class_="name"), _precision(kind)) for kind in found.kinds
+    errors = [
+        element("li", element("span", kind.name, class_="name"), f": {kind.small.error:.3f}")
+        for kind in found.kinds
     ]
-    return element("div", element("p", said), element("ul", *items))
-
-
-def _precision(kind: ExploredKind) -> str:
-    small = kind.small
-    channels = small.values.shape[2]
-    kept = f"all {channels} channels"
-    if channels < small.of_channels:
-        share = f"{100 * small.share:.2f} % of the squared length"
-        kept = f"{channels} of {small.of_channels} principal directions ({share})"
-    return f": maps from {kept}, in 8 bits; largest difference to an exact cosine {small.error:.4f}."
+    checked = element("p", "Largest difference of a cosine in a map to the exact one, on patches checked:")
+    return element("div", element("p", said), checked, element("ul", *errors))
 
 
 def _document(found: Explored, pictures: Sequence[str], names: Sequence[str], start: int) -> dict[str, Any]:
@@ -206,18 +205,13 @@ def _document(found: Explored, pictures: Sequence[str], names: Sequence[str], st
 
 def _kind_document(kind: ExploredKind) -> dict[str, Any]:
     return {
-        "channels": kind.small.values.shape[2],
-        "scale": [float(value) for value in kind.small.scale],
-        "tokens": _each(_base64, kind.small.values),
+        "step": STEP,
+        "tokens": [_packed(frame) for frame in kind.small.values],
         "k": kind.position.shape[2],
-        "position": _each(_base64, kind.position.astype("<u2")),
-        "cosine": _each(_base64, kind.cosine.astype("<i2")),
+        "position": [_packed(frame.astype("<u2")) for frame in kind.position],
+        "cosine": [_packed(frame.astype("<i2")) for frame in kind.cosine],
     }
 
 
-def _each(make: Callable[[np.ndarray], str], frames: np.ndarray) -> list[str]:
-    return [make(frame) for frame in frames]
-
-
-def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+def _packed(array: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), level=9)).decode()

@@ -1,36 +1,32 @@
 // From small tokens to affinity: what is computed in the page, and nothing about how it looks.
 "use strict";
 report.affinity = {
-  bytes(text) {
-    return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  // Bytes that travel as base64 of a zlib stream.
+  async bytes(text) {
+    const packed = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Response(stream).arrayBuffer();
   },
 
   // Tokens, neighbours and cosines of one kind, from the text they travel as.
-  unpack(kind) {
-    const { bytes } = report.affinity;
-    return {
-      channels: kind.channels,
-      k: kind.k,
-      scale: Float32Array.from(kind.scale),
-      tokens: kind.tokens.map((text) => new Int8Array(bytes(text).buffer)),
-      position: kind.position.map((text) => new Uint16Array(bytes(text).buffer)),
-      cosine: kind.cosine.map((text) => new Int16Array(bytes(text).buffer)),
-    };
+  async unpack(kind) {
+    const each = (texts, Type) =>
+      Promise.all(texts.map(async (text) => new Type(await report.affinity.bytes(text))));
+    const [tokens, position, cosine] = await Promise.all([
+      each(kind.tokens, Int8Array), each(kind.position, Uint16Array), each(kind.cosine, Int16Array),
+    ]);
+    return { step: kind.step, k: kind.k, tokens, position, cosine };
   },
 
-  // Cosines of patch `query` of the first frame with every patch of frame `frame`.
-  cosines(kind, query, frame) {
-    const { channels, scale, tokens } = kind;
-    const first = tokens[0].subarray(query * channels, (query + 1) * channels);
-    const weighted = scale.map((step, channel) => step * step * first[channel]);
-    const keys = tokens[frame];
-    const out = new Float32Array(keys.length / channels);
-    for (let patch = 0; patch < out.length; patch += 1) {
-      let sum = 0;
-      for (let channel = 0; channel < channels; channel += 1) {
-        sum += weighted[channel] * keys[patch * channels + channel];
-      }
-      out[patch] = sum;
+  // Cosines of patch `query` of the first frame with each of the `count` patches of frame `frame`; tokens lie
+  // channel by channel.
+  cosines({ step, tokens }, count, query, frame) {
+    const [first, keys] = [tokens[0], tokens[frame]];
+    const out = new Float32Array(count);
+    for (let start = 0; start < keys.length; start += count) {
+      const weight = step * step * first[start + query];
+      if (weight === 0) continue;
+      for (let patch = 0; patch < count; patch += 1) out[patch] += weight * keys[start + patch];
     }
     return out;
   },

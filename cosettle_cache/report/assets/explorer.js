@@ -1,8 +1,7 @@
 // The affinity explorer: which patch, which later frame, which map; everything else follows from these.
 "use strict";
 (() => {
-  const NUMBERED = 5;
-  const { affinity, canvas: draw } = report;
+    const { affinity, canvas: draw } = report;
 
   function load(source) {
     const image = new Image();
@@ -27,7 +26,7 @@
   async function connect(figure) {
     const data = JSON.parse(document.getElementById(`data-${figure.dataset.explorer}`).textContent);
     const { rows, cols, names } = data;
-    const kinds = data.kinds.map(affinity.unpack);
+    const kinds = await Promise.all(data.kinds.map(affinity.unpack));
     const [pick, ...canvases] = figure.querySelectorAll("canvas");
     const [picked, ...readings] = figure.querySelectorAll(".views output");
     const choice = figure.querySelector("select");
@@ -38,16 +37,15 @@
 
     function showKind(kind, index) {
       const canvas = canvases[index];
-      const cosines = affinity.cosines(kind, patch, frame);
+      const cosines = affinity.cosines(kind, rows * cols, patch, frame);
       const isSoft = choice.value !== "cosine";
       const values = isSoft ? affinity.soften(cosines, Number(choice.value)) : cosines;
       const range = affinity.range(values);
       const nearest = affinity.nearest(kind, patch, frame);
       draw.frame(canvas, images[frame]);
       draw.map(canvas, cell, cols, values, range);
-      nearest.slice(NUMBERED).forEach((item) => draw.outline(canvas, cell, cols, item.position, 1));
-      nearest.slice(0, NUMBERED).forEach((item) => draw.outline(canvas, cell, cols, item.position, 2));
-      nearest.slice(0, NUMBERED).forEach((item, rank) => draw.number(canvas, cell, cols, item.position, String(rank + 1)));
+      nearest.forEach((item) => draw.outline(canvas, cell, cols, item.position, 2));
+      nearest.forEach((item, rank) => draw.number(canvas, cell, cols, item.position, String(rank + 1)));
       const best = nearest[0];
       const said = isSoft
         ? `largest weight ${short(range[1])}, half of all in ${affinity.half(values)} patches`
