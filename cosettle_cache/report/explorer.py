@@ -100,17 +100,17 @@ def explorer_section(
     return element(
         "section",
         element("h2", "Affinity explorer"),
-        element("p", _about(len(figures), len(ordered)), class_="about"),
+        element("p", _about(len(figures), len(ordered), tokens.store.fingerprint.backbone), class_="about"),
         *(element("p", text, class_="warning", role="note") for text in failed),
         *figures,
         id="explorer",
     )
 
 
-def _about(n_shown: int, n_videos: int) -> str:
+def _about(n_shown: int, n_videos: int, backbone: str) -> str:
     return (
-        f"{n_shown} of {n_videos} videos. Pick a patch of the first frame; the later frame shows how much "
-        f"each of its patches resembles it, and numbers the nearest. {_KEYS}"
+        f"{n_shown} of {n_videos} videos, tokens of {backbone}. Pick a patch of the first frame; the later "
+        f"frame shows how much each of its patches resembles it, and numbers the nearest. {_KEYS}"
     )
 
 

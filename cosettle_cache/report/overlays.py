@@ -1,7 +1,7 @@
-"""Overlays of a run: label maps over the frames, one slider per video, kinds of tokens side by side.
+"""Pictures of a run: label maps or tracks over the frames, a slider per video, kinds of tokens side by side.
 
-What `propagate` left in a run's folder comes in (its overlay videos, or its masks and the frames themselves),
-a section with embedded pictures comes out.
+What `propagate` or `track` left in a folder comes in (overlay videos, or masks and the frames themselves), a
+section with embedded pictures comes out.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from cosettle_cache.datasets.davis import Mask, read_mask
-from cosettle_cache.datasets.mask_files import frame_stems
+from cosettle_cache.datasets.index_png import read_mask, sample_mask
 from cosettle_cache.errors import CosettleError
 from cosettle_cache.frames import Image8, iter_frames, natural_key, probe
+from cosettle_cache.kinds import RAW
 from cosettle_cache.pictures.overlays import draw_overlay
 from cosettle_cache.report.elements import data_element, element
 from cosettle_cache.report.images import data_uri, spread
@@ -24,8 +24,8 @@ from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.report.slider import slider
 from cosettle_cache.types import Video
 
-#: Where `propagate` puts its overlays, and what they are called.
-FOLDER, SUFFIX = "overlays", ".mp4"
+#: Where `propagate` and `track` put their videos, and what they are called.
+FOLDERS, SUFFIX = ("overlays", "pictures"), ".mp4"
 
 #: Kinds of tokens shown side by side; more would make pictures too small and the file too large.
 MAX_KINDS = 4
@@ -55,7 +55,7 @@ def overlay_section(
     figures = [_figure(overlay, kinds, f"overlay-{number}-{index}") for index, overlay in enumerate(shown)]
     return element(
         "section",
-        element("h2", "Masks: ", element("span", run.name, class_="name")),
+        element("h2", "Pictures: ", element("span", run.name, class_="name")),
         element("p", _about(len(shown), len(known), _all_videos(run), len(kinds), run), class_="about"),
         *(element("p", text, class_="warning", role="note") for text in failed),
         *figures,
@@ -67,8 +67,8 @@ def _kinds(run: ScoreRun) -> list[str]:
     """Return the kinds of tokens to show: what was scored, else whoever has overlays."""
     if run.tokens:
         return list(run.tokens[:MAX_KINDS])
-    names = {path.stem for path in (run.folder / FOLDER).glob(f"*/*{SUFFIX}")}
-    return sorted(names, key=lambda name: (name != "raw", natural_key(name)))[:MAX_KINDS]
+    names = {path.stem for path in _movies(run)}
+    return sorted(names, key=lambda name: (name != RAW, natural_key(name)))[:MAX_KINDS]
 
 
 def _drawable(run: ScoreRun, kinds: Sequence[str], media: Media) -> list[str]:
@@ -76,26 +76,32 @@ def _drawable(run: ScoreRun, kinds: Sequence[str], media: Media) -> list[str]:
     return [
         video_id
         for video_id in _all_videos(run)
-        if all(_movie(run, video_id, kind).is_file() for kind in kinds)
-        or (video_id in media.videos and all(_masks(run, video_id, kind).is_dir() for kind in kinds))
+        if all(_movie(run, video_id, kind) for kind in kinds)
+        or (video_id in media.videos and all(_masks(run, media.videos[video_id], kind) for kind in kinds))
     ]
+
+
+def _movies(run: ScoreRun) -> list[Path]:
+    return [path for folder in FOLDERS for path in (run.folder / folder).rglob(f"*{SUFFIX}")]
 
 
 def _all_videos(run: ScoreRun) -> list[str]:
     """Return the scored videos in their order, then others with overlays."""
-    folder = run.folder / FOLDER
-    drawn = sorted(
-        (item.parent.relative_to(folder).as_posix() for item in folder.rglob(f"*{SUFFIX}")), key=natural_key
+    drawn = {"/".join(path.relative_to(run.folder).parts[1:-1]) for path in _movies(run)}
+    return list(dict.fromkeys([*(score.video_id for score in run.scores), *sorted(drawn, key=natural_key)]))
+
+
+def _movie(run: ScoreRun, video_id: str, kind: str) -> Path | None:
+    paths = (run.folder / folder / video_id / f"{kind}{SUFFIX}" for folder in FOLDERS)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _masks(run: ScoreRun, video: Video, kind: str) -> list[Path]:
+    """Return the masks of a video in frame order; none unless every frame has one."""
+    found = sorted(
+        (run.folder / kind / video.video_id).glob("*.png"), key=lambda path: natural_key(path.name)
     )
-    return list(dict.fromkeys([*(score.video_id for score in run.scores), *drawn]))
-
-
-def _movie(run: ScoreRun, video_id: str, kind: str) -> Path:
-    return run.folder / FOLDER / video_id / f"{kind}{SUFFIX}"
-
-
-def _masks(run: ScoreRun, video_id: str, kind: str) -> Path:
-    return run.folder / kind / video_id
+    return found if len(found) == video.n_frames else []
 
 
 def _read(
@@ -111,18 +117,16 @@ def _read(
 
 
 def _overlay(run: ScoreRun, kinds: Sequence[str], video_id: str, media: Media, max_frames: int) -> Overlay:
-    movies = {kind: _movie(run, video_id, kind) for kind in kinds}
-    if all(path.is_file() for path in movies.values()):
-        n_frames = min(probe(path).n_frames for path in movies.values())
-        frames = spread(n_frames, max_frames)
-        pictures = {kind: _from_movie(path, frames) for kind, path in movies.items()}
+    movies = [path for kind in kinds if (path := _movie(run, video_id, kind))]
+    if len(movies) == len(kinds):
+        frames = spread(min(probe(path).n_frames for path in movies), max_frames)
+        found = [_from_movie(path, frames) for path in movies]
     else:
         video = media.videos[video_id]
         frames = spread(video.n_frames, max_frames)
-        pictures = {kind: _draw(video, media.root, _masks(run, video_id, kind), frames) for kind in kinds}
-    return Overlay(
-        video_id, tuple(frames), {kind: tuple(map(data_uri, found)) for kind, found in pictures.items()}
-    )
+        found = [_draw(video, media.root, _masks(run, video, kind), frames) for kind in kinds]
+    pictures = {kind: tuple(map(data_uri, images)) for kind, images in zip(kinds, found, strict=True)}
+    return Overlay(video_id, tuple(frames), pictures)
 
 
 def _from_movie(path: Path, frames: Sequence[int]) -> Iterator[Image8]:
@@ -131,12 +135,10 @@ def _from_movie(path: Path, frames: Sequence[int]) -> Iterator[Image8]:
     return iter_frames(video, path.parent, frames)
 
 
-def _draw(video: Video, root: Path, masks: Path, frames: Sequence[int]) -> Iterator[Image8]:
-    stems = frame_stems(video, root)
-    found: Iterator[Mask] = (read_mask(masks / f"{stems[index]}.png") for index in frames)
-    return (
-        draw_overlay(image, mask) for image, mask in zip(iter_frames(video, root, frames), found, strict=True)
-    )
+def _draw(video: Video, root: Path, masks: Sequence[Path], frames: Sequence[int]) -> Iterator[Image8]:
+    for image, index in zip(iter_frames(video, root, frames), frames, strict=True):
+        mask, size = read_mask(masks[index]), (video.height, video.width)
+        yield draw_overlay(image, mask if mask.shape == size else sample_mask(mask, size))
 
 
 def _about(n_shown: int, n_drawable: int, all_videos: Sequence[str], n_kinds: int, run: ScoreRun) -> str:
@@ -168,7 +170,7 @@ def _figure(overlay: Overlay, kinds: Sequence[str], identifier: str) -> Element:
 
 
 def _view(overlay: Overlay, kind: str, number: int) -> Element:
-    alt = f"{overlay.video_id}, masks of {kind}, frame {overlay.frames[0]}"
+    alt = f"{overlay.video_id}, {kind}, frame {overlay.frames[0]}"
     picture = element("img", src=overlay.pictures[kind][0], alt=alt)
     return element(
         "figure", picture, element("figcaption", swatch(number), element("span", kind, class_="name"))

@@ -28,7 +28,10 @@ def assemble(title: str, sections: Sequence[Element]) -> str:
     size = element(
         "p", f"This file: {_SIZE_MARK}; nothing in it is loaded from anywhere else.", class_="about"
     )
-    main = element("main", *sections, element("footer", size))
+    still = element(
+        "noscript", element("p", "Without scripts there are texts, charts and first pictures only.")
+    )
+    main = element("main", still, *sections, element("footer", size))
     scripts = [_asset(name) for name in SCRIPTS]
     styles = "\n".join(_asset(name) for name in STYLES)
     root = element(

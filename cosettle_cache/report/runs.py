@@ -115,11 +115,13 @@ def read_runs(folders: Mapping[str, Path]) -> Runs:
 
 def _check_run(folder: Path) -> None:
     if not folder.is_dir():
-        raise InputError(f"{folder} is not there", wanted="the folder of a run")
+        raise InputError(f"{folder} is not a folder", wanted="the folder of a run")
     if holds_run(folder):
         return
     inside = [item for item in _entries(folder) if item.is_dir() and holds_run(item)]
     hint = f"cosettle-cache report {' '.join(map(str, inside[:_LISTED]))}" if inside else None
+    if (folder / "progress").is_dir():
+        hint = "propagate has not finished here: run it again, it goes on where it was"
     if (folder / "projection.safetensors").is_file():
         hint = f"--projection {folder / 'projection.safetensors'} shows it in the affinity explorer"
     raise InputError(

@@ -6,11 +6,11 @@
     const value = cell.dataset.value;
     return value === undefined ? cell.textContent : Number(value);
   }
-  function compare(a, b) {
-    if (typeof a === "number" && typeof b === "number") return a - b;
-    if (typeof a === "number") return -1;
-    if (typeof b === "number") return 1;
-    return a.localeCompare(b, undefined, { numeric: true });
+  // Where some rows have no number, they come last in either order.
+  function compare(a, b, sign) {
+    if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
+    if (typeof a === "number") return sign * (a - b);
+    return sign * a.localeCompare(b, undefined, { numeric: true });
   }
   function sort(table, column) {
     const heads = [...table.tHead.rows[0].cells];
@@ -18,7 +18,7 @@
     for (const head of heads) head.removeAttribute("aria-sort");
     heads[column].setAttribute("aria-sort", ascending ? "ascending" : "descending");
     const rows = [...table.tBodies[0].rows];
-    rows.sort((a, b) => compare(key(a, column), key(b, column)) * (ascending ? 1 : -1));
+    rows.sort((a, b) => compare(key(a, column), key(b, column), ascending ? 1 : -1));
     table.tBodies[0].append(...rows);
   }
   for (const table of document.querySelectorAll("table.sortable")) {
