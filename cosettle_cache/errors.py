@@ -50,8 +50,8 @@ class CosettleError(Exception):
     @property
     def summary(self) -> str:
         """The error in one line, for a table or a record."""
-        found = f" (wanted {self.wanted}, found {self.found})" if self.found is not None else ""
-        return f"{self.message}{found}"
+        wanted = f"wanted {self.wanted}, " if self.wanted is not None else ""
+        return f"{self.message} ({wanted}found {self.found})" if self.found is not None else self.message
 
     def lines(self) -> list[str]:
         """Return the lines to print: the sentence, details, wanted/found, hint."""

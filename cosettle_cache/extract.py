@@ -10,10 +10,11 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from threading import Event, Lock
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -72,6 +73,10 @@ class ExtractReport:
     def images_per_s(self) -> float:
         """Encodings per second of wall time."""
         return self.n_encodings / self.seconds.total if self.seconds.total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {**asdict(self), "images_per_s": self.images_per_s}
 
 
 @dataclass(frozen=True, slots=True)

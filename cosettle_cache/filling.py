@@ -229,7 +229,9 @@ class Filler:
             with self.clock.stage("wait_images"):
                 images = future.result()
             if isinstance(images, MediaError):
-                failures[task.reader.video.video_id] = images.summary
+                # Without the data root: it is not the same everywhere, and the reason is kept.
+                reason = images.summary.removeprefix(f"{self.data_root}/")
+                failures[task.reader.video.video_id] = reason
                 continue
             for image in images:
                 batch.append(image)

@@ -28,6 +28,7 @@ from cosettle_cache.extract import ExtractSpec, extract_across, fill_slot
 from cosettle_cache.manifest import read_manifest, write_manifest
 from cosettle_cache.plan import make_plan
 from cosettle_cache.store import StoreWriter, open_store
+from cosettle_cache.types import Manifest
 
 N_WORKERS = 2
 WORDS = ["--backbone", "timm/test_vit", "--weights", "random", "--views", "20", "--size", "64"]
@@ -116,7 +117,7 @@ def test_a_missing_scheduler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve short clips, of which one cannot be decoded."""
-    root = make_clips(tmp_path_factory.mktemp("clips"), 12)
+    root = make_clips(tmp_path_factory.mktemp("across") / "clips", 12)
     write_manifest(root.parent / "m.parquet", manifest_of(root))
     for path in (root / "clip5").iterdir():
         path.write_bytes(path.read_bytes()[:300])
@@ -142,26 +143,34 @@ def wait_for(done: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.005)
 
 
+def writer_of(straight: Path, out: Path, manifest: Manifest) -> StoreWriter:
+    """Open a store made like `straight`."""
+    store = open_store(straight)
+    return StoreWriter.create_or_resume(out, store.arrays, store.fingerprint, manifest, store.encoder)
+
+
 @pytest.fixture(scope="module")
-def interrupted(clips: Path) -> Path:
-    """A store of two worker processes, stopped by a Ctrl-C that all of them got."""
+def interrupted(clips: Path, straight: Path) -> Path:
+    """A store of two worker processes, stopped by a Ctrl-C to all; half its slots are held till then."""
     out = clips.parent / "across.zarr"
     words = [sys.executable, "-m", "cosettle_cache.cli", "extract", *places(clips, out), "--workers", "2"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        wait_for(lambda: list(out.glob("index/4x4/*.parquet")) or process.poll() is not None, 300)
-        os.killpg(process.pid, signal.SIGINT)
-        talk = process.communicate(timeout=120)[1]
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    with closing(writer_of(straight, out, read_manifest(clips.parent / "m.parquet"))) as holder:
+        assert all(holder.claim(index) for index in range(6, 12))
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            wait_for(lambda: list(out.glob("index/4x4/*.parquet")) or process.poll() is not None, 300)
+            os.killpg(process.pid, signal.SIGINT)
+            talk = process.communicate(timeout=120)[1]
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert (process.returncode, "finishing the slots in hand" in talk) == (130, True), talk
     return out
 
 
 def test_an_interrupt_of_all_processes_finishes_what_is_in_hand(interrupted: Path) -> None:
     states = open_store(interrupted).slot_states()
-    assert states["todo"] >= 1
+    assert states["todo"] >= 6
     assert states["done"] + states["failed"] >= 1
     assert not list(interrupted.rglob("*.tmp"))
 
@@ -179,9 +188,10 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with ExitStack() as stack:
         for line in lines:
             log = stack.enter_context((folder / f"{line[0]}.log").open("w"))
-            process = subprocess.Popen([sys.executable, "-m", "dask", *line], stderr=log, stdout=log)
+            words = [sys.executable, "-m", "dask", *line]
+            process = subprocess.Popen(words, stderr=log, stdout=log, start_new_session=True)
             stack.callback(process.wait)
-            stack.callback(process.terminate)
+            stack.callback(os.killpg, process.pid, signal.SIGKILL)  # with what it has started
             wait_for((folder / "scheduler.json").exists)
         yield json.loads((folder / "scheduler.json").read_text())["address"]
 
@@ -217,7 +227,7 @@ def test_a_scheduler_goes_on_and_a_killed_worker_changes_nothing(
     )
     plan = make_plan(manifest, settings, patch=16, dim=64, slot_encodings=60)
     before = open_store(interrupted)
-    writer = StoreWriter.create_or_resume(interrupted, plan.arrays, before.fingerprint, manifest, {})
+    writer = writer_of(straight, interrupted, manifest)
     notes: list[str] = []
     with closing(writer), connect(scheduler=scheduler, note=notes.append) as cluster:
         cluster.client.wait_for_workers(2, timeout=120)

@@ -123,7 +123,7 @@ def extract(
         talk.result(json.dumps(summary, indent=2) if as_json else "\n".join(lines))
         return int(ExitCode.DONE)
     report = run_job(job, talk)
-    talk.result(json.dumps(asdict(report), indent=2) if as_json else "\n".join(report_lines(job, report)))
+    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(report_lines(job, report)))
     if report.interrupted:
         return int(ExitCode.INTERRUPTED)
     return int(ExitCode.UNCLEAN if report.failures or data.failures else ExitCode.DONE)
