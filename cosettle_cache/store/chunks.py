@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import cycle, islice
 
 import numpy as np
@@ -42,6 +43,11 @@ from cosettle_cache.store.storage import ReadStorage
 from cosettle_cache.store.stretches import Stretch, Tokens, sorted_stretches, stretches
 from cosettle_cache.store.through_zarr import ZarrArrays
 from cosettle_cache.types import ArrayLayout
+
+#: Streaming from a local disk: bytes that one thread reads in one go, at least two chunks.
+_NEAR_STRETCH_BYTES = 4 * 2**20
+#: Stretches ahead of the reader that the disk is set to work on.
+_STRETCHES_AHEAD = 8
 
 
 class ChunkSource:
@@ -95,20 +101,54 @@ class ChunkSource:
 
         `n_ahead` says how many buffers are needed. Raises what `read` does.
         """
-        pool = self._shards.pool(self.n_readers)
-        pending: deque[Future[Stretch]] = deque()
         outs = list(islice(cycle(buffers), len(chunks)))
         per_shard = chunks_per_shard(self.slots.arrays[array])
-        for stretch in stretches(chunks.tolist(), outs, longest=self._longest(array), per_shard=per_shard):
+        longest = self._longest_streamed(array)
+        parts = stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard)
+        return self._stream_near(array, parts) if self._is_near(array) else self._stream_far(array, parts)
+
+    def n_ahead(self, array: int) -> int:
+        """Return how many buffers `stream` needs: a stretch in use, and those that are read meanwhile."""
+        n_stretches = 2 if self._is_near(array) else self.n_readers + 1
+        return n_stretches * self._longest_streamed(array)
+
+    def _stream_far(self, array: int, parts: Iterator[Stretch]) -> Iterator[Tokens]:
+        """Keep all readers busy: a read is a round trip, or a codec's work."""
+        pool = self._shards.pool(self.n_readers)
+        pending: deque[Future[Stretch]] = deque()
+        for stretch in parts:
             pending.append(pool.submit(self._filled, array, stretch))
             if len(pending) > self.n_readers:
                 yield from pending.popleft().result().outs
         while pending:
             yield from pending.popleft().result().outs
 
-    def n_ahead(self, array: int) -> int:
-        """Return how many buffers keep all readers busy while one stretch is in use."""
-        return (self.n_readers + 1) * self._longest(array)
+    def _stream_near(self, array: int, parts: Iterator[Stretch]) -> Iterator[Tokens]:
+        """Read every other stretch here, the one after it in another thread: handing over costs a read.
+
+        While the disk is what it waits for, the kernel is told what comes next.
+        """
+        pool = self._shards.pool(self.n_readers)
+        waiting = deque(islice(parts, _STRETCHES_AHEAD))
+        while waiting:
+            first, second = waiting.popleft(), waiting.popleft() if waiting else None
+            other = None if second is None else pool.submit(self._filled, array, second)
+            waiting.extend(islice(parts, 2))
+            if not self._read_share(array, [first]):
+                for stretch in list(waiting)[-2:]:
+                    self._will_need(array, stretch)
+            yield from first.outs
+            if other is not None:
+                yield from other.result().outs
+
+    def _is_near(self, array: int) -> bool:
+        """Say whether chunks are raw bytes of a local disk."""
+        return self._storage.local is not None and self.slots.arrays[array].codec == "none"
+
+    def _longest_streamed(self, array: int) -> int:
+        if not self._is_near(array):
+            return self._longest(array)
+        return max(2, _NEAR_STRETCH_BYTES // chunk_bytes(self.slots.arrays[array]))
 
     def read_index(self) -> pa.Table:
         """Return the rows of all index parts, in array and row order."""
@@ -152,14 +192,24 @@ class ChunkSource:
         self._read_share(array, [stretch])
         return stretch
 
-    def _read_share(self, array: int, share: Sequence[Stretch]) -> None:
-        """Read first what the page cache holds; the rest is on its way from the disk meanwhile."""
+    def _will_need(self, array: int, stretch: Stretch) -> None:
+        """Have the disk fetch a stretch that will be read soon."""
+        place, number = self._locate(array, stretch.first)
+        with suppress(BytesError, OSError):  # whoever reads it says so
+            self._shards.reader(place).will_need(number, len(stretch.outs))
+
+    def _read_share(self, array: int, share: Sequence[Stretch]) -> bool:
+        """Read first what the page cache holds; the rest is on its way from the disk meanwhile.
+
+        Return whether everything was at hand.
+        """
         cold = [stretch for stretch in share if not self._read_at_once(array, stretch, wait=False)]
         for stretch in cold:
             if len(stretch.outs) > 1 and self._read_at_once(array, stretch, wait=True):
                 continue
             for number, out in enumerate(stretch.outs):
                 self.read(array, stretch.first + number, out)
+        return not cold
 
     def _read_at_once(self, array: int, stretch: Stretch, *, wait: bool) -> bool:
         place, number = self._locate(array, stretch.first)
