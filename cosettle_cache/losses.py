@@ -73,9 +73,23 @@ def transfer_loss(
     transition = cycle_transition(pool_tokens(projected, window), temperature, walk)
     cycle = parts.cycle(transition)
     separability = separability_loss(projected, F.normalize(original, dim=-1))
-    with torch.no_grad():
-        monitored = [measure(transition) for measure in (cycle_accuracy, identity_cosine, return_probability)]
-    return LossTerms(cycle + separability_weight * separability, cycle, separability, *monitored)
+    return make_terms(cycle, separability, separability_weight, transition)
+
+
+@torch.no_grad()
+def _monitor(transition: Tensor) -> list[Tensor]:
+    return [measure(transition) for measure in (cycle_accuracy, identity_cosine, return_probability)]
+
+
+def make_terms(
+    cycle: Float[Tensor, ""],
+    separability: Float[Tensor, ""],
+    separability_weight: float,
+    transition: Float[Tensor, "n token token"],
+) -> LossTerms:
+    """Return the objective of both losses, and the figures of the transition beside it."""
+    total = cycle + separability_weight * separability
+    return LossTerms(total, cycle, separability, *_monitor(transition))
 
 
 def check_window(rows: int, cols: int, window: int) -> None:
@@ -94,8 +108,9 @@ def pool_tokens(
     """Return the means of `window` by `window` tokens, in row-major order, without normalising them again."""
     n, view, row, col, dim = tokens.shape
     check_window(row, col, window)
-    tiles = tokens.reshape(n, view, row // window, window, col // window, window, dim)
-    return tiles.mean(dim=(3, 5)).flatten(2, 3)
+    images = tokens.flatten(0, 1).permute(0, 3, 1, 2)  # tokens in their order are images with channels last
+    means: Tensor = F.avg_pool2d(images, window)
+    return means.permute(0, 2, 3, 1).reshape(n, view, -1, dim)
 
 
 def check_walk(walk: Sequence[int], n_views: int) -> None:

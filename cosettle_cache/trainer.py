@@ -17,16 +17,17 @@ from torch import Tensor
 
 from cosettle_cache.config import TrainSettings
 from cosettle_cache.feeding import Batch, Step
-from cosettle_cache.losses import LossTerms, transfer_loss
+from cosettle_cache.losses import LossTerms
+from cosettle_cache.objective import Originals, fast_transfer_loss
 from cosettle_cache.projection import Projection
 from cosettle_cache.replicas import ALONE, Replicas
 from cosettle_cache.run_state import StepFigures
 from cosettle_cache.samples import walk_of
 
 #: Bytes of float32 tokens that go through the objective at a time; gradients add up over the parts of a
-#: batch. Bounds the memory, and on a CPU keeps the dozen arrays of a part within reach of its caches: there
-#: 64 samples of ViT-B/16 at a time take half as long again as 4.
-PART_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+#: batch. Bounds the memory, and on a CPU keeps the half dozen arrays of a part within reach of its caches
+#: and, each below 4 MiB, in memory that the allocator keeps: from 8 MiB on every array is faulted in anew.
+PART_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 #: Number formats of the projection's arithmetic; parameters and the loss stay in float32.
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,23 +123,23 @@ class Learner:
         if self._balance:
             torch._foreach_zero_(self._balance.cycle_gradients)
 
-    def terms(self, tokens: Float[Tensor, "n view row col dim"]) -> LossTerms:
+    def terms(self, originals: Originals) -> LossTerms:
         """Return the objective of a part; with an automatic weight its parts alone count."""
         weight = 1.0 if self.settings.separability_weight == "auto" else self.settings.separability_weight
-        return transfer_loss(
-            self.project,
-            tokens,
+        return fast_transfer_loss(
+            self.project(originals.tokens),
+            originals,
             temperature=self.settings.temperature,
             separability_weight=weight,
             window=self.settings.window,
             regularizer=self.settings.regularizer,
             reduction=self.settings.reduction,
-            walk=walk_of(tokens.shape[1]),
+            walk=walk_of(originals.tokens.shape[1]),
         )
 
-    def add(self, tokens: Float[Tensor, "n view row col dim"], share: float) -> None:
+    def add(self, originals: Originals, share: float) -> None:
         """Add the gradients and figures of a part that is `share` of the step's samples."""
-        terms = self.terms(tokens)
+        terms = self.terms(originals)
         if self._balance:
             self._balance.add(self._scaler.scale(terms.cycle * share))
         objective = terms.separability if self._balance else terms.total
@@ -223,9 +224,9 @@ class Trainer:
         samples = batch.samples.to(self._device, non_blocking=batch.portion.ends_step)
         n_step = len(batch.portion.step.ids)
         for part in _parts(samples, self._part_bytes):
-            tokens = part.float()
+            originals = Originals(part.float())
             for learner in active:
-                learner.add(tokens, len(part) / n_step)
+                learner.add(originals, len(part) / n_step)
 
     def _finish(self, active: Sequence[Learner], step: Step) -> list[StepFigures | None]:
         self._replicas.add_up([tensor for learner in active for tensor in learner.sums()])

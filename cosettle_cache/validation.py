@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_cache.feeding import Ids
+from cosettle_cache.objective import Originals
 from cosettle_cache.run_state import ValidationFigures
 from cosettle_cache.samples import Samples
 from cosettle_cache.trainer import Learner
@@ -98,7 +99,7 @@ def token_distances(
 
 
 def _measure(learner: Learner, tokens: Float[Tensor, "n view row col dim"]) -> Float[Tensor, " figure"]:
-    terms = learner.terms(tokens)
+    terms = learner.terms(Originals(tokens))
     between, within = token_distances(learner.project(tokens))
     return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, between, within])
 
