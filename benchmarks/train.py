@@ -3,6 +3,8 @@
 Sides run in turn in one process on the same samples, batch and head; ratios are medians over the repeats. The
 store holds random tokens of the size of ViT-B/16 (3 x 196 x 768 float16 per sample) and is read warm. The
 released way runs an encoder of that size (random weights) on three images per sample, then the same step.
+`plain` is the step of one head with the objective under automatic differentiation. Figures with a target say
+whether they meet it; exit code 4 when one does not.
 
     python benchmarks/train.py --samples 512 --repeats 3
 """
@@ -29,7 +31,9 @@ from cosettle_cache.backbones import load_backbone
 from cosettle_cache.config import PairsSettings, TrainSettings
 from cosettle_cache.console import Talk
 from cosettle_cache.feeding import Batch, BatchRing, Ids, Portion, SampleSource, Step
+from cosettle_cache.losses import LossTerms, transfer_loss
 from cosettle_cache.manifest import manifest_digest
+from cosettle_cache.objective import Originals
 from cosettle_cache.plan import Plan, make_plan
 from cosettle_cache.projection import Projection
 from cosettle_cache.samples import make_samples
@@ -40,6 +44,16 @@ from cosettle_cache.types import Fingerprint, Manifest, MediaKind, Video
 SHAPE = (3, 14, 14, 768)
 SAMPLE_BYTES = 2 * int(np.prod(SHAPE))
 
+#: What the figures should be. Growth of memory is to be compared with the 0.9 MB of a sample.
+TARGETS = {
+    "store_over_released": (">=", 40.0),
+    "store_over_memory": (">=", 0.8),
+    "waiting_share": ("<=", 0.2),
+    "sweep_over_one": ("<=", 3.0),
+    "sweep_over_one_throttled": ("<=", 1.5),
+    "resident_growth_mb": ("<=", 20.0),
+}
+
 
 def main() -> None:
     options = _options()
@@ -49,11 +63,22 @@ def main() -> None:
         figures = _measure(options, folder)
     finally:
         shutil.rmtree(folder)
-    Talk().table("training", ["figure", "value"], [[key, str(value)] for key, value in figures.items()])
+    rows = [[key, str(value), *_judge(key, value)] for key, value in figures.items()]
+    Talk().table("training", ["figure", "value", "target", "met"], rows)
     text = json.dumps(figures)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")
+    sys.exit(4 if any(row[-1] == "no" for row in rows) else 0)
+
+
+def _judge(key: str, value: float | int | str) -> tuple[str, str]:
+    """Return a figure's target and whether it is met; nothing for one without."""
+    if key not in TARGETS:
+        return "", ""
+    sign, bound = TARGETS[key]
+    met = float(value) >= bound if sign == ">=" else float(value) <= bound
+    return f"{sign} {bound:g}", "yes" if met else "no"
 
 
 def _options() -> argparse.Namespace:
@@ -129,6 +154,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, float | int
         "memory": lambda: run_memory(in_memory, options.batch),
         "released": lambda: run_released(encoder.encode, images, options.released_samples),
         "one": lambda: run(source, few, options.batch),
+        "plain": lambda: run(source, few, options.batch, learner=PlainLearner),
         "sweep": lambda: run(source, few, options.batch, options.heads),
     }
     run(source, ids, options.batch)
@@ -171,6 +197,11 @@ def _figures(
         "store_gb_per_s": round(rate("store") * SAMPLE_BYTES / 1e9, 3),
         "memory_samples_per_s": rate("memory"),
         "released_samples_per_s": rate("released"),
+        "one_ms_per_sample": round(1000 / rate("one"), 2),
+        "plain_ms_per_sample": round(1000 / rate("plain"), 2),
+        "sweep_ms_per_sample": round(1000 / rate("sweep"), 2),
+        "plain_over_one": ratio(rows["plain"], rows["one"]),
+        "sweep_over_plain_one": ratio(rows["sweep"], rows["plain"]),
         "store_over_released": ratio(rows["released"], rows["store"]),
         "store_over_memory": ratio(rows["memory"], rows["store"]),
         "waiting_share": round(statistics.median(t.waiting_share for t in rows["store"]), 4),
@@ -179,9 +210,23 @@ def _figures(
     }
 
 
-def run(source: SampleSource, ids: Ids, batch: int, n_heads: int = 1) -> Timing:
+class PlainLearner(Learner):
+    """A learner whose objective goes through automatic differentiation, as its definition is written."""
+
+    def terms(self, originals: Originals) -> LossTerms:
+        """Return the objective of a part."""
+        run = self.settings
+        weight = float(run.separability_weight)
+        return transfer_loss(
+            self.project, originals.tokens, temperature=run.temperature, separability_weight=weight
+        )
+
+
+def run(
+    source: SampleSource, ids: Ids, batch: int, n_heads: int = 1, learner: type[Learner] = Learner
+) -> Timing:
     """Train on every sample once, as `train` does."""
-    trainer = Trainer(make_learners(n_heads))
+    trainer = Trainer(make_learners(n_heads, learner))
     with BatchRing(source, portions(ids, batch), SHAPE, batch) as ring:
         started = time.perf_counter()
         for item in ring:
@@ -208,11 +253,11 @@ def run_released(encode: Callable[[torch.Tensor], torch.Tensor], images: torch.T
     return Timing(n, time.perf_counter() - started, 0.0)
 
 
-def make_learners(n: int) -> list[Learner]:
+def make_learners(n: int, learner: type[Learner] = Learner) -> list[Learner]:
     """Return learners that differ in temperature and weight."""
     base = TrainSettings()
     settings = [replace(base, temperature=0.02 + 0.01 * i, separability_weight=1.0 + i) for i in range(n)]
-    return [Learner(Projection(SHAPE[-1]), item) for item in settings]
+    return [learner(Projection(SHAPE[-1]), item) for item in settings]
 
 
 def portions(ids: Ids, batch: int) -> list[Portion]:

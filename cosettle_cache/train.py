@@ -158,7 +158,7 @@ class _Run:
         self.steps += 1
         self.samples += len(step.ids)
         self._advance(step, next(item for item in figures if item is not None), started)
-        if step.ends_epoch and self.stream.settings.validation and self.replicas.is_first:
+        if step.ends_epoch and self.plan.n_held_out and self.replicas.is_first:
             journal.validation(self._validate(step))
         due = (step.number + 1) % self.stream.settings.checkpoint_every == 0
         if due or step.ends_epoch:

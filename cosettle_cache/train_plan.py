@@ -24,7 +24,7 @@ from cosettle_cache.feeding import (
     shuffle_samples,
 )
 from cosettle_cache.losses import check_window, find_regularizer
-from cosettle_cache.projection import find_head, released_init
+from cosettle_cache.projection import check_trainable, released_init
 from cosettle_cache.replicas import Replicas
 from cosettle_cache.run_state import flat_text
 from cosettle_cache.samples import JoinedSamples, make_samples
@@ -39,6 +39,13 @@ RELEASED_TOKENS_PER_DIM = 588 / 768
 
 #: How an epoch is shuffled: all samples, or shards and then samples within a window of shards.
 ORDERS = ("samples", "shards")
+
+#: Numbers of the objective and the optimiser that are never negative, and what they stay below.
+_BOUNDS = {
+    **dict.fromkeys(("separability_weight", "gradient_ratio", "base_lr", "min_lr"), math.inf),
+    **dict.fromkeys(("weight_decay", "clip_gradient", "warmup_epochs", "temperature"), math.inf),
+    **dict.fromkeys(("beta1", "beta2"), 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -191,11 +198,16 @@ def _check_stream_settings(settings: TrainSettings) -> None:
 
 
 def _check_objective(settings: TrainSettings, rows: int, cols: int) -> None:
-    find_head(settings.head)
+    check_trainable(settings.head)
     find_regularizer(settings.regularizer, settings.reduction)
     check_window(rows, cols, settings.window)
     if not settings.temperature > 0:
         raise UsageError("the temperature divides cosines", wanted="above 0", found=settings.temperature)
+    for name, bound in _BOUNDS.items():
+        value = getattr(settings, name)
+        if value != "auto" and not (math.isfinite(value) and 0 <= value < bound):
+            wanted = "a number, 0 or above" if math.isinf(bound) else f"a number from 0 to below {bound:g}"
+            raise UsageError(f"no such {name}", wanted=wanted, found=value)
 
 
 def _warnings(stream: Stream, members: Sequence[Member]) -> Iterator[str]:

@@ -145,8 +145,9 @@ class Learner:
         objective = terms.separability if self._balance else terms.total
         torch.autograd.backward(self._scaler.scale(objective * share))
         values = torch.stack([getattr(terms, name).detach() for name in _TERMS])
-        # Means of parts add up to those of the step, but cosines do not: their squared lengths do.
-        values[_COSINE] = (values[_RETURN] / values[_COSINE]).square()
+        # Means of parts add up to those of the step, but cosines do not: their squared lengths do. Where no
+        # walk of a part returns at all, both are 0, and its length is not known.
+        values[_COSINE] = (values[_RETURN] / values[_COSINE]).nan_to_num(0.0).square()
         self._means += share * values
 
     def sums(self) -> list[Tensor]:
@@ -156,7 +157,7 @@ class Learner:
     def finish_gradient(self) -> Float[Tensor, " figure"]:
         """Weigh, measure and clip the gradient; return the terms, the separability weight and the norm."""
         means = self._means
-        means[_COSINE] = means[_RETURN] / means[_COSINE].sqrt()
+        means[_COSINE] = (means[_RETURN] / means[_COSINE].sqrt()).nan_to_num(0.0)
         if self._balance:
             weight = self._balance.apply()
             means[_TOTAL] = means[_CYCLE] + weight * means[_SEPARABILITY]

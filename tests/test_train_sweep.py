@@ -264,11 +264,29 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path) -> None:
         {"palindrome": 3},
         {"temperature": 0.0},
         {"reduction": "sum"},
+        {"head": "spectral"},
+        {"base_lr": -1e-3},
+        {"weight_decay": math.nan},
+        {"separability_weight": math.inf},
+        {"beta2": 1.0},
     ],
 )
 def test_stream_settings_that_cannot_train(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         make_train_plan(make_store(tmp_path), replace(SMALL, **change))
+
+
+def test_no_clip_held_out(tmp_path: Path) -> None:
+    report = train(make_store(tmp_path), replace(SMALL, validation=1e-9), tmp_path / "run")
+    assert "holds out 0 clips" in " ".join(report.warnings) and report.members[0].last_validation is None
+
+
+def test_walks_that_never_return_have_finite_figures() -> None:
+    batch = make_batch()
+    batch.samples[:, 2] = -batch.samples[:, 0]  # walks end as far from their start as can be
+    learner = Learner(Projection(8, init="pytorch"), replace(SMALL, temperature=1e-4, window=1))
+    (figures,) = Trainer([learner]).feed(batch)
+    assert learner.diverged_at is None and math.isfinite(figures.identity_cosine)
 
 
 def test_all_clips_held_out(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cosettle_cache.cli.options import Device, DryRun, Json, Quiet
+from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, store_title
 from cosettle_cache.cli.projection import fit
 from cosettle_cache.config import SpectralSettings, TrainSettings
 from cosettle_cache.console import Talk, human_bytes, human_seconds
@@ -106,7 +106,7 @@ def train(
         gap=gap,
         checkpoint_every=checkpoint_every,
     )
-    folder = out or Path("runs") / Path(features[0]).stem
+    folder = out or Path("runs") / store_title(features[0])
     talk = Talk(quiet=quiet)
     return _train(talk, features, folder, settings, sweep or [], cache_dir, device, dry_run, as_json)
 
@@ -180,6 +180,9 @@ def _announce(talk: Talk, features: list[str], out: Path, settings: TrainSetting
     talk.note(f"{out}: {heads}, {plan.n_steps} steps of {plan.batch_size} samples of {stores}")
     if plan.n_held_out:
         talk.note(f"{plan.n_held_out} of {plan.n_clips} clips are held out for validation")
+    if plan.n_dropped:
+        left_out = plan.n_dropped / plan.epochs
+        talk.note(f"{left_out:.3g} samples of an epoch fill no batch and are left out, others in each epoch")
     for warning in plan.warnings:
         talk.warn(warning)
 
