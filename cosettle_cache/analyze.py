@@ -19,7 +19,7 @@ from cosettle_cache.analysis_files import AnalysisReport, Measured
 from cosettle_cache.clips import Clip, ClipGroup, group_clips, list_clips, open_clip, read_frames
 from cosettle_cache.console import SILENT, Progress
 from cosettle_cache.errors import DamagedStoreError, InputError
-from cosettle_cache.handing import Run, in_order, one_by_one
+from cosettle_cache.handing import Run, in_order, in_threads
 from cosettle_cache.kinds import TokenKind, make_kinds
 from cosettle_cache.metrics.between import (
     BlockPair,
@@ -88,7 +88,7 @@ def analyze_store(
     """
     started = time.perf_counter()
     kinds = tuple(make_kinds(projections, store.arrays[0].n_channels))
-    hand_out, report = run or one_by_one, progress or SILENT
+    hand_out, report = run or in_threads, progress or SILENT
     whole = _measure_clips(store, plan, kinds, hand_out, report)
     left_out = plan.left_out | whole.left_out
     _check_clips(store, len(whole.clips), left_out)

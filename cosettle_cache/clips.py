@@ -5,7 +5,7 @@ A store comes in; clips that can be read anywhere, by whoever has the store at h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,15 +14,16 @@ from jaxtyping import Float16, Float32, Int64
 from torch import Tensor
 
 from cosettle_cache.errors import InputError
-from cosettle_cache.metrics.within import HeldBlocks, block_frames
+from cosettle_cache.metrics.within import block_frames, make_blocks
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.types import Grid, PlanKind
 
 #: Groups at most: what each gives back must travel, so there are few whatever the store's size.
 MAX_GROUPS = 256
 
-#: A clip of more bytes than this is read once per pass instead of being held.
-HELD_BYTES = 256_000_000
+#: A clip of more bytes than this is read anew in every pass instead of being held. One kind of its tokens
+#: is held in float32 besides.
+HELD_BYTES = 128_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,11 +97,11 @@ class ReadBlocks:
 
 def open_clip(
     store: FeatureStore, clip: Clip
-) -> Callable[[Callable[[Tensor], Tensor]], HeldBlocks | ReadBlocks]:
+) -> Callable[[Callable[[Tensor], Tensor]], Iterable[Float32[Tensor, "frame row col dim"]]]:
     """Return what gives the blocks of a clip, projected or not; the clip is read once if it can be held."""
     layout = store.arrays[0]
     n_bytes = 2 * len(clip.rows) * clip.grid.n_tokens * layout.n_channels
     if n_bytes > HELD_BYTES:
         return lambda apply: ReadBlocks(store, clip, apply)
     tokens = read_frames(store, clip.grid, clip.rows)
-    return lambda apply: HeldBlocks(tokens, apply)
+    return lambda apply: make_blocks(tokens, apply)

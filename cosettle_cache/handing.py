@@ -6,8 +6,12 @@ whoever did the work, and however fast.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
 
 
 @runtime_checkable
@@ -30,6 +34,28 @@ def one_by_one(unit: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tup
     """Do every item here, one after the other."""
     for item in items:
         yield item, unit(item)
+
+
+def in_threads(unit: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Do items side by side, as many as torch has threads, each of them on one core.
+
+    The threads inside torch wait for each other, spinning, at every small operation; items need not wait.
+    """
+    n_threads = torch.get_num_threads()
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
+    pool = ThreadPoolExecutor(n_threads, "units", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(unit, item)))
+            if len(waiting) > n_threads:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(n_threads)
 
 
 def in_order(

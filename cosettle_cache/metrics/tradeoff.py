@@ -25,7 +25,7 @@ from cosettle_cache.metrics.between import (
     make_spreads,
 )
 from cosettle_cache.metrics.definitions import Definition, find_definition
-from cosettle_cache.metrics.within import ClipFigures, HeldBlocks, measure_clip
+from cosettle_cache.metrics.within import ClipFigures, make_blocks, measure_clip
 
 Clip = Float[np.ndarray, "_ row col dim"] | Float[Tensor, "_ row col dim"]
 Clips = Float[np.ndarray, "clip frame row col dim"] | Float[Tensor, "clip frame row col dim"]
@@ -81,7 +81,7 @@ def trade_off(tokens: Clips | Sequence[Clip], *, definition: str = "released", *
     clips = [np.asarray(clip) for clip in tokens]
     _check_clips(clips, chosen)
     with torch.inference_mode():
-        measures = [measure_clip(HeldBlocks(clip, _as_is), len(clip), [chosen]) for clip in clips]
+        measures = [measure_clip(make_blocks(clip, _as_is), len(clip), [chosen]) for clip in clips]
         middles = torch.stack([item.middle.flatten(0, 1) for item in measures])
         inter = _compare_all(middles, chosen)
     n_frames = sum(map(len, clips))

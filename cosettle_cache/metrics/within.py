@@ -6,7 +6,7 @@ definition goes out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,23 +28,18 @@ from cosettle_cache.metrics.definitions import (
 from cosettle_cache.metrics.spread import Distances, Spread, diameters, scaled
 
 Block = Float32[Tensor, "frame row col dim"]
+Tokens = Float32[Tensor, "pair token dim"]
 
 
 #: Tokens per block: 8 frames of the released grid, whose distances to the next stay in a CPU's caches.
 BLOCK_TOKENS = 8 * 196
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HeldBlocks:
-    """A clip in memory as `measure_clip` wants it: blocks of float32 tokens, made anew in every pass."""
-
-    tokens: Float[np.ndarray, "frame row col dim"]
-    apply: Callable[[Tensor], Tensor]
-
-    def __iter__(self) -> Iterator[Block]:
-        size = block_frames(*self.tokens.shape[1:3])
-        for start in range(0, len(self.tokens), size):
-            yield self.apply(torch.from_numpy(self.tokens[start : start + size]).float())
+def make_blocks(tokens: Float[np.ndarray, "_ row col dim"], apply: Callable[[Tensor], Tensor]) -> list[Block]:
+    """Return a clip in memory as `measure_clip` wants it: blocks of float32 tokens, each made once."""
+    size = block_frames(*tokens.shape[1:3])
+    starts = range(0, len(tokens), size)
+    return [apply(torch.from_numpy(tokens[start : start + size]).float()) for start in starts]
 
 
 def block_frames(rows: int, cols: int) -> int:
@@ -120,30 +115,36 @@ class _Movement:
         self._kept = {n_frames // 2, *(frame for walk in self._walks for frame in walk)}
         self._stops: dict[int, Float32[Tensor, "row col dim"]] = {}
         self._sum: Float64[Tensor, "place dim"] | None = None
-        self._last: Block | None = None
+        self._last: Tokens | None = None
         self._n_seen = 0
 
     def add(self, block: Block) -> None:
         """Take the next frames of the clip."""
-        check_finite(block)
+        summed = block.sum(0).flatten(0, 1)
+        # What is not finite stays so in a sum.
+        if not summed.isfinite().all():
+            raise InputError("tokens that are not finite", hint="extract this clip again into another store")
         for offset, frame in enumerate(block):
             if self._n_seen + offset in self._kept:
                 self._stops[self._n_seen + offset] = frame.clone()
-        summed = block.sum(0).flatten(0, 1).double()
-        self._sum = summed if self._sum is None else self._sum + summed
+        self._sum = summed.double() if self._sum is None else self._sum + summed
         self._compare(block)
         self._n_seen += len(block)
 
     def _compare(self, block: Block) -> None:
         start, stop = (min(max(edge - self._n_seen, 0), len(block)) for edge in _edges(self._compared))
-        inside = block[start:stop]
+        inside = block[start:stop].flatten(1, 2)
         if not len(inside):
             return
-        frames = inside if self._last is None else torch.cat([self._last, inside])
+        if self._last is not None:
+            self._add_pairs(self._last, inside[:1])
+        if len(inside) > 1:
+            self._add_pairs(inside[:-1], inside[1:])
         self._last = inside[-1:].clone()
-        tokens = frames.flatten(1, 2)
-        for number, match in enumerate(self._matches if len(frames) > 1 else ()):
-            first, second = match(tokens[:-1], tokens[1:])
+
+    def _add_pairs(self, frames: Tokens, after: Tokens) -> None:
+        for number, match in enumerate(self._matches):
+            first, second = match(frames, after)
             moved = torch.linalg.vector_norm(first - second, dim=-1)
             self._totals[number] += moved.sum(dtype=torch.float64).item()
             self._counts[number] += moved.numel()
@@ -168,13 +169,6 @@ class _Movement:
         """Share of walks that come back, per definition."""
         stops = torch.stack([torch.stack([self._stops[frame] for frame in walk]) for walk in self._walks])
         return [_cycle_accuracy(stops, item) for item in self._definitions]
-
-
-def check_finite(block: Block) -> None:
-    """Raise `InputError` for tokens that are not finite."""
-    # One sum instead of a mask as large as the block: what is not finite stays so in a sum.
-    if not block.sum(dtype=torch.float64).isfinite():
-        raise InputError("tokens that are not finite", hint="extract this clip again into another store")
 
 
 def _edges(frames: range) -> tuple[int, int]:
