@@ -54,4 +54,5 @@ def find_correspondence(name: str) -> Callable[[Tensor, Tensor], Matched]:
 def _take(tokens: Tensor, index: Tensor) -> Tensor:
     # Whole rows at once: `gather` would copy number by number.
     rows = index + tokens.shape[1] * torch.arange(len(tokens), device=tokens.device)[:, None]
-    return tokens.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
+    taken = tokens.flatten(0, 1).index_select(0, rows.flatten())
+    return taken.reshape(*index.shape, tokens.shape[-1])
