@@ -1,7 +1,8 @@
 """J&F from index maps against a plain array-expanding scorer: seconds and peak memory of both, same figures.
 
-The plain scorer does what the benchmark's official tool does: it expands both clips to one float64 image per
-object and frame and works on whole images. Each run has a fresh process; both are given the masks in memory.
+The plain scorer goes the official tool's way: it compares both clips, as float64, with one float64 image per
+object and frame, and works on whole images, J over all frames at once and F frame by frame, void images
+beside them. Each run has a fresh process and one thread; both are given the masks in memory: none decodes.
 
     python benchmarks/metrics.py
     python benchmarks/metrics.py --truth DAVIS/Annotations/480p --prediction results
@@ -10,9 +11,7 @@ object and frame and works on whole images. Each run has a fresh process; both a
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -21,8 +20,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from cosettle_cache.console import Talk
 from cosettle_cache.datasets.davis import read_mask
 from cosettle_cache.metrics import boundary_tolerance, davis_j_and_f
+from cosettle_cache.tables import write_json
 
 Clip = tuple[np.ndarray, np.ndarray]
 Figures = list[tuple[float, float]]
@@ -36,11 +37,16 @@ def main() -> None:
             for name in SCORERS:
                 rows[name].append(pool.apply(_measure, (name, options)))
     figures = [np.array(rows[name][0]["figures"]) for name in SCORERS]
-    print(json.dumps({"largest_difference": float(np.abs(figures[0] - figures[1]).max())}))
-    for name, runs in rows.items():
-        seconds = statistics.median(run["seconds"] for run in runs)
-        peak = statistics.median(run["peak_mib"] for run in runs)
-        print(f"{name:<12} {seconds:8.2f} s {peak:8.0f} MiB above the masks")
+    document = {"largest_difference": float(np.abs(figures[0] - figures[1]).max())}
+    for key in ("seconds", "peak_mib"):
+        ours, expanded = ([run[key] for run in rows[name]] for name in SCORERS)
+        document |= {f"ours_{key}": statistics.median(ours), f"expanded_{key}": statistics.median(expanded)}
+        ratios = [b / max(a, 1e-9) for a, b in zip(ours, expanded, strict=True)]
+        document[f"expanded_over_ours_{key}"] = statistics.median(ratios)
+    lines = [[key, f"{value:.4g}"] for key, value in document.items()]
+    Talk().table("J&F of the same masks, one process and one thread each", ["figure", "value"], lines)
+    if options.json:
+        write_json(options.json, document)
 
 
 def _options() -> argparse.Namespace:
@@ -52,18 +58,29 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=70, help="of the drawn clip")
     parser.add_argument("--objects", type=int, default=3, help="in the drawn clip")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
     return parser.parse_args()
 
 
 def _measure(name: str, options: argparse.Namespace) -> dict[str, object]:
     cv2.setNumThreads(1)
     clips = _real_clips(options) if options.truth else [_drawn_clip(options.frames, options.objects)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _forget_peak()
     start = time.perf_counter()
     figures = [pair for clip in clips for pair in SCORERS[name](*clip)]
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"figures": figures, "seconds": seconds, "peak_mib": peak / 1024}
+    return {"figures": figures, "seconds": seconds, "peak_mib": (_memory_kib("VmHWM") - before) / 1024}
+
+
+def _forget_peak() -> int:
+    """Make the peak of resident memory what is resident now (Linux), and return it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory_kib("VmRSS")
+
+
+def _memory_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def _real_clips(options: argparse.Namespace) -> list[Clip]:
@@ -93,19 +110,24 @@ def score_index_maps(truth: np.ndarray, prediction: np.ndarray) -> Figures:
 
 
 def score_expanded(truth: np.ndarray, prediction: np.ndarray) -> Figures:
-    """Expand to `[object frame height width]` in float64, then compare whole images."""
-    ids = np.arange(1, int(np.where(truth[0] == 255, 0, truth[0]).max()) + 1)
-    true, predicted = (
-        (maps[None] == ids[:, None, None, None]).astype(np.float64) for maps in (truth, prediction)
-    )
-    true, predicted = true[:, 1:-1], predicted[:, 1:-1]
-    both, either = (true * predicted).sum((2, 3)), np.maximum(true, predicted).sum((2, 3))
-    j = np.divide(both, either, out=np.ones_like(both), where=either > 0)
-    f = [
-        [_whole_image_f(a, b) for a, b in zip(*pair, strict=True)]
-        for pair in zip(true, predicted, strict=True)
-    ]
-    return list(zip(j.mean(1).tolist(), np.mean(f, axis=1).tolist(), strict=True))
+    """Compare with an image per object, `[object frame height width]` in float64; work on whole images."""
+    true = _expand(np.where(truth == 255, 0, truth), int(np.where(truth[0] == 255, 0, truth[0]).max()))
+    true, predicted = true[:, 1:-1], _expand(prediction[1:-1], len(true))
+    return [_object_figures(*pair) for pair in zip(true, predicted, strict=True)]
+
+
+def _expand(maps: np.ndarray, n_objects: int) -> np.ndarray:
+    each = np.ones((n_objects, *maps.shape)) * np.arange(1, n_objects + 1)[:, None, None, None]
+    return each == maps.astype(np.float64)[None]
+
+
+def _object_figures(true: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
+    counted = ~(true == 255)
+    both = (true & predicted & counted).sum((1, 2))
+    either = ((true | predicted) & counted).sum((1, 2))
+    j = np.divide(both, either, out=np.ones(len(true)), where=either > 0)
+    f = [_whole_image_f(*frame) for frame in zip(true & counted, predicted & counted, strict=True)]
+    return float(j.mean()), float(np.mean(f))
 
 
 def _whole_image_f(true: np.ndarray, predicted: np.ndarray) -> float:
@@ -122,7 +144,6 @@ def _whole_image_f(true: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _whole_image_edges(mask: np.ndarray) -> np.ndarray:
-    mask = mask.astype(bool)
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
 

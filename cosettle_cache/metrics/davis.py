@@ -153,9 +153,7 @@ def _disk(radius: int) -> UInt8[np.ndarray, "side side"]:
 
 def _crop(truth: Mask, prediction: Mask) -> tuple[AnyMask, AnyMask]:
     """Cut both to the box of their union and the pixel around it, beyond which no boundary can lie."""
-    left, top, width, height = cv2.boundingRect(truth | prediction)
-    rows = slice(max(top - 1, 0), top + height + 1)
-    cols = slice(max(left - 1, 0), left + width + 1)
+    rows, cols = _grown_box(truth | prediction, 1)
     return truth[rows, cols], prediction[rows, cols]
 
 
@@ -171,9 +169,28 @@ def _boundary_f(truth: Mask, prediction: Mask, disk: AnyMask) -> float:
     n_true, n_predicted = np.count_nonzero(true_edge), np.count_nonzero(predicted_edge)
     if n_true == 0 or n_predicted == 0:
         return float(n_true == n_predicted)
+    true_edge, predicted_edge = _where_they_meet(true_edge, predicted_edge, len(disk) // 2)
+    if not true_edge.size:
+        return 0.0
     precision = np.count_nonzero(predicted_edge & cv2.dilate(true_edge, disk)) / n_predicted
     recall = np.count_nonzero(true_edge & cv2.dilate(predicted_edge, disk)) / n_true
     return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
+
+
+def _where_they_meet(one: Mask, other: Mask, radius: int) -> tuple[AnyMask, AnyMask]:
+    """Cut both to where pixels of one may lie within `radius` of pixels of the other.
+
+    A few stray pixels far away, as predictions have them, would make the box of both nearly the image.
+    """
+    rows, cols = zip(_grown_box(one, radius), _grown_box(other, radius), strict=True)
+    meeting = tuple(slice(max(a.start, b.start), max(min(a.stop, b.stop), 0)) for a, b in (rows, cols))
+    return one[meeting], other[meeting]
+
+
+def _grown_box(mask: Mask, margin: int) -> tuple[slice, slice]:
+    left, top, width, height = cv2.boundingRect(mask)
+    rows = slice(max(top - margin, 0), top + height + margin)
+    return rows, slice(max(left - margin, 0), left + width + margin)
 
 
 def _boundary(mask: Mask) -> Mask:
