@@ -254,6 +254,21 @@ def score_table(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
     return ["sequence", "tokens", *columns], [[name, mean.tokens, *mean.cells()] for name, mean in lines]
 
 
+def write_score_chart(path: Path, scores: Sequence[Score]) -> None:
+    """Draw the main figure of every sequence by kind of tokens into the PNG `path`; no file without rows."""
+    from cosettle_cache.pictures.charts import write_chart
+
+    means = mean_scores(scores)
+    if means:
+        by_sequence = {
+            video_id: {mean.tokens: 100 * mean.main for mean in of_video}
+            for video_id, of_video in sequence_means(scores)
+        }
+        title = f"{_common(scores, 'dataset')}, protocol {_common(scores, 'protocol')}"
+        whole = {mean.tokens: 100 * mean.main for mean in means}
+        write_chart(path, title, f"{means[0].main_name}, percent", by_sequence, whole)
+
+
 def _mean(kind: str, scores: Sequence[Score]) -> Mean:
     n_videos = len({score.video_id for score in scores})
     if scores[0].miou is not None:

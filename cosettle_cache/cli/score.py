@@ -45,6 +45,7 @@ def score(
     data_root: DataRoot = None,
     manifest: Annotated[Path | None, typer.Option(help="Videos; default: all found.")] = None,
     out: Annotated[Path | None, typer.Option(help="Parquet or CSV file of all rows.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="PNG file of a dot per video.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score what is complete.")] = False,
     grid: Annotated[str, typer.Option(help="Grid that predicted joints count in.")] = "20x20",
     dry_run: DryRun = False,
@@ -55,6 +56,8 @@ def score(
 
     Example: cosettle-cache score --task davis --predictions results --data-root /data
     """
+    from cosettle_cache import results
+
     talk = Talk(quiet=quiet)
     request = Request(task.value, _data(task, manifest, data_root), name_folders(predictions), _grid(grid))
     problems = _problems(request, talk)
@@ -64,7 +67,14 @@ def score(
         return int(ExitCode.DONE)
     scores, failures = _score(request, frozenset(problems), talk)
     left_out = {**{video_id: "; ".join(lines) for video_id, lines in problems.items()}, **failures}
-    _report(scores, left_out, out, talk, as_json)
+    if out is not None:
+        results.write_rows(out, scores)
+    if chart is not None:
+        results.write_score_chart(chart, scores)
+    _report(scores, left_out, talk, as_json)
+    for what, path in (("rows", out), ("chart", chart)):
+        if path is not None:
+            talk.note(f"{what}: {path}")
     if left_out:
         details = [f"{what}: {reason}" for what, reason in left_out.items()]
         raise UncleanError(f"{len(left_out)} videos were not scored", details=details)
@@ -140,17 +150,11 @@ def _score(request: Request, leave_out: frozenset[str], talk: Talk) -> tuple[lis
     return scores, failures
 
 
-def _report(
-    scores: Sequence[Score], left_out: Mapping[str, str], out: Path | None, talk: Talk, as_json: bool
-) -> None:
+def _report(scores: Sequence[Score], left_out: Mapping[str, str], talk: Talk, as_json: bool) -> None:
     from cosettle_cache import results
 
-    if out is not None:
-        results.write_rows(out, scores)
     if as_json:
         document = {"complete": not left_out, "left_out": dict(left_out), **results.summary_json(scores)}
         talk.result(json.dumps(document, indent=2))
     elif scores:
         talk.table(f"{scores[0].dataset}: percent", *results.score_table(scores))
-    if out is not None:
-        talk.note(f"rows: {out}")

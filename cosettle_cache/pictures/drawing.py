@@ -1,0 +1,170 @@
+"""Labels drawn on one frame: masks as veils with outlines, joints as a skeleton, titled panels side by side.
+
+Pure: images and labels go in, images come out. Colours are for the eye only; files of masks keep their own.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+# Sizes differ by design: a canvas is larger than its frame, a panel smaller.
+Image8 = UInt8[np.ndarray, "_ _ 3"]
+Mask = UInt8[np.ndarray, "_ _"]
+#: Key points in pixels of the frame: x, then y; lost ones are negative.
+Points = Float[np.ndarray, "2 joint"]
+Colour = tuple[int, int, int]
+
+#: Share of an object's colour in the pixels that it covers.
+OPACITY = 0.45
+#: Frames are enlarged by a whole factor until their short side has so many pixels, for lines to be fine.
+SHORT_SIDE = 480
+#: Longer side of a panel among others.
+PANEL_SIDE = 640
+
+_BACKGROUND: Colour = (24, 26, 30)
+_TEXT: Colour = (235, 237, 240)
+_GAP = 4
+#: One step of hue from an index to the next: neighbours differ most, and no index repeats another's hue.
+_GOLDEN = 0.618034
+
+#: The bones of JHMDB's fifteen joints (PROTOCOLS 2.1), grouped by what gets one colour.
+_TRUNK = ((2, 0), (0, 1))
+_RIGHT = ((0, 3), (3, 7), (7, 11), (1, 5), (5, 9), (9, 13))
+_LEFT = ((0, 4), (4, 8), (8, 12), (1, 6), (6, 10), (10, 14))
+BONES: tuple[tuple[tuple[tuple[int, int], ...], Colour], ...] = (
+    (_TRUNK, (250, 222, 80)),
+    (_RIGHT, (255, 112, 67)),
+    (_LEFT, (64, 180, 255)),
+)
+#: Fraction bits of OpenCV's coordinates.
+_SHIFT = 4
+
+
+def _make_colours() -> UInt8[np.ndarray, "256 3"]:
+    """Return a vivid colour for every index but 0; three strengths in turn tell close hues apart."""
+    strengths = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.72))
+    rows = [colorsys.hsv_to_rgb(0.97 + index * _GOLDEN, *strengths[index // 7 % 3]) for index in range(256)]
+    colours = np.round(255 * np.array(rows)).astype(np.uint8)
+    colours[0] = 0
+    return colours
+
+
+#: Red, green and blue of every object or class.
+COLOURS = _make_colours()
+
+
+def canvas_scale(height: int, width: int) -> int:
+    """Return the whole factor that frames of a size are enlarged by before they are drawn on."""
+    return max(1, -(-SHORT_SIDE // min(height, width)))
+
+
+def enlarge(image: Image8, scale: int) -> Image8:
+    """Return the frame `scale` times as large."""
+    if scale == 1:
+        return image
+    height, width = image.shape[:2]
+    enlarged: Image8 = cv2.resize(image, (scale * width, scale * height), interpolation=cv2.INTER_CUBIC)
+    return enlarged
+
+
+def draw_mask(image: Image8, mask: Mask, scale: int = 1) -> Image8:
+    """Return `image`, `scale` times as large as `mask`, with every object in its colour and outlined."""
+    mask = mask.repeat(scale, 0).repeat(scale, 1)
+    veiled = cv2.addWeighted(image, 1 - OPACITY, COLOURS[mask], OPACITY, 0.0)
+    drawn = np.where((mask > 0)[..., None], veiled, image)
+    for index in np.unique(mask[mask > 0]).tolist():
+        shape = (mask == index).astype(np.uint8)
+        outline, _ = cv2.findContours(shape, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(drawn, outline, -1, _lighter(COLOURS[index]), 2, cv2.LINE_AA)
+    return drawn
+
+
+def _lighter(colour: UInt8[np.ndarray, "3"]) -> Colour:
+    red, green, blue = (round(255 - 0.55 * (255 - int(value))) for value in colour)
+    return red, green, blue
+
+
+def draw_joints(image: Image8, points: Points, scale: int = 1) -> Image8:
+    """Return `image` with the skeleton of fifteen joints; lost ones, and bones that end in one, are left out.
+
+    `points` are pixels of the frame, of which `image` is `scale` times the size. The person's right side is
+    orange, the left blue, the trunk yellow.
+    """
+    drawn = image.copy()
+    places = _places(points, scale)
+    seen: Bool[np.ndarray, " joint"] = np.asarray((points >= 0).all(axis=0))
+    thick = max(2, round(min(image.shape[:2]) / 150))
+    bones = [(a, b, colour) for pairs, colour in BONES for a, b in pairs if seen[a] and seen[b]]
+    # A dark rim first, under everything: bright lines stay legible on bright frames.
+    for a, b, _ in bones:
+        cv2.line(drawn, places[a], places[b], _BACKGROUND, thick + 3, cv2.LINE_AA, _SHIFT)
+    for a, b, colour in bones:
+        cv2.line(drawn, places[a], places[b], colour, thick, cv2.LINE_AA, _SHIFT)
+    for joint in np.flatnonzero(seen).tolist():
+        _dot(drawn, places[joint], _joint_colour(joint), thick)
+    return drawn
+
+
+def _places(points: Points, scale: int) -> list[tuple[int, int]]:
+    x, y = np.round(((points + 0.5) * scale - 0.5) * 2**_SHIFT).astype(int)
+    return list(zip(x.tolist(), y.tolist(), strict=True))
+
+
+def _joint_colour(joint: int) -> Colour:
+    return next(colour for pairs, colour in BONES if any(joint in pair for pair in pairs))
+
+
+def _dot(image: Image8, place: tuple[int, int], colour: Colour, thick: int) -> None:
+    for radius, shade in ((1.75 * thick + 1.5, _BACKGROUND), (1.75 * thick, _TEXT), (1.2 * thick, colour)):
+        cv2.circle(image, place, round(radius * 2**_SHIFT), shade, cv2.FILLED, cv2.LINE_AA, _SHIFT)
+
+
+def side_by_side(panels: Mapping[str, Image8]) -> Image8:
+    """Return the panels, all of one size, under their titles, in rows of up to three."""
+    titled = [_titled(_fitted(image), title) for title, image in panels.items()]
+    n_cols = 2 if len(titled) == 4 else min(len(titled), 3)
+    height, width = titled[0].shape[:2]
+    blank = np.full((height, width, 3), _BACKGROUND, np.uint8)
+    titled += [blank] * (-len(titled) % n_cols)
+    rows = [_joined(titled[start : start + n_cols], 1) for start in range(0, len(titled), n_cols)]
+    return _joined(rows, 0)
+
+
+def _joined(images: Sequence[Image8], axis: int) -> Image8:
+    edge = [(0, 0), (0, 0), (0, 0)]
+    edge[axis] = (0, _GAP)
+    padded = [np.pad(image, edge) for image in images[:-1]]
+    return np.concatenate([*padded, images[-1]], axis=axis)
+
+
+def _fitted(image: Image8) -> Image8:
+    height, width = image.shape[:2]
+    ratio = PANEL_SIDE / max(height, width)
+    if ratio >= 1:
+        return image
+    size = (round(width * ratio), round(height * ratio))
+    fitted: Image8 = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return fitted
+
+
+def _titled(image: Image8, title: str) -> Image8:
+    return np.concatenate([_strip(title, image.shape[1]), image])
+
+
+@cache
+def _strip(title: str, width: int) -> Image8:
+    """Return a strip with as much of the title as fits."""
+    font = ImageFont.load_default(20)
+    strip = Image.new("RGB", (width, 34), _BACKGROUND)
+    draw = ImageDraw.Draw(strip)
+    while len(title) > 1 and draw.textlength(title, font) > width - 20:
+        title = title[:-2].rstrip() + "…"
+    draw.text((10, 17), title, _TEXT, font, anchor="lm")
+    return np.asarray(strip)
