@@ -1,10 +1,15 @@
-"""Propagation against the released code's dense way, frame by frame on the same tokens; and resident memory.
+"""Propagation against the released code's dense way, frame by frame on the same tokens; and peak memory.
 
 The dense side is what T-CORE and CropMAE do for a frame: gather the 21 frames of the context, the full
 affinity in blocks of 100 queries, add the mask, divide, top-k, softmax, gather labels. All sides see the same
 frame in turn, with a full queue; figures are medians. The floor is the product of every query with its
-candidates alone, at the rate that this machine multiplies matrices with. Memory is measured for clips of 20
-and 100 frames, each in a process of its own, with tokens made frame by frame.
+candidates alone, at the rate that this machine multiplies matrices with.
+
+Peak memory is what a process has at most above what it has before the first frame, tokens made frame by
+frame, each figure from a process of its own (Linux). Ours is measured for a short and a long clip, and for
+the widest clip of DAVIS, `shooting` (480x1152). Of the dense side there are two: `dense`, which gathers the
+context of one frame as the timed one does, and `released`, which gathers the contexts of all frames before it
+begins, as T-CORE does; both keep the features of the whole clip.
 
     python benchmarks/propagate.py
     python benchmarks/propagate.py --rows 15 --cols 27 --dim 192 --frames 5
@@ -13,12 +18,13 @@ and 100 frames, each in a process of its own, with tokens made frame by frame.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -33,13 +39,19 @@ from cosettle_cache.protocols import make_protocol
 from cosettle_cache.slabs import make_slabs
 from cosettle_cache.types import EvalProtocol, Grid
 
-CLIP_LENGTHS = (20, 100)
+CLIP_LENGTHS = (30, 150)
+#: Columns of `shooting`, for 55 of the other clips.
+WIDE = 72 / 55
+#: Frames of the clip that `released` holds 21 times.
+RELEASED_FRAMES = 40
+#: Frames whose labels the dense sides compute: the peak is that of any of them.
+DENSE_STEPS = 2
 
 
 def main() -> None:
     options = _options()
     if options.memory:
-        print(json.dumps(_measure_memory(options)))
+        print(_measure_peak(options))
         return
     figures = _time_frames(options) | _memory_figures(options)
     rows = [[key, str(value)] for key, value in figures.items()]
@@ -61,7 +73,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--search", default="auto", help="of the memory measurement")
     parser.add_argument("--memory-limit", type=int, help="bytes, of the memory measurement")
-    parser.add_argument("--memory", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=["ours", "dense", "released"], help=argparse.SUPPRESS)
+    parser.add_argument("--clip", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -102,22 +115,37 @@ class Dense:
         inside = in_window(down, right, protocol.window, protocol.radius)
         self._mask = torch.zeros(inside.shape, device=device).masked_fill_(~inside, -1e10)
         self._protocol = protocol
-        self._features: list[Tensor] = []
+        self.features: list[Tensor] = []
         self._labels = [first_labels.to(device).flatten(0, 1)]
         self._shape = first_labels.shape
 
+    def context(self, t: int) -> list[int]:
+        """Return the frames that frame `t` looks at, copies of the first included."""
+        return [0, *(max(frame, 0) for frame in range(t - self._protocol.n_context, t))]
+
     def step(self, tokens: Tensor) -> Tensor:
         """Return the label map of the next frame."""
-        t, n_context = len(self._features), self._protocol.n_context
-        self._features.append(normalize(tokens.to(self._mask.device).float(), dim=-1).flatten(0, 1))
+        t = len(self.features)
+        self._take(tokens)
         if t > 0:
-            context = [0, *(max(frame, 0) for frame in range(t - n_context, t))]
-            keys = torch.stack([self._features[frame] for frame in context])
-            labels = torch.stack([self._labels[frame] for frame in context]).flatten(0, 1)
-            queries = self._features[t].split(100)
-            blocks = [self._block(q, keys, labels, 100 * i) for i, q in enumerate(queries)]
-            self._labels.append(torch.cat(blocks))
+            self.carry(t, torch.stack([self.features[frame] for frame in self.context(t)]))
         return self._labels[t].view(self._shape)
+
+    def skip(self, frames: Iterable[Tensor]) -> None:
+        """Take frames whose labels stay those of the first: what is kept is the same."""
+        for tokens in frames:
+            self._take(tokens)
+            self._labels += [self._labels[0].clone()] * (len(self.features) - len(self._labels))
+
+    def carry(self, t: int, keys: Tensor) -> None:
+        """Compute the labels of frame `t` from the features of its context, and keep them."""
+        labels = torch.stack([self._labels[frame] for frame in self.context(t)]).flatten(0, 1)
+        queries = self.features[t].split(100)
+        blocks = [self._block(q, keys, labels, 100 * i) for i, q in enumerate(queries)]
+        self._labels[t:] = [torch.cat(blocks)]
+
+    def _take(self, tokens: Tensor) -> None:
+        self.features.append(normalize(tokens.to(self._mask.device).float(), dim=-1).flatten(0, 1))
 
     def _block(self, queries: Tensor, keys: Tensor, labels: Tensor, start: int) -> Tensor:
         affinity = torch.einsum("qd,fkd->qfk", queries, keys)
@@ -147,15 +175,19 @@ def _time_frames(options: argparse.Namespace) -> dict[str, object]:
     }
     for name, values in full.items():
         figures[f"{name}_ms"] = round(1000 * statistics.median(values), 1)
-    figures |= _floor(options, protocol)
+    floor = _floor(options, protocol)
+    figures |= floor
     for search in searches:
+        figures[f"{search}_over_floor"] = round(
+            1e3 * statistics.median(full[search]) / floor["floor_product_ms"], 2
+        )
         ratios = [dense / ours for dense, ours in zip(full["dense"], full[search], strict=True)]
         figures[f"dense_over_{search}"] = round(statistics.median(ratios), 2)
         figures[f"{search}_max_label_error"] = float((found[search] - found["dense"]).abs().max())
     return figures
 
 
-def _floor(options: argparse.Namespace, protocol: EvalProtocol) -> dict[str, object]:
+def _floor(options: argparse.Namespace, protocol: EvalProtocol) -> dict[str, float]:
     """Return how long the products of a frame take at best: of its windows, of its slabs, of everything."""
     grid = Grid(options.rows, options.cols)
     reached = [(slab.query_cols, slab.positions) for slab in make_slabs(grid, protocol, torch.device("cpu"))]
@@ -194,17 +226,45 @@ def _timed(step: Callable[[Tensor], Tensor], tokens: Tensor, seconds: list[float
 
 
 def _memory_figures(options: argparse.Namespace) -> dict[str, object]:
-    figures: dict[str, object] = {}
-    for n_frames in CLIP_LENGTHS:
-        arguments = [sys.executable, __file__, *sys.argv[1:], "--memory", str(n_frames)]
-        answer = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-        measured = json.loads(answer.splitlines()[-1])
-        figures |= {f"{key}_{n_frames}_frames": value for key, value in measured.items()}
-    return figures
+    short, long = CLIP_LENGTHS
+    wide = ["--cols", str(round(WIDE * options.cols))]
+    peaks = {
+        f"ours_peak_mb_{short}_frames": _peak_mb("ours", short),
+        f"ours_peak_mb_{long}_frames": _peak_mb("ours", long),
+        f"ours_peak_mb_shooting_{long // 3}_frames": _peak_mb("ours", long // 3, *wide),
+        f"dense_peak_mb_{RELEASED_FRAMES}_frames": _peak_mb("dense", RELEASED_FRAMES),
+        f"dense_peak_mb_{long}_frames": _peak_mb("dense", long),
+        f"released_peak_mb_{RELEASED_FRAMES}_frames": _peak_mb("released", RELEASED_FRAMES),
+    }
+    ours = peaks[f"ours_peak_mb_{long}_frames"]
+    shares = {
+        f"ours_over_{name.replace('_peak_mb', '')}": round(ours / peak, 3)
+        for name, peak in peaks.items()
+        if not name.startswith("ours")
+    }
+    return peaks | shares
 
 
-def _measure_memory(options: argparse.Namespace) -> dict[str, float]:
-    """Return resident MB after the last of `options.memory` frames, and how much of it propagation added."""
+def _peak_mb(side: str, n_frames: int, *more: str) -> float:
+    arguments = [sys.executable, __file__, *sys.argv[1:], *more, "--memory", side, "--clip", str(n_frames)]
+    return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+
+
+def _measure_peak(options: argparse.Namespace) -> float:
+    """Return the peak of resident memory in MB above what was resident before the first frame."""
+    tokens = itertools.islice(_tokens(options), options.clip)
+    work = {"ours": _run_ours, "dense": _run_dense, "released": _run_released}[options.memory]
+    # The first product makes the math library allocate its buffers for good.
+    _matrix_rate(options)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = psutil.Process().memory_info().rss
+    work(options, tokens)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+    return round((peak - before) / 1e6, 1)
+
+
+def _run_ours(options: argparse.Namespace, tokens: Iterator[Tensor]) -> None:
     propagator = Propagator(
         _first_labels(options),
         make_protocol(),
@@ -212,13 +272,26 @@ def _measure_memory(options: argparse.Namespace) -> dict[str, float]:
         search=options.search,
         memory_limit=options.memory_limit,
     )
-    process, before = psutil.Process(), 0
-    for number, tokens in zip(range(options.memory), _tokens(options), strict=False):
-        if number == 0:
-            before = process.memory_info().rss
-        propagator.step(tokens)
-    after = process.memory_info().rss
-    return {"resident_mb": round(after / 1e6), "resident_added_mb": round((after - before) / 1e6)}
+    for frame in tokens:
+        propagator.step(frame)
+
+
+def _run_dense(options: argparse.Namespace, tokens: Iterator[Tensor]) -> None:
+    dense = Dense(_first_labels(options), make_protocol(), options.device)
+    dense.skip(itertools.islice(tokens, options.clip - DENSE_STEPS))
+    for frame in tokens:
+        dense.step(frame)
+
+
+def _run_released(options: argparse.Namespace, tokens: Iterator[Tensor]) -> None:
+    """Gather the contexts of all frames at once, then compute the last ones."""
+    dense = Dense(_first_labels(options), make_protocol(), options.device)
+    dense.skip(tokens)
+    contexts = [dense.context(t) for t in range(1, options.clip)]
+    features = torch.stack(dense.features)
+    keys = features[torch.tensor(contexts)]
+    for t in range(options.clip - DENSE_STEPS, options.clip):
+        dense.carry(t, keys[t - 1])
 
 
 if __name__ == "__main__":

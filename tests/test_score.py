@@ -84,6 +84,25 @@ def test_everything_missing_or_wrong_is_listed_and_nothing_scored(davis, capsys)
     assert not Path("s.parquet").exists()
 
 
+def test_every_missing_file_is_named(davis, tmp_path, capsys):
+    write_davis(tmp_path / "data/DAVIS", "long", masks(12))
+    write_masks(davis / "long", masks(12))
+    for index in (1, 3, 4, 5, 6, 7, 8, 10):
+        (davis / f"long/{index:05d}.png").unlink()
+    assert score("davis") == 3
+    wanted = "long: lacks 8 of 10 masks: 00001.png, 00003.png to 00008.png, 00010.png"
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_scoring(davis, capsys):
+    Path("file").touch()
+    assert score("davis", out="file/s.parquet") == 3
+    assert score("davis", "--chart", "file/c.png") == 3
+    assert capsys.readouterr().out == ""
+    assert score("davis", "--chart", "new/c.png") == 0
+    assert Image.open("new/c.png").size[0] > 500
+
+
 def test_half_of_the_sequences(davis, capsys):
     (davis / "cat/00002.png").unlink()
     assert score("davis") == 3

@@ -14,6 +14,7 @@ import typer
 from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, name_folders
 from cosettle_cache.console import Talk
 from cosettle_cache.errors import ExitCode, InputError, UncleanError, UsageError
+from cosettle_cache.files import make_folder
 from cosettle_cache.types import Grid, Score
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ def score(
 
     Example: cosettle-cache score --task davis --predictions results --data-root /data
     """
-    from cosettle_cache import results
-
     talk = Talk(quiet=quiet)
     request = Request(task.value, _data(task, manifest, data_root), name_folders(predictions), _grid(grid))
     problems = _problems(request, talk)
@@ -65,16 +64,12 @@ def score(
     if dry_run:
         talk.result(f"{len(request.data.manifest) - len(problems)} videos can be scored")
         return int(ExitCode.DONE)
+    for path in filter(None, (out, chart)):
+        make_folder(path.parent)
     scores, failures = _score(request, frozenset(problems), talk)
     left_out = {**{video_id: "; ".join(lines) for video_id, lines in problems.items()}, **failures}
-    if out is not None:
-        results.write_rows(out, scores)
-    if chart is not None:
-        results.write_score_chart(chart, scores)
     _report(scores, left_out, talk, as_json)
-    for what, path in (("rows", out), ("chart", chart)):
-        if path is not None:
-            talk.note(f"{what}: {path}")
+    _write(scores, out, chart, talk)
     if left_out:
         details = [f"{what}: {reason}" for what, reason in left_out.items()]
         raise UncleanError(f"{len(left_out)} videos were not scored", details=details)
@@ -158,3 +153,12 @@ def _report(scores: Sequence[Score], left_out: Mapping[str, str], talk: Talk, as
         talk.result(json.dumps(document, indent=2))
     elif scores:
         talk.table(f"{scores[0].dataset}: percent", *results.score_table(scores))
+
+
+def _write(scores: Sequence[Score], out: Path | None, chart: Path | None, talk: Talk) -> None:
+    from cosettle_cache.results import write_rows, write_score_chart
+
+    for what, path, write in (("rows", out, write_rows), ("chart", chart, write_score_chart)):
+        if path is not None:
+            write(path, scores)
+            talk.note(f"{what}: {path}")

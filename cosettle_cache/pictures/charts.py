@@ -22,6 +22,8 @@ from cosettle_cache.files import write_durably
 MAX_NAMED = 60
 #: Longer names lose their middle.
 _NAME_LENGTH = 34
+#: Percentage points that the axis spans at least.
+_LEAST_SPAN = 10.0
 
 Figures = Mapping[str, float]
 Colour = tuple[float, float, float, float]
@@ -95,11 +97,22 @@ def _draw_ranks(axis: Axes, ordered: Sequence[tuple[str, Figures]], colours: Map
     axis.set_xlabel(f"{len(ordered)} sequences, in the order of {first}")
 
 
+def _limits(low: float, high: float) -> tuple[float, float]:
+    """Return limits that leave out what no percentage can be, and do not blow up a small difference."""
+    low, high = max(low, -1.5), min(high, 101.5)
+    return max(min(low, high - _LEAST_SPAN), -1.5), max(high, low + _LEAST_SPAN)
+
+
 def _finish(axis: Axes, title: str, unit: str, whole: Figures, named: bool) -> None:
     line = axis.axvline if named else axis.axhline
     for value, colour in zip(whole.values(), _colours(list(whole)).values(), strict=True):
         line(value, color=colour, linestyle="--", linewidth=1.4, zorder=2)
-    (axis.set_xlabel if named else axis.set_ylabel)(unit)
+    if named:
+        axis.set_xlim(_limits(*axis.get_xlim()))
+        axis.set_xlabel(unit)
+    else:
+        axis.set_ylim(_limits(*axis.get_ylim()))
+        axis.set_ylabel(unit)
     axis.set_title(title, loc="left", fontsize=11, wrap=True)
     axis.grid(alpha=0.25)
     axis.set_axisbelow(True)

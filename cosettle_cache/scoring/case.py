@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from cosettle_cache.types import Grid, Video
-
-#: Names of missing files that one line lists.
-_LISTED_NAMES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +24,10 @@ class Case:
     grid: Grid
 
 
-def lacking(what: str, missing: Sequence[str], n_wanted: int) -> list[str]:
-    """Return no line, or one that says how many of the files wanted are missing and names the first."""
+def lacking(what: str, missing: Collection[str], wanted: Sequence[str]) -> list[str]:
+    """Return no line, or one that names every missing file, neighbours in `wanted` as a range."""
     if not missing:
         return []
-    more = ", ..." if len(missing) > _LISTED_NAMES else ""
-    return [f"lacks {len(missing)} of {n_wanted} {what}: {', '.join(missing[:_LISTED_NAMES])}{more}"]
+    runs = [list(run) for is_missing, run in groupby(wanted, key=set(missing).__contains__) if is_missing]
+    names = [run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return [f"lacks {len(missing)} of {len(wanted)} {what}: {', '.join(names)}"]

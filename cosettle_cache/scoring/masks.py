@@ -37,7 +37,7 @@ def check_masks(case: Case) -> list[str]:
     missing = [name for name in names if not (folder / name).is_file()]
     present = [name for name in names if name not in set(missing)]
     faults = [fault for name in present if (fault := _header_fault(folder / name, case))]
-    return [*lacking("masks", missing, len(names)), *faults]
+    return [*lacking("masks", missing, names), *faults]
 
 
 def _header_fault(path: Path, case: Case) -> str | None:

@@ -31,10 +31,10 @@ def check_parts(case: Case) -> list[str]:
     folder = case.predictions / case.video.video_id
     if not folder.is_dir():
         return ["no folder of maps"]
-    found = {name: _find(folder, name) for name in _scored_names(sequence)}
-    missing = [f"{name}{_SUFFIXES[0]}" for name, path in found.items() if path is None]
+    found = {f"{name}{_SUFFIXES[0]}": _find(folder, name) for name in _scored_names(sequence)}
+    missing = [name for name, path in found.items() if path is None]
     faults = [fault for path in found.values() if path and (fault := _fault(path))]
-    return [*lacking("maps", missing, len(found)), *faults]
+    return [*lacking("maps", missing, list(found)), *faults]
 
 
 def _fault(path: Path) -> str | None:
