@@ -6,6 +6,7 @@ each stands in the context. What is kept between frames does not grow with their
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from cosettle_cache.affinity import in_window, unit_tokens
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.neighbors import Neighbors, merge_neighbors
-from cosettle_cache.search import KeyIndex, Keys, Similarities, make_ranker
+from cosettle_cache.search import KeyIndex, Keys, RoughKeys, Similarities, make_ranker
 from cosettle_cache.slabs import Blocked, SearchSize, Slab, make_open_slabs, make_slabs
 from cosettle_cache.types import EvalProtocol, Grid
 
@@ -36,10 +37,12 @@ class Queue:
     frames stay side by side without empty places between them; later frames replace the oldest.
     """
 
-    def __init__(self, capacity: int, grid: Grid, dim: int, device: torch.device) -> None:
+    def __init__(
+        self, capacity: int, grid: Grid, dim: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._capacity = capacity
-        self._storage = torch.empty(capacity * grid.n_tokens * dim, device=device)
-        self.keys: Keys = self._storage[:0].view(grid.n_tokens, 0, dim)
+        self._storage = torch.empty(capacity * grid.n_tokens * dim, device=device, dtype=dtype)
+        self.keys: Float[Tensor, "position slot dim"] = self._storage[:0].view(grid.n_tokens, 0, dim)
         self.frames: Int32[Tensor, " slot"] = torch.empty(0, dtype=torch.int32, device=device)
 
     def append(self, tokens: Float32[Tensor, "position dim"], frame: int) -> None:
@@ -61,6 +64,21 @@ class Queue:
         wider[:, n_frames] = tokens
         self.keys = wider
         self.frames = torch.cat([self.frames, self.frames.new_tensor([frame])])
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the context, the first frame or the queue, in both precisions where the ranker wants that."""
+
+    keys: Keys
+    rough: RoughKeys
+
+    @property
+    def n_keys(self) -> int:
+        return self.keys.shape[0] * self.keys.shape[1]
+
+    def cut(self, positions: slice) -> _Part:
+        return _Part(self.keys[positions], None if self.rough is None else self.rough[positions])
 
 
 class ContextSearch:
@@ -88,12 +106,14 @@ class ContextSearch:
         self._grid, self._protocol, self._device = grid, protocol, device
         self._shape = (grid.rows, grid.cols, dim)
         self._ranker = make_ranker(search, device)
-        size = SearchSize(grid, dim, protocol, self._ranker.n_parallel, labels_bytes)
+        size = SearchSize(grid, dim, protocol, self._ranker.n_parallel, labels_bytes, self._ranker.rough)
         slab_cols = size.slab_cols(memory_limit)
         self._slabs = make_slabs(grid, protocol, device, slab_cols)
         self._first_slabs = self._slabs if protocol.mask_first else make_open_slabs(grid, slab_cols)
-        self._first: Keys | None = None
+        self._first: _Part | None = None
         self._queue = Queue(protocol.n_context, grid, dim, device)
+        n_rough = protocol.n_context if self._ranker.rough else 0
+        self._rough_queue = Queue(n_rough, grid, dim, device, torch.bfloat16)
         self._n_seen = 0
 
     def step(self, tokens: Float[Tensor, "row col dim"]) -> Neighbors | None:
@@ -104,21 +124,23 @@ class ContextSearch:
         self._check(tokens)
         columns = unit_tokens(tokens.to(self._device)).transpose(0, 1).contiguous()
         if self._first is None:
-            self._first = columns.flatten(0, 1)[:, None]
+            keys = columns.flatten(0, 1)[:, None]
+            self._first = _Part(keys, keys.bfloat16() if self._ranker.rough else None)
             found = None
         else:
             found = self._neighbors(columns, self._first)
             self._queue.append(columns.flatten(0, 1), self._n_seen)
+            self._rough_queue.append(columns.flatten(0, 1), self._n_seen)
         self._n_seen += 1
         return found
 
-    def _neighbors(self, queries: Float32[Tensor, "col row dim"], first: Keys) -> Neighbors:
+    def _neighbors(self, queries: Float32[Tensor, "col row dim"], first: _Part) -> Neighbors:
         lists = [self._in_first(queries, first)]
         if len(self._queue.frames):
             lists.append(self._in_queue(queries))
         return merge_neighbors(lists, self._protocol.top_k, keep_ties=self._protocol.keep_ties)
 
-    def _in_first(self, queries: Float32[Tensor, "col row dim"], first: Keys) -> Neighbors:
+    def _in_first(self, queries: Float32[Tensor, "col row dim"], first: _Part) -> Neighbors:
         similarity, position, slot = self._rank(queries, first, self._first_slabs)
         count = 1 + self._n_copies() * self._is_near(position).int()
         return Neighbors(slot, position, similarity, count.masked_fill(similarity.isneginf(), 0))
@@ -130,51 +152,53 @@ class ContextSearch:
         return max(0, self._protocol.n_context + 1 - self._n_seen)
 
     def _in_queue(self, queries: Float32[Tensor, "col row dim"]) -> Neighbors:
-        similarity, position, slot = self._rank(queries, self._queue.keys, self._slabs)
+        part = _Part(self._queue.keys, self._rough_queue.keys if self._ranker.rough else None)
+        similarity, position, slot = self._rank(queries, part, self._slabs)
         return Neighbors(self._queue.frames[slot], position, similarity, similarity.isfinite().int())
 
     def _rank(
-        self, queries: Float32[Tensor, "col row dim"], keys: Keys, slabs: list[Slab]
+        self, queries: Float32[Tensor, "col row dim"], part: _Part, slabs: list[Slab]
     ) -> tuple[Similarities, Int32[Tensor, "query k"], Int32[Tensor, "query k"]]:
         """Return similarity, position and slot of the nearest keys, queries and positions row by row."""
-        ranked = list(self._ranker.map(partial(self._rank_slab, queries, keys), slabs))
+        ranked = list(self._ranker.map(partial(self._rank_slab, queries, part), slabs))
         width = max(self._protocol.top_k, *(values.shape[1] for values, _ in ranked))
         similarity = torch.cat([_widen(values, width, -torch.inf) for values, _ in ranked])
         index = torch.cat([_widen(index, width, 0) for _, index in ranked])
-        place = (self._by_rows(index) // keys.shape[1]).int()
+        n_slots = part.keys.shape[1]
+        place = (self._by_rows(index) // n_slots).int()
         position = place % self._grid.rows * self._grid.cols + place // self._grid.rows
-        return self._by_rows(similarity), position, (self._by_rows(index) % keys.shape[1]).int()
+        return self._by_rows(similarity), position, (self._by_rows(index) % n_slots).int()
 
     def _rank_slab(
-        self, queries: Float32[Tensor, "col row dim"], keys: Keys, slab: Slab
+        self, queries: Float32[Tensor, "col row dim"], part: _Part, slab: Slab
     ) -> tuple[Similarities, KeyIndex]:
-        window = keys[slab.positions]
+        window = part.cut(slab.positions)
         chosen = queries[slab.query_cols].flatten(0, 1)
         rank = self._rank_ties if self._protocol.keep_ties else self._rank_top
         values, index = rank(chosen, window, slab.blocked)
-        return values, index + slab.positions.start * keys.shape[1]
+        return values, index + slab.positions.start * part.keys.shape[1]
 
     def _rank_top(
-        self, queries: Float32[Tensor, "query dim"], window: Keys, blocked: Blocked
+        self, queries: Float32[Tensor, "query dim"], window: _Part, blocked: Blocked
     ) -> tuple[Similarities, KeyIndex]:
-        n_keys = window.shape[0] * window.shape[1]
-        return self._ranker.rank(queries, window, blocked, min(self._protocol.top_k, n_keys))
+        k = min(self._protocol.top_k, window.n_keys)
+        return self._ranker.rank(queries, window.keys, blocked, k, window.rough)
 
     def _rank_ties(
-        self, queries: Float32[Tensor, "query dim"], window: Keys, blocked: Blocked
+        self, queries: Float32[Tensor, "query dim"], window: _Part, blocked: Blocked
     ) -> tuple[Similarities, KeyIndex]:
         """Return at least the top k and all that equal the last of them, with `exact_similarity`.
 
         More and more keys are fetched until the last one is clearly below the k-th of every query.
         """
-        top_k, n_keys = self._protocol.top_k, window.shape[0] * window.shape[1]
+        top_k, n_keys = self._protocol.top_k, window.n_keys
         # A still scene repeats every token in every frame of the queue.
-        k = min(top_k + 1 + window.shape[1], n_keys)
-        values, index = self._ranker.rank(queries, window, blocked, k)
+        k = min(top_k + 1 + window.keys.shape[1], n_keys)
+        values, index = self._ranker.rank(queries, window.keys, blocked, k, window.rough)
         while k < n_keys and not _are_ties_in(values, top_k):
             k = min(2 * k, n_keys)
-            values, index = self._ranker.rank(queries, window, blocked, k)
-        exact = exact_similarity(queries, window.flatten(0, 1), index)
+            values, index = self._ranker.rank(queries, window.keys, blocked, k, window.rough)
+        exact = exact_similarity(queries, window.keys.flatten(0, 1), index)
         return exact.masked_fill(values.isneginf(), -torch.inf), index
 
     def _by_rows(self, columns: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Exact ranking: the keys nearest to each query inside a spatial window, by FAISS or by torch.
+"""Exact ranking: the keys nearest to each query inside a spatial window, by FAISS, torch, or bfloat16 first.
 
 A slab of queries and the block of keys that their windows reach come in; the k largest dot products and where
 they are come out. No affinity matrix of a whole frame exists at any time. The only door to FAISS.
@@ -10,21 +10,27 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import BFloat16, Float32, Int64
 from torch import Tensor
 
 from cosettle_cache.errors import UsageError
 from cosettle_cache.slabs import Blocked, Slab
 
-SEARCHES = ("auto", "torch", "faiss")
+SEARCHES = ("auto", "bf16", "faiss", "torch")
 
 #: Keys per matrix product on a CPU: MKL runs 2,000 at a time a fifth faster than 30,000 at once.
 CPU_KEYS = 2048
 
+#: Floats of keys that are gathered at a time.
+_PAIR_FLOATS = 2**19
+
 Queries = Float32[Tensor, "query dim"]
 Keys = Float32[Tensor, "position frame dim"]
+#: The same keys rounded to bfloat16, for rankers that are `rough`.
+RoughKeys = BFloat16[Tensor, "position frame dim"] | None
 Similarities = Float32[Tensor, "query k"]
 KeyIndex = Int64[Tensor, "query k"]
 
@@ -37,6 +43,7 @@ class TorchRanker:
 
     #: Slabs that are ranked side by side.
     n_parallel = 1
+    rough = False
 
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
@@ -45,7 +52,9 @@ class TorchRanker:
         """Return `job(slab)` of every slab in order, one after the other: torch has its own threads."""
         return map(job, slabs)
 
-    def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> tuple[Similarities, KeyIndex]:
+    def rank(
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys = None
+    ) -> tuple[Similarities, KeyIndex]:
         """Return the k largest dot products with keys that are not blocked, and each key's flat index.
 
         Rows with fewer than k such keys end in minus infinity. `k` is at most the number of keys.
@@ -75,6 +84,7 @@ class FaissRanker:
 
     #: Keys fetched per neighbour wanted: on ViT-Tiny tokens of DAVIS one query in 20,000 is left uncertain.
     overfetch = 3
+    rough = False
 
     def __init__(self) -> None:
         import faiss
@@ -92,7 +102,9 @@ class FaissRanker:
         """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
         return _faiss_threads(self.n_parallel).map(job, slabs)
 
-    def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> tuple[Similarities, KeyIndex]:
+    def rank(
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys = None
+    ) -> tuple[Similarities, KeyIndex]:
         """See `TorchRanker.rank`; any number of threads may be inside."""
         if blocked is None:
             return _faiss_knn(queries, keys, k)
@@ -129,15 +141,124 @@ def _faiss_knn(queries: Queries, keys: Keys, k: int) -> tuple[Similarities, KeyI
     return torch.from_numpy(values), torch.from_numpy(index)
 
 
-#: Ranks keys for queries: the two searches have one interface.
-Ranker = TorchRanker | FaissRanker
+#: Half a unit in the last place of bfloat16: what rounding to it moves a number by at most, in its shares.
+_ROUGH = 2.0**-9
+#: Above what 768 products of unit tokens gain or lose while they are added up in float32.
+_SUMMING = 1e-4
+
+
+class RoughRanker:
+    """Products in bfloat16 name more than k candidates, exact ones rank them, a bound certifies the rest.
+
+    A product of unit tokens in bfloat16 is off by at most both roundings and that of the result (sums are in
+    float32). A key that is no candidate has at most the last candidate's product and that bound; where the
+    k-th exact product is above, nothing is missed. Other queries look at all keys that may reach it.
+    """
+
+    #: Candidates per neighbour wanted: few more queries are certified with twice as many.
+    overfetch = 5
+    rough = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @property
+    def n_parallel(self) -> int:
+        """Slabs that are ranked side by side: as many as torch has threads, on a GPU one."""
+        return torch.get_num_threads() if self._device.type == "cpu" else 1
+
+    def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
+        """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
+        if self.n_parallel == 1:
+            return map(job, slabs)
+        return _torch_threads(self.n_parallel).map(job, slabs)
+
+    def rank(
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys = None
+    ) -> tuple[Similarities, KeyIndex]:
+        """See `TorchRanker.rank`; any number of threads may be inside."""
+        n_keys, n_candidates = keys.shape[0] * keys.shape[1], self.overfetch * k
+        if rough is None or 4 * n_candidates > n_keys:
+            return TorchRanker().rank(queries, keys, blocked, k)
+        rounded = queries.bfloat16()
+        products = rounded @ rough.flatten(0, 1).T
+        if blocked is not None:
+            products.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
+        candidates, index = products.topk(n_candidates)
+        values = exact_products(queries, keys.flatten(0, 1), index).masked_fill(
+            candidates.isneginf(), -torch.inf
+        )
+        values, order = values.topk(k)
+        index = index.gather(1, order)
+        # Of a key that is no candidate the rough product is at most the last candidate's.
+        last = candidates[:, -1].float()
+        uncertain = (values[:, -1] < last + _rough_error(queries, rounded, last)).nonzero()[:, 0]
+        if len(uncertain) > len(queries) // 4:
+            hidden = None if blocked is None else blocked[uncertain]
+            again = TorchRanker().rank(queries[uncertain], keys, hidden, k)
+            values[uncertain], index[uncertain] = again
+        else:
+            least = values[:, -1] - _rough_error(queries, rounded, torch.ones_like(last))
+            for row in uncertain.tolist():
+                near = (products[row] >= least[row]).nonzero()[:, 0]
+                best = (keys.flatten(0, 1)[near] @ queries[row]).topk(k)
+                values[row], index[row] = best.values, near[best.indices]
+        return values, index
+
+
+def _rough_error(
+    queries: Queries, rounded: BFloat16[Tensor, "query dim"], product: Float32[Tensor, " query"]
+) -> Float32[Tensor, " query"]:
+    """Return how far the product in bfloat16 with a unit key may lie from the exact one."""
+    of_queries = torch.linalg.vector_norm(queries - rounded.float(), dim=1)
+    of_keys, of_product = _ROUGH * (1 + of_queries), _ROUGH * product.abs()
+    return torch.add(of_queries + of_keys, of_product + _SUMMING)
+
+
+def exact_products(queries: Queries, keys: Float32[Tensor, "key dim"], index: KeyIndex) -> Similarities:
+    """Return the dot products with the keys at `index`, a few megabytes of keys at a time."""
+    at_once = max(1, _PAIR_FLOATS // (index.shape[1] * keys.shape[1]))
+    starts = (slice(start, start + at_once) for start in range(0, len(queries), at_once))
+    return torch.cat([torch.bmm(keys[index[part]], queries[part, :, None])[..., 0] for part in starts])
+
+
+@cache
+def _torch_threads(n_threads: int) -> ThreadPoolExecutor:
+    """Return the threads that rank slabs, each with torch on one core; see `_faiss_threads`."""
+    started = Barrier(n_threads + 1)
+    before = torch.get_num_threads()
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(n_threads, "search", initializer=start)
+    for _ in range(n_threads):
+        pool.submit(started.wait)
+    started.wait()
+    started.wait()
+    # The number is a thread's own; but the last one set is what threads to come begin with.
+    torch.set_num_threads(before)
+    return pool
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Say whether a CPU multiplies bfloat16 in hardware; without, its products are slower than exact ones."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cpu" and native
+
+
+#: Ranks keys for queries: the searches have one interface.
+Ranker = TorchRanker | FaissRanker | RoughRanker
 
 
 def make_ranker(search: str, device: torch.device) -> Ranker:
-    """Return the ranker named `auto`, `torch` or `faiss`; all give the same neighbours.
+    """Return the ranker named `auto`, `bf16`, `faiss` or `torch`; all give the same neighbours.
 
-    `auto` is FAISS on a CPU where it is installed, because it fuses the product with the ranking (ratio in
-    docs/benchmarks), and torch otherwise. Raises `UsageError` for a search that cannot run here.
+    `auto` is bfloat16 first on a CPU that has it, else FAISS on a CPU where it is installed, because it fuses
+    the product with the ranking (ratios in docs/benchmarks), and torch otherwise. Raises `UsageError` for a
+    search that cannot run here.
     """
     if search not in SEARCHES:
         raise UsageError(f"there is no search {search!r}", wanted=", ".join(SEARCHES), found=search)
@@ -148,5 +269,7 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
         )
     if search == "faiss" and device.type != "cpu":
         raise UsageError("faiss searches on the CPU only", found=str(device), hint="--search torch")
+    if search == "bf16" or (search == "auto" and has_fast_bfloat16(device)):
+        return RoughRanker(device)
     use_faiss = search == "faiss" or (search == "auto" and has_faiss and device.type == "cpu")
     return FaissRanker() if use_faiss else TorchRanker()

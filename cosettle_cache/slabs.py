@@ -22,6 +22,8 @@ SLAB_COLS = 5
 _FLOAT_BYTES = 4
 #: Of similarity and index of a neighbour, over-fetched, sorted and merged.
 _NEIGHBOR_BYTES = 200
+#: Of candidates that are multiplied exactly at a time.
+_GATHERED_BYTES = 2**22
 
 Blocked = Bool[Tensor, "query position"] | None
 
@@ -37,13 +39,17 @@ class Slab:
 
 @dataclass(frozen=True, slots=True)
 class SearchSize:
-    """What decides the memory of a search; `n_parallel` slabs are ranked side by side, labels kept beside."""
+    """What decides the memory of a search.
+
+    `n_parallel` slabs are ranked side by side; labels are kept beside, and keys in bfloat16 where `rough`.
+    """
 
     grid: Grid
     dim: int
     protocol: EvalProtocol
     n_parallel: int
     labels_bytes: int = 0
+    rough: bool = False
 
     def needed_bytes(self, slab_cols: int) -> int:
         """Return the most bytes of tensors that a search with slabs of so many columns holds.
@@ -59,7 +65,10 @@ class SearchSize:
         masks = self.grid.n_tokens * reached
         found = _NEIGHBOR_BYTES * self.grid.n_tokens * self.protocol.top_k
         slabs = self.n_parallel * _FLOAT_BYTES * queries * keys
-        return (self.protocol.n_context + 4) * frame + slabs + masks + found + self.labels_bytes
+        kept = (self.protocol.n_context + 4) * frame
+        if self.rough:
+            kept += (self.protocol.n_context + 2) * frame // 2 + self.n_parallel * _GATHERED_BYTES
+        return kept + slabs + masks + found + self.labels_bytes
 
     def slab_cols(self, memory_limit: int | None) -> int:
         """Return the widest slabs that fit; raise `UsageError` with the least limit when none do."""

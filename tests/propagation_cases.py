@@ -24,7 +24,7 @@ from cosettle_cache.protocols import make_protocol
 from cosettle_cache.types import EvalProtocol, Grid, Slot
 
 #: FAISS is an extra; where it is not installed torch is tested alone.
-SEARCHES = ("torch", "faiss") if importlib.util.find_spec("faiss") else ("torch",)
+SEARCHES = ("bf16", "torch", "faiss") if importlib.util.find_spec("faiss") else ("bf16", "torch")
 
 #: Cosines of equal tokens differ by less in float64.
 TIE = 1e-12

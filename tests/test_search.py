@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,8 @@ from propagation_cases import SEARCHES, clips, needs_faiss, single_thread
 from cosettle_cache.context import ContextSearch, Queue
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.protocols import make_protocol
-from cosettle_cache.search import FaissRanker, TorchRanker, make_ranker
-from cosettle_cache.slabs import SLAB_COLS, SearchSize, make_slabs
+from cosettle_cache.search import FaissRanker, RoughRanker, TorchRanker, make_ranker
+from cosettle_cache.slabs import SLAB_COLS, SearchSize, make_open_slabs, make_slabs
 from cosettle_cache.types import Grid
 
 CPU = torch.device("cpu")
@@ -37,13 +38,13 @@ def clip_search(clip, search="torch"):
 @settings(max_examples=40, deadline=None)
 @given(clips())
 @needs_faiss
-def test_both_searches_find_the_same(clip):
+def test_all_searches_find_the_same(clip):
     searches = [clip_search(clip, search) for search in SEARCHES]
     for frame in clip.tokens:
-        a, b = (search.step(frame) for search in searches)
-        if a is not None:
-            torch.testing.assert_close(a.similarity, b.similarity, atol=1e-5, rtol=0)
-            assert torch.equal(a.count.sum(1), b.count.sum(1))
+        first, *others = (search.step(frame) for search in searches)
+        for other in others if first is not None else []:
+            torch.testing.assert_close(first.similarity, other.similarity, atol=1e-5, rtol=0)
+            assert torch.equal(first.count.sum(1), other.count.sum(1))
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,6 +115,60 @@ def test_the_certificate_sends_queries_to_the_dense_search(k):
     assert (index // 2 < 8).all()
 
 
+@pytest.mark.parametrize("spread", [1e-6, 1e-3, 0.05, 1.0])
+@pytest.mark.parametrize("hidden", [0.0, 0.5])
+def test_bfloat16_products_miss_nothing(spread, hidden):
+    # Keys that bfloat16 cannot tell apart, or only just, and far more of them than candidates are fetched.
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(1, 24, generator=generator)
+    keys, queries = (centre + spread * torch.randn(n, 24, generator=generator) for n in (3000, 20))
+    keys, queries = (torch.nn.functional.normalize(part, dim=-1) for part in (keys, queries))
+    keys = keys.view(150, 20, 24)
+    blocked = torch.rand(20, 150, generator=generator) < hidden if hidden else None
+    values, index = RoughRanker(CPU).rank(queries, keys, blocked, 7, keys.bfloat16())
+    expected, _ = TorchRanker().rank(queries, keys, blocked, 7)
+    torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
+    found = (queries[:, None] * keys.flatten(0, 1)[index]).sum(-1)
+    torch.testing.assert_close(found, values, atol=1e-6, rtol=0)
+    if blocked is not None:
+        assert not blocked.gather(1, index // 20).any()
+
+
+def test_a_few_uncertain_queries_look_at_all_keys_that_may_reach():
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.nn.functional.normalize(torch.randn(4000, 24, generator=generator), dim=-1)
+    # Query 0 has 60 neighbours that are the same in bfloat16; the best come last.
+    keys[-60:] = torch.nn.functional.normalize(
+        keys[:1] + torch.linspace(6e-3, 5e-3, 60)[:, None] * torch.eye(24)[:1], dim=-1
+    )
+    queries = torch.cat(
+        [keys[:1], torch.nn.functional.normalize(torch.randn(9, 24, generator=generator), dim=-1)]
+    )
+    values, index = RoughRanker(CPU).rank(queries, keys[:, None], None, 7, keys[:, None].bfloat16())
+    expected, expected_index = TorchRanker().rank(queries, keys[:, None], None, 7)
+    torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
+    assert set(index[0].tolist()) == set(expected_index[0].tolist())
+
+
+def test_threads_of_the_search_leave_torch_its_own():
+    torch.set_num_threads(3)
+    try:
+        ranker = RoughRanker(CPU)
+        assert ranker.n_parallel == 3
+        slabs = make_open_slabs(Grid(2, 30))
+        number = torch.zeros(1, 1)
+
+        def job(slab):
+            return number + torch.get_num_threads(), torch.zeros(1, 1, dtype=torch.long)
+
+        assert [float(values) for values, _ in ranker.map(job, slabs)] == [1.0] * 6
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_queue_replaces_its_oldest_frame():
     queue = Queue(3, Grid(2, 1), 1, CPU)
     for frame in range(1, 6):
@@ -136,8 +191,9 @@ def test_a_queue_fills_in_one_storage():
 @given(clips(), st.sampled_from(SEARCHES))
 def test_a_memory_limit_changes_nothing_but_memory(clip, search):
     grid, dim = clip.grid, clip.tokens.shape[-1]
-    n_parallel = make_ranker(search, CPU).n_parallel
-    least = SearchSize(grid, dim, clip.protocol, n_parallel).needed_bytes(1)
+    ranker = make_ranker(search, CPU)
+    size = SearchSize(grid, dim, clip.protocol, ranker.n_parallel, rough=ranker.rough)
+    least = size.needed_bytes(1)
     narrow = ContextSearch(grid, dim, clip.protocol, device=CPU, search=search, memory_limit=least)
     wide = ContextSearch(grid, dim, clip.protocol, device=CPU, search=search)
     for frame in clip.tokens:
