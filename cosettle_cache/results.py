@@ -6,6 +6,7 @@ J&F is averaged over objects, AJ over clips; mIoU and PCK of a data set come fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -33,7 +34,7 @@ SCHEMA = pa.schema(
 
 _TEXTS = [name for name, kind in get_type_hints(Score).items() if kind is str]
 
-SCORES_FILE, SUMMARY_FILE = "scores.parquet", "summary.json"
+SCORES_FILE, SUMMARY_FILE, CHART_FILE = "scores.parquet", "summary.json", "scores.png"
 
 #: Fields that must agree within one summary; they are reported once.
 PROVENANCE = (
@@ -217,7 +218,7 @@ def write_rows(path: Path, scores: Sequence[Score]) -> None:
 
 def remove_scores(folder: Path) -> None:
     """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
-    for name in (SCORES_FILE, SUMMARY_FILE):
+    for name in (SCORES_FILE, SUMMARY_FILE, CHART_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -260,13 +261,13 @@ def write_score_chart(path: Path, scores: Sequence[Score]) -> None:
 
     means = mean_scores(scores)
     if means:
-        by_sequence = {
-            video_id: {mean.tokens: 100 * mean.main for mean in of_video}
-            for video_id, of_video in sequence_means(scores)
-        }
+        by_sequence = {video_id: _main_percent(of_video) for video_id, of_video in sequence_means(scores)}
         title = f"{_common(scores, 'dataset')}, protocol {_common(scores, 'protocol')}"
-        whole = {mean.tokens: 100 * mean.main for mean in means}
-        write_chart(path, title, f"{means[0].main_name}, percent", by_sequence, whole)
+        write_chart(path, title, f"{means[0].main_name}, percent", by_sequence, _main_percent(means))
+
+
+def _main_percent(means: Sequence[Mean]) -> dict[str, float]:
+    return {mean.tokens: math.nan if mean.main is None else 100 * mean.main for mean in means}
 
 
 def _mean(kind: str, scores: Sequence[Score]) -> Mean:

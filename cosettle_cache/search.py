@@ -229,6 +229,8 @@ def _torch_threads(n_threads: int) -> ThreadPoolExecutor:
     before = torch.get_num_threads()
 
     def start() -> None:
+        # A thread's first question sets its number to the common one, so it comes before.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         started.wait()
 

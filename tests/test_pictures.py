@@ -10,7 +10,6 @@ from PIL import Image
 
 from cosettle_cache.errors import OutputError
 from cosettle_cache.pictures.charts import MAX_NAMED, make_chart, write_chart
-from cosettle_cache.pictures.clips import ClipWriter, still_frames
 from cosettle_cache.pictures.drawing import (
     COLOURS,
     PANEL_SIDE,
@@ -20,6 +19,7 @@ from cosettle_cache.pictures.drawing import (
     enlarge,
     side_by_side,
 )
+from cosettle_cache.pictures.video import Film, still_frames
 
 GREY = np.full((480, 640, 3), 100, np.uint8)
 
@@ -90,7 +90,7 @@ def test_panels_stand_in_rows(n_panels, rows, cols, size):
 
 
 def test_films_play_and_have_stills(tmp_path):
-    with ClipWriter(tmp_path, "raw", 9, 12.0) as writer:
+    with Film(tmp_path, "raw", 9, 12.0) as writer:
         for index in range(9):
             writer.add(np.full((65, 97, 3), 20 * index, np.uint8))
     with av.open(str(tmp_path / "raw.mp4")) as video:
@@ -107,11 +107,11 @@ def test_films_play_and_have_stills(tmp_path):
 
 
 def test_a_film_that_breaks_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), ClipWriter(tmp_path, "raw", 9, None) as writer:
+    with pytest.raises(ZeroDivisionError), Film(tmp_path, "raw", 9, None) as writer:
         writer.add(np.zeros((64, 96, 3), np.uint8))
         raise ZeroDivisionError
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob(".*"))
-    with pytest.raises(OutputError), ClipWriter(tmp_path / "absent", "raw", 9, None):
+    with pytest.raises(OutputError), Film(tmp_path / "absent", "raw", 9, None):
         pass
 
 

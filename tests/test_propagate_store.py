@@ -17,8 +17,6 @@ from store_cases import PATCH, frames_case, pairs_case
 
 from cosettle_cache.datasets.davis import PALETTE, read_mask
 from cosettle_cache.errors import FingerprintError, OutputError, UsageError
-from cosettle_cache.pictures.overlays import draw_overlay
-from cosettle_cache.pictures.video import still_frames
 from cosettle_cache.projection import Projection, projection_sha256
 from cosettle_cache.propagate import propagate_store
 from cosettle_cache.protocols import make_protocol
@@ -131,22 +129,14 @@ def test_overlays(run, tmp_path, overlays, drawn):
     assert sorted(path.name for path in folder.glob("*")) == drawn
     for name in drawn:
         stills = sorted(path.name for path in (folder / name).glob("*.png"))
-        assert stills == [f"raw_{index:05d}.png" for index in (0, 1, 3, 4)]
+        kinds = ("raw", "side_by_side")
+        assert stills == [f"{kind}_{index:05d}.png" for kind in kinds for index in (0, 1, 3, 4)]
         with av.open(str(folder / name / "raw.mp4")) as video:
             frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
             assert video.streams.video[0].average_rate == 12
-        assert len(frames) == 5 and frames[0].shape == (64, 96, 3)
-
-
-def test_an_overlay_leaves_the_background_alone():
-    image = np.full((8, 8, 3), 100, np.uint8)
-    mask = np.zeros((8, 8), np.uint8)
-    mask[2:7, 2:7] = 1
-    drawn = draw_overlay(image, mask)
-    assert (drawn[mask == 0] == 100).all()
-    assert (drawn[2, 2:7] == PALETTE[1]).all()
-    assert tuple(drawn[4, 4]) == (114, 50, 50)
-    assert still_frames(1) == [0]
+        # Enlarged eight times; beside the truth, both fitted to panels.
+        assert len(frames) == 5 and frames[0].shape == (512, 768, 3)
+        assert Image.open(folder / name / "side_by_side_00003.png").size == (2 * 640 + 4, 427 + 34)
 
 
 def test_a_video_that_fails_is_named_and_the_rest_goes_on(run, tmp_path):

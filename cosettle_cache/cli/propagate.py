@@ -66,6 +66,7 @@ class Search(StrEnum):
     """Who ranks the context."""
 
     AUTO = "auto"
+    BF16 = "bf16"
     FAISS = "faiss"
     TORCH = "torch"
 
@@ -90,7 +91,7 @@ def propagate(
     restart: Annotated[
         bool, typer.Option("--restart", help="Remove earlier results in --out first.")
     ] = False,
-    overlays: Annotated[Overlays, typer.Option(help="Of no, one or all videos.")] = Overlays.FIRST,
+    overlays: Annotated[Overlays, typer.Option(help="Pictures of no, one or all videos.")] = Overlays.FIRST,
     search: Annotated[Search, typer.Option(help="All are exact.")] = Search.AUTO,
     memory_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most bytes that the search takes, as 500MB.")
@@ -157,6 +158,8 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
         talk.result(json.dumps({**document, **results.summary_json(report.scores)}, indent=2))
     else:
         _print(report, out, talk)
+    if request.overlays != Overlays.NONE:
+        results.write_score_chart(out / results.CHART_FILE, report.scores)
     return _end(report, failures)
 
 

@@ -1,42 +1,62 @@
-"""Label maps laid over frames: one MP4 per video and a few PNG stills of it.
+"""The pictures of one video: every kind of tokens by itself, and all side by side with what was given.
 
-Frames and index masks go in, one after the other; files come out. Nothing is kept beyond the frame in hand.
+Frames and each kind's labels come in, one frame after the other; films and stills go out. Nothing is kept
+beyond the frame in hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
-import cv2
-import numpy as np
-from jaxtyping import UInt8
-
-from cosettle_cache.datasets.davis import PALETTE
+from cosettle_cache.files import make_folder
 from cosettle_cache.frames import Image8
-from cosettle_cache.pictures.video import write_film
+from cosettle_cache.pictures.drawing import canvas_scale, enlarge, side_by_side
+from cosettle_cache.pictures.video import Film
 
-#: Share of an object's colour in the pixels it covers; its outline is drawn in full colour.
-OPACITY = 0.5
+#: Name of the film that shows all kinds; no kind bears it.
+SIDE_BY_SIDE = "side_by_side"
+#: Title of the panel of annotations, and of the first one where later frames have none.
+TRUTH, GIVEN = "truth", "frame 0, as given"
 
-Mask = UInt8[np.ndarray, "height width"]
-
-
-def draw_overlay(image: Image8, mask: Mask) -> Image8:
-    """Return the frame with every object in its palette colour and outlined; the background is untouched."""
-    colours = PALETTE[mask]
-    mixed = cv2.addWeighted(image, 1 - OPACITY, colours, OPACITY, 0.0)
-    drawn = np.where((mask > 0)[..., None], mixed, image)
-    outline = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-    return np.where((outline & (mask > 0))[..., None], colours, drawn)
+_Labels = TypeVar("_Labels")
+#: Draws labels, in pixels of the frame, on a frame that was enlarged by a whole factor.
+Draw = Callable[[Image8, _Labels, int], Image8]
 
 
 def write_overlays(
-    images: Iterable[Image8], masks: Iterable[Mask], n_frames: int, fps: float | None, folder: Path, name: str
+    images: Iterable[Image8],
+    kinds: Mapping[str, Iterable[_Labels]],
+    draw: Draw[_Labels],
+    *,
+    truth: Iterable[_Labels | None],
+    n_frames: int,
+    fps: float | None,
+    folder: Path,
 ) -> None:
-    """Write `folder/name.mp4` with every overlay and `folder/name_FRAME.png` with four of them.
+    """Write `folder/KIND.mp4` of every kind and `folder/side_by_side.mp4`, and four PNG stills of each.
 
-    Raises `OutputError` when they cannot be written.
+    `kinds` are the labels by kind of tokens, `truth` the annotations, None for frames without; the first frame
+    has one. Small frames are enlarged. Raises `OutputError` when something cannot be written.
     """
-    drawn = (draw_overlay(image, mask) for image, mask in zip(images, masks, strict=True))
-    write_film(drawn, n_frames, fps, folder, name)
+    make_folder(folder)
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(Film(folder, name, n_frames, fps)) for name in (*kinds, SIDE_BY_SIDE)
+        }
+        given: Image8 | None = None
+        for image, annotation, *labels in zip(images, truth, *kinds.values(), strict=True):
+            scale = canvas_scale(*image.shape[:2])
+            canvas = enlarge(image, scale)
+            panels = {name: draw(canvas, label, scale) for name, label in zip(kinds, labels, strict=True)}
+            for name, panel in panels.items():
+                writers[name].add(panel)
+            if annotation is not None:
+                true = draw(canvas, annotation, scale)
+                given = true if given is None else given
+                panels = {TRUTH: true, **panels}
+            elif given is not None:
+                panels = {GIVEN: given, **panels}
+            writers[SIDE_BY_SIDE].add(side_by_side(panels))

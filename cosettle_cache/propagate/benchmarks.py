@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosettle_cache.errors import UsageError
-from cosettle_cache.propagate.joints import open_joint_clip
+from cosettle_cache.propagate.joints import draw_joint_clip, open_joint_clip
 from cosettle_cache.propagate.masks import draw_masks, open_masks
 from cosettle_cache.propagate.parts import draw_parts, open_part_clip
 from cosettle_cache.propagate.subjects import Drawing, Setting, Subject
@@ -19,11 +19,11 @@ from cosettle_cache.types import LabelKind, Video
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """`open` may raise `InputError`, which costs the video; `draw` is None where nothing is drawn yet."""
+    """`open` may raise `InputError`, which costs the video; `draw` finds all predictions on disk."""
 
     labels: LabelKind
     open: Callable[[Video, Path, Setting], Subject]
-    draw: Callable[[Drawing], None] | None
+    draw: Callable[[Drawing], None]
 
 
 _MASKS = Benchmark(LabelKind.MASKS, open_masks, draw_masks)
@@ -31,7 +31,7 @@ _MASKS = Benchmark(LabelKind.MASKS, open_masks, draw_masks)
 BENCHMARKS = {
     "davis": _MASKS,
     "vip": Benchmark(LabelKind.PARTS, open_part_clip, draw_parts),
-    "jhmdb": Benchmark(LabelKind.KEYPOINTS, open_joint_clip, None),
+    "jhmdb": Benchmark(LabelKind.KEYPOINTS, open_joint_clip, draw_joint_clip),
     "sprites": _MASKS,
     "masks": _MASKS,
 }

@@ -7,6 +7,7 @@ from cosettle_cache.context import check_candidates
 from cosettle_cache.errors import FingerprintError, UsageError
 from cosettle_cache.labels import Size
 from cosettle_cache.protocols import check_protocol, image_std
+from cosettle_cache.search import Ranker
 from cosettle_cache.sizes import resolve_size
 from cosettle_cache.slabs import SearchSize
 from cosettle_cache.store import FeatureStore
@@ -50,16 +51,15 @@ def check_labels(store: FeatureStore, labels: LabelKind, task: str) -> None:
 
 
 def check_memory(
-    store: FeatureStore, protocol: EvalProtocol, limit: int | None, *, n_kinds: int, n_parallel: int
+    store: FeatureStore, protocol: EvalProtocol, limit: int | None, *, n_kinds: int, ranker: Ranker
 ) -> None:
-    """Raise `UsageError` when the search of `n_kinds` kinds of tokens side by side exceeds `limit` bytes.
-
-    `n_parallel` slabs of each are ranked at a time.
-    """
+    """Raise `UsageError` when the search of `n_kinds` kinds of tokens side by side exceeds `limit` bytes."""
     most_classes = 1 + max((video.n_objects for video in store.manifest), default=0)
     for layout in store.arrays if limit is not None else ():
         labels = _FLOAT_BYTES * (1 + protocol.n_context) * layout.grid.n_tokens * most_classes
-        size = SearchSize(layout.grid, layout.n_channels, protocol, n_parallel, labels)
+        size = SearchSize(
+            layout.grid, layout.n_channels, protocol, ranker.n_parallel, labels, rough=ranker.rough
+        )
         needed = n_kinds * size.needed_bytes(1)
         if limit is not None and needed > limit:
             raise UsageError(

@@ -17,6 +17,7 @@ from cosettle_cache.config import digest, package_versions
 from cosettle_cache.errors import FingerprintError, InputError
 from cosettle_cache.files import make_folder, output_errors
 from cosettle_cache.kinds import TokenKind
+from cosettle_cache.pictures.overlays import SIDE_BY_SIDE
 from cosettle_cache.run_state import differing, flat_text
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.tables import read_json, write_json
@@ -25,8 +26,8 @@ from cosettle_cache.types import EvalProtocol, Score, Video
 #: Of the marks below; raised when they change.
 VERSION = 1
 OVERLAY_FOLDER, PROGRESS_FOLDER = "overlays", "progress"
-#: Folders beside those of the kinds of tokens.
-RESERVED = (OVERLAY_FOLDER, PROGRESS_FOLDER)
+#: Folders beside those of the kinds of tokens, and the film beside theirs.
+RESERVED = (OVERLAY_FOLDER, PROGRESS_FOLDER, SIDE_BY_SIDE)
 _DRAWN = ".drawn"
 
 

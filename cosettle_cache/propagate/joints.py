@@ -21,9 +21,12 @@ from cosettle_cache.datasets.jhmdb import (
     write_predicted_joints,
 )
 from cosettle_cache.files import make_folder, write_durably
+from cosettle_cache.frames import iter_frames
 from cosettle_cache.labels import decode_keypoints, encode_keypoints
 from cosettle_cache.metrics.rows import clip_row
-from cosettle_cache.propagate.subjects import Setting
+from cosettle_cache.pictures.drawing import draw_joints
+from cosettle_cache.pictures.overlays import write_overlays
+from cosettle_cache.propagate.subjects import Drawing, Setting
 from cosettle_cache.propagator import LabelMap
 from cosettle_cache.types import Score, Video
 
@@ -98,3 +101,23 @@ def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> JointSub
     size = (video.height, video.width)
     first = pixels_to_cells(sequence.joints[:, :, 0], size, setting.grid)
     return JointSubject(sequence, setting, encode_keypoints(first, setting.grid))
+
+
+def draw_joint_clip(drawing: Drawing) -> None:
+    """Draw the skeletons of every kind over the frames."""
+    video = drawing.video
+    size, grid = (video.height, video.width), drawing.setting.grid
+    truth = open_joints(video, drawing.data_root).joints
+    found = {kind: np.load(folder / f"{video.video_id}.npy") for kind, folder in drawing.predictions.items()}
+    write_overlays(
+        iter_frames(video, drawing.data_root),
+        {
+            kind: (cells_to_pixels(points[:, :, frame], size, grid) for frame in range(video.n_frames))
+            for kind, points in found.items()
+        },
+        draw_joints,
+        truth=(truth[:, :, frame] if frame < truth.shape[2] else None for frame in range(video.n_frames)),
+        n_frames=video.n_frames,
+        fps=video.fps,
+        folder=drawing.folder,
+    )

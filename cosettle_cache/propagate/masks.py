@@ -6,6 +6,7 @@ is annotated, one row per object.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from cosettle_cache.labels import (
 )
 from cosettle_cache.metrics import DavisScorer
 from cosettle_cache.metrics.rows import object_rows
+from cosettle_cache.pictures.drawing import draw_mask
 from cosettle_cache.pictures.overlays import write_overlays
 from cosettle_cache.propagate.subjects import Drawing, Setting
 from cosettle_cache.propagator import LabelMap
@@ -124,24 +126,28 @@ def open_masks(video: Video, data_root: Path, setting: Setting) -> MaskSubject:
 
 def draw_masks(drawing: Drawing) -> None:
     """Lay the masks of every kind over the frames."""
-    draw_index_maps(drawing, "{}.png")
+    sequence = open_sequence(drawing.video, drawing.data_root)
+    draw_index_maps(drawing, "{}.png", map(sequence.mask, range(drawing.video.n_frames)))
 
 
-def draw_index_maps(drawing: Drawing, pattern: str) -> None:
+def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]) -> None:
     """Lay index maps in files of the frames' names over the frames, at the frames' size."""
     video = drawing.video
-    size = (video.height, video.width)
     names = frame_stems(video, drawing.data_root)
-    for kind, folder in drawing.predictions.items():
+
+    def maps(folder: Path) -> Iterator[UInt8[np.ndarray, "_ _"]]:
         paths = (folder / video.video_id / pattern.format(name) for name in names)
-        write_overlays(
-            iter_frames(video, drawing.data_root),
-            (_at(read_mask(path), size) for path in paths),
-            n_frames=video.n_frames,
-            fps=video.fps,
-            folder=drawing.folder,
-            name=kind,
-        )
+        return (_at(read_mask(path), (video.height, video.width)) for path in paths)
+
+    write_overlays(
+        iter_frames(video, drawing.data_root),
+        {kind: maps(folder) for kind, folder in drawing.predictions.items()},
+        draw_mask,
+        truth=truth,
+        n_frames=video.n_frames,
+        fps=video.fps,
+        folder=drawing.folder,
+    )
 
 
 def _at(mask: UInt8[np.ndarray, "_ _"], size: Size) -> UInt8[np.ndarray, "_ _"]:

@@ -97,5 +97,8 @@ def open_part_clip(video: Video, data_root: Path, setting: Setting) -> PartSubje
 
 
 def draw_parts(drawing: Drawing) -> None:
-    """Lay the parts of every kind over the frames."""
-    draw_index_maps(drawing, FILE)
+    """Lay the parts of every kind over the frames; true values that are no class are left out."""
+    sequence = open_parts(drawing.video, drawing.data_root)
+    truth = (sequence.mask(index) for index in range(drawing.video.n_frames))
+    known = (None if mask is None else np.where(mask < len(PARTS), mask, np.uint8(0)) for mask in truth)
+    draw_index_maps(drawing, FILE, known)

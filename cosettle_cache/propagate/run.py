@@ -71,8 +71,8 @@ def propagate_store(
     check_store(store, protocol)
     here = "cpu" if runner or device is None else device
     kinds = tuple(make_kinds(projections, store.arrays[0].n_channels, device=here, reserved=RESERVED))
-    n_parallel = make_ranker(search, torch.device(device or "cpu")).n_parallel
-    check_memory(store, protocol, memory_limit, n_kinds=len(kinds), n_parallel=n_parallel)
+    ranker = make_ranker(search, torch.device(device or "cpu"))
+    check_memory(store, protocol, memory_limit, n_kinds=len(kinds), ranker=ranker)
     folder = RunFolder(out.absolute())
     work = VideoWork(
         store, data_root.absolute(), protocol, folder, task, kinds, search, device, memory_limit, neighbors

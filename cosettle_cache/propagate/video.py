@@ -46,8 +46,6 @@ def propagate_video(
 def draw_video(work: VideoWork, number: int) -> str | None:
     """Draw the pictures of a finished video; return what went wrong, if anything did."""
     video, draw = work.videos[number], find_benchmark(work.task).draw
-    if draw is None:
-        return None
     predictions = {kind.name: work.folder.path / kind.name for kind in work.kinds}
     folder = work.folder.pictures(video.video_id)
     try:
