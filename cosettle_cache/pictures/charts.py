@@ -61,9 +61,13 @@ def _numbers(figures: Figures) -> Figures:
     return {kind: value for kind, value in figures.items() if math.isfinite(value)}
 
 
+def _label(kind: str, value: float) -> str:
+    return f"{_short(kind)}: {value:.2f} in all" if math.isfinite(value) else f"{_short(kind)}: no figure"
+
+
 def _legend(whole: Figures) -> list[Line2D]:
     return [
-        Line2D([], [], color=colour, marker="o", linestyle="--", label=f"{_short(kind)}: {value:.2f} in all")
+        Line2D([], [], color=colour, marker="o", linestyle="--", label=_label(kind, value))
         for (kind, value), colour in zip(whole.items(), _colours(list(whole)).values(), strict=True)
     ]
 

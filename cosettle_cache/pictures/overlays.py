@@ -38,8 +38,8 @@ def write_overlays(
 ) -> None:
     """Write `folder/KIND.mp4` of every kind and `folder/side_by_side.mp4`, and four PNG stills of each.
 
-    `kinds` are the labels by kind of tokens, `truth` the annotations, None for frames without; the first frame
-    has one. Small frames are enlarged. Raises `OutputError` when something cannot be written.
+    `kinds` are the labels by kind of tokens, `truth` the annotations, None for frames without; the first has
+    one. Small frames are enlarged. Raises `OutputError` when something cannot be written.
     """
     make_folder(folder)
     with ExitStack() as stack:
