@@ -247,6 +247,16 @@ def test_jhmdb_of_another_grid_or_length(jhmdb, capsys):
     assert "walk/b: neither 1.dat nor walk/b.npy" in said
 
 
+def test_numbers_of_more_clips_than_there_are_name_nobody(jhmdb, capsys):
+    write_predicted_joints(Path("results/2.dat"), np.zeros((2, 15, 5), np.float32))
+    assert score("jhmdb") == 3
+    assert "run/a: 0.dat is one of 3 numbered files for 2 clips" in capsys.readouterr().err
+    Path("results/2.dat").unlink()
+    write_predicted_joints(Path("results/0.dat"), np.full((2, 15, 5), np.nan, np.float32))
+    assert score("jhmdb") == 3
+    assert "run/a: 0.dat has joints that are nowhere" in capsys.readouterr().err
+
+
 def test_rows_of_every_benchmark_share_one_table(davis, tmp_path):
     assert score("davis", "--dry-run") == 0
     assert not Path("s.parquet").exists()

@@ -125,7 +125,10 @@ def _benchmark(task: str) -> Benchmark:
 
 
 def _cases(manifest: Manifest, data_root: Path, predictions: Path, grid: Grid) -> list[Case]:
-    return [Case(video, number, data_root, predictions, grid) for number, video in enumerate(manifest)]
+    n_videos = len(manifest)
+    return [
+        Case(video, number, n_videos, data_root, predictions, grid) for number, video in enumerate(manifest)
+    ]
 
 
 def _over_videos(work: Callable[[Case], _T], cases: Sequence[Case], progress: Progress) -> list[_T]:

@@ -12,13 +12,14 @@ from cosettle_cache.types import Grid, Video
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One video to score; `number` is its place in the manifest, by which released scripts name joints.
+    """One video to score; `number` is its place among `n_videos`, by which released scripts name joints.
 
     `grid` is what predicted joints are counted in.
     """
 
     video: Video
     number: int
+    n_videos: int
     data_root: Path
     predictions: Path
     grid: Grid

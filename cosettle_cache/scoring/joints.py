@@ -6,13 +6,20 @@ in the list; `CLIP.npy` under the clip's own name is read as well.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
 
 from cosettle_cache.datasets.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
 from cosettle_cache.errors import MediaError
 from cosettle_cache.metrics.rows import clip_row
 from cosettle_cache.scoring.case import Case
 from cosettle_cache.types import Score
+
+#: Suffix of files that bear a clip's number, not its name.
+_NUMBERED = ".dat"
 
 
 def check_joints(case: Case) -> list[str]:
@@ -25,15 +32,23 @@ def check_joints(case: Case) -> list[str]:
         points = read_predicted_joints(path)
     except MediaError as error:
         return [error.summary]
-    if points.shape[1] != truth.shape[1] or points.shape[2] < truth.shape[2]:
-        wanted, found = (f"{shape[1]} joints in {shape[2]} frames" for shape in (truth.shape, points.shape))
-        return [f"{path.name} has {found}, not {wanted}"]
+    return [f"{path.name} {fault}" for fault in _faults(points, truth.shape, path, case)]
+
+
+def _faults(
+    points: Float[np.ndarray, "2 joint frame"], wanted: tuple[int, ...], path: Path, case: Case
+) -> Iterator[str]:
+    if points.shape[1] != wanted[1] or points.shape[2] < wanted[2]:
+        counts = (f"{shape[1]} joints in {shape[2]} frames" for shape in (points.shape, wanted))
+        yield "has {}, not {}".format(*counts)
+    if not np.isfinite(points).all():
+        yield "has joints that are nowhere: -1 marks a lost one"
     highest = points.max(axis=(1, 2))
     if highest[0] >= case.grid.cols or highest[1] >= case.grid.rows:
-        return [
-            f"{path.name} goes up to column {highest[0]:.1f} and row {highest[1]:.1f}: no grid of {case.grid}"
-        ]
-    return []
+        reach = f"column {highest[0]:.1f} and row {highest[1]:.1f}"
+        yield f"goes up to {reach}: no grid of {case.grid}"
+    if path.suffix == _NUMBERED and (n_files := _count_numbered(case.predictions)) > case.n_videos:
+        yield f"is one of {n_files} numbered files for {case.n_videos} clips: whose is which?"
 
 
 def score_joints(case: Case, row: Score) -> list[Score]:
@@ -47,5 +62,9 @@ def score_joints(case: Case, row: Score) -> list[Score]:
 
 
 def _find(case: Case) -> Path | None:
-    by_name = case.predictions / f"{case.video.video_id}.npy"
-    return next((path for path in (by_name, case.predictions / f"{case.number}.dat") if path.is_file()), None)
+    names = (f"{case.video.video_id}.npy", f"{case.number}{_NUMBERED}")
+    return next((path for name in names if (path := case.predictions / name).is_file()), None)
+
+
+def _count_numbered(folder: Path) -> int:
+    return sum(path.stem.isdecimal() for path in folder.glob(f"*{_NUMBERED}"))
