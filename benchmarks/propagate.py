@@ -157,7 +157,7 @@ class Dense:
 
 def _time_frames(options: argparse.Namespace) -> dict[str, object]:
     protocol, first = make_protocol(), _first_labels(options)
-    searches = ("bf16", "torch") if options.device != "cpu" else ("bf16", "faiss", "torch")
+    searches = ("torch",) if options.device != "cpu" else ("bf16", "faiss", "torch")
     sides: dict[str, Callable[[Tensor], Tensor]] = {"dense": Dense(first, protocol, options.device).step}
     for search in searches:
         sides[search] = Propagator(first, protocol, device=options.device, search=search).step

@@ -16,7 +16,7 @@ from torch import Tensor
 from cosettle_cache.affinity import in_window, unit_tokens
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.neighbors import Neighbors, merge_neighbors
-from cosettle_cache.search import KeyIndex, Keys, RoughKeys, Similarities, make_ranker
+from cosettle_cache.search import KeyIndex, Keys, RoughKeys, Similarities, make_ranker, rounding_error
 from cosettle_cache.slabs import Blocked, SearchSize, Slab, make_open_slabs, make_slabs
 from cosettle_cache.types import EvalProtocol, Grid
 
@@ -71,14 +71,15 @@ class _Part:
     """A part of the context, the first frame or the queue, in both precisions where the ranker wants that."""
 
     keys: Keys
-    rough: RoughKeys
+    rough: RoughKeys | None
 
     @property
     def n_keys(self) -> int:
         return self.keys.shape[0] * self.keys.shape[1]
 
     def cut(self, positions: slice) -> _Part:
-        return _Part(self.keys[positions], None if self.rough is None else self.rough[positions])
+        rough = self.rough and RoughKeys(self.rough.keys[positions], self.rough.error)
+        return _Part(self.keys[positions], rough)
 
 
 class ContextSearch:
@@ -114,6 +115,7 @@ class ContextSearch:
         self._queue = Queue(protocol.n_context, grid, dim, device)
         n_rough = protocol.n_context if self._ranker.rough else 0
         self._rough_queue = Queue(n_rough, grid, dim, device, torch.bfloat16)
+        self._rounding_error = 0.0
         self._n_seen = 0
 
     def step(self, tokens: Float[Tensor, "row col dim"]) -> Neighbors | None:
@@ -123,9 +125,12 @@ class ContextSearch:
         """
         self._check(tokens)
         columns = unit_tokens(tokens.to(self._device)).transpose(0, 1).contiguous()
+        if self._ranker.rough:
+            error = float(rounding_error(columns, columns.bfloat16()).max())
+            self._rounding_error = max(self._rounding_error, error)
         if self._first is None:
             keys = columns.flatten(0, 1)[:, None]
-            self._first = _Part(keys, keys.bfloat16() if self._ranker.rough else None)
+            self._first = self._part(keys, keys.bfloat16() if self._ranker.rough else keys)
             found = None
         else:
             found = self._neighbors(columns, self._first)
@@ -133,6 +138,9 @@ class ContextSearch:
             self._rough_queue.append(columns.flatten(0, 1), self._n_seen)
         self._n_seen += 1
         return found
+
+    def _part(self, keys: Keys, rough: Tensor) -> _Part:
+        return _Part(keys, RoughKeys(rough, self._rounding_error) if self._ranker.rough else None)
 
     def _neighbors(self, queries: Float32[Tensor, "col row dim"], first: _Part) -> Neighbors:
         lists = [self._in_first(queries, first)]
@@ -152,7 +160,7 @@ class ContextSearch:
         return max(0, self._protocol.n_context + 1 - self._n_seen)
 
     def _in_queue(self, queries: Float32[Tensor, "col row dim"]) -> Neighbors:
-        part = _Part(self._queue.keys, self._rough_queue.keys if self._ranker.rough else None)
+        part = self._part(self._queue.keys, self._rough_queue.keys)
         similarity, position, slot = self._rank(queries, part, self._slabs)
         return Neighbors(self._queue.frames[slot], position, similarity, similarity.isfinite().int())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from threading import Barrier
 
@@ -29,10 +30,16 @@ _PAIR_FLOATS = 2**19
 
 Queries = Float32[Tensor, "query dim"]
 Keys = Float32[Tensor, "position frame dim"]
-#: The same keys rounded to bfloat16, for rankers that are `rough`.
-RoughKeys = BFloat16[Tensor, "position frame dim"] | None
 Similarities = Float32[Tensor, "query k"]
 KeyIndex = Int64[Tensor, "query k"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoughKeys:
+    """Unit keys rounded to bfloat16, for rankers that are `rough`: no key was moved farther than `error`."""
+
+    keys: BFloat16[Tensor, "position frame dim"]
+    error: float
 
 
 Job = Callable[[Slab], tuple[Similarities, KeyIndex]]
@@ -53,7 +60,7 @@ class TorchRanker:
         return map(job, slabs)
 
     def rank(
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys = None
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
     ) -> tuple[Similarities, KeyIndex]:
         """Return the k largest dot products with keys that are not blocked, and each key's flat index.
 
@@ -103,7 +110,7 @@ class FaissRanker:
         return _faiss_threads(self.n_parallel).map(job, slabs)
 
     def rank(
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys = None
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
     ) -> tuple[Similarities, KeyIndex]:
         """See `TorchRanker.rank`; any number of threads may be inside."""
         if blocked is None:
@@ -141,10 +148,10 @@ def _faiss_knn(queries: Queries, keys: Keys, k: int) -> tuple[Similarities, KeyI
     return torch.from_numpy(values), torch.from_numpy(index)
 
 
-#: Half a unit in the last place of bfloat16: what rounding to it moves a number by at most, in its shares.
-_ROUGH = 2.0**-9
-#: Above what 768 products of unit tokens gain or lose while they are added up in float32.
-_SUMMING = 1e-4
+#: Half a unit in the last place of bfloat16: what rounding to it moves a number by at most, in shares.
+_ROUGH = 2.0**-8
+#: Twice what a number gains or loses at most when another is added to it in float32, in shares.
+_ADDITION = 2.0**-23
 
 
 class RoughRanker:
@@ -152,20 +159,18 @@ class RoughRanker:
 
     A product of unit tokens in bfloat16 is off by at most both roundings and that of the result (sums are in
     float32). A key that is no candidate has at most the last candidate's product and that bound; where the
-    k-th exact product is above, nothing is missed. Other queries look at all keys that may reach it.
+    k-th exact product is above, nothing is missed. Other queries look at all keys that may reach it. On CPUs
+    only: a GPU may add up parts in bfloat16, which the bound does not cover.
     """
 
     #: Candidates per neighbour wanted: few more queries are certified with twice as many.
     overfetch = 5
     rough = True
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
     @property
     def n_parallel(self) -> int:
-        """Slabs that are ranked side by side: as many as torch has threads, on a GPU one."""
-        return torch.get_num_threads() if self._device.type == "cpu" else 1
+        """Slabs that are ranked side by side: as many as torch has threads."""
+        return torch.get_num_threads()
 
     def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
         """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
@@ -174,14 +179,14 @@ class RoughRanker:
         return _torch_threads(self.n_parallel).map(job, slabs)
 
     def rank(
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys = None
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
     ) -> tuple[Similarities, KeyIndex]:
         """See `TorchRanker.rank`; any number of threads may be inside."""
         n_keys, n_candidates = keys.shape[0] * keys.shape[1], self.overfetch * k
         if rough is None or 4 * n_candidates > n_keys:
             return TorchRanker().rank(queries, keys, blocked, k)
         rounded = queries.bfloat16()
-        products = rounded @ rough.flatten(0, 1).T
+        products = rounded @ rough.keys.flatten(0, 1).T
         if blocked is not None:
             products.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
         candidates, index = products.topk(n_candidates)
@@ -192,13 +197,14 @@ class RoughRanker:
         index = index.gather(1, order)
         # Of a key that is no candidate the rough product is at most the last candidate's.
         last = candidates[:, -1].float()
-        uncertain = (values[:, -1] < last + _rough_error(queries, rounded, last)).nonzero()[:, 0]
+        error = _rough_error(queries, rounded, rough.error)
+        uncertain = (values[:, -1] < last + error + _ROUGH * last.abs()).nonzero()[:, 0]
         if len(uncertain) > len(queries) // 4:
             hidden = None if blocked is None else blocked[uncertain]
             again = TorchRanker().rank(queries[uncertain], keys, hidden, k)
             values[uncertain], index[uncertain] = again
         else:
-            least = values[:, -1] - _rough_error(queries, rounded, torch.ones_like(last))
+            least = values[:, -1] - error - _ROUGH
             for row in uncertain.tolist():
                 near = (products[row] >= least[row]).nonzero()[:, 0]
                 best = (keys.flatten(0, 1)[near] @ queries[row]).topk(k)
@@ -206,13 +212,18 @@ class RoughRanker:
         return values, index
 
 
+def rounding_error(tokens: Float32[Tensor, "*shape dim"], rounded: Tensor) -> Float32[Tensor, "*shape"]:
+    """Return how far tokens lie from their roundings."""
+    distance: Tensor = torch.linalg.vector_norm(tokens - rounded.float(), dim=-1)
+    return distance
+
+
 def _rough_error(
-    queries: Queries, rounded: BFloat16[Tensor, "query dim"], product: Float32[Tensor, " query"]
+    queries: Queries, rounded: BFloat16[Tensor, "query dim"], of_keys: float
 ) -> Float32[Tensor, " query"]:
-    """Return how far the product in bfloat16 with a unit key may lie from the exact one."""
-    of_queries = torch.linalg.vector_norm(queries - rounded.float(), dim=1)
-    of_keys, of_product = _ROUGH * (1 + of_queries), _ROUGH * product.abs()
-    return torch.add(of_queries + of_keys, of_product + _SUMMING)
+    """Return how far the sum of rounded products may lie from the exact one, before it is rounded itself."""
+    of_queries = rounding_error(queries, rounded)
+    return of_queries + of_keys * (1 + of_queries) + queries.shape[1] * _ADDITION
 
 
 def exact_products(queries: Queries, keys: Float32[Tensor, "key dim"], index: KeyIndex) -> Similarities:
@@ -244,7 +255,7 @@ def _torch_threads(n_threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
+def _has_fast_bfloat16(device: torch.device) -> bool:
     """Say whether a CPU multiplies bfloat16 in hardware; without, its products are slower than exact ones."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -269,9 +280,9 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
         raise UsageError(
             "faiss is not installed", hint="pip install 'cosettle-cache[cpu]', or --search torch"
         )
-    if search == "faiss" and device.type != "cpu":
-        raise UsageError("faiss searches on the CPU only", found=str(device), hint="--search torch")
-    if search == "bf16" or (search == "auto" and has_fast_bfloat16(device)):
-        return RoughRanker(device)
+    if search in ("bf16", "faiss") and device.type != "cpu":
+        raise UsageError(f"{search} searches on the CPU only", found=str(device), hint="--search torch")
+    if search == "bf16" or (search == "auto" and _has_fast_bfloat16(device)):
+        return RoughRanker()
     use_faiss = search == "faiss" or (search == "auto" and has_faiss and device.type == "cpu")
     return FaissRanker() if use_faiss else TorchRanker()

@@ -14,7 +14,15 @@ from propagation_cases import SEARCHES, clips, needs_faiss, single_thread
 from cosettle_cache.context import ContextSearch, Queue
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.protocols import make_protocol
-from cosettle_cache.search import FaissRanker, RoughRanker, TorchRanker, make_ranker
+from cosettle_cache.search import (
+    FaissRanker,
+    RoughKeys,
+    RoughRanker,
+    TorchRanker,
+    _rough_error,
+    make_ranker,
+    rounding_error,
+)
 from cosettle_cache.slabs import SLAB_COLS, SearchSize, make_open_slabs, make_slabs
 from cosettle_cache.types import Grid
 
@@ -125,7 +133,7 @@ def test_bfloat16_products_miss_nothing(spread, hidden):
     keys, queries = (torch.nn.functional.normalize(part, dim=-1) for part in (keys, queries))
     keys = keys.view(150, 20, 24)
     blocked = torch.rand(20, 150, generator=generator) < hidden if hidden else None
-    values, index = RoughRanker(CPU).rank(queries, keys, blocked, 7, keys.bfloat16())
+    values, index = RoughRanker().rank(queries, keys, blocked, 7, rounded(keys))
     expected, _ = TorchRanker().rank(queries, keys, blocked, 7)
     torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
     found = (queries[:, None] * keys.flatten(0, 1)[index]).sum(-1)
@@ -144,7 +152,7 @@ def test_a_few_uncertain_queries_look_at_all_keys_that_may_reach():
     queries = torch.cat(
         [keys[:1], torch.nn.functional.normalize(torch.randn(9, 24, generator=generator), dim=-1)]
     )
-    values, index = RoughRanker(CPU).rank(queries, keys[:, None], None, 7, keys[:, None].bfloat16())
+    values, index = RoughRanker().rank(queries, keys[:, None], None, 7, rounded(keys[:, None]))
     expected, expected_index = TorchRanker().rank(queries, keys[:, None], None, 7)
     torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
     assert set(index[0].tolist()) == set(expected_index[0].tolist())
@@ -153,7 +161,7 @@ def test_a_few_uncertain_queries_look_at_all_keys_that_may_reach():
 def test_threads_of_the_search_leave_torch_its_own():
     torch.set_num_threads(3)
     try:
-        ranker = RoughRanker(CPU)
+        ranker = RoughRanker()
         assert ranker.n_parallel == 3
         slabs = make_open_slabs(Grid(2, 30))
         number = torch.zeros(1, 1)
@@ -167,6 +175,27 @@ def test_threads_of_the_search_leave_torch_its_own():
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
+
+
+def rounded(keys):
+    return RoughKeys(keys.bfloat16(), float(rounding_error(keys, keys.bfloat16()).max()))
+
+
+def test_bfloat16_products_lie_within_the_bound():
+    # Tokens whose roundings all err to one side, as far as they can.
+    step = torch.ones(1, 64) + 2.0**-8 - 2.0**-20
+    query, key = (torch.nn.functional.normalize(step * sign, dim=-1) for sign in (1, 1))
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.cat(
+        [query, torch.nn.functional.normalize(torch.randn(200, 64, generator=generator), dim=-1)]
+    )
+    keys = torch.cat([key, queries + 0.02 * torch.randn(201, 64, generator=generator)])
+    keys = torch.nn.functional.normalize(keys, dim=-1)[:, None]
+    rough = rounded(keys)
+    product = (queries.bfloat16() @ rough.keys[:, 0].T).float()
+    error = _rough_error(queries, queries.bfloat16(), rough.error)[:, None] + 2.0**-8 * product.abs()
+    assert ((product - queries @ keys[:, 0].T).abs() <= error).all()
+    assert error.max() < 0.013
 
 
 def test_a_queue_replaces_its_oldest_frame():
@@ -235,8 +264,9 @@ def test_tokens_that_cannot_be_are_refused(search):
 def test_searches_that_cannot_run_are_refused():
     with pytest.raises(UsageError, match="no search"):
         make_ranker("annoy", CPU)
-    with pytest.raises(UsageError, match="CPU only"):
-        make_ranker("faiss", torch.device("cuda"))
+    for search in ("bf16", "faiss"):
+        with pytest.raises(UsageError, match="CPU only"):
+            make_ranker(search, torch.device("cuda"))
     assert isinstance(make_ranker("auto", torch.device("cuda")), TorchRanker)
 
 
