@@ -67,11 +67,7 @@ class TorchRanker:
         Rows with fewer than k such keys end in minus infinity. `k` is at most the number of keys.
         """
         flat = keys.flatten(0, 1)
-        scores = self._matrix(len(queries), len(flat), queries.device)
-        at_once = CPU_KEYS if queries.device.type == "cpu" else len(flat)
-        for start in range(0, len(flat), at_once):
-            part = slice(start, start + at_once)
-            torch.mm(queries, flat[part].T, out=scores[:, part])
+        scores = _fill_products(queries, flat, self._matrix(len(queries), len(flat), queries.device))
         if blocked is not None:
             scores.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
         values, index = scores.topk(k)
@@ -186,7 +182,7 @@ class RoughRanker:
         if rough is None or 4 * n_candidates > n_keys:
             return TorchRanker().rank(queries, keys, blocked, k)
         rounded = queries.bfloat16()
-        products = rounded @ rough.keys.flatten(0, 1).T
+        products = _fill_products(rounded, rough.keys.flatten(0, 1), rounded.new_empty(len(queries), n_keys))
         if blocked is not None:
             products.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
         candidates, index = products.topk(n_candidates)
@@ -210,6 +206,15 @@ class RoughRanker:
                 best = (keys.flatten(0, 1)[near] @ queries[row]).topk(k)
                 values[row], index[row] = best.values, near[best.indices]
         return values, index
+
+
+def _fill_products(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
+    """Write the dot products into `out` and return it; on a CPU a few keys at a time, which it packs anew."""
+    at_once = CPU_KEYS if queries.device.type == "cpu" else len(keys)
+    for start in range(0, len(keys), at_once):
+        part = slice(start, start + at_once)
+        torch.mm(queries, keys[part].T, out=out[:, part])
+    return out
 
 
 def rounding_error(tokens: Float32[Tensor, "*shape dim"], rounded: Tensor) -> Float32[Tensor, "*shape"]:
