@@ -15,7 +15,7 @@ from cosettle_cache.datasets.index_png import read_mask, sample_mask
 from cosettle_cache.errors import CosettleError
 from cosettle_cache.frames import Image8, iter_frames, natural_key, probe
 from cosettle_cache.kinds import RAW
-from cosettle_cache.pictures.overlays import draw_overlay
+from cosettle_cache.pictures.drawing import draw_mask
 from cosettle_cache.report.elements import data_element, element
 from cosettle_cache.report.images import data_uri, spread
 from cosettle_cache.report.marks import swatch
@@ -138,7 +138,7 @@ def _from_movie(path: Path, frames: Sequence[int]) -> Iterator[Image8]:
 def _draw(video: Video, root: Path, masks: Sequence[Path], frames: Sequence[int]) -> Iterator[Image8]:
     for image, index in zip(iter_frames(video, root, frames), frames, strict=True):
         mask, size = read_mask(masks[index]), (video.height, video.width)
-        yield draw_overlay(image, mask if mask.shape == size else sample_mask(mask, size))
+        yield draw_mask(image, mask if mask.shape == size else sample_mask(mask, size))
 
 
 def _about(n_shown: int, n_drawable: int, all_videos: Sequence[str], n_kinds: int, run: ScoreRun) -> str:
