@@ -35,6 +35,15 @@ _OUTPUT_REASONS = {
     errno.EIO: "the device reports an input/output error",
 }
 
+_MAKE_ROOM = "free some space and run the same command again; finished slots are kept"
+_OUTPUT_HINTS = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: "raise the limit (ulimit -f), or choose another output folder",
+    errno.ENOENT: "bring the folder back, or choose another one",
+    errno.EIO: "check the device; what was finished before is kept",
+}
+
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
@@ -45,9 +54,7 @@ def output_errors(path: Path) -> Iterator[None]:
         reason = _OUTPUT_REASONS.get(error.errno or 0)
         if reason is None:
             raise
-        hint = "free some space and run the same command again; finished slots are kept"
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            hint = "choose another output folder or change its permissions"
+        hint = _OUTPUT_HINTS.get(error.errno or 0, "choose another output folder or change its permissions")
         raise OutputError(f"{path} cannot be written: {reason}", hint=hint) from error
 
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -18,7 +19,9 @@ from PIL import Image
 
 from cosettle_cache.backbones import Backbone, load_backbone
 from cosettle_cache.cli import run_command
+from cosettle_cache.cli.jobs import PlanSummary, note_plan
 from cosettle_cache.config import FramesSettings, PairsSettings
+from cosettle_cache.console import Talk
 from cosettle_cache.errors import FingerprintError
 from cosettle_cache.extract import ExtractReport, extract, make_fingerprint
 from cosettle_cache.frames import read_frame
@@ -274,3 +277,13 @@ def test_a_full_disk_loses_nothing(clips: Path, tmp_path: Path, capsys: pytest.C
         assert tree(disk / "s.zarr") == tree(tmp_path / "straight.zarr")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_store_that_will_not_fit_is_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "s.zarr")
+    small = PlanSummary("mae_b", "pairs", 1, 3, ("14x14",), "float16", "none", 1, (3,), 10**12, 10**9, out)
+    note_plan(small, Talk(quiet=True))
+    assert "will not fit: 1.00 TB wanted, 1.0 GB free" in capsys.readouterr().err
+    note_plan(replace(small, bytes_free=10**13), Talk(quiet=True))
+    note_plan(replace(small, out=str(tmp_path)), Talk(quiet=True))
+    assert not capsys.readouterr().err

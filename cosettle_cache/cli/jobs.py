@@ -123,6 +123,10 @@ def note_plan(summary: PlanSummary, talk: Talk) -> None:
         f"{summary.out}: {summary.plan} plan, {summary.videos} videos, {summary.encodings} encodings of "
         f"{' and '.join(summary.grids)} tokens in {summary.slots} slots, {human_bytes(summary.bytes)}{free}"
     )
+    room = summary.bytes_free
+    if room is not None and room < summary.bytes and not Path(summary.out).exists():
+        sizes = f"{human_bytes(summary.bytes)} wanted, {human_bytes(room)} free"
+        talk.warn(f"{summary.out} will not fit: {sizes}")
 
 
 def run_job(job: StoreJob, talk: Talk) -> ExtractReport:
