@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 import zlib
 from pathlib import Path
 
@@ -108,10 +109,17 @@ def test_the_page_holds_raw_and_projected_side_by_side(made: Made, tmp_path: Pat
     assert "mine: 0.0" in page.text and f"Later frame of {EVIL}" in str(page.attributes)
 
 
-def test_a_video_without_frames_is_named_on_the_page(made: Made, tmp_path: Path) -> None:
-    page = explorer(made, tmp_path / "r.html", "--data-root", tmp_path)
+def test_a_video_without_frames_is_named_and_the_rest_is_there(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(made.data_root, tmp_path / "data"))
+    shutil.rmtree(root / "DAVIS/JPEGImages/480p" / EVIL)
+    where = ["--features", made.store, "--data-root", root, "--out", tmp_path / "r.html"]
+    assert run_command(list(map(str, ["report", made.scored, *where]))) == 4
+    assert EVIL in capsys.readouterr().err
+    page = Page((tmp_path / "r.html").read_text())
     assert f"{EVIL}: " in page.text and "does not exist" in page.text
-    assert "data-explorer-0" not in page.documents
+    assert "data-explorer-0" not in page.documents and "data-explorer-1" in page.documents
 
 
 @pytest.mark.parametrize(
@@ -123,6 +131,7 @@ def test_a_video_without_frames_is_named_on_the_page(made: Made, tmp_path: Path)
         ("--features STORE --data-root . --projection P --projection P", 2, "names of their own"),
         ("--features STORE --data-root nowhere", 3, "is not a folder"),
         ("--features STORE", 2, "--data-root FOLDER"),
+        ("--out .", 2, "is a folder"),
         ("--features nowhere.zarr", 3, "nowhere.zarr"),
     ],
 )

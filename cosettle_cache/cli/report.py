@@ -20,14 +20,16 @@ from cosettle_cache.cli.options import (
     open_features,
 )
 from cosettle_cache.console import Talk, human_bytes
-from cosettle_cache.errors import ExitCode, UsageError
+from cosettle_cache.errors import ExitCode, UncleanError, UsageError
 
 if TYPE_CHECKING:
     from cosettle_cache.report import Media, Runs, Tokens
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of propagate and train.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of propagate, track, train, analyze.")
+    ],
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
     features: Annotated[
         str | None, typer.Option(help="Frames store, local or at a URL: adds the affinity explorer.")
@@ -49,6 +51,8 @@ def report(
     from cosettle_cache.report import Limits, make_report, read_runs, write_report
 
     talk = Talk(quiet=quiet)
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", wanted="a file, as report.html")
     found = read_runs(name_folders(_different(runs)))
     media, tokens = _explored(features, projection or [], data_root)
     described = _described(found)
@@ -57,11 +61,14 @@ def report(
         talk.result(json.dumps(document, indent=2))
         return int(ExitCode.DONE)
     title = f"Report: {_some(list(described))}"
-    n_bytes = write_report(out, make_report(found, media, tokens, Limits(videos, max_frames), title))
+    made = make_report(found, media, tokens, Limits(videos, max_frames), title)
+    n_bytes = write_report(out, made)
     if as_json:
-        talk.result(json.dumps({**document, "bytes": n_bytes}, indent=2))
+        talk.result(json.dumps({**document, "bytes": n_bytes, "failures": made.failures}, indent=2))
     else:
         talk.result(f"{out}: {human_bytes(n_bytes)}")
+    if made.failures:
+        raise UncleanError("some pictures are missing from the report", details=made.failures)
     return int(ExitCode.DONE)
 
 

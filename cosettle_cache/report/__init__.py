@@ -6,15 +6,13 @@ everything inside goes out. Sections appear where their data are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree.ElementTree import Element
 
 from cosettle_cache.files import make_folder, write_durably
 from cosettle_cache.report.curves import curves_section
 from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
-from cosettle_cache.report.media import Media
+from cosettle_cache.report.media import Media, Shown
 from cosettle_cache.report.overlays import overlay_section
 from cosettle_cache.report.page import assemble, encode
 from cosettle_cache.report.plane import plane_section
@@ -43,28 +41,38 @@ class Limits:
     max_frames: int = 24
 
 
-def make_report(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits, title: str) -> str:
-    """Return the page's text; with `tokens`, whose frames are in `media`, it has an affinity explorer."""
-    return assemble(title, _sections(runs, media, tokens, limits))
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The page, and the videos that it could not show, with reasons."""
+
+    text: str
+    failures: tuple[str, ...]
 
 
-def write_report(path: Path, text: str) -> int:
+def make_report(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits, title: str) -> Report:
+    """Return the page; with `tokens`, whose frames are in `media`, it has an affinity explorer."""
+    shown = _sections(runs, media, tokens, limits)
+    sections = [item.section for item in shown if item.section is not None]
+    return Report(assemble(title, sections), tuple(text for item in shown for text in item.failures))
+
+
+def write_report(path: Path, report: Report) -> int:
     """Write the page; return its size in bytes. Raises `OutputError` when it cannot be written."""
-    data = encode(text)
+    data = encode(report.text)
     make_folder(path.parent)
     write_durably(path, [data])
     return len(data)
 
 
-def _sections(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits) -> Sequence[Element]:
+def _sections(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits) -> list[Shown]:
     scored = [run for run in runs.scored if run.scores]
-    found: list[Element | None] = [overview_section(scored)] if len(scored) > 1 else []
+    shown = [Shown(overview_section(scored))] if len(scored) > 1 else []
     for number, run in enumerate(runs.scored):
-        found.append(score_section(run, number))
-        found.append(overlay_section(run, number, media, limits.n_videos, limits.max_frames))
+        shown.append(Shown(score_section(run, number)))
+        shown.append(overlay_section(run, number, media, limits.n_videos, limits.max_frames))
     if tokens is not None:
-        found.append(explorer_section(tokens, media, scored, limits.n_videos, limits.max_frames))
-    found.append(plane_section(runs.analyzed))
-    found += [curves_section(run, number) for number, run in enumerate(runs.trained)]
-    found.append(provenance_section(runs, tokens.provenance() if tokens else {}))
-    return [section for section in found if section is not None]
+        shown.append(explorer_section(tokens, media, scored, limits.n_videos, limits.max_frames))
+    shown.append(Shown(plane_section(runs.analyzed)))
+    shown += [Shown(curves_section(run, number)) for number, run in enumerate(runs.trained)]
+    shown.append(Shown(provenance_section(runs, tokens.provenance() if tokens else {})))
+    return shown

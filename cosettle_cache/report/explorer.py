@@ -24,7 +24,7 @@ from cosettle_cache.report.elements import data_element, element
 from cosettle_cache.report.explored import STEP, TOP_K, Explored, ExploredKind, affordable_frames, explore
 from cosettle_cache.report.images import data_uri
 from cosettle_cache.report.marks import swatch
-from cosettle_cache.report.media import Media
+from cosettle_cache.report.media import Media, Shown
 from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.report.slider import slider
 from cosettle_cache.store import FeatureStore
@@ -78,11 +78,8 @@ def make_tokens(store: FeatureStore, projections: Sequence[tuple[str, Projection
 
 def explorer_section(
     tokens: Tokens, media: Media, runs: Sequence[ScoreRun], n_videos: int, max_frames: int
-) -> Element | None:
-    """Return the explorer of up to `n_videos` videos, those of `runs` first; None for none.
-
-    A video whose tokens or frames cannot be read is named on the page.
-    """
+) -> Shown:
+    """Return the explorer of up to `n_videos` videos, those of `runs` first, and which could not be read."""
     present = tokens.store.video_ids
     scored = (score.video_id for run in runs for score in run.scores)
     ordered = list(dict.fromkeys([*(name for name in scored if name in present), *present]))
@@ -96,8 +93,8 @@ def explorer_section(
         except CosettleError as error:
             failed.append(f"{video_id}: {error.summary}")
     if not figures and not failed:
-        return None
-    return element(
+        return Shown(None)
+    section = element(
         "section",
         element("h2", "Affinity explorer"),
         element("p", _about(len(figures), len(ordered), tokens.store.fingerprint.backbone), class_="about"),
@@ -105,6 +102,7 @@ def explorer_section(
         *figures,
         id="explorer",
     )
+    return Shown(section, tuple(failed))
 
 
 def _about(n_shown: int, n_videos: int, backbone: str) -> str:

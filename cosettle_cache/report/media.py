@@ -1,10 +1,11 @@
-"""Where the frames of a report's pictures are."""
+"""Where the frames of a report's pictures are, and what came of showing them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 from cosettle_cache.types import Video
 
@@ -15,3 +16,11 @@ class Media:
 
     videos: Mapping[str, Video]
     root: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A section, if there is something to show, and the videos that could not be shown, with reasons."""
+
+    section: Element | None
+    failures: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from cosettle_cache.pictures.drawing import draw_mask
 from cosettle_cache.report.elements import data_element, element
 from cosettle_cache.report.images import data_uri, spread
 from cosettle_cache.report.marks import swatch
-from cosettle_cache.report.media import Media
+from cosettle_cache.report.media import Media, Shown
 from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.report.slider import slider
 from cosettle_cache.types import Video
@@ -40,20 +40,15 @@ class Overlay:
     pictures: Mapping[str, tuple[str, ...]]
 
 
-def overlay_section(
-    run: ScoreRun, number: int, media: Media, n_videos: int, max_frames: int
-) -> Element | None:
-    """Return the overlays of up to `n_videos` videos, `max_frames` of each; None where there are none.
-
-    A video whose pictures cannot be read is named on the page.
-    """
+def overlay_section(run: ScoreRun, number: int, media: Media, n_videos: int, max_frames: int) -> Shown:
+    """Return the overlays of up to `n_videos` videos, `max_frames` of each, and which could not be read."""
     kinds = _kinds(run)
     known = _drawable(run, kinds, media)
     if not known or not n_videos or not kinds:
-        return None
+        return Shown(None)
     shown, failed = _read(run, kinds, known[:n_videos], media, max_frames)
     figures = [_figure(overlay, kinds, f"overlay-{number}-{index}") for index, overlay in enumerate(shown)]
-    return element(
+    section = element(
         "section",
         element("h2", "Pictures: ", element("span", run.name, class_="name")),
         element("p", _about(len(shown), len(known), _all_videos(run), len(kinds), run), class_="about"),
@@ -61,6 +56,7 @@ def overlay_section(
         *figures,
         id=f"overlays-{number}",
     )
+    return Shown(section, tuple(failed))
 
 
 def _kinds(run: ScoreRun) -> list[str]:

@@ -118,8 +118,10 @@ def _check_run(folder: Path) -> None:
         raise InputError(f"{folder} is not a folder", wanted="the folder of a run")
     if holds_run(folder):
         return
-    inside = [item for item in _entries(folder) if item.is_dir() and holds_run(item)]
-    hint = f"cosettle-cache report {' '.join(map(str, inside[:_LISTED]))}" if inside else None
+    inside = [
+        item for deep in ("*", "*/*") for item in folder.glob(deep) if item.is_dir() and holds_run(item)
+    ]
+    hint = f"cosettle-cache report {' '.join(map(str, sorted(inside)[:_LISTED]))}" if inside else None
     if (folder / "progress").is_dir():
         hint = "propagate has not finished here: run it again, it goes on where it was"
     if (folder / "projection.safetensors").is_file():
