@@ -137,6 +137,35 @@ class TrackSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeSettings:
+    """What the tasks of `probe` are measured with; docs/probe.md says what each means.
+
+    `split` restricts the videos, `official` learns from the split train and asks about test; otherwise there
+    are `folds` stratified folds for each of `seeds` seeds. Classes of fewer than `min_videos` videos are left
+    out. `unit` gives every token length one before the mean. `neighbors` vote with weight
+    exp(cosine / `temperature`) (DINO's k-NN). `penalties` are inverse strengths of the L2 penalty. `n_frames`
+    vectors of a video are joined for the order of frames (0: as many as all videos have, at most 8), in
+    `pairs` of classes or, without any, forwards against reversed. `bundle` names the split of the frame
+    labels, `background` the classes that make no segment, `max_frames` how many frames a probe learns from.
+    """
+
+    split: str = ""
+    official: bool = False
+    folds: int = 5
+    seeds: int = 5
+    min_videos: int = 1
+    unit: bool = False
+    neighbors: int = 20
+    temperature: float = 0.07
+    penalties: tuple[float, ...] = (1.0,)
+    n_frames: int = 0
+    pairs: tuple[tuple[str, str], ...] = ()
+    bundle: str = "split1"
+    background: tuple[str, ...] = ()
+    max_frames: int = 50_000
+
+
+@dataclass(frozen=True, slots=True)
 class SpritesSettings:
     """The built-in clips: how many of each split, how long, and their size in pixels."""
 
@@ -168,9 +197,9 @@ def settings_json(
     return asdict(settings)
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that can move a number."""
-    return {name: _version(name) for name in VERSIONED_PACKAGES}
+def package_versions(*others: str) -> dict[str, str]:
+    """Return the versions of the packages that can move a number, and of `others`."""
+    return {name: _version(name) for name in (*VERSIONED_PACKAGES, *others)}
 
 
 def _version(name: str) -> str:

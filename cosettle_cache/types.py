@@ -349,3 +349,48 @@ class Score:
     def jf_mean(self) -> float | None:
         """Mean of J and F, the main figure of DAVIS."""
         return None if self.j_mean is None or self.f_mean is None else (self.j_mean + self.f_mean) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeScore:
+    """One figure of one task that frozen vectors were put to, for one kind of tokens.
+
+    `metric` names the figure: a share from 0 to 1. `std` is its standard deviation over folds and seeds, or
+    over the cases of a mean; None where neither is. `case` is one pair of classes; empty for the task as a
+    whole. `n_videos` were asked about. Provenance fields repeat in every row on purpose; `labels_digest`
+    identifies the classes and splits that were used, `manifest_digest` the store's videos.
+    """
+
+    task: str
+    dataset: str
+    tokens: str
+    case: str
+    metric: str
+    value: float
+    std: float | None
+    n_videos: int
+    n_classes: int
+    protocol_json: str
+    labels_digest: str
+    manifest_digest: str
+    backbone: str
+    weights_sha256: str
+    projection_sha256: str
+    versions_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeAnswer:
+    """What a task said about one video, for one kind of tokens.
+
+    `value` is the query's average precision (retrieval), the share of its answers that were right (knn,
+    linear), or the share of its frames (segments); `predicted` is the class of the nearest video or of most
+    answers.
+    """
+
+    task: str
+    tokens: str
+    video_id: str
+    class_name: str
+    predicted: str
+    value: float

@@ -13,8 +13,10 @@ from cosettle_cache.cli import (
     analyze,
     backbones,
     demo,
+    export,
     extract,
     manifest,
+    probe,
     projection,
     propagate,
     protocols,
@@ -49,6 +51,8 @@ STORY = (
     "score",
     "analyze",
     "report",
+    "probe",
+    "export",
     "projection",
     "store",
     "run",
@@ -84,6 +88,8 @@ app.command()(exits(track.track))
 app.command()(exits(score.score))
 app.command()(exits(analyze.analyze))
 app.command()(exits(report.report))
+app.command()(exits(probe.probe))
+app.add_typer(export.app, name="export")
 app.add_typer(projection.app, name="projection")
 app.add_typer(store.app, name="store")
 app.command()(exits(run.run))

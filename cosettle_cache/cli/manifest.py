@@ -27,14 +27,17 @@ ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="Parquet 
 @exits
 def build(
     dataset: Annotated[
-        str, typer.Argument(help="davis, vip, jhmdb, masks, kinetics, folder, tapvid or sprites.")
+        str,
+        typer.Argument(
+            help="davis, vip, jhmdb, masks, kinetics, classes, ucf101, hmdb51, folder, tapvid or sprites."
+        ),
     ],
     folder: Annotated[
         Path | None, typer.Argument(help="The dataset's folder; relative to the data root.")
     ] = None,
     data_root: DataRoot = None,
     out: Annotated[Path | None, typer.Option(help="File to write; default DATASET.parquet.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split; default val where there are any.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split; default val (1 of ucf101, hmdb51).")] = None,
     listed: Annotated[
         Path | None, typer.Option("--list", help="Only the videos of this list or manifest, in its order.")
     ] = None,

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cosettle_cache.datasets.build import BuildResult
+from cosettle_cache.datasets.classes import (
+    build_classes_manifest,
+    build_hmdb51_manifest,
+    build_ucf101_manifest,
+)
 from cosettle_cache.datasets.davis import DavisSequence, build_davis_manifest, open_sequence
 from cosettle_cache.datasets.folder import build_folder_manifest
 from cosettle_cache.datasets.jhmdb import JointSequence, build_jhmdb_manifest, open_joints
@@ -38,6 +43,9 @@ BUILDERS: dict[str, Callable[..., BuildResult]] = {
     "jhmdb": build_jhmdb_manifest,
     "masks": build_masks_manifest,
     "kinetics": build_kinetics_manifest,
+    "classes": build_classes_manifest,
+    "ucf101": build_ucf101_manifest,
+    "hmdb51": build_hmdb51_manifest,
     "folder": build_folder_manifest,
     "sprites": build_sprites_manifest,
     "tapvid": build_tapvid_manifest,
