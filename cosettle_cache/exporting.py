@@ -32,7 +32,7 @@ REPORT_FILE = "export.json"
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """What is written for one kind of tokens: a file name per video, and how vectors are made and laid out.
+    """What is written: a file name per video, how long it is, and how vectors are made and laid out.
 
     `axes` is the order in .npy and HDF5: `dim-frame` is what FACT (for Breakfast) and MS-TCN expect. `repeat`
     writes every vector as often as the store skips frames, so that there is one per frame of the video.
@@ -40,6 +40,7 @@ class ExportPlan:
 
     store: FeatureStore
     names: Mapping[str, str]
+    n_frames: Mapping[str, int]
     format: str
     axes: str = AXES[0]
     unit: bool = False
@@ -87,8 +88,7 @@ def plan_export(
     when two videos would share a file.
     """
     check_frames_plan(store, "export frames")
-    check_format(format)
-    Target(Path(), 1, axes)
+    check_format(format, axes)
     names = {video_id: flat_name(video_id) for video_id in store.video_ids}
     shared = [name for name, count in Counter(names.values()).items() if count > 1]
     if shared:
@@ -96,7 +96,8 @@ def plan_export(
         raise InputError(f"two videos would be called {shared[0]}", found=found)
     if not names:
         raise InputError(f"{store.path} holds no complete video", hint="run the same extract command again")
-    return ExportPlan(store, names, format, axes, unit, repeat)
+    n_frames = {video.video_id: video.n_frames for video in store.manifest}
+    return ExportPlan(store, names, n_frames, format, axes, unit, repeat)
 
 
 def export_frames(
@@ -141,7 +142,7 @@ def _vectors(plan: ExportPlan, pooler: FramePooler, video_id: str) -> VideoVecto
     (vectors,) = pooler.pool(video_id)
     frames = np.arange(len(vectors), dtype=np.int64) * plan.every
     if plan.repeat:
-        n_frames = next(video.n_frames for video in plan.store.manifest if video.video_id == video_id)
+        n_frames = plan.n_frames[video_id]
         vectors = np.repeat(vectors, plan.every, axis=0)[:n_frames]
         frames = np.arange(n_frames, dtype=np.int64)
     return VideoVectors(video_id, plan.names[video_id], vectors, frames)

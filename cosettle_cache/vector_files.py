@@ -49,10 +49,6 @@ class Target:
     axes: str = AXES[0]
     provenance: Mapping[str, str] | None = None
 
-    def __post_init__(self) -> None:
-        if self.axes not in AXES:
-            raise UsageError(f"there is no order of axes {self.axes!r}", wanted=" or ".join(AXES))
-
     def arrange(self, vectors: Float32[np.ndarray, "frame dim"]) -> Float32[np.ndarray, "_ _"]:
         """Return the array as the file has it."""
         return np.ascontiguousarray(vectors.T if self.axes == "dim-frame" else vectors)
@@ -126,8 +122,10 @@ _WRITERS: Mapping[str, Callable[[Target], AbstractContextManager[Add]]] = {
 FORMATS = tuple(_WRITERS)
 
 
-def check_format(format: str) -> None:
-    """Raise `UsageError` for an unknown format, and for HDF5 where h5py is not installed."""
+def check_format(format: str, axes: str = AXES[0]) -> None:
+    """Raise `UsageError` for an unknown format or order of axes, and for HDF5 without h5py."""
+    if axes not in AXES:
+        raise UsageError(f"there is no order of axes {axes!r}", wanted=" or ".join(AXES), found=axes)
     if format not in _WRITERS:
         raise UsageError(f"there is no format {format!r}", wanted=", ".join(FORMATS), found=format)
     if format == "hdf5" and importlib.util.find_spec("h5py") is None:
@@ -136,5 +134,5 @@ def check_format(format: str) -> None:
 
 def open_writer(format: str, target: Target) -> AbstractContextManager[Add]:
     """Give a function that writes one more video; see `check_format` for the errors."""
-    check_format(format)
+    check_format(format, target.axes)
     return _WRITERS[format](target)

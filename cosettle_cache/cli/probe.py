@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cosettle_cache.cli.heads import load_heads
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     CacheDir,
@@ -28,6 +29,7 @@ from cosettle_cache.errors import ExitCode, UncleanError, UsageError
 
 if TYPE_CHECKING:
     from cosettle_cache.probe import ProbePlan, ProbeReport
+    from cosettle_cache.projection import Projection
     from cosettle_cache.store import FeatureStore
 
 _DEFAULT = ProbeSettings()
@@ -122,11 +124,12 @@ def probe(
     store = open_features(features, cache_dir, cache_size)
     plan = _plan(store, _tasks(task, labels), settings, manifest, labels)
     folder = out or Path("runs") / f"{store_title(store.path)}-probe"
+    heads = load_heads(projection or (), store)
     if dry_run:
-        heads = [str(path) for path in projection or ()]
-        talk.result(json.dumps({"out": str(folder), **plan.to_json(), "projections": heads}, indent=2))
+        names = [name for name, _ in heads]
+        talk.result(json.dumps({"out": str(folder), **plan.to_json(), "projections": names}, indent=2))
         return int(ExitCode.DONE)
-    return _run(plan, projection or (), folder, search.value, pick_device(device), talk, as_json)
+    return _run(plan, heads, folder, search.value, pick_device(device), talk, as_json)
 
 
 def _tasks(tasks: Sequence[Task] | None, labels: Path | None) -> list[str]:
@@ -171,19 +174,17 @@ def _plan(
 
 def _run(
     plan: ProbePlan,
-    projections: Sequence[Path],
+    heads: Sequence[tuple[str, Projection]],
     folder: Path,
     search: str,
     device: str,
     talk: Talk,
     as_json: bool,
 ) -> int:
-    from cosettle_cache.cli.heads import load_heads
     from cosettle_cache.probe import run_probe
     from cosettle_cache.probe_results import remove_probe, write_probe
 
     left_out = dict(plan.labelled.left_out) if plan.labelled else {}
-    heads = load_heads(projections, plan.store)
     _say_left_out(left_out, talk)
     remove_probe(folder)
     report = run_probe(plan, projections=heads, search=search, device=device, progress=talk.progress("read"))
@@ -210,5 +211,7 @@ def _print(report: ProbeReport, left_out: Mapping[str, str], folder: Path, talk:
         talk.result(json.dumps(summary_json(report.scores, left_out, report.failures), indent=2))
         return
     for title, header, rows in probe_tables(report.scores):
-        talk.table(title, header, rows)
+        # Above the table, because a title is folded to its width.
+        talk.result(title)
+        talk.table("", header, rows)
     talk.result(f"rows, answers and summary: {folder}")

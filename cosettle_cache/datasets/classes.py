@@ -6,7 +6,7 @@ the class and, for the two benchmarks, the split. Clips are video files or folde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -33,7 +33,7 @@ def build_classes_manifest(
     A clip that lies in `root` itself has no class and counts as a failure.
     """
     source = Source("classes", split, root, data_root)
-    clips = choose(list(_class_clips(root, root)), names, root)
+    clips = choose(list(_class_clips(find_media(root), root)), names, root)
     return build(clips, source, lambda clip: _of_a_class(clip, source))
 
 
@@ -59,8 +59,19 @@ def build_hmdb51_manifest(
     return _build(_Benchmark("hmdb51", _read_hmdb_lists), root, data_root, split, names)
 
 
-#: Reads a folder of lists: number of the split to (part by key), None where the folder holds no such lists.
-_Reader = Callable[[Path, str], dict[str, str] | None]
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A line of a list: the clip as it is spelled there, and its part of the split."""
+
+    name: str
+    part: str
+
+
+#: Entries by key of a clip.
+_Parts = Mapping[str, _Entry]
+
+#: Reads split number N from a folder of lists; None where the folder holds no such lists.
+_Reader = Callable[[Path, str], _Parts | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +91,16 @@ def _build(
             f"{root} holds no {benchmark.name} lists", wanted=f"in it {', '.join(_LIST_FOLDERS)}"
         )
     source = Source(benchmark.name, f"split{number}" if parts else "", root, data_root)
-    clips = list(_class_clips(classes, classes))
-    missing = [] if names else list(_missing(parts or {}, clips, classes))
-    return build(
-        choose(clips, names, classes) + missing,
-        source,
-        lambda clip: replace(_of_a_class(clip, source), split=(parts or {}).get(_key(clip.video_id), "")),
-    )
+    media = [path for path in find_media(classes) if path.name not in _LIST_FOLDERS]
+    clips = list(_class_clips(media, classes))
+    listed = parts or {}
+    missing = [] if names else list(_missing(listed, clips, classes))
+
+    def make_video(clip: Clip) -> Video:
+        video, entry = _of_a_class(clip, source), listed.get(_key(clip.video_id))
+        return replace(video, split=entry.part if entry else "")
+
+    return build(choose(clips, names, classes) + missing, source, make_video)
 
 
 def _number(split: str | None) -> str:
@@ -96,9 +110,8 @@ def _number(split: str | None) -> str:
     return number
 
 
-def _class_clips(folder: Path, root: Path) -> Iterator[Clip]:
-    media = [path for path in find_media(folder) if path.parent.name not in _LIST_FOLDERS]
-    for clip in name_clips((path for path in media if path.name not in _LIST_FOLDERS), root):
+def _class_clips(media: Iterable[Path], root: Path) -> Iterator[Clip]:
+    for clip in name_clips(media, root):
         class_name = clip.path.parent.name if clip.path.parent not in (root, root.parent) else None
         yield replace(clip, class_name=class_name)
 
@@ -118,7 +131,7 @@ def _key(name: str) -> str:
     return (str(path.with_suffix("")) if path.suffix.lower() in VIDEO_SUFFIXES else name).lower()
 
 
-def _parts(benchmark: _Benchmark, root: Path, classes: Path, number: str) -> Mapping[str, str] | None:
+def _parts(benchmark: _Benchmark, root: Path, classes: Path, number: str) -> _Parts | None:
     for place in dict.fromkeys((root, classes, root.parent)):
         for folder in (place, *(place / name for name in _LIST_FOLDERS)):
             found = benchmark.read_lists(folder, number) if folder.is_dir() else None
@@ -127,33 +140,33 @@ def _parts(benchmark: _Benchmark, root: Path, classes: Path, number: str) -> Map
     return None
 
 
-def _missing(parts: Mapping[str, str], clips: Sequence[Clip], classes: Path) -> Iterator[Clip]:
+def _missing(parts: _Parts, clips: Sequence[Clip], classes: Path) -> Iterator[Clip]:
     present = {_key(clip.video_id) for clip in clips}
-    return (Clip(key, classes / key) for key in parts if key not in present)
+    return (Clip(entry.name, classes / entry.name) for key, entry in parts.items() if key not in present)
 
 
-def _read_ucf_lists(folder: Path, number: str) -> dict[str, str] | None:
+def _read_ucf_lists(folder: Path, number: str) -> _Parts | None:
     paths = {part: folder / f"{part}list0{number}.txt" for part in ("train", "test")}
     if not all(path.is_file() for path in paths.values()):
         return None
-    return {
-        _key(line.split()[0]): part
-        for part, path in paths.items()
-        for line in path.read_text().splitlines()
-        if line.strip()
-    }
+    lines = ((line, part) for part, path in paths.items() for line in path.read_text().splitlines())
+    return _by_key(_Entry(line.split()[0], part) for line, part in lines if line.strip())
 
 
-def _read_hmdb_lists(folder: Path, number: str) -> dict[str, str] | None:
+def _read_hmdb_lists(folder: Path, number: str) -> _Parts | None:
     suffix = f"_test_split{number}.txt"
     lists = [path for path in entries(folder) if path.name.endswith(suffix)]
     if not lists:
         return None
-    return {
-        _key(f"{path.name.removesuffix(suffix)}/{name}"): part
+    return _by_key(
+        _Entry(f"{path.name.removesuffix(suffix)}/{name}", part)
         for path in lists
         for name, part in _hmdb_lines(path)
-    }
+    )
+
+
+def _by_key(entries: Iterable[_Entry]) -> dict[str, _Entry]:
+    return {_key(entry.name): entry for entry in entries}
 
 
 def _hmdb_lines(path: Path) -> Iterator[tuple[str, str]]:

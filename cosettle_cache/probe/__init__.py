@@ -74,13 +74,9 @@ class ProbePlan:
 
     @property
     def incomplete(self) -> dict[str, str]:
-        """By id why videos of the store cannot be read: they failed, or are not extracted yet."""
-        present = set(self.store.video_ids)
-        return {
-            video.video_id: self.store.failures.get(video.video_id, "not extracted yet")
-            for video in self.store.manifest
-            if video.video_id not in present
-        }
+        """By id why the store lacks videos that would take part: they failed, or are not extracted yet."""
+        missing = dict(self.labelled.missing) if self.labelled else {}
+        return missing | (dict(self.segments.missing) if self.segments else {})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""

@@ -55,7 +55,7 @@ def check_order(task: VideoTask, lengths: Mapping[str, int]) -> None:
             f"{n_short} videos have too few frames to speak of their order",
             wanted=f"{max(n_frames, 2)} stored frames of each",
             found=f"{min(lengths.values())} in the shortest",
-            hint="a smaller --frames, or a store with more of its frames (extract --every)",
+            hint="a smaller --frames, a store with more frames (extract --every), or --task linear alone",
         )
     sizes = class_sizes(task.labelled)
     for name in (name for pair in task.settings.pairs for name in pair):

@@ -7,7 +7,7 @@ videos, and the segmental metrics of its answers on the test videos go out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -18,6 +18,7 @@ from cosettle_cache.datasets.frame_labels import FrameLabels, flat_name
 from cosettle_cache.errors import InputError
 from cosettle_cache.metrics.segments import OVERLAPS, SegmentCounts, count_segments
 from cosettle_cache.probe.outcome import Figure, Outcome, VideoAnswer
+from cosettle_cache.probe.selection import missing_videos
 from cosettle_cache.probe.video_tasks import convergence_warnings
 from cosettle_cache.store import FeatureStore
 
@@ -31,7 +32,10 @@ FrameClasses = Int64[np.ndarray, "_"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentPlan:
-    """Videos to learn from and to be asked about, and their labels; one frame in `every` is stored."""
+    """Videos to learn from and to be asked about, and their labels; one frame in `every` is stored.
+
+    `missing` are videos of either part that the store has no tokens of.
+    """
 
     train: tuple[str, ...]
     test: tuple[str, ...]
@@ -39,6 +43,7 @@ class SegmentPlan:
     labels: FrameLabels
     every: int
     settings: ProbeSettings
+    missing: Mapping[str, str]
 
     @property
     def video_ids(self) -> tuple[str, ...]:
@@ -56,7 +61,7 @@ class SegmentPlan:
         train, test = (tuple(name for name in part if name not in failed) for part in (self.train, self.test))
         if not train or not test:
             raise InputError("no readable video is left to learn from, or to be asked about")
-        return SegmentPlan(train, test, self.truth, self.labels, self.every, self.settings)
+        return replace(self, train=train, test=test)
 
 
 def plan_segments(store: FeatureStore, labels: FrameLabels, settings: ProbeSettings) -> SegmentPlan:
@@ -64,11 +69,13 @@ def plan_segments(store: FeatureStore, labels: FrameLabels, settings: ProbeSetti
 
     Raises `InputError` for a part without a video in the store and for labels of another frame rate.
     """
-    present = {video.video_id: video for video in store.manifest if video.video_id in set(store.video_ids)}
-    parts = []
+    complete = set(store.video_ids)
+    present = {video.video_id: video for video in store.manifest if video.video_id in complete}
+    parts, listed = [], []
     for part in ("train", "test"):
         wanted = labels.bundle(part, settings.bundle)
         parts.append(tuple(name for name in present if flat_name(name) in wanted))
+        listed += [video.video_id for video in store.manifest if flat_name(video.video_id) in wanted]
         if not parts[-1]:
             raise InputError(
                 f"{store.path} holds no video of {part}.{settings.bundle}",
@@ -77,7 +84,8 @@ def plan_segments(store: FeatureStore, labels: FrameLabels, settings: ProbeSetti
             )
     truth = {name: _read(labels, name, present[name].n_frames) for part in parts for name in part}
     every = int(store.fingerprint.plan["every"])
-    return SegmentPlan(parts[0], parts[1], truth, labels, every, settings)
+    missing = missing_videos(store, listed)
+    return SegmentPlan(parts[0], parts[1], truth, labels, every, settings, missing)
 
 
 def _read(labels: FrameLabels, video_id: str, n_frames: int) -> FrameClasses:

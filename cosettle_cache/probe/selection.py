@@ -7,8 +7,8 @@ out go labelled videos, and reasons for those that are left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Int64
@@ -27,10 +27,14 @@ TRAIN, TEST = ("train",), ("test", "val")
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Videos with a class, in manifest order, and by id why others are left out."""
+    """Videos with a class, in manifest order, and by id why others are left out.
+
+    `missing` are videos that would take part if the store had their tokens.
+    """
 
     videos: tuple[Video, ...]
     left_out: Mapping[str, str]
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -86,8 +90,8 @@ def select_videos(store: FeatureStore, settings: ProbeSettings, manifest: Manife
     """
     known = {video.video_id: video for video in manifest or store.manifest}
     present = set(store.video_ids)
-    rows = [known[video.video_id] for video in store.manifest if video.video_id in known]
-    rows = [video for video in rows if video.video_id in present]
+    listed = [known[video.video_id] for video in store.manifest if video.video_id in known]
+    rows = [video for video in listed if video.video_id in present]
     if not rows:
         raise InputError(
             f"{store.path} holds none of the videos",
@@ -115,7 +119,20 @@ def select_videos(store: FeatureStore, settings: ProbeSettings, manifest: Manife
         for video in labelled
         if sizes[video.class_name] < settings.min_videos
     }
-    return Labelled(kept, left_out)
+    wanted = [video.video_id for video in listed if video.class_name]
+    if settings.split:
+        wanted = [video.video_id for video in listed if video.class_name and video.split == settings.split]
+    return Labelled(kept, left_out, missing_videos(store, wanted))
+
+
+def missing_videos(store: FeatureStore, video_ids: Iterable[str]) -> dict[str, str]:
+    """Return, by id, why the store lacks tokens of these videos; those that are all there are left out."""
+    present = set(store.video_ids)
+    return {
+        video_id: store.failures.get(video_id, "not extracted yet")
+        for video_id in video_ids
+        if video_id not in present
+    }
 
 
 def _of_split(rows: Sequence[Video], split: str) -> list[Video]:

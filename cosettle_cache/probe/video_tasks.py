@@ -157,10 +157,12 @@ def folds_of(task: VideoTask) -> list[Fold]:
 
 def fold_protocol(settings: ProbeSettings) -> dict[str, object]:
     """Return what decides a cross-validated probe."""
-    over = {"over": "official split"}
-    if not settings.official:
-        over = {"over": "stratified folds", "folds": settings.folds, "seeds": settings.seeds}  # type: ignore[dict-item]
-    return {"probe": "standardisation, logistic regression", "C": list(settings.penalties), **over}
+    folds = {"over": "stratified folds", "folds": settings.folds, "seeds": settings.seeds}
+    return {
+        "probe": "standardisation, logistic regression",
+        "C": list(settings.penalties),
+        **({"over": "official split"} if settings.official else folds),
+    }
 
 
 def convergence_warnings(converged: Sequence[bool]) -> tuple[str, ...]:
