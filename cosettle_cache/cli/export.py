@@ -63,7 +63,7 @@ def frames(
     ] = Format.NPY,
     projection: Annotated[Path | None, typer.Option(help="Through this projection; default: raw.")] = None,
     axes: Annotated[
-        Axes, typer.Option(help="dim-frame: FACT on Breakfast, MS-TCN; frame-dim: FACT's own data sets.")
+        Axes, typer.Option(help="dim-frame: FACT on Breakfast, MS-TCN; frame-dim: FACT on new data.")
     ] = Axes.DIM_FRAME,
     repeat: Annotated[
         bool,

@@ -78,7 +78,7 @@ def probe(
         typer.Option("--c", help="Inverse L2 penalty; of several the best inside each fold."),
     ] = None,
     frames: Annotated[
-        int, typer.Option(min=0, help="Frames that order joins; 0: all have them, at most 8.")
+        int, typer.Option(min=0, help="Frames that order joins; 0: as all have, 8 at most.")
     ] = _DEFAULT.n_frames,
     pair: Annotated[
         list[str] | None, typer.Option(help="FIRST,SECOND: classes for order; default: reversal.")
