@@ -103,5 +103,5 @@ def open_clip(
     n_bytes = 2 * len(clip.rows) * clip.grid.n_tokens * layout.n_channels
     if n_bytes > HELD_BYTES:
         return lambda apply: ReadBlocks(store, clip, apply)
-    tokens = read_frames(store, clip.grid, clip.rows)
+    tokens = torch.from_numpy(read_frames(store, clip.grid, clip.rows))
     return lambda apply: make_blocks(tokens, apply)

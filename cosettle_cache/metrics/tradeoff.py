@@ -78,7 +78,7 @@ def trade_off(tokens: Clips | Sequence[Clip], *, definition: str = "released", *
     not finite.
     """
     chosen = replace(find_definition(definition), **overrides)
-    clips = [np.asarray(clip) for clip in tokens]
+    clips = [torch.as_tensor(clip).detach().cpu() for clip in tokens]
     _check_clips(clips, chosen)
     with torch.inference_mode():
         measures = [measure_clip(make_blocks(clip, _as_is), len(clip), [chosen]) for clip in clips]
@@ -105,12 +105,12 @@ def _as_is(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _check_clips(clips: Sequence[Float[np.ndarray, "_ _ _ _"]], definition: Definition) -> None:
+def _check_clips(clips: Sequence[Float[Tensor, "_ _ _ _"]], definition: Definition) -> None:
     if len(clips) < FEWEST_CLIPS:
         raise InputError(
             "distances between clips need several", wanted=f"{FEWEST_CLIPS} clips", found=len(clips)
         )
-    shapes = sorted({clip.shape[1:] for clip in clips})
+    shapes = sorted({tuple(clip.shape[1:]) for clip in clips})
     if len(shapes) > 1:
         raise InputError("clips differ in grid or width", wanted="one shape", found=shapes)
     unfit = [

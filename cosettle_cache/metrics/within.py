@@ -35,11 +35,11 @@ Tokens = Float32[Tensor, "pair token dim"]
 BLOCK_TOKENS = 8 * 196
 
 
-def make_blocks(tokens: Float[np.ndarray, "_ row col dim"], apply: Callable[[Tensor], Tensor]) -> list[Block]:
+def make_blocks(tokens: Float[Tensor, "_ row col dim"], apply: Callable[[Tensor], Tensor]) -> list[Block]:
     """Return a clip in memory as `measure_clip` wants it: blocks of float32 tokens, each made once."""
     size = block_frames(*tokens.shape[1:3])
     starts = range(0, len(tokens), size)
-    return [apply(torch.from_numpy(tokens[start : start + size]).float()) for start in starts]
+    return [apply(tokens[start : start + size].float()) for start in starts]
 
 
 def block_frames(rows: int, cols: int) -> int:

@@ -52,9 +52,10 @@ def _draw_encoder(axis: Axes, points: Sequence[PlanePoint], color: tuple[float, 
     for point in points:
         marker, label = ("o", point.encoder) if point is raw else ("s", None)
         axis.scatter(point.d_intra, point.d_inter, color=color, marker=marker, label=label, zorder=3)
-        axis.annotate(
-            point.tokens, (point.d_intra, point.d_inter), (6, 5), textcoords="offset points", fontsize="small"
-        )
+        # Raw tokens are labelled on the other side: a projection may hardly move them.
+        offset, side = ((-6, -12), "right") if point is raw else ((6, 5), "left")
+        at = (point.d_intra, point.d_inter)
+        axis.annotate(point.tokens, at, offset, textcoords="offset points", ha=side, fontsize="small")
         if raw is not None and point is not raw:
             axis.annotate(
                 "",
