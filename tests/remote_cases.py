@@ -103,7 +103,7 @@ class Server:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env={**os.environ, **environment}, **quiet)
-        for _ in range(600):
+        for _ in range(6000):
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), 0.2).close()
                 return
@@ -112,7 +112,7 @@ class Server:
 
     def make_bucket(self, name: str = BUCKET) -> None:
         request = urllib.request.Request(f"{self.endpoint}/{name}", method="PUT")
-        urllib.request.urlopen(request, timeout=10).close()
+        urllib.request.urlopen(request, timeout=120).close()
 
     def stop(self) -> None:
         if self.process is not None:

@@ -173,10 +173,10 @@ def test_a_held_slot_is_waited_for(clips: Path, tmp_path: Path, backbone: Backbo
     with ThreadPoolExecutor(1) as threads, closing(writer_of(plan, manifest, out, backbone)) as holder:
         assert holder.claim(1)
         future = threads.submit(run, clips, out, backbone, stop=stop, note=note)
-        assert noted.wait(60)
+        assert noted.wait(600)
         if ending == "stopped":
             stop.set()
-            future.result(60)
+            future.result(600)
         elif ending == "committed":
             shard = holder.new_shard(plan.slot(1))
             samples = open_store(tmp_path / "straight.zarr").samples(range(4, 8))

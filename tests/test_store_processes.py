@@ -35,7 +35,7 @@ CASE = crash_case()
 FRAMES = frames_case((("bear", 40, 2, 3),))
 
 #: Far more than a child needs, far less than a hang.
-PATIENCE_S = 30
+PATIENCE_S = 300
 
 
 @pytest.fixture(scope="module")
