@@ -48,15 +48,19 @@ def main() -> None:
         "plain": lambda: plain(vectors, classes, queries),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     figures: dict[str, Figures | None] = {}
     for _ in range(options.repeats):
         for name, side in sides.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             figures[name] = side()
             seconds[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - cpu_start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    medians["plain"] *= options.videos / len(queries)
-    _report(options, medians, figures, _agreement(vectors, classes, queries, task))
+    of_cpu = {name: statistics.median(values) for name, values in cpu.items()}
+    for values in (medians, of_cpu):
+        values["plain"] *= options.videos / len(queries)
+    _report(options, medians, of_cpu, figures, _agreement(vectors, classes, queries, task))
 
 
 def _options() -> argparse.Namespace:
@@ -126,6 +130,7 @@ def _agreement(vectors: np.ndarray, classes: np.ndarray, queries: np.ndarray, ta
 def _report(
     options: argparse.Namespace,
     medians: dict[str, float],
+    cpu: dict[str, float],
     figures: dict[str, Figures | None],
     difference: float,
 ) -> None:
@@ -135,10 +140,16 @@ def _report(
         mark = "" if not name.startswith("retrieval") else f"   target {TARGET_S:.0f} s"
         values = figures[name]
         shown = "" if values is None else "   mAP {:.4f}  R@1 {:.4f}  R@5 {:.4f}".format(*values)
-        print(f"{name:<18} {seconds:8.2f} s{mark}{shown}")
+        print(f"{name:<18} {seconds:8.2f} s  {cpu[name]:8.2f} CPU s{mark}{shown}")
     print(f"largest difference of an average precision: {difference:.2e}")
     if options.json:
-        document = {"videos": options.videos, "dim": options.dim, "seconds": medians, "figures": figures}
+        document = {
+            "videos": options.videos,
+            "dim": options.dim,
+            "seconds": medians,
+            "cpu": cpu,
+            "figures": figures,
+        }
         options.json.write_text(json.dumps(document | {"difference": difference}, indent=2) + "\n")
 
 
