@@ -132,8 +132,8 @@ class TrackSettings:
     radius: float = 2.0
     temperature: float = 0.05
     occlusion: str = "cycle"
-    cycle_radius: float = 2.0
-    min_cosine: float = 0.6
+    cycle_radius: float = 6.0
+    min_cosine: float = 0.7
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from threading import Event
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from cosettle_cache import tables
 from cosettle_cache.config import TrackSettings, package_versions
@@ -39,6 +39,7 @@ from cosettle_cache.metrics.tracks import SIZE, count_tracks, scored_frames
 from cosettle_cache.pictures.tracks import DrawnTracks, write_tracks
 from cosettle_cache.projection import Projection
 from cosettle_cache.store import FeatureStore
+from cosettle_cache.track_tables import SCHEMA, FoundTracks, TrackCase, track_rows
 from cosettle_cache.tracker import Tracker, check_settings
 from cosettle_cache.types import PlanKind, Score, Video
 
@@ -48,26 +49,6 @@ PICTURES = ("none", "first", "all")
 TRACKS_FILE, PICTURE_FOLDER = "tracks.parquet", "pictures"
 #: Bytes of the tokens of query frames that are held at once; more of them take more passes over the video.
 DEFAULT_MEMORY_BYTES = 512 * 10**6
-
-#: One row per kind of tokens, query and frame; places in pixels of the video from the image's corner. True
-#: places are null where nobody knows them.
-SCHEMA = pa.schema(
-    [
-        ("video_id", pa.string()),
-        ("tokens", pa.string()),
-        ("query", pa.int64()),
-        ("track", pa.int64()),
-        ("query_frame", pa.int64()),
-        ("frame", pa.int64()),
-        ("x", pa.float32()),
-        ("y", pa.float32()),
-        ("visible", pa.bool_()),
-        ("cosine", pa.float32()),
-        ("true_x", pa.float32()),
-        ("true_y", pa.float32()),
-        ("true_visible", pa.bool_()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +67,6 @@ class TrackReport:
     seconds: float
     interrupted: bool
     error: OutputError | RemoteError | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Case:
-    """One video, what is asked about it and, where that is known, the truth of each query."""
-
-    video: Video
-    queries: Queries
-    truth: PointTracks | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Tracks:
-    """Where the queries of one video were found, in pixels, by one kind of tokens."""
-
-    points: Float64[np.ndarray, "query frame 2"]
-    visible: Bool[np.ndarray, "query frame"]
-    cosines: Float32[np.ndarray, "query frame"]
-
-    @classmethod
-    def empty(cls, n_queries: int, n_frames: int) -> _Tracks:
-        shape = (n_queries, n_frames)
-        return cls(np.zeros((*shape, 2)), np.zeros(shape, np.bool_), np.zeros(shape, np.float32))
 
 
 def track_store(
@@ -230,30 +188,30 @@ class _Run:
                     self._draw(case, found)
             self.progress.advance()
 
-    def _open(self, video: Video) -> _Case:
+    def _open(self, video: Video) -> TrackCase:
         if video.n_frames == 1:
             raise InputError(f"{video.video_id} has one frame: there is nothing to track")
         if self.queries is not None:
-            return _Case(video, self.queries[video.video_id], None)
+            return TrackCase(video, self.queries[video.video_id], None)
         assert self.data_root is not None
         truth = open_tracks(video, self.data_root)
         queries = sample_queries(truth, self.settings.query_mode, self.settings.query_stride)
         if not scored_frames(queries.frames, video.n_frames, self.settings.query_mode).any():
             raise InputError(f"{video.video_id} shows no point before its last frame: nothing is scored")
         chosen = PointTracks(truth.points[queries.tracks], truth.visible[queries.tracks])
-        return _Case(video, queries, chosen)
+        return TrackCase(video, queries, chosen)
 
     @torch.inference_mode()
-    def _track_video(self, case: _Case) -> list[_Tracks]:
+    def _track_video(self, case: TrackCase) -> list[FoundTracks]:
         n_frames = case.video.n_frames
-        found = [_Tracks.empty(len(case.queries), n_frames) for _ in self.kinds]
+        found = [FoundTracks.empty(len(case.queries), n_frames) for _ in self.kinds]
         for members in self._blocks(case):
             self._track_block(case, members, found)
         self.n_queries += len(case.queries)
         self.n_frames += n_frames
         return found
 
-    def _blocks(self, case: _Case) -> Iterator[Int64[np.ndarray, " member"]]:
+    def _blocks(self, case: TrackCase) -> Iterator[Int64[np.ndarray, " member"]]:
         """Yield queries whose frames' tokens, of all kinds, stay below the limit; at least one frame's."""
         grid, dim = self.store.grid(case.video.video_id), self.store.arrays[0].n_channels
         frame_bytes = len(self.kinds) * grid.n_tokens * dim * np.dtype(np.float32).itemsize
@@ -263,7 +221,7 @@ class _Run:
             yield np.flatnonzero(np.isin(case.queries.frames, frames[first : first + n_at_once]))
 
     def _track_block(
-        self, case: _Case, members: Int64[np.ndarray, " member"], found: Sequence[_Tracks]
+        self, case: TrackCase, members: Int64[np.ndarray, " member"], found: Sequence[FoundTracks]
     ) -> None:
         video_id = case.video.video_id
         grid = self.store.grid(video_id)
@@ -278,7 +236,7 @@ class _Run:
                 tracks.cosines[members, index] = at.cosines.cpu().numpy()
 
     def _make_trackers(
-        self, case: _Case, members: Int64[np.ndarray, " member"], pixels: Float64[np.ndarray, "2"]
+        self, case: TrackCase, members: Int64[np.ndarray, " member"], pixels: Float64[np.ndarray, "2"]
     ) -> list[Tracker]:
         frames = case.queries.frames[members]
         cells = torch.from_numpy(case.queries.points[members] / pixels).to(self.device)
@@ -296,9 +254,9 @@ class _Run:
         ]
 
     def _keep(
-        self, case: _Case, kind: TokenKind, tracks: _Tracks, write: Callable[[pa.RecordBatch], None]
+        self, case: TrackCase, kind: TokenKind, tracks: FoundTracks, write: Callable[[pa.RecordBatch], None]
     ) -> None:
-        write(_rows(case, kind.name, tracks, self._kept_frames(case)))
+        write(track_rows(case, kind.name, tracks, self._kept_frames(case)))
         if case.truth is None:
             return
         # The benchmark counts in pixels of a square picture, whatever the video's shape.
@@ -311,9 +269,9 @@ class _Run:
             case.queries.frames,
             self.settings.query_mode,
         )
-        self.scores.append(tracks_row(self._row(case.video, kind), counts))
+        self.scores.append(tracks_row(self._row(case.video, kind), counts, case.truth.sha256()))
 
-    def _kept_frames(self, case: _Case) -> Bool[np.ndarray, "query frame"]:
+    def _kept_frames(self, case: TrackCase) -> Bool[np.ndarray, "query frame"]:
         """Say which frames of each query are written: its own and those that count; of free points all."""
         n_frames = case.video.n_frames
         if case.truth is None:
@@ -340,7 +298,7 @@ class _Run:
             versions_json=json.dumps(versions, sort_keys=True),
         )
 
-    def _draw(self, case: _Case, found: Sequence[_Tracks]) -> None:
+    def _draw(self, case: TrackCase, found: Sequence[FoundTracks]) -> None:
         """Draw each track once, from its earliest query; what goes wrong is a failure of the video."""
         assert self.data_root is not None
         _, chosen = np.unique(case.queries.tracks, return_index=True)
@@ -356,29 +314,3 @@ class _Run:
                 write_tracks(images, drawn, case.video.fps, folder, kind.name)
             except (InputError, OutputError) as error:
                 self.failures[case.video.video_id] = f"its pictures: {error.summary}"
-
-
-def _rows(case: _Case, kind: str, tracks: _Tracks, kept: Bool[np.ndarray, "query frame"]) -> pa.RecordBatch:
-    query, frame = np.nonzero(kept)
-    n_rows = len(query)
-    true = case.truth
-    places = tracks.points[query, frame].astype(np.float32)
-    true_places = None if true is None else true.points[query, frame].astype(np.float32)
-    columns = [
-        pa.array([case.video.video_id] * n_rows),
-        pa.array([kind] * n_rows),
-        pa.array(query),
-        pa.array(case.queries.tracks[query]),
-        pa.array(case.queries.frames[query]),
-        pa.array(frame),
-        pa.array(places[:, 0]),
-        pa.array(places[:, 1]),
-        pa.array(tracks.visible[query, frame]),
-        pa.array(tracks.cosines[query, frame]),
-        *(
-            pa.nulls(n_rows, pa.float32()) if true_places is None else pa.array(true_places[:, axis])
-            for axis in (0, 1)
-        ),
-        pa.nulls(n_rows, pa.bool_()) if true is None else pa.array(true.visible[query, frame]),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

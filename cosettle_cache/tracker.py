@@ -78,7 +78,7 @@ def locate(
     """
     _, rows, cols = cosines.shape
     best, index = cosines.flatten(1).max(dim=1)
-    near = _disc(radius, cosines.device)
+    near = _disc(radius, max(rows, cols), cosines.device)
     x = (index % cols)[:, None] + near[:, 0]
     y = (index // cols)[:, None] + near[:, 1]
     inside = (x >= 0) & (x < cols) & (y >= 0) & (y < rows)
@@ -89,9 +89,10 @@ def locate(
     return cells.double(), best
 
 
-def _disc(radius: float, device: torch.device) -> Int64[Tensor, "cell 2"]:
-    """Return the offsets (x, y) of the cells within `radius` of one."""
-    reach = torch.arange(-math.floor(radius), math.floor(radius) + 1, device=device)
+def _disc(radius: float, side: int, device: torch.device) -> Int64[Tensor, "cell 2"]:
+    """Return the offsets (x, y) of the cells within `radius` of one, those beyond a grid's `side` aside."""
+    farthest = min(math.floor(radius), side - 1)
+    reach = torch.arange(-farthest, farthest + 1, device=device)
     x, y = torch.meshgrid(reach, reach, indexing="xy")
     offsets = torch.stack([x.flatten(), y.flatten()], dim=1)
     return offsets[offsets.square().sum(dim=1) <= radius**2]

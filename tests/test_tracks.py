@@ -23,6 +23,7 @@ from cosettle_cache.datasets.sprites.writing import draw_scene, plan_split
 from cosettle_cache.datasets.tapvid import read_tapvid, unpack_tapvid
 from cosettle_cache.datasets.tracks import open_tracks
 from cosettle_cache.errors import MediaError
+from cosettle_cache.manifest import write_manifest
 from cosettle_cache.plan import make_plan
 from cosettle_cache.results import read_scores
 from cosettle_cache.store import open_store
@@ -120,6 +121,8 @@ def test_tapvid_pickles_unpack_to_a_data_root(tmp_path: Path, layout: str, proto
         (names[0], 4, 3),
         (names[1], 5, 3),
     ]
+    write_manifest(tmp_path / "t.parquet", built.manifest)
+    assert run("manifest", "check", tmp_path / "t.parquet", "--data-root", tmp_path, "--decode") == 0
     tracks = open_tracks(built.manifest.videos[0], tmp_path)
     np.testing.assert_allclose(tracks.points[0, 1], [1.5 * PATCH, 1.5 * PATCH], rtol=1e-6)
     np.testing.assert_array_equal(tracks.visible, ~clip()["occluded"])
@@ -219,6 +222,8 @@ def test_the_command_finds_scores_and_keeps(
     scores = read_scores(tmp_path / "scores.parquet")
     assert [score.video_id for score in scores] == ["goat", "one"]
     assert document["means"]["raw"]["aj"] == pytest.approx(np.mean([score.aj for score in scores]))
+    digests = [json.loads(score.counts_json)["truth_sha256"] for score in scores]
+    assert len(set(digests)) == 2
     assert all(score.manifest_digest and score.weights_sha256 and score.protocol_json for score in scores)
     rows = pq.read_table(tmp_path / "tracks.parquet").to_pylist()
     walking = [row for row in rows if row["track"] == 0]
@@ -283,11 +288,15 @@ def test_bad_requests_have_one_sentence(
         (["--task", "tapvid", "--queries", "x.csv"], 2, "which points?"),
         (["--task", "sprites"], 2, "holds no sprites"),
         (["--queries", tmp_path / "none.csv"], 3, "does not exist"),
+        (["--task", "tapvid", "--device", "cuda:9"], 2, "cuda:9 is not there"),
         (["--task", "tapvid", "--temperature", 0], 2, "temperature must be positive"),
         (["--task", "tapvid", "--projection", tmp_path / "none.safetensors"], 3, "does not exist"),
     ):
         assert track(tapvid, tmp_path / "out", *arguments) == code
         assert words in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert track(tapvid, tmp_path / "file", "--task", "tapvid") == 3
+    assert "in the way" in capsys.readouterr().err
 
 
 def test_a_video_that_cannot_be_tracked_is_named_and_the_others_are_scored(
@@ -325,3 +334,24 @@ def test_unpacking_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "holds something already" in capsys.readouterr().err
     assert run("manifest", "build", "tapvid", path, "--data-root", tmp_path) == 3
     assert "manifest unpack" in capsys.readouterr().err
+
+
+def test_without_a_store_one_is_made_on_the_way(
+    tapvid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    encoder = ("--backbone", "timm/test_vit", "--weights", "random", "--size", "64x96")
+    arguments = ("track", "--task", "tapvid", "--data-root", tapvid, *encoder, "--pictures", "none")
+    assert run(*arguments, "--dry-run") == 0
+    assert json.loads(capsys.readouterr().out)["videos"] == 2
+    assert not list(tmp_path.iterdir())
+    assert run(*arguments) == 0
+    assert "no --features given" in capsys.readouterr().err
+    (store,) = tmp_path.glob("tapvid-*.zarr")
+    made = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    assert run(*arguments, "--query-mode", "strided") == 0
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    (scores,) = (tmp_path / "runs").glob("track-tapvid-*/scores.parquet")
+    assert all(0 <= score.oa <= 1 for score in read_scores(scores))
+    assert run("track", "--queries", tmp_path / "none.csv") == 2
+    assert "--features STORE" in capsys.readouterr().err

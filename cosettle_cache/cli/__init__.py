@@ -16,6 +16,7 @@ from cosettle_cache.cli import (
     export,
     extract,
     manifest,
+    pca,
     probe,
     projection,
     propagate,
@@ -48,6 +49,7 @@ STORY = (
     "protocols",
     "propagate",
     "track",
+    "pca",
     "score",
     "analyze",
     "report",
@@ -85,6 +87,7 @@ app.command()(exits(train.train))
 app.command()(exits(protocols.protocols))
 app.command()(exits(propagate.propagate))
 app.command()(exits(track.track))
+app.command()(exits(pca.pca))
 app.command()(exits(score.score))
 app.command()(exits(analyze.analyze))
 app.command()(exits(report.report))

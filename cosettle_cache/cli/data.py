@@ -29,6 +29,7 @@ BENCHMARK_FOLDERS = {
     "davis": ("JPEGImages", ("DAVIS", "davis-2017", "davis", ".")),
     "vip": ("Images", ("VIP", "VIP_Fine", "vip", ".")),
     "jhmdb": ("Rename_Images", ("JHMDB", "jhmdb", ".")),
+    "tapvid": ("tracks", ("tapvid_davis", "tapvid", ".")),
 }
 
 

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cosettle_cache.console import Talk
 from cosettle_cache.errors import FingerprintError
 
 if TYPE_CHECKING:
     from cosettle_cache.projection import Projection
     from cosettle_cache.store import FeatureStore
+
+#: Where `train` leaves its result when nothing else is said.
+DEFAULT_PROJECTION = Path("runs/store/projection.safetensors")
 
 
 def load_heads(paths: Sequence[Path], store: FeatureStore) -> list[tuple[str, Projection]]:
@@ -25,6 +29,19 @@ def load_heads(paths: Sequence[Path], store: FeatureStore) -> list[tuple[str, Pr
         check_encoder(path, store)
     dim = store.arrays[0].n_channels
     return [(head_name(path), load_projection(path, dim=dim)) for path in paths]
+
+
+def default_projection(store: FeatureStore, talk: Talk) -> list[Path]:
+    """Return the projection that `train` leaves, if there is one and it is of the store's encoder."""
+    if not DEFAULT_PROJECTION.is_file():
+        return []
+    try:
+        check_encoder(DEFAULT_PROJECTION, store)
+    except FingerprintError:
+        talk.note(f"{DEFAULT_PROJECTION} is of another encoder: raw tokens only")
+        return []
+    talk.note(f"projection: {DEFAULT_PROJECTION}")
+    return [DEFAULT_PROJECTION]
 
 
 def check_encoder(path: Path, store: FeatureStore) -> None:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosettle_cache.cli.heads import check_encoder, load_heads
+from cosettle_cache.cli.heads import default_projection, load_heads
+from cosettle_cache.cli.on_the_way import FITTING_SIZE, StoreWish, make_store
 from cosettle_cache.cli.options import open_features
-from cosettle_cache.config import FramesSettings, digest
 from cosettle_cache.console import Talk
-from cosettle_cache.errors import FingerprintError, InputError
+from cosettle_cache.errors import InputError
 from cosettle_cache.types import EvalProtocol
 
 if TYPE_CHECKING:
     from cosettle_cache.cli.data import Data
     from cosettle_cache.store import FeatureStore
-
-#: Where `extract` and `train` leave their results when nothing else is said.
-DEFAULT_STORE = Path("store.zarr")
-DEFAULT_PROJECTION = Path("runs/store/projection.safetensors")
-DEFAULT_BACKBONE = "mae_b"
-#: A size that fits any patch of 16, for frames whose own size does not.
-FITTING_SIZE = "short:480/16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,65 +88,29 @@ def _task_data(request: Request, talk: Talk) -> Data:
 def _make_store(
     request: Request, protocol: EvalProtocol, data: Data, talk: Talk
 ) -> tuple[str, dict[str, str]]:
-    from cosettle_cache.cli.jobs import StoreJob, run_job
-    from cosettle_cache.manifest import manifest_digest
-
-    backbone, weights, heads = _encoder(request, talk)
-    # The same task with other videos, weights or normalisation is another store.
-    mark = digest([manifest_digest(data.manifest), weights, heads, protocol.red_std])[:8]
-    name = re.sub("[/:]", "-", f"{request.task}-{backbone}-{protocol.size}-{mark}.zarr")
-    talk.note(f"no --features given: encoding {data.origin} with {backbone} into {name}")
-    job = StoreJob(
-        data,
-        backbone,
-        weights,
-        FramesSettings(size=protocol.size),
-        str(Path(name).absolute()) if request.workers or request.scheduler else name,
-        device=request.device,
-        precision=request.precision,
-        heads=heads,
+    wish = StoreWish(
+        request.task,
+        protocol.size,
+        request.backbone,
+        request.weights,
+        request.data_root,
+        request.device,
+        request.precision,
         workers=request.workers,
         scheduler=request.scheduler,
         red_std=protocol.red_std,
     )
     try:
-        report = run_job(job, talk)
+        return make_store(wish, data, talk)
     except InputError as error:
         if error.hint is not None and error.hint.startswith("--size "):
             error.hint = f"--set size={FITTING_SIZE}, or a multiple of the patch as HEIGHTxWIDTH"
         raise
-    if report.interrupted:
-        raise KeyboardInterrupt
-    return job.out, {**data.failures, **report.failures}
-
-
-def _encoder(request: Request, talk: Talk) -> tuple[str, str | None, int | None]:
-    """Return name, weights and heads: as asked for, of the store `extract` leaves, or the default."""
-    from cosettle_cache.cli.jobs import find_weights
-    from cosettle_cache.store import open_store
-
-    if request.backbone is not None or not DEFAULT_STORE.exists():
-        return request.backbone or DEFAULT_BACKBONE, find_weights(request.weights, request.data_root), None
-    encoder = open_store(DEFAULT_STORE).encoder
-    talk.note(f"encoder of {DEFAULT_STORE}: {encoder['name']}, weights {encoder['weights_argument']}")
-    weights = find_weights(request.weights or encoder["weights_argument"], request.data_root)
-    return encoder["name"], weights, encoder["heads_argument"]
 
 
 def open_projections(request: Request, store: FeatureStore, talk: Talk) -> list[tuple[str, Any]]:
     """Return the projections by name: as asked for, or the one that `train` leaves, if it fits the store."""
     paths = list(request.projections)
-    if not paths and request.features is None and DEFAULT_PROJECTION.is_file():
-        paths = _default_projection(store, talk)
+    if not paths and request.features is None:
+        paths = default_projection(store, talk)
     return load_heads(paths, store)
-
-
-def _default_projection(store: FeatureStore, talk: Talk) -> list[Path]:
-    """Return the projection that `train` leaves, if it was trained on tokens of the store's encoder."""
-    try:
-        check_encoder(DEFAULT_PROJECTION, store)
-    except FingerprintError:
-        talk.note(f"{DEFAULT_PROJECTION} is of another encoder: raw tokens only")
-        return []
-    talk.note(f"projection: {DEFAULT_PROJECTION}")
-    return [DEFAULT_PROJECTION]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cosettle_cache.cli.on_the_way import FITTING_SIZE, StoreWish, make_store
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     CacheDir,
@@ -19,6 +21,7 @@ from cosettle_cache.cli.options import (
     DryRun,
     Json,
     Quiet,
+    Weights,
     interruptible,
     open_features,
     pick_device,
@@ -27,11 +30,13 @@ from cosettle_cache.cli.options import (
 from cosettle_cache.config import TrackSettings
 from cosettle_cache.console import Talk, human_seconds
 from cosettle_cache.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.files import make_folder
+from cosettle_cache.types import LabelKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from cosettle_cache.cli.data import Data
     from cosettle_cache.datasets.tracks import Queries
+    from cosettle_cache.projection import Projection
     from cosettle_cache.store import FeatureStore
     from cosettle_cache.track import TrackReport
 
@@ -72,22 +77,38 @@ class Pictures(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is tracked: the store, the queries of one's own if there are any, and where results go."""
+    """What was asked of `track`; `wish` is the store to be made where none is given."""
 
     task: str
+    queries: Path | None
+    features: str | None
+    wish: StoreWish
+    projections: tuple[Path, ...]
+    pictures: str
+    out: Path | None
+    cache_dir: Path | None
+    cache_size: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is tracked, opened and checked; `failures` are those of videos that the store lacks."""
+
     store: FeatureStore
     queries: Mapping[str, Queries] | None
     data_root: Path | None
-    projections: tuple[Path, ...]
-    pictures: str
+    heads: list[tuple[str, Projection]]
     out: Path
+    failures: Mapping[str, str]
 
 
 def track(
-    features: Annotated[str, typer.Option(help="A frames store, local or at a URL.")],
     task: Annotated[Task | None, typer.Option(help="Data with true tracks; TAP-Vid's figures.")] = None,
     queries: Annotated[
         Path | None, typer.Option(help="Own points instead: CSV or Parquet of video_id, frame, x, y.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="A frames store, local or at a URL; default: made on the way.")
     ] = None,
     projection: Annotated[
         list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")
@@ -105,6 +126,10 @@ def track(
     ] = Occlusion.CYCLE,
     cycle_radius: Annotated[float, typer.Option(help="What is near, in tokens.")] = _DEFAULT.cycle_radius,
     min_cosine: Annotated[float, typer.Option(help="Least cosine, for cosine.")] = _DEFAULT.min_cosine,
+    backbone: Annotated[str | None, typer.Option(help="Encoder of a store made on the way.")] = None,
+    weights: Weights = None,
+    size: Annotated[str, typer.Option(help="Size rule of a store made on the way.")] = FITTING_SIZE,
+    precision: Annotated[str, typer.Option(help="Of an encoder run on the way.")] = "fp32",
     data_root: DataRoot = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tracks, pictures, scores.")] = None,
     pictures: Annotated[Pictures, typer.Option(help="Of no, one or all videos.")] = Pictures.FIRST,
@@ -119,100 +144,122 @@ def track(
 
     Example: cosettle-cache track --task sprites --features sprites.zarr
     """
-    settings = TrackSettings(
-        query_mode.value, query_stride, radius, temperature, occlusion.value, cycle_radius, min_cosine
-    )
-    talk = Talk(quiet=quiet)
+    from cosettle_cache.tracker import check_settings
+
     if (task is None) == (queries is None):
         raise UsageError(
             "which points?", wanted="--task sprites, --task tapvid or --queries FILE, one of them"
         )
-    store = open_features(features, cache_dir, cache_size)
-    request = _request(task, queries, store, data_root, tuple(projection or ()), pictures.value, out)
+    settings = TrackSettings(
+        query_mode.value, query_stride, radius, temperature, occlusion.value, cycle_radius, min_cosine
+    )
+    check_settings(settings)
+    talk, name = Talk(quiet=quiet), task.value if task else FREE
+    wish = StoreWish(name, size, backbone, weights, data_root, device, precision)
+    request = Request(
+        name, queries, features, wish, tuple(projection or ()), pictures.value, out, cache_dir, cache_size
+    )
     if dry_run:
-        talk.result(json.dumps(_plan(request, settings), indent=2))
+        talk.result(json.dumps(_plan(request, settings, talk), indent=2, default=str))
         return int(ExitCode.DONE)
-    return _track(request, settings, pick_device(device), talk, as_json)
+    return _track(request, settings, talk, as_json)
 
 
-def _request(
-    task: Task | None,
-    queries: Path | None,
-    store: FeatureStore,
-    data_root: Path | None,
-    projections: tuple[Path, ...],
-    pictures: str,
-    out: Path | None,
-) -> Request:
+def _plan(request: Request, settings: TrackSettings, talk: Talk) -> dict[str, object]:
+    document: dict[str, object] = {"task": request.task, "settings": asdict(settings)}
+    if request.features is None:
+        data = _task_data(request)
+        return document | {"videos": len(data.manifest), "store_to_make": asdict(request.wish)}
+    inputs = _open(request, talk)
+    videos = inputs.store.video_ids if inputs.queries is None else inputs.queries
+    tokens = ["raw", *(name for name, _ in inputs.heads)]
+    return document | {"videos": len(videos), "tokens": tokens, "out": inputs.out}
+
+
+def _task_data(request: Request) -> Data:
+    from cosettle_cache.cli.data import benchmark_data, sprites_data
+
+    if request.task == Task.SPRITES:
+        return sprites_data("val")
+    if request.task == FREE or request.wish.data_root is None:
+        wanted = "--features STORE" if request.task == FREE else "--data-root FOLDER or --features STORE"
+        raise UsageError("where are the videos?", wanted=wanted)
+    return benchmark_data(request.task, request.wish.data_root)
+
+
+def _open(request: Request, talk: Talk) -> Inputs:
+    """Open what is there, make the store if none is given, and check that all fits."""
     from cosettle_cache.cli.data import media_root
+    from cosettle_cache.cli.heads import default_projection, load_heads
     from cosettle_cache.datasets.tracks import read_queries
     from cosettle_cache.track import check_store
 
+    features, paths, failures = request.features, request.projections, dict[str, str]()
+    if features is None:
+        features, failures = make_store(request.wish, _task_data(request), talk)
+    store = open_features(features, request.cache_dir, request.cache_size)
+    if request.features is None and not paths:
+        paths = tuple(default_projection(store, talk))
     check_store(store)
-    name = task.value if task else FREE
+    _check_task(request, store)
+    own = None if request.queries is None else read_queries(request.queries, store.manifest)
+    needs_media = own is None or request.pictures != "none"
+    root = media_root(store.manifest, request.wish.data_root) if needs_media else None
+    out = request.out or Path("runs") / f"track-{request.task}-{store_title(store.path)}"
+    return Inputs(store, own, root, load_heads(paths, store), out, {**store.failures, **failures})
+
+
+def _check_task(request: Request, store: FeatureStore) -> None:
     datasets = {video.dataset for video in store.manifest}
-    if task is Task.SPRITES and datasets != {name}:
+    if request.task == Task.SPRITES and datasets != {request.task}:
+        found = ", ".join(datasets)
+        raise UsageError(f"{store.path} holds no sprites clips", wanted="a store of them", found=found)
+    if request.task == Task.TAPVID and not any(row.label_kind is LabelKind.TRACKS for row in store.manifest):
         raise UsageError(
-            f"{store.path} holds no sprites clips", wanted="a store of them", found=", ".join(datasets)
+            f"no video of {store.path} has tracks",
+            wanted="a store of a manifest of the layout tapvid",
+            hint="--queries FILE tracks points of your own, without scores",
         )
-    own = None if queries is None else read_queries(queries, store.manifest)
-    needs_media = own is None or pictures != "none"
-    root = media_root(store.manifest, data_root) if needs_media else None
-    out = out or Path("runs") / f"track-{name}-{store_title(store.path)}"
-    return Request(name, store, own, root, projections, pictures, out)
 
 
-def _plan(request: Request, settings: TrackSettings) -> dict[str, object]:
-    from cosettle_cache.cli.heads import load_heads
-    from cosettle_cache.tracker import check_settings
-
-    check_settings(settings)
-    videos = request.queries if request.queries is not None else request.store.video_ids
-    return {
-        "task": request.task,
-        "videos": len(videos),
-        "tokens": ["raw", *(name for name, _ in load_heads(request.projections, request.store))],
-        "settings": asdict(settings),
-        "pictures": request.pictures,
-        "out": str(request.out),
-    }
-
-
-def _track(request: Request, settings: TrackSettings, device: str, talk: Talk, as_json: bool) -> int:
+def _track(request: Request, settings: TrackSettings, talk: Talk, as_json: bool) -> int:
     from cosettle_cache import results
-    from cosettle_cache.cli.heads import load_heads
     from cosettle_cache.track import track_store
 
-    projections = load_heads(request.projections, request.store)
-    results.remove_scores(request.out)
+    device = pick_device(request.wish.device)
+    inputs = _open(request, talk)
+    results.remove_scores(make_folder(inputs.out))
     talk.note(f"settings: {json.dumps(asdict(settings))}")
     with interruptible(talk, "video") as stop:
         report = track_store(
-            request.store,
-            request.data_root,
+            inputs.store,
+            inputs.data_root,
             settings,
-            request.out,
+            inputs.out,
             task=request.task,
-            queries=request.queries,
-            projections=projections,
+            queries=inputs.queries,
+            projections=inputs.heads,
             pictures=request.pictures,
             device=device,
             progress=talk.progress("track"),
             stop=stop,
         )
+    complete = not (report.interrupted or report.error)
     if report.scores:
-        results.write_scores(request.out, report.scores, complete=not (report.interrupted or report.error))
-    _print(report, request, talk, as_json)
-    return _end(report, request.store.failures)
-
-
-def _print(report: TrackReport, request: Request, talk: Talk, as_json: bool) -> None:
-    from cosettle_cache.results import score_table, summary_json
-
-    counts = {"videos_failed": len(report.failures), "queries": report.n_queries, "frames": report.n_frames}
+        results.write_scores(inputs.out, report.scores, complete=complete)
+    failures = {**inputs.failures, **report.failures}
     if as_json:
-        talk.result(json.dumps({"out": str(request.out), **counts, **summary_json(report.scores)}, indent=2))
-        return
+        counts = {"queries": report.n_queries, "frames": report.n_frames}
+        document = {"complete": complete, "out": str(inputs.out), "failures": failures, **counts}
+        talk.result(json.dumps({**document, **results.summary_json(report.scores)}, indent=2))
+    else:
+        _print(report, inputs.out, talk)
+    return _end(report, failures)
+
+
+def _print(report: TrackReport, out: Path, talk: Talk) -> None:
+    from cosettle_cache.results import score_table
+
     if report.scores:
         header, rows = score_table(report.scores)
         mode = json.loads(report.scores[0].protocol_json)["query_mode"]
@@ -220,15 +267,14 @@ def _print(report: TrackReport, request: Request, talk: Talk, as_json: bool) -> 
     talk.result(
         f"{report.n_queries} queries through {report.n_frames} frames in {human_seconds(report.seconds)}"
     )
-    talk.result(f"tracks{', pictures' if request.pictures != 'none' else ''} and scores: {request.out}")
+    talk.result(f"tracks, pictures and scores: {out}")
 
 
-def _end(report: TrackReport, store_failures: Mapping[str, str]) -> int:
+def _end(report: TrackReport, failures: Mapping[str, str]) -> int:
     if report.error:
         raise report.error
     if report.interrupted:
         return int(ExitCode.INTERRUPTED)
-    failures = {**store_failures, **report.failures}
     if failures:
         details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
         raise UncleanError(f"{len(failures)} videos had failures", details=details)

@@ -5,6 +5,7 @@ Positions are (x, y) in pixels from the corner of the image: the first pixel's c
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,11 @@ class PointTracks:
     def n_frames(self) -> int:
         """Number of frames."""
         return int(self.points.shape[1])
+
+    def sha256(self) -> str:
+        """Return what identifies these tracks: the digest of visibility and of visible places as float32."""
+        seen = np.where(self.visible[..., None], self.points, 0).astype("<f4")
+        return hashlib.sha256(self.visible.tobytes() + seen.tobytes()).hexdigest()
 
 
 def write_shares(

@@ -41,7 +41,7 @@ def read_tapvid(path: Path) -> Clips:
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", wanted="a pickle of TAP-Vid") from error
     except Exception as error:  # a pickle of anything raises anything
-        reason = str(error) or type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MediaError(f"{path} is no pickle of TAP-Vid", wanted="arrays only", found=reason) from error
     clips = _by_name(content)
     if not clips:

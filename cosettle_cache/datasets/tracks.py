@@ -118,7 +118,9 @@ def _video_of(row: Mapping[str, Any], videos: Mapping[str, Video], where: str) -
 def _checked(row: Mapping[str, Any], video: Video, where: str) -> tuple[int, float, float]:
     try:
         frame, x, y = int(row["frame"]), float(row["x"]), float(row["y"])
-    except (TypeError, ValueError) as error:
+        if frame != row["frame"]:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where} is no point", wanted="numbers", found=str(dict(row))) from error
     if not 0 <= frame < video.n_frames:
         wanted = f"a frame from 0 to {video.n_frames - 1}"

@@ -72,8 +72,11 @@ def joints_row(row: Score, counts: JointCounts, strict: JointCounts) -> Score:
     return replace(row, **figures, counts_json=json.dumps(plain, separators=(",", ":")))
 
 
-def tracks_row(row: Score, counts: TrackCounts) -> Score:
-    """Return `row` with the points of one clip; a figure that the clip does not have is None."""
+def tracks_row(row: Score, counts: TrackCounts, truth_sha256: str) -> Score:
+    """Return `row` with the points of one clip; a figure that the clip does not have is None.
+
+    `truth_sha256` identifies the true tracks: those of generated clips are in no file.
+    """
     deltas = dict(zip(DELTA_COLUMNS, counts.deltas.tolist(), strict=True))
     figures = {"aj": counts.aj, "delta_avg": counts.delta_avg, "oa": counts.oa, **deltas}
     known: dict[str, Any] = {name: None if np.isnan(value) else value for name, value in figures.items()}
@@ -85,7 +88,8 @@ def tracks_row(row: Score, counts: TrackCounts) -> Score:
         "near": counts.near.tolist(),
         "hits": counts.hits.tolist(),
     }
-    return replace(row, **known, counts_json=json.dumps({"tracks": plain}, separators=(",", ":")))
+    document = {"tracks": plain, "truth_sha256": truth_sha256}
+    return replace(row, **known, counts_json=json.dumps(document, separators=(",", ":")))
 
 
 def clip_row(row: Score, truth: Joints, prediction: AnyJoints, image_size: tuple[int, int]) -> Score:

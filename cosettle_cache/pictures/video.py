@@ -15,6 +15,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from cosettle_cache.errors import OutputError
 from cosettle_cache.files import make_folder, output_errors, temporary_name, write_durably
 from cosettle_cache.frames import Image8
 
@@ -42,20 +43,20 @@ def write_film(pictures: Iterable[Image8], n_frames: int, fps: float | None, fol
 
 
 class Film:
-    """`folder/NAME.mp4` of all pictures and `folder/NAME_FRAME.png` of four, as they come; see `Mp4`."""
+    """`folder/NAME.mp4` of all pictures and `folder/NAME_FRAME.png` of four, as they come; see `Movie`."""
 
     def __init__(self, folder: Path, name: str, n_frames: int, fps: float | None) -> None:
         self._folder, self._name = folder, name
         self._stills, self._n_added = frozenset(still_frames(n_frames)), 0
-        self._mp4 = Mp4(folder / f"{name}.mp4", fps)
+        self._movie = Movie(folder / f"{name}.mp4", fps)
 
     def __enter__(self) -> Film:
-        self._mp4.__enter__()
+        self._movie.__enter__()
         return self
 
     def add(self, picture: Image8) -> None:
         """Append one picture."""
-        self._mp4.add(picture)
+        self._movie.add(picture)
         if self._n_added in self._stills:
             buffer = io.BytesIO()
             Image.fromarray(picture).save(buffer, format="PNG")
@@ -63,20 +64,26 @@ class Film:
         self._n_added += 1
 
     def __exit__(self, *error: Any) -> None:
-        self._mp4.__exit__(*error)
+        self._movie.__exit__(*error)
 
 
-class Mp4:
-    """An MP4 that gets its name when it is whole. Odd sizes lose their last row or column, as H.264 wants."""
+class Movie:
+    """An MP4, or an animated WebP by its name, that gets its name when it is whole.
+
+    Odd sizes lose their last row or column, as the codecs want it.
+    """
 
     def __init__(self, path: Path, fps: float | None) -> None:
         self._path, self._temporary = path, temporary_name(path)
         self._rate = Fraction(fps or USUAL_FPS).limit_denominator(1001)
+        self._is_webp = path.suffix == ".webp"
         self._stream: av.VideoStream | None = None
 
-    def __enter__(self) -> Mp4:
+    def __enter__(self) -> Movie:
+        # A loop of 0 rounds never ends.
+        layout, options = ("webp", {"loop": "0"}) if self._is_webp else ("mp4", {})
         with output_errors(self._path):
-            self._container = av.open(str(self._temporary), "w", format="mp4")
+            self._container = av.open(str(self._temporary), "w", format=layout, options=options)
         return self
 
     def add(self, image: Image8) -> None:
@@ -90,6 +97,10 @@ class Mp4:
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
         # Some builds of FFmpeg lack H.264; every build has MPEG-4.
         codec, options = ("libx264", _H264) if "libx264" in av.codecs_available else ("mpeg4", {})
+        if self._is_webp:
+            codec, options = "libwebp_anim", {}
+            if codec not in av.codecs_available:
+                raise OutputError("this build of FFmpeg cannot write WebP", wanted=codec, hint="--film mp4")
         stream = self._container.add_stream(codec, rate=self._rate, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
