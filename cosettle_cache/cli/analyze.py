@@ -14,7 +14,9 @@ from cosettle_cache.cli.options import (
     CacheDir,
     CacheSize,
     DryRun,
+    FramesStore,
     Json,
+    Projections,
     Quiet,
     Scheduler,
     Workers,
@@ -32,10 +34,8 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    features: Annotated[str, typer.Option(help="A frames store, local or at a URL.")],
-    projection: Annotated[
-        list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")
-    ] = None,
+    features: FramesStore,
+    projection: Projections = None,
     compat: Annotated[
         bool, typer.Option("--compat", help="Draw tokens, batch and skip clips as the authors' script does.")
     ] = False,

@@ -16,6 +16,7 @@ from cosettle_cache.cli.options import (
     CacheSize,
     Device,
     DryRun,
+    FramesStore,
     Json,
     Quiet,
     open_features,
@@ -56,8 +57,8 @@ def group() -> None:
 @app.command()
 @exits
 def frames(
-    features: Annotated[str, typer.Option(help="A frames store, local or at a URL.")],
-    out: Annotated[Path | None, typer.Option(help="Folder; default runs/STORE-frames.")] = None,
+    features: FramesStore,
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/frames-STORE.")] = None,
     format: Annotated[
         Format, typer.Option("--format", help="A file per video; one table; one file (needs h5py).")
     ] = Format.NPY,
@@ -88,7 +89,7 @@ def frames(
     talk = Talk(quiet=quiet)
     store = open_features(features, cache_dir, cache_size)
     plan = plan_export(store, format.value, axes=axes.value, unit=unit_tokens, repeat=repeat)
-    folder = out or Path("runs") / f"{store_title(store.path)}-frames"
+    folder = out or Path("runs") / f"frames-{store_title(store.path)}"
     if dry_run:
         talk.result(json.dumps({"out": str(folder), "videos": len(plan.names), **plan.to_json()}, indent=2))
         return int(ExitCode.DONE)

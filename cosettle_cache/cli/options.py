@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from threading import Event
 from types import FrameType
@@ -35,6 +36,11 @@ CacheDir = Annotated[
     Path | None, typer.Option(help="Folder for copies of a remote store's shards; docs/remote.md.")
 ]
 CacheSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of these copies.")]
+FramesStore = Annotated[str, typer.Option(help="A frames store, local or at a URL.")]
+FramesStoreOrNone = Annotated[
+    str | None, typer.Option(help="A frames store, local or at a URL; default: made on the way.")
+]
+Projections = Annotated[list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes here; 0: this one.")]
@@ -42,6 +48,14 @@ Scheduler = Annotated[
     str | None, typer.Option(help="A dask scheduler whose workers do it, as tcp://host:8786.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
+
+
+class Drawn(StrEnum):
+    """Which videos get pictures."""
+
+    NONE = "none"
+    FIRST = "first"
+    ALL = "all"
 
 
 DEFAULT_CACHE_SIZE = "20GB"

@@ -18,7 +18,9 @@ from cosettle_cache.cli.options import (
     DataRoot,
     Device,
     DryRun,
+    FramesStore,
     Json,
+    Projections,
     Quiet,
     interruptible,
     open_features,
@@ -58,11 +60,9 @@ class FilmFormat(StrEnum):
 
 
 def pca(
-    features: Annotated[str, typer.Option(help="A frames store, local or at a URL.")],
+    features: FramesStore,
     video: Annotated[list[str] | None, typer.Option(help="Video; repeatable; default: all.")] = None,
-    projection: Annotated[
-        list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")
-    ] = None,
+    projection: Projections = None,
     per: Annotated[Per, typer.Option(help="Components of each video, or one set for the store.")] = Per.VIDEO,
     foreground: Annotated[
         Foreground, typer.Option(help="One side of the first component alone; auto: that of the middle.")

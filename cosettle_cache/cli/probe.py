@@ -17,7 +17,9 @@ from cosettle_cache.cli.options import (
     CacheSize,
     Device,
     DryRun,
+    FramesStore,
     Json,
+    Projections,
     Quiet,
     open_features,
     pick_device,
@@ -54,14 +56,12 @@ class Search(StrEnum):
 
 
 def probe(
-    features: Annotated[str, typer.Option(help="A frames store, local or at a URL.")],
+    features: FramesStore,
     task: Annotated[
         list[Task] | None,
         typer.Option(help="Repeatable; default all but segments, or segments with --labels."),
     ] = None,
-    projection: Annotated[
-        list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")
-    ] = None,
+    projection: Projections = None,
     manifest: Annotated[Path | None, typer.Option(help="Classes and splits; default: the store's.")] = None,
     split: Annotated[str, typer.Option(help="Only the videos of this split.")] = _DEFAULT.split,
     official: Annotated[
@@ -93,7 +93,7 @@ def probe(
     unit_tokens: Annotated[
         bool, typer.Option("--unit-tokens", help="Give tokens length one before the mean.")
     ] = _DEFAULT.unit,
-    out: Annotated[Path | None, typer.Option(help="Folder; default runs/STORE-probe.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/probe-STORE.")] = None,
     search: Annotated[Search, typer.Option(help="All are exact.")] = Search.AUTO,
     device: Device = None,
     cache_dir: CacheDir = None,
@@ -123,7 +123,7 @@ def probe(
     talk = Talk(quiet=quiet)
     store = open_features(features, cache_dir, cache_size)
     plan = _plan(store, _tasks(task, labels), settings, manifest, labels)
-    folder = out or Path("runs") / f"{store_title(store.path)}-probe"
+    folder = out or Path("runs") / f"probe-{store_title(store.path)}"
     heads = load_heads(projection or (), store)
     if dry_run:
         names = [name for name, _ in heads]

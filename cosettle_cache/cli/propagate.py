@@ -20,8 +20,11 @@ from cosettle_cache.cli.options import (
     CacheSize,
     DataRoot,
     Device,
+    Drawn,
     DryRun,
+    FramesStoreOrNone,
     Json,
+    Projections,
     Quiet,
     Scheduler,
     Weights,
@@ -54,14 +57,6 @@ class Task(StrEnum):
     MASKS = "masks"
 
 
-class Overlays(StrEnum):
-    """Which videos get pictures."""
-
-    NONE = "none"
-    FIRST = "first"
-    ALL = "all"
-
-
 class Search(StrEnum):
     """Who ranks the context."""
 
@@ -73,12 +68,8 @@ class Search(StrEnum):
 
 def propagate(
     task: Annotated[Task, typer.Option(help="A benchmark, or masks: one's own clips, each with a mask.")],
-    features: Annotated[
-        str | None, typer.Option(help="A frames store, local or at a URL; default: made on the way.")
-    ] = None,
-    projection: Annotated[
-        list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")
-    ] = None,
+    features: FramesStoreOrNone = None,
+    projection: Projections = None,
     protocol: Annotated[str, typer.Option(help="Preset.")] = "cosettle",
     override: Annotated[
         list[str] | None, typer.Option("--set", help="Protocol field, as top_k=10; repeatable.")
@@ -91,7 +82,7 @@ def propagate(
     restart: Annotated[
         bool, typer.Option("--restart", help="Remove earlier results in --out first.")
     ] = False,
-    overlays: Annotated[Overlays, typer.Option(help="Pictures of no, one or all videos.")] = Overlays.FIRST,
+    overlays: Annotated[Drawn, typer.Option(help="Pictures of no, one or all videos.")] = Drawn.FIRST,
     search: Annotated[Search, typer.Option(help="All are exact.")] = Search.AUTO,
     memory_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most bytes that the search takes, as 500MB.")

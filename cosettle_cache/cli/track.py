@@ -18,8 +18,11 @@ from cosettle_cache.cli.options import (
     CacheSize,
     DataRoot,
     Device,
+    Drawn,
     DryRun,
+    FramesStoreOrNone,
     Json,
+    Projections,
     Quiet,
     Weights,
     interruptible,
@@ -67,14 +70,6 @@ class Occlusion(StrEnum):
     NEVER = "never"
 
 
-class Pictures(StrEnum):
-    """Which videos get pictures."""
-
-    NONE = "none"
-    FIRST = "first"
-    ALL = "all"
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """What was asked of `track`; `wish` is the store to be made where none is given."""
@@ -107,12 +102,8 @@ def track(
     queries: Annotated[
         Path | None, typer.Option(help="Own points instead: CSV or Parquet of video_id, frame, x, y.")
     ] = None,
-    features: Annotated[
-        str | None, typer.Option(help="A frames store, local or at a URL; default: made on the way.")
-    ] = None,
-    projection: Annotated[
-        list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")
-    ] = None,
+    features: FramesStoreOrNone = None,
+    projection: Projections = None,
     query_mode: Annotated[
         QueryMode, typer.Option(help="first: each point once; strided: again and again.")
     ] = QueryMode.FIRST,
@@ -132,7 +123,7 @@ def track(
     precision: Annotated[str, typer.Option(help="Of an encoder run on the way.")] = "fp32",
     data_root: DataRoot = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tracks, pictures, scores.")] = None,
-    pictures: Annotated[Pictures, typer.Option(help="Of no, one or all videos.")] = Pictures.FIRST,
+    pictures: Annotated[Drawn, typer.Option(help="Of no, one or all videos.")] = Drawn.FIRST,
     device: Device = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = DEFAULT_CACHE_SIZE,
