@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cosettle_cache.errors import UsageError
 from cosettle_cache.metrics.retrieval import average_precisions
-from cosettle_cache.search import nearest
+from cosettle_cache.nearest import nearest
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ from cosettle_cache.classifiers import Fold, ask_folds, stratified_folds
 from cosettle_cache.config import ProbeSettings
 from cosettle_cache.errors import InputError
 from cosettle_cache.metrics.retrieval import average_precisions
+from cosettle_cache.nearest import nearest
 from cosettle_cache.probe.outcome import Figure, Outcome, VideoAnswer, mean_figure
 from cosettle_cache.probe.selection import Labelled, check_classes, check_folds, class_sizes
-from cosettle_cache.search import nearest
 
 Means = Float32[np.ndarray, "video dim"]
 Rows = Int64[np.ndarray, " row"]
