@@ -149,7 +149,7 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
         talk.result(json.dumps({**document, **results.summary_json(report.scores)}, indent=2))
     else:
         _print(report, out, talk)
-    if request.overlays != Overlays.NONE:
+    if request.overlays != Drawn.NONE:
         results.write_score_chart(out / results.CHART_FILE, report.scores)
     return _end(report, failures)
 
