@@ -1,8 +1,7 @@
-"""The objective with its gradient written by hand: what `losses` defines, in a fraction of the time.
+"""The objective with its gradient written by hand: what `losses` defines, in fewer passes over the tokens.
 
-Automatic differentiation passes over every token some thirty times; here it is a dozen, in memory that stays
-in the caches. Projected tokens and the encoder's go in, loss terms come out. `losses.transfer_loss` is the
-definition, to which the tests hold values and gradients of this module.
+Projected tokens and the encoder's go in, loss terms come out. What all heads need of the encoder's tokens is
+computed once. `losses.transfer_loss` is the definition, to which the tests hold values and gradients.
 """
 
 from __future__ import annotations
