@@ -67,13 +67,15 @@ def make_folder(path: Path) -> Path:
 
 def temporary_name(path: Path) -> Path:
     """Return a name beside `path` that no reader looks at and that clean-up recognises."""
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, "not a file's name", str(path))
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
 
 def write_durably(path: Path, chunks: Iterable[Buffer]) -> None:
     """Write `chunks` to `path` so that the name holds either the whole new file or what it held before."""
-    temporary = temporary_name(path)
     with output_errors(path):
+        temporary = temporary_name(path)
         try:
             with temporary.open("wb", buffering=0) as file:
                 _write_chunks(file.fileno(), chunks)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, get_type_hints
 import pyarrow as pa
 
 from cosettle_cache import tables
+from cosettle_cache.files import output_errors
 from cosettle_cache.metrics import Confusion, JointCounts, clip_miou
 from cosettle_cache.metrics.rows import DELTA_COLUMNS, joint_figures, row_confusion, row_joint_counts
 from cosettle_cache.types import Score
@@ -218,8 +219,9 @@ def write_rows(path: Path, scores: Sequence[Score]) -> None:
 
 def remove_scores(folder: Path) -> None:
     """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
-    for name in (SCORES_FILE, SUMMARY_FILE, CHART_FILE):
-        (folder / name).unlink(missing_ok=True)
+    with output_errors(folder):
+        for name in (SCORES_FILE, SUMMARY_FILE, CHART_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def read_scores(path: Path) -> list[Score]:

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from cosettle_cache.errors import InputError
+from cosettle_cache.errors import InputError, OutputError
+from cosettle_cache.files import write_durably
 from cosettle_cache.recipes import check_expectations, read_recipe
-from cosettle_cache.results import mean_scores, read_scores, score_table, sequence_means, write_scores
+from cosettle_cache.results import (
+    mean_scores,
+    read_scores,
+    remove_scores,
+    score_table,
+    sequence_means,
+    write_scores,
+)
 from cosettle_cache.types import Score
 
 RECIPE = """
@@ -136,3 +144,15 @@ def test_every_committed_recipe_is_readable() -> None:
     folder = Path(__file__).parents[1] / "pipelines"
     for path in folder.glob("*.toml"):
         assert read_recipe(path).steps
+
+
+def test_a_file_in_the_way_of_scores_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        remove_scores(tmp_path / "runs" / "davis")
+
+
+@pytest.mark.parametrize("path", [".", ".."])
+def test_a_folder_is_no_file_to_write(path: str) -> None:
+    with pytest.raises(OutputError, match="there is a folder of that name"):
+        write_durably(Path(path), [b"x"])
