@@ -67,7 +67,7 @@ def make_folder(path: Path) -> Path:
 
 def temporary_name(path: Path) -> Path:
     """Return a name beside `path` that no reader looks at and that clean-up recognises."""
-    if not path.name:
+    if path.name in ("", ".."):
         raise IsADirectoryError(errno.EISDIR, "not a file's name", str(path))
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
