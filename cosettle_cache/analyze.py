@@ -40,7 +40,7 @@ from cosettle_cache.store import FeatureStore
 from cosettle_cache.types import Grid
 
 #: Bytes of middle frames per block of clips; two blocks are in memory at a time.
-BLOCK_BYTES = 48_000_000
+BLOCK_BYTES = 6_000_000
 #: No grid has more places than this on a side.
 _ALL = 1 << 30
 

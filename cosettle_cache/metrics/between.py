@@ -22,7 +22,7 @@ Middles = Float[Tensor, "clip place dim"]
 Others = Float[Tensor, "_ place dim"]
 
 #: Places whose pairs of clips are compared at once.
-_PLACES = 14
+_PLACES = 7
 
 
 @dataclass(frozen=True, slots=True, eq=False)

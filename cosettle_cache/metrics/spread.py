@@ -72,7 +72,8 @@ def effective_rank(products: Float64[np.ndarray, "dim dim"]) -> float:
     As a share of the dimensions, in (0, 1]; tokens are not centred. The singular values are the roots of the
     eigenvalues of `products`, so those below 1e-8 of the largest are lost; they move the figure by less.
     """
-    values = np.sqrt(np.linalg.eigvalsh(products).clip(0))
+    # By torch, whose linear algebra is in use already: numpy's has threads with buffers of their own.
+    values = torch.linalg.eigvalsh(torch.from_numpy(products)).clamp(min=0).sqrt().numpy()
     shares = values / max(float(values.sum()), _SMALLEST_SHARE)
     entropy = -(shares * np.log(shares + _SMALLEST_SHARE)).sum()
     return float(np.exp(entropy) / len(products))
