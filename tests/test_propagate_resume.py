@@ -205,7 +205,7 @@ def test_neighbours_are_kept_and_serve_other_labels_and_temperatures(go, tmp_pat
 
 
 def test_a_memory_limit_changes_nothing_but_memory(go, whole):
-    report = go(memory_limit=1_000_000, overlays="none")
+    report = go(search="torch", memory_limit=200_000, overlays="none")
     assert report.scores == whole[0].scores
 
 
