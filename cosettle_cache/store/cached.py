@@ -170,9 +170,6 @@ class CachedFile:
         """Fill `buffers` from the page cache, or start reading ahead and return False."""
         return self._copy.path.exists() and self._file.read_cached(buffers, offset)
 
-    def will_need(self, offset: int, length: int) -> None:
-        """Nothing is fetched before it is asked for."""
-
     @property
     def _file(self) -> LocalFile:
         return self._storage.open_copy(self._copy)

@@ -10,7 +10,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from itertools import cycle, islice
 
 import numpy as np
@@ -46,8 +45,6 @@ from cosettle_cache.types import ArrayLayout
 
 #: Streaming from a local disk: bytes that one thread reads in one go, at least two chunks.
 _NEAR_STRETCH_BYTES = 4 * 2**20
-#: Stretches ahead of the reader that the disk is set to work on.
-_STRETCHES_AHEAD = 8
 
 
 class ChunkSource:
@@ -126,20 +123,21 @@ class ChunkSource:
     def _stream_near(self, array: int, parts: Iterator[Stretch]) -> Iterator[Tokens]:
         """Read every other stretch here, the one after it in another thread: handing over costs a read.
 
-        While the disk is what it waits for, the kernel is told what comes next.
+        Once the disk is what it waits for, the rest is read in order by one thread and without hints: the
+        kernel's own read-ahead takes a lone reader for what it is, and is twice as fast then.
         """
-        pool = self._shards.pool(self.n_readers)
-        waiting = deque(islice(parts, _STRETCHES_AHEAD))
-        while waiting:
-            first, second = waiting.popleft(), waiting.popleft() if waiting else None
-            other = None if second is None else pool.submit(self._filled, array, second)
-            waiting.extend(islice(parts, 2))
-            if not self._read_share(array, [first]):
-                for stretch in list(waiting)[-2:]:
-                    self._will_need(array, stretch)
+        pool, at_hand = self._shards.pool(self.n_readers), True
+        for first in parts:
+            second = next(parts, None) if at_hand else None
+            other = None if second is None else pool.submit(self._read_share, array, [second])
+            if at_hand:
+                at_hand = self._read_share(array, [first])
+            else:
+                self._read_waiting(array, first)
             yield from first.outs
-            if other is not None:
-                yield from other.result().outs
+            if second is not None and other is not None:
+                at_hand = other.result() and at_hand
+                yield from second.outs
 
     def _is_near(self, array: int) -> bool:
         """Say whether chunks are raw bytes of a local disk."""
@@ -192,12 +190,6 @@ class ChunkSource:
         self._read_share(array, [stretch])
         return stretch
 
-    def _will_need(self, array: int, stretch: Stretch) -> None:
-        """Have the disk fetch a stretch that will be read soon."""
-        place, number = self._locate(array, stretch.first)
-        with suppress(BytesError, OSError):  # whoever reads it says so
-            self._shards.reader(place).will_need(number, len(stretch.outs))
-
     def _read_share(self, array: int, share: Sequence[Stretch]) -> bool:
         """Read first what the page cache holds; the rest is on its way from the disk meanwhile.
 
@@ -205,11 +197,14 @@ class ChunkSource:
         """
         cold = [stretch for stretch in share if not self._read_at_once(array, stretch, wait=False)]
         for stretch in cold:
-            if len(stretch.outs) > 1 and self._read_at_once(array, stretch, wait=True):
-                continue
-            for number, out in enumerate(stretch.outs):
-                self.read(array, stretch.first + number, out)
+            self._read_waiting(array, stretch)
         return not cold
+
+    def _read_waiting(self, array: int, stretch: Stretch) -> None:
+        if len(stretch.outs) > 1 and self._read_at_once(array, stretch, wait=True):
+            return
+        for number, out in enumerate(stretch.outs):
+            self.read(array, stretch.first + number, out)
 
     def _read_at_once(self, array: int, stretch: Stretch, *, wait: bool) -> bool:
         place, number = self._locate(array, stretch.first)

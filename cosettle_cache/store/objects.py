@@ -260,9 +260,6 @@ class ObjectFile:
         """Nothing is at hand without a request."""
         return False
 
-    def will_need(self, offset: int, length: int) -> None:
-        """Nothing is fetched before it is asked for."""
-
 
 _SERVICES = (S3Store, GCSStore, AzureStore)
 _WANTED_URL = "a folder, or a URL such as s3://bucket/store.zarr, gs://... or az://..."

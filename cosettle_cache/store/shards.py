@@ -119,12 +119,6 @@ class ShardReader:
                 raise BytesError("the checksum of a chunk does not match")
         return True
 
-    def will_need(self, first: int, n_chunks: int) -> None:
-        """Start fetching `n_chunks` chunks from `first` on, where that can be done without waiting."""
-        start, _ = self.check_present(first)
-        last, size = self.check_present(first + n_chunks - 1)
-        self._file.will_need(start, last + size - start)
-
     def _check_neighbours(self, first: int, n_chunks: int) -> int:
         """Return where chunk `first` begins, with the other `n_chunks - 1` right behind it."""
         start = None

@@ -37,9 +37,6 @@ class RangeFile(Protocol):
     def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
         """Fill `buffers` if that needs no waiting; otherwise start fetching, return False."""
 
-    def will_need(self, offset: int, length: int) -> None:
-        """Start fetching bytes that will be read soon, where that costs nothing."""
-
 
 @runtime_checkable
 class ReadStorage(Protocol):
@@ -213,12 +210,8 @@ class LocalFile:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-        self.will_need(offset, wanted)
+        os.posix_fadvise(self._descriptor, offset, wanted, os.POSIX_FADV_WILLNEED)
         return False
-
-    def will_need(self, offset: int, length: int) -> None:
-        """Have the kernel read ahead."""
-        os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def is_store(storage: ReadStorage) -> bool:
