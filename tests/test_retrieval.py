@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from propagation_cases import SEARCHES, needs_faiss
 
 from cosettle_cache.errors import UsageError
 from cosettle_cache.metrics.retrieval import average_precisions
 from cosettle_cache.nearest import nearest
+
+#: Those that rank vectors, of the searches that can run here.
+VECTOR_SEARCHES = [search for search in SEARCHES if search != "bf16"]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -36,7 +40,7 @@ def test_equal_vectors_stand_in_the_order_of_the_list() -> None:
     # 0 sees 1 (no), 2 (yes: 1/2), 3 (no); 2 sees 0 (yes: 1). 1 sees 0, 2 (no), 3 (yes: 1/3); 3 sees 0, 1:
     # 1/2.
     assert average_precisions(vectors, np.array([0, 1, 0, 1])) == pytest.approx([1 / 2, 1 / 3, 1, 1 / 2])
-    for search in ("torch", "faiss"):
+    for search in VECTOR_SEARCHES:
         found = nearest(vectors, vectors, 3, own=np.arange(4), search=search)
         assert found.index.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
 
@@ -74,7 +78,7 @@ def test_against_plain_loops(n: int, n_classes: int, seed: int, repeats: bool) -
         assert average_precisions(vectors, classes) == pytest.approx(expected, nan_ok=True)
     k = int(rng.integers(1, n))
     wanted = plain_nearest(vectors, vectors, k, np.arange(n))
-    for search in ("torch", "faiss"):
+    for search in VECTOR_SEARCHES:
         assert (nearest(vectors, vectors, k, own=np.arange(n), search=search).index == wanted).all()
 
 
@@ -83,12 +87,13 @@ def test_crowds_of_near_equals_are_searched_again() -> None:
     rng = np.random.default_rng(0)
     keys = unit(on_circle(20)[0] + 1e-7 * rng.standard_normal((400, 2)))
     queries = on_circle(0, 90)
-    for search in ("torch", "faiss"):
+    for search in VECTOR_SEARCHES:
         found = nearest(queries, keys, 5, search=search)
         assert (found.index == plain_nearest(queries, keys, 5, None)).all()
         assert found.similarity[0] == pytest.approx(np.cos(np.radians(20)), abs=1e-5)
 
 
+@needs_faiss
 def test_every_search_gives_the_same_values() -> None:
     vectors = unit(np.random.default_rng(1).standard_normal((700, 48)))
     by_torch = nearest(vectors[:600], vectors[100:], 7, search="torch")
