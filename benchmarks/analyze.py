@@ -28,16 +28,16 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from store_bench import make_writer
 
 from cosettle_cache.analyze import analyze_store, plan_analysis
 from cosettle_cache.config import FramesSettings
 from cosettle_cache.console import Talk
 from cosettle_cache.distributed import connect
-from cosettle_cache.manifest import manifest_digest
-from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.plan import make_plan
 from cosettle_cache.projection import Projection
-from cosettle_cache.store import FeatureStore, StoreWriter, open_store, spec_version
-from cosettle_cache.types import Fingerprint, Manifest, MediaKind, Video
+from cosettle_cache.store import FeatureStore, open_store
+from cosettle_cache.types import Manifest, MediaKind, Video
 
 BATCH_CLIPS, N_FRAMES, SIDE = 32, 40, 14
 PERCENTS = (0.90, 0.95, 1.0)
@@ -272,7 +272,7 @@ def write_store(path: Path, n_clips: int, dim: int) -> Path:
     ]
     manifest = Manifest(tuple(videos), {"builder": "benchmark"})
     plan = make_plan(manifest, FramesSettings(size="224x224"), patch=16, dim=dim, slot_encodings=2 * N_FRAMES)
-    writer = StoreWriter.create_or_resume(path, plan.arrays, _fingerprint(plan, manifest), manifest, {})
+    writer = make_writer(path, plan, manifest)
     for index in writer.todo():
         slot = plan.slot(index)
         shard = writer.new_shard(slot)
@@ -300,22 +300,6 @@ def make_clip(seed: int, dim: int) -> np.ndarray:
     tokens = np.stack(frames)
     tokens += 0.2 * tokens.std() * generator.standard_normal(tokens.shape, np.float32)
     return (tokens / np.linalg.norm(tokens, axis=-1, keepdims=True) * np.sqrt(dim)).astype(np.float16)
-
-
-def _fingerprint(plan: Plan, manifest: Manifest) -> Fingerprint:
-    return Fingerprint(
-        spec_version=spec_version(plan.arrays[0].dtype, plan.arrays[0].codec),
-        backbone="synthetic",
-        weights_sha256="0" * 64,
-        token_rule="none",
-        position_rule="none",
-        preprocessing="none",
-        plan=plan.to_json(),
-        dtype="float16",
-        precision="float32",
-        manifest_digest=manifest_digest(manifest),
-        versions={},
-    )
 
 
 if __name__ == "__main__":

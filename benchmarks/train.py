@@ -26,20 +26,20 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from store_bench import make_writer
 
 from cosettle_cache.backbones import load_backbone
 from cosettle_cache.config import PairsSettings, TrainSettings
 from cosettle_cache.console import Talk
 from cosettle_cache.feeding import Batch, BatchRing, Ids, Portion, SampleSource, Step
 from cosettle_cache.losses import LossTerms, transfer_loss
-from cosettle_cache.manifest import manifest_digest
 from cosettle_cache.objective import Originals
-from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.plan import make_plan
 from cosettle_cache.projection import Projection
 from cosettle_cache.samples import make_samples
-from cosettle_cache.store import FeatureStore, StoreWriter, open_store, spec_version
+from cosettle_cache.store import FeatureStore, open_store
 from cosettle_cache.trainer import Learner, Trainer
-from cosettle_cache.types import Fingerprint, Manifest, MediaKind, Video
+from cosettle_cache.types import Manifest, MediaKind, Video
 
 SHAPE = (3, 14, 14, 768)
 SAMPLE_BYTES = 2 * int(np.prod(SHAPE))
@@ -271,7 +271,7 @@ def write_store(path: Path, n_samples: int) -> FeatureStore:
     videos = tuple(Video(f"clip{i}", f"media/{i}", MediaKind.FRAMES, 20, 224, 224) for i in range(n_samples))
     manifest = Manifest(videos, {"builder": "benchmark"})
     plan = make_plan(manifest, PairsSettings(n_views=1), patch=16, dim=SHAPE[-1])
-    writer = StoreWriter.create_or_resume(path, plan.arrays, _fingerprint(plan, manifest), manifest, {})
+    writer = make_writer(path, plan, manifest)
     generator = np.random.default_rng(0)
     for index in writer.todo():
         slot = plan.slot(index)
@@ -280,22 +280,6 @@ def write_store(path: Path, n_samples: int) -> FeatureStore:
         writer.commit(slot, shard, {})
     writer.close()
     return open_store(path)
-
-
-def _fingerprint(plan: Plan, manifest: Manifest) -> Fingerprint:
-    return Fingerprint(
-        spec_version=spec_version(),
-        backbone="random",
-        weights_sha256="0" * 64,
-        token_rule="none",
-        position_rule="none",
-        preprocessing="none",
-        plan=plan.to_json(),
-        dtype="float16",
-        precision="float32",
-        manifest_digest=manifest_digest(manifest),
-        versions={},
-    )
 
 
 @dataclass(frozen=True)

@@ -72,19 +72,28 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
 
-def write_durably(path: Path, chunks: Iterable[Buffer]) -> None:
-    """Write `chunks` to `path` so that the name holds either the whole new file or what it held before."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name to write under; at the end that file takes the place of `path`, after an error it is gone.
+
+    Whoever writes flushes the file's content to the device; the renaming is flushed here.
+    """
     with output_errors(path):
         temporary = temporary_name(path)
         try:
-            with temporary.open("wb", buffering=0) as file:
-                _write_chunks(file.fileno(), chunks)
-                os.fdatasync(file.fileno())
+            yield temporary
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def write_durably(path: Path, chunks: Iterable[Buffer]) -> None:
+    """Write `chunks` to `path` so that the name holds either the whole new file or what it held before."""
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
+        _write_chunks(file.fileno(), chunks)
+        os.fdatasync(file.fileno())
 
 
 def overwrite_durably(path: Path, data: bytes) -> None:

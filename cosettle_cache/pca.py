@@ -25,9 +25,10 @@ from cosettle_cache.errors import DamagedStoreError, InputError, OutputError, Re
 from cosettle_cache.frames import Image8, iter_frames
 from cosettle_cache.kinds import TokenKind, make_kinds
 from cosettle_cache.pictures.pca import FILMS, write_pictures
+from cosettle_cache.pooling import check_frames_plan
 from cosettle_cache.projection import Projection
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.types import PlanKind, Video
+from cosettle_cache.types import Video
 
 #: Whose tokens share their components.
 PER = ("video", "store")
@@ -102,9 +103,7 @@ def check_request(store: FeatureStore, videos: Sequence[str], settings: PcaSetti
             raise UsageError(f"{found!r} says nothing about {name}", wanted=" or ".join(known), found=found)
     if settings.film == "none" and not settings.stills:
         raise UsageError("neither stills nor a film: nothing would be drawn", wanted="one of them")
-    if store.plan_kind is not PlanKind.FRAMES:
-        hint = "cosettle-cache extract --plan frames"
-        raise UsageError(f"{store.path} holds no videos", wanted="a frames plan", found="pairs", hint=hint)
+    check_frames_plan(store, "pca")
     for video_id in videos:
         store.n_frames(video_id)
 

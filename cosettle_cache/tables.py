@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from cosettle_cache.errors import InputError
-from cosettle_cache.files import make_folder, output_errors, sync, temporary_name, write_durably
+from cosettle_cache.files import make_folder, replacing, sync, write_durably
 
 Row = Mapping[str, Any]
 
@@ -63,17 +63,10 @@ def stream_table(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.RecordB
     After an error inside, `path` holds what it held before.
     """
     make_folder(path.parent)
-    temporary = temporary_name(path)
-    with output_errors(path):
-        try:
-            with pa.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                yield writer.write_batch
-            sync(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
+    with replacing(path) as temporary:
+        with pa.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            yield writer.write_batch
+        sync(temporary)
 
 
 def open_table(path: Path) -> pa.parquet.ParquetFile:

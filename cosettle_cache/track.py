@@ -41,7 +41,7 @@ from cosettle_cache.projection import Projection
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.track_tables import SCHEMA, FoundTracks, TrackCase, track_rows
 from cosettle_cache.tracker import Tracker, check_settings
-from cosettle_cache.types import PlanKind, Score, Video
+from cosettle_cache.types import Score, Video
 
 #: Stands in score rows as the protocol; its fields stand beside it.
 PROTOCOL = "nearest-token"
@@ -103,20 +103,14 @@ def track_store(
 
 def check_store(store: FeatureStore) -> None:
     """Raise `FingerprintError` unless `store` holds every frame of its videos."""
-    if store.plan_kind is not PlanKind.FRAMES:
-        raise _wrong_store(store, "a frames plan", f"a {store.plan_kind} plan")
-    every = int(store.fingerprint.plan["every"])
-    if every != 1:
-        raise _wrong_store(store, "every frame", f"one frame in {every}")
-
-
-def _wrong_store(store: FeatureStore, wanted: str, found: str) -> FingerprintError:
-    return FingerprintError(
-        f"points cannot be tracked in {store.path}",
-        wanted=wanted,
-        found=found,
-        hint="cosettle-cache extract --plan frames",
-    )
+    if unlike := store.unlike_every_frame():
+        wanted, found = unlike
+        raise FingerprintError(
+            f"points cannot be tracked in {store.path}",
+            wanted=wanted,
+            found=found,
+            hint="cosettle-cache extract --plan frames",
+        )
 
 
 @dataclass(slots=True)

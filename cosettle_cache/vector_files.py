@@ -18,7 +18,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int64
 
 from cosettle_cache.errors import UsageError
-from cosettle_cache.files import make_folder, output_errors, sync, temporary_name, write_durably
+from cosettle_cache.files import make_folder, replacing, sync, write_durably
 from cosettle_cache.tables import stream_table
 
 #: How the axes of a video's array are ordered in .npy and HDF5.
@@ -94,24 +94,17 @@ def _write_hdf5(target: Target) -> Iterator[Add]:
     import h5py
 
     path = make_folder(target.folder) / HDF5_FILE
-    temporary = temporary_name(path)
-    with output_errors(path):
-        try:
-            with h5py.File(temporary, "w") as file:
-                file.attrs.update(dict(target.provenance or {}) | {"axes": target.axes})
+    with replacing(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            file.attrs.update(dict(target.provenance or {}) | {"axes": target.axes})
 
-                def add(video: VideoVectors) -> None:
-                    dataset = file.create_dataset(video.name, data=target.arrange(video.vectors))
-                    dataset.attrs["video_id"] = video.video_id
-                    dataset.attrs["frames"] = video.frames
+            def add(video: VideoVectors) -> None:
+                dataset = file.create_dataset(video.name, data=target.arrange(video.vectors))
+                dataset.attrs["video_id"] = video.video_id
+                dataset.attrs["frames"] = video.frames
 
-                yield add
-            sync(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
+            yield add
+        sync(temporary)
 
 
 _WRITERS: Mapping[str, Callable[[Target], AbstractContextManager[Add]]] = {

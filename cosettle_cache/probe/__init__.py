@@ -122,8 +122,9 @@ def plan_probe(
     if "segments" in tasks and frame_labels is None:
         raise UsageError("segments needs frame labels", hint="--labels FOLDER with groundTruth/, mapping.txt")
     labelled = select_videos(store, settings, manifest) if set(tasks) & set(VIDEO_TASKS) else None
-    wants_segments = "segments" in tasks and frame_labels is not None
-    segments = plan_segments(store, frame_labels, settings) if wants_segments and frame_labels else None
+    segments = None
+    if "segments" in tasks and frame_labels is not None:
+        segments = plan_segments(store, frame_labels, settings)
     order_frames = _check(store, tasks, settings, labelled) if labelled else 0
     return ProbePlan(store, tuple(dict.fromkeys(tasks)), settings, labelled, segments, order_frames)
 

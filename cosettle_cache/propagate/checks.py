@@ -11,7 +11,7 @@ from cosettle_cache.search import Ranker
 from cosettle_cache.sizes import resolve_size
 from cosettle_cache.slabs import SearchSize
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.types import EvalProtocol, LabelKind, PlanKind, Video
+from cosettle_cache.types import EvalProtocol, LabelKind, Video
 
 _FLOAT_BYTES = 4
 
@@ -19,14 +19,12 @@ _FLOAT_BYTES = 4
 def check_store(store: FeatureStore, protocol: EvalProtocol) -> None:
     """Raise `FingerprintError` unless `store` holds every frame of its videos at the protocol's size."""
     check_protocol(protocol)
-    if store.plan_kind is not PlanKind.FRAMES:
-        raise _wrong_store(store, "a frames plan", f"a {store.plan_kind} plan", protocol)
-    plan = store.fingerprint.plan
-    if int(plan["every"]) != 1:
-        raise _wrong_store(store, "every frame", f"one frame in {plan['every']}", protocol)
+    if unlike := store.unlike_every_frame():
+        raise _wrong_store(store, *unlike, protocol)
     _check_std(store, protocol)
+    size = str(store.fingerprint.plan["size"])
     for video in store.manifest:
-        wanted, found = (input_size(rule, video) for rule in (protocol.size, str(plan["size"])))
+        wanted, found = (input_size(rule, video) for rule in (protocol.size, size))
         if wanted != found:
             at = [f"{video.video_id} at {height}x{width}" for height, width in (wanted, found)]
             raise _wrong_store(store, at[0], at[1], protocol)
@@ -54,14 +52,16 @@ def check_memory(
     store: FeatureStore, protocol: EvalProtocol, limit: int | None, *, n_kinds: int, ranker: Ranker
 ) -> None:
     """Raise `UsageError` when the search of `n_kinds` kinds of tokens side by side exceeds `limit` bytes."""
+    if limit is None:
+        return
     most_classes = 1 + max((video.n_objects for video in store.manifest), default=0)
-    for layout in store.arrays if limit is not None else ():
+    for layout in store.arrays:
         labels = _FLOAT_BYTES * (1 + protocol.n_context) * layout.grid.n_tokens * most_classes
         size = SearchSize(
             layout.grid, layout.n_channels, protocol, ranker.n_parallel, labels, rough=ranker.rough
         )
         needed = n_kinds * size.needed_bytes(1)
-        if limit is not None and needed > limit:
+        if needed > limit:
             raise UsageError(
                 f"the search among {layout.grid} tokens needs more memory for {n_kinds} kinds of tokens",
                 wanted=f"at least {human_bytes(needed)}",

@@ -89,6 +89,13 @@ class FeatureStore:
         """Number of slots, committed or not."""
         return len(self._chunks.slots)
 
+    def unlike_every_frame(self) -> tuple[str, str] | None:
+        """Return what is wanted and what is found, unless the plan has every frame of every video."""
+        if self.plan_kind is not PlanKind.FRAMES:
+            return f"a {PlanKind.FRAMES} plan", f"a {self.plan_kind} plan"
+        every = int(self.fingerprint.plan["every"])
+        return None if every == 1 else ("every frame", f"one frame in {every}")
+
     @property
     def complete(self) -> bool:
         """Whether every slot is done: none to do, none with failed encodings."""
