@@ -60,6 +60,8 @@ def test_a_sweep_as_typed(
         ("--order backwards", 2, "samples or shards"),
         ("--precision int4", 2, "float32 or bf16 or fp16"),
         ("--head spectral --sweep window=1,2", 2, "without training"),
+        ("--head spectral --window 4 --epochs 3", 2, "1 stores, 0 axes, window, epochs"),
+        ("--batch 4096", 2, "larger than an epoch"),
         ("--head spectrl", 2, "unknown head"),
     ],
 )

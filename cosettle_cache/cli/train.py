@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +20,29 @@ if TYPE_CHECKING:
 
 _DEFAULT = TrainSettings()
 _SPECTRAL = SpectralSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What was typed; `must_fill` says that the batch was."""
+
+    features: list[str]
+    out: Path
+    settings: TrainSettings
+    sweep: list[str]
+    cache_dir: Path | None
+    device: str | None
+    must_fill: bool
+
+    def check_batch(self, plan: TrainPlan) -> None:
+        """Raise `UsageError` when the batch that was asked for is larger than an epoch."""
+        wanted = self.settings.step_samples
+        if self.must_fill and plan.batch_size < wanted:
+            raise UsageError(
+                "the batch is larger than an epoch, which visits one sample of every clip",
+                wanted=f"--batch times --accumulate of at most {plan.batch_size}",
+                found=wanted,
+            )
 
 
 def train(
@@ -42,7 +66,9 @@ def train(
     window: Annotated[int, typer.Option(min=1, help="Tokens pooled per side.")] = _DEFAULT.window,
     epochs: Annotated[int, typer.Option(min=1, help="One sample of every clip each.")] = _DEFAULT.epochs,
     warmup_epochs: Annotated[float, typer.Option(min=0, help="Linear warm-up.")] = _DEFAULT.warmup_epochs,
-    batch: Annotated[int, typer.Option(min=1, help="Samples read in one go.")] = _DEFAULT.batch_size,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help=f"Samples read in one go; default {_DEFAULT.batch_size}.")
+    ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = _DEFAULT.accumulate,
     base_lr: Annotated[float, typer.Option(help="Per 256 samples of a step.")] = _DEFAULT.base_lr,
     weight_decay: Annotated[float, typer.Option(help="On matrices only.")] = _DEFAULT.weight_decay,
@@ -69,19 +95,6 @@ def train(
 
     Example: cosettle-cache train --features store.zarr --sweep window=1,2
     """
-    if head == "spectral":
-        _check_spectral(features, sweep)
-        fit(
-            features[0],
-            out=out,
-            correspondence=correspondence,
-            spectral_lambda=spectral_lambda,
-            seed=seed,
-            device=device,
-            dry_run=dry_run,
-            as_json=as_json,
-            quiet=quiet,
-        )
     settings = TrainSettings(
         head=head,
         regularizer=regularizer,
@@ -92,7 +105,7 @@ def train(
         window=window,
         epochs=epochs,
         warmup_epochs=warmup_epochs,
-        batch_size=batch,
+        batch_size=batch or _DEFAULT.batch_size,
         accumulate=accumulate,
         base_lr=base_lr,
         weight_decay=weight_decay,
@@ -106,17 +119,40 @@ def train(
         gap=gap,
         checkpoint_every=checkpoint_every,
     )
-    folder = out or Path("runs") / store_title(features[0])
-    talk = Talk(quiet=quiet)
-    return _train(talk, features, folder, settings, sweep or [], cache_dir, device, dry_run, as_json)
+    if head == "spectral":
+        _check_spectral(features, settings, sweep)
+        fit(
+            features[0],
+            out=out,
+            correspondence=correspondence,
+            spectral_lambda=spectral_lambda,
+            seed=seed,
+            device=device,
+            dry_run=dry_run,
+            as_json=as_json,
+            quiet=quiet,
+        )
+    request = _Request(
+        features=features,
+        out=out or Path("runs") / store_title(features[0]),
+        settings=settings,
+        sweep=sweep or [],
+        cache_dir=cache_dir,
+        device=device,
+        must_fill=batch is not None,
+    )
+    return _train(request, Talk(quiet=quiet), dry_run, as_json)
 
 
-def _check_spectral(features: list[str], sweep: list[str] | None) -> None:
-    if len(features) > 1 or sweep:
+def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[str] | None) -> None:
+    default = TrainSettings(head=settings.head, seed=settings.seed)
+    names = [field.name for field in fields(default)]
+    useless = [name for name in names if getattr(settings, name) != getattr(default, name)]
+    if len(features) > 1 or sweep or useless:
         raise UsageError(
             "the spectral head is computed from one store, without training",
-            wanted="one --features and no --sweep",
-            found=f"{len(features)} stores, {len(sweep or [])} axes",
+            wanted="one --features, no --sweep, no setting of training",
+            found=", ".join([f"{len(features)} stores", f"{len(sweep or [])} axes", *useless]),
         )
 
 
@@ -129,17 +165,7 @@ def _weight(text: str) -> float | Literal["auto"]:
         raise UsageError("no separability weight", wanted="a number or auto", found=text) from error
 
 
-def _train(
-    talk: Talk,
-    features: list[str],
-    out: Path,
-    settings: TrainSettings,
-    sweep: list[str],
-    cache_dir: Path | None,
-    device: str | None,
-    dry_run: bool,
-    as_json: bool,
-) -> int:
+def _train(request: _Request, talk: Talk, dry_run: bool, as_json: bool) -> int:
     from cosettle_cache.cli.options import interruptible, pick_device
     from cosettle_cache.console import SILENT
     from cosettle_cache.replicas import join_replicas
@@ -148,19 +174,20 @@ def _train(
     from cosettle_cache.train import make_train_plan
     from cosettle_cache.train import train as train_room
 
-    axes = [parse_axis(text) for text in sweep]
-    stores = [open_store(path, cache_dir=cache_dir) for path in features]
-    plan = make_train_plan(stores, settings, axes)
+    axes = [parse_axis(text) for text in request.sweep]
+    stores = [open_store(path, cache_dir=request.cache_dir) for path in request.features]
+    plan = make_train_plan(stores, request.settings, axes)
+    request.check_batch(plan)
     if dry_run:
-        talk.result(json.dumps({"out": str(out), **plan.to_json()}, indent=2))
+        talk.result(json.dumps({"out": str(request.out), **plan.to_json()}, indent=2))
         return int(ExitCode.DONE)
-    with join_replicas(pick_device(device)) as (replicas, place), interruptible(talk, "step") as stop:
+    with join_replicas(pick_device(request.device)) as (replicas, place), interruptible(talk, "step") as stop:
         if replicas.is_first:
-            _announce(talk, features, out, settings, plan)
+            _announce(talk, request, plan)
         report = train_room(
             stores,
-            settings,
-            out,
+            request.settings,
+            request.out,
             sweep=axes,
             device=place,
             progress=talk.progress("train") if replicas.is_first else SILENT,
@@ -174,10 +201,10 @@ def _train(
     return int(ExitCode.UNCLEAN if report.diverged else ExitCode.DONE)
 
 
-def _announce(talk: Talk, features: list[str], out: Path, settings: TrainSettings, plan: TrainPlan) -> None:
-    heads = f"{len(plan.members)} members" if plan.members[0] else f"{settings.head} head"
-    stores = " and ".join(features)
-    talk.note(f"{out}: {heads}, {plan.n_steps} steps of {plan.batch_size} samples of {stores}")
+def _announce(talk: Talk, request: _Request, plan: TrainPlan) -> None:
+    heads = f"{len(plan.members)} members" if plan.members[0] else f"{request.settings.head} head"
+    stores = " and ".join(request.features)
+    talk.note(f"{request.out}: {heads}, {plan.n_steps} steps of {plan.batch_size} samples of {stores}")
     if plan.n_held_out:
         talk.note(f"{plan.n_held_out} of {plan.n_clips} clips are held out for validation")
     if plan.n_dropped:
