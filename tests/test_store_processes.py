@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import pickle
-import signal
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +12,7 @@ from threading import Event, Thread
 
 import numpy as np
 import pytest
+from forking import PATIENCE_S, forked
 from remote_cases import (
     BUCKET,
     Server,
@@ -34,9 +30,6 @@ from cosettle_cache.store import FeatureStore, open_store
 CASE = crash_case()
 FRAMES = frames_case((("bear", 40, 2, 3),))
 
-#: Far more than a child needs, far less than a hang.
-PATIENCE_S = 300
-
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,34 +45,6 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def url(server: Server) -> str:
     return CASE.write(f"s3://{BUCKET}/store.zarr")
-
-
-def forked(task: Callable[[], None]) -> int:
-    """Run `task` in a forked child; return its exit code, and fail when it hangs."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            code = _guarded(task)
-        os._exit(code)
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pytest.fail("the forked child hangs")
-
-
-def _guarded(task: Callable[[], None]) -> int:
-    try:
-        task()
-    except BaseException:
-        traceback.print_exc(file=sys.__stderr__)
-        return 1
-    return 0
 
 
 @contextlib.contextmanager

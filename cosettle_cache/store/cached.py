@@ -166,9 +166,14 @@ class CachedFile:
         """Fill `buffers` from `offset` on."""
         return self._file.read(buffers, offset)
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
-        """Fill `buffers` from the page cache, or start reading ahead and return False."""
-        return self._copy.path.exists() and self._file.read_cached(buffers, offset)
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` as far as the page cache holds the copy."""
+        return self._file.read_cached(buffers, offset) if self._copy.path.exists() else 0
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Let the kernel fetch bytes of the copy into the page cache."""
+        if self._copy.path.exists():
+            self._file.prefetch(offset, n_bytes)
 
     @property
     def _file(self) -> LocalFile:

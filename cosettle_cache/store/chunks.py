@@ -7,9 +7,10 @@ and encodings are damaged or absent. Raw chunks are read directly, all others th
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from itertools import cycle, islice
 
 import numpy as np
@@ -39,12 +40,13 @@ from cosettle_cache.store.parts import (
 from cosettle_cache.store.quantization import dequantize
 from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
 from cosettle_cache.store.storage import ReadStorage
+from cosettle_cache.store.streaming import NEAR_STRETCHES, stream_far, stream_near
 from cosettle_cache.store.stretches import Stretch, Tokens, sorted_stretches, stretches
 from cosettle_cache.store.through_zarr import ZarrArrays
 from cosettle_cache.types import ArrayLayout
 
-#: Streaming from a local disk: bytes that one thread reads in one go, at least two chunks.
-_NEAR_STRETCH_BYTES = 4 * 2**20
+#: Streaming from a local disk: bytes that one thread reads in one go, at least a chunk.
+_NEAR_STRETCH_BYTES = 2 * 2**20
 
 
 class ChunkSource:
@@ -64,16 +66,7 @@ class ChunkSource:
 
         Raises `InputError` when the store does not hold it, `DamagedStoreError` when it should and cannot.
         """
-        place, number = self._locate(array, chunk)
-        try:
-            self._fetch(place, number, [out], wait=True)
-        except BytesError:
-            # The slot may have been written again since its shard was opened, or a copy of it may be damaged.
-            self._shards.forget(place)
-            try:
-                self._fetch(place, number, [out], wait=True)
-            except BytesError as fault:
-                raise self._explain(place, number, fault) from fault
+        self._read_chunk(array, chunk, out)
 
     def read_many(
         self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk value"]
@@ -102,42 +95,17 @@ class ChunkSource:
         per_shard = chunks_per_shard(self.slots.arrays[array])
         longest = self._longest_streamed(array)
         parts = stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard)
-        return self._stream_near(array, parts) if self._is_near(array) else self._stream_far(array, parts)
+        pool, fill = self._shards.pool(self.n_readers), partial(self._read_waiting, array)
+        if self._is_near(array):
+            filled = stream_near(list(parts), fill, pool)
+        else:
+            filled = stream_far(parts, fill, pool, self.n_readers)
+        return (out for part in filled for out in part.outs)
 
     def n_ahead(self, array: int) -> int:
         """Return how many buffers `stream` needs: a stretch in use, and those that are read meanwhile."""
-        n_stretches = 2 if self._is_near(array) else self.n_readers + 1
+        n_stretches = NEAR_STRETCHES if self._is_near(array) else self.n_readers + 1
         return n_stretches * self._longest_streamed(array)
-
-    def _stream_far(self, array: int, parts: Iterator[Stretch]) -> Iterator[Tokens]:
-        """Keep all readers busy: a read is a round trip, or a codec's work."""
-        pool = self._shards.pool(self.n_readers)
-        pending: deque[Future[Stretch]] = deque()
-        for stretch in parts:
-            pending.append(pool.submit(self._filled, array, stretch))
-            if len(pending) > self.n_readers:
-                yield from pending.popleft().result().outs
-        while pending:
-            yield from pending.popleft().result().outs
-
-    def _stream_near(self, array: int, parts: Iterator[Stretch]) -> Iterator[Tokens]:
-        """Read every other stretch here, the one after it in another thread: handing over costs a read.
-
-        Once the disk is what it waits for, the rest is read in order by one thread and without hints: the
-        kernel's own read-ahead takes a lone reader for what it is, and is twice as fast then.
-        """
-        pool, at_hand = self._shards.pool(self.n_readers), True
-        for first in parts:
-            second = next(parts, None) if at_hand else None
-            other = None if second is None else pool.submit(self._read_share, array, [second])
-            if at_hand:
-                at_hand = self._read_share(array, [first])
-            else:
-                self._read_waiting(array, first)
-            yield from first.outs
-            if second is not None and other is not None:
-                at_hand = other.result() and at_hand
-                yield from second.outs
 
     def _is_near(self, array: int) -> bool:
         """Say whether chunks are raw bytes of a local disk."""
@@ -146,7 +114,7 @@ class ChunkSource:
     def _longest_streamed(self, array: int) -> int:
         if not self._is_near(array):
             return self._longest(array)
-        return max(2, _NEAR_STRETCH_BYTES // chunk_bytes(self.slots.arrays[array]))
+        return max(1, _NEAR_STRETCH_BYTES // chunk_bytes(self.slots.arrays[array]))
 
     def read_index(self) -> pa.Table:
         """Return the rows of all index parts, in array and row order."""
@@ -186,35 +154,49 @@ class ChunkSource:
         """Return how many neighbouring chunks are worth one read."""
         return max(1, self._storage.stretch_bytes // chunk_bytes(self.slots.arrays[array]))
 
-    def _filled(self, array: int, stretch: Stretch) -> Stretch:
-        self._read_share(array, [stretch])
-        return stretch
-
-    def _read_share(self, array: int, share: Sequence[Stretch]) -> bool:
-        """Read first what the page cache holds; the rest is on its way from the disk meanwhile.
-
-        Return whether everything was at hand.
-        """
-        cold = [stretch for stretch in share if not self._read_at_once(array, stretch, wait=False)]
+    def _read_share(self, array: int, share: Sequence[Stretch]) -> None:
+        """Read first what the page cache holds; the rest is on its way from the disk meanwhile."""
+        cold = [stretch for stretch in share if not self._read_at_hand(array, stretch)]
         for stretch in cold:
             self._read_waiting(array, stretch)
-        return not cold
 
-    def _read_waiting(self, array: int, stretch: Stretch) -> None:
-        if len(stretch.outs) > 1 and self._read_at_once(array, stretch, wait=True):
-            return
-        for number, out in enumerate(stretch.outs):
-            self.read(array, stretch.first + number, out)
-
-    def _read_at_once(self, array: int, stretch: Stretch, *, wait: bool) -> bool:
+    def _read_at_hand(self, array: int, stretch: Stretch) -> bool:
+        """Fill a stretch that the page cache holds, or start fetching it; say which."""
         place, number = self._locate(array, stretch.first)
         try:
-            return self._fetch(place, number, stretch.outs, wait=wait)
+            return self._fetch(place, number, stretch.outs, wait=False)
         except BytesError:
-            return False  # `read` finds out which chunk is at fault
+            return False  # `_read_chunk` finds out which chunk is at fault
+
+    def _read_waiting(self, array: int, stretch: Stretch) -> bool:
+        """Fill a stretch; say whether it was at hand."""
+        if len(stretch.outs) > 1:
+            place, number = self._locate(array, stretch.first)
+            with suppress(BytesError):  # `_read_chunk` finds out which chunk is at fault
+                return self._fetch(place, number, stretch.outs, wait=True)
+        at_hand = [
+            self._read_chunk(array, stretch.first + number, out) for number, out in enumerate(stretch.outs)
+        ]
+        return all(at_hand)
+
+    def _read_chunk(self, array: int, chunk: int, out: Tokens) -> bool:
+        """Do what `read` says; say whether the chunk was at hand."""
+        place, number = self._locate(array, chunk)
+        try:
+            return self._fetch(place, number, [out], wait=True)
+        except BytesError:
+            # The slot may have been written again since its shard was opened, or a copy of it may be damaged.
+            self._shards.forget(place)
+            try:
+                return self._fetch(place, number, [out], wait=True)
+            except BytesError as fault:
+                raise self._explain(place, number, fault) from fault
 
     def _fetch(self, place: SlotPlace, first: int, outs: Sequence[Tokens], *, wait: bool) -> bool:
-        """Fill `outs` with chunks of a shard, from `first` on; without `wait` only if at hand, and say so."""
+        """Fill `outs` with chunks of a shard, from `first` on, and say whether they were at hand.
+
+        Without `wait` those that are not are left unfilled, and are on their way from then on.
+        """
         try:
             reader = self._shards.reader(place)
         except OSError as error:
@@ -223,19 +205,19 @@ class ChunkSource:
         if layout.codec != "none":
             for number in range(first, first + len(outs)):
                 reader.check_present(number)
-            return wait and all(
-                self._fetch_decoded(place, first + number, out) for number, out in enumerate(outs)
-            )
+            for number, out in enumerate(outs if wait else []):
+                self._fetch_decoded(place, first + number, out)
+            return False
         if layout.dtype == "float16":
             return reader.read_chunks(first, [out.view(np.uint8) for out in outs], wait=wait)
         raw = self._shards.scratch(len(outs) * chunk_bytes(layout)).reshape(len(outs), -1)
-        if not reader.read_chunks(first, list(raw), wait=wait):
-            return False
-        for stored, out in zip(raw, outs, strict=True):
-            _expand(layout, stored, out)
-        return True
+        at_hand = reader.read_chunks(first, list(raw), wait=wait)
+        if wait or at_hand:
+            for stored, out in zip(raw, outs, strict=True):
+                _expand(layout, stored, out)
+        return at_hand
 
-    def _fetch_decoded(self, place: SlotPlace, number: int, out: Tokens) -> bool:
+    def _fetch_decoded(self, place: SlotPlace, number: int, out: Tokens) -> None:
         layout = place.layout
         start = place.rows.start + number * layout.chunk_encodings
         stored = self._zarr.read(layout, slice(start, start + layout.chunk_encodings))
@@ -243,7 +225,6 @@ class ChunkSource:
             out[:] = stored.ravel()
         else:
             _expand(layout, stored.ravel().view(np.uint8), out)
-        return True
 
     def _locate(self, array: int, chunk: int) -> tuple[SlotPlace, int]:
         layout = self.slots.arrays[array]

@@ -256,9 +256,12 @@ class ObjectFile:
             rest = rest[n_bytes:]
         return len(data)
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Nothing is at hand without a request."""
-        return False
+        return 0
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Nothing is kept."""
 
 
 _SERVICES = (S3Store, GCSStore, AzureStore)

@@ -22,7 +22,7 @@ from cosettle_cache.store.layout import (
     chunks_per_shard,
 )
 from cosettle_cache.store.quantization import quantize
-from cosettle_cache.store.storage import RangeFile
+from cosettle_cache.store.storage import RangeFile, unfilled
 from cosettle_cache.types import ArrayLayout
 
 _ENTRY = np.dtype("<u8")
@@ -97,10 +97,10 @@ class ShardReader:
         return offset, size
 
     def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]], *, wait: bool) -> bool:
-        """Fill `outs` with the raw chunks from `first` on, in one read.
+        """Fill `outs` with the raw chunks from `first` on, side by side, and say whether they were at hand.
 
-        Without `wait` only if they are at hand, and say so. Raises `ChunkMissingError`, or another
-        `BytesError` when one is damaged or they do not lie side by side.
+        Without `wait` those that are not are left unfilled, and are on their way from then on. Raises
+        `ChunkMissingError`, or another `BytesError` when one is damaged or they do not lie side by side.
         """
         offset = self._check_neighbours(first, len(outs))
         gap = CHECKSUM_BYTES + padding_after(self._raw_size)
@@ -109,15 +109,20 @@ class ShardReader:
         buffers = [
             part for out, rest in zip(outs, gaps, strict=True) for part in (out.data, memoryview(rest))
         ]
-        if not wait:
-            if not self._file.read_cached(buffers, offset):
+        wanted = sum(map(len, buffers))
+        n_cached = self._file.read_cached(buffers, offset)
+        at_hand = n_cached == wanted
+        if not at_hand:
+            if not wait:
+                self._file.prefetch(offset, wanted)
                 return False
-        elif self._read(buffers, offset) < sum(map(len, buffers)):
-            raise BytesError("its shard ends too early")
+            n_waited = self._read(unfilled(buffers, n_cached), offset + n_cached)
+            if n_cached + n_waited < wanted:
+                raise BytesError("its shard ends too early")
         for out, checksum in zip(outs, gaps, strict=True):
             if checksum_bytes(out.data) != checksum[:CHECKSUM_BYTES]:
                 raise BytesError("the checksum of a chunk does not match")
-        return True
+        return at_hand
 
     def _check_neighbours(self, first: int, n_chunks: int) -> int:
         """Return where chunk `first` begins, with the other `n_chunks - 1` right behind it."""

@@ -34,8 +34,11 @@ class RangeFile(Protocol):
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
-        """Fill `buffers` if that needs no waiting; otherwise start fetching, return False."""
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` as far as that needs no waiting; return the bytes read."""
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Start fetching bytes that will be read soon, where that is possible."""
 
 
 @runtime_checkable
@@ -198,20 +201,21 @@ class LocalFile:
         wanted = sum(map(len, buffers))
         n_read = os.preadv(self._descriptor, buffers, offset)
         if 0 < n_read < wanted:
-            return n_read + self.read(_unfilled(buffers, n_read), offset + n_read)
+            return n_read + self.read(unfilled(buffers, n_read), offset + n_read)
         return n_read
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> bool:
-        """Fill `buffers` from the page cache, or start reading ahead and return False."""
-        wanted = sum(map(len, buffers))
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` from the page cache, up to the first page that it does not hold."""
         try:
-            if os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT) == wanted:
-                return True
+            return os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-        os.posix_fadvise(self._descriptor, offset, wanted, os.POSIX_FADV_WILLNEED)
-        return False
+            return 0
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Let the kernel fetch them into the page cache."""
+        os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def is_store(storage: ReadStorage) -> bool:
@@ -219,7 +223,8 @@ def is_store(storage: ReadStorage) -> bool:
     return storage.exists(ROOT_METADATA)
 
 
-def _unfilled(buffers: Sequence[memoryview], n_filled: int) -> list[memoryview]:
+def unfilled(buffers: Sequence[memoryview], n_filled: int) -> list[memoryview]:
+    """Return what is left of `buffers` after the first `n_filled` bytes."""
     rest = []
     for buffer in buffers:
         done = min(n_filled, len(buffer))

@@ -1,0 +1,142 @@
+"""Streaming: chunks in order, read ahead by other threads while the last one is in use.
+
+Stretches and a function that fills one go in; the stretches come out in order, filled. Near (a local disk)
+the consumer reads too, as long as it would only wait; far (an object store) it waits for threads that do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+from threading import Lock
+
+from cosettle_cache.store.stretches import Stretch
+
+#: Fills a stretch; says whether that took no waiting for the disk.
+Fill = Callable[[Stretch], bool]
+
+#: Stretches that exist at once near: one in use, one that each thread reads, one read ahead.
+NEAR_STRETCHES = 4
+
+#: Bytes that must have been at hand in a row before a second thread reads: more than kernels read ahead.
+_STEADY_BYTES = 16 * 2**20
+
+
+def stream_far(parts: Iterator[Stretch], fill: Fill, pool: Executor, n_readers: int) -> Iterator[Stretch]:
+    """Yield the stretches filled; `n_readers` are on their way: a read is a round trip, or a codec's work."""
+    pending: deque[tuple[Stretch, Future[bool]]] = deque()
+    for part in parts:
+        pending.append((part, pool.submit(fill, part)))
+        if len(pending) > n_readers:
+            yield _await(pending)
+    while pending:
+        yield _await(pending)
+
+
+def stream_near(parts: Sequence[Stretch], fill: Fill, pool: Executor) -> Iterator[Stretch]:
+    """Yield the stretches filled, at most `NEAR_STRETCHES` of them in use or ahead at a time."""
+    reading = _NearReading(parts, fill, pool)
+    try:
+        for number, part in enumerate(parts):
+            reading.finish(number)
+            yield part
+            reading.release()
+    finally:
+        reading.close()
+
+
+def _await(pending: deque[tuple[Stretch, Future[bool]]]) -> Stretch:
+    part, future = pending.popleft()
+    future.result()
+    return part
+
+
+class _NearReading:
+    """Stretches that the consumer and one helper claim in turn, while their memory is free.
+
+    To wake a thread costs as much as to read a frame from the page cache, so neither waits for the other
+    while there is something to read. The helper ends where there is not, and where the disk has to be waited
+    for: a lone reader in order is twice as fast there, as the kernel's read-ahead takes it for what it is.
+    """
+
+    def __init__(self, parts: Sequence[Stretch], fill: Fill, pool: Executor) -> None:
+        self._parts, self._fill = parts, fill
+        self._n_released = self._steady_bytes = 0
+        self._start_afresh(pool)
+
+    def _start_afresh(self, pool: Executor | None) -> None:
+        self._process, self._pool = os.getpid(), pool
+        self._lock = Lock()
+        self._helper: Future[None] | None = None
+        self._n_claimed = self._n_released
+        self._ended: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
+        self._outcomes: dict[int, Exception | None] = {}
+
+    def finish(self, number: int) -> None:
+        """Return when stretch `number` is filled; raise what filling it raised."""
+        if self._is_forked:
+            # None of the parent's threads is here: what they were reading is read again, by this one.
+            self._start_afresh(None)
+        self._start_helper()
+        while number not in self._outcomes:
+            claimed = self._claim() if self._ended.empty() else None
+            if claimed is not None:
+                self._outcomes[claimed] = self._read(claimed)
+            else:
+                ended, error = self._ended.get()
+                self._outcomes[ended] = error
+        error = self._outcomes.pop(number)
+        if error is not None:
+            raise error
+
+    def release(self) -> None:
+        """Let the memory of the stretch in use be filled again."""
+        # Without the lock, which a forked child may find held for ever; nobody else writes this.
+        self._n_released += 1
+
+    def close(self) -> None:
+        """Return when nobody fills anything any more."""
+        if self._is_forked:
+            return
+        with self._lock:
+            self._n_claimed = len(self._parts)
+        if self._helper is not None:
+            self._helper.result()
+
+    def _start_helper(self) -> None:
+        is_free = self._helper is None or self._helper.done()
+        if self._pool and is_free and self._is_steady and self._n_claimed < len(self._parts):
+            self._helper = self._pool.submit(self._help)
+
+    def _help(self) -> None:
+        while self._is_steady and (claimed := self._claim()) is not None:
+            self._ended.put((claimed, self._read(claimed)))
+
+    @property
+    def _is_forked(self) -> bool:
+        return self._process != os.getpid()
+
+    @property
+    def _is_steady(self) -> bool:
+        return self._steady_bytes >= _STEADY_BYTES
+
+    def _claim(self) -> int | None:
+        """Return the next stretch to read, if there is memory for it."""
+        with self._lock:
+            if self._n_claimed >= min(len(self._parts), self._n_released + NEAR_STRETCHES):
+                return None
+            self._n_claimed += 1
+            return self._n_claimed - 1
+
+    def _read(self, number: int) -> Exception | None:
+        """Fill a stretch; an error is for the moment when the stretch is asked for."""
+        part = self._parts[number]
+        try:
+            at_hand = self._fill(part)
+        except Exception as error:
+            return error
+        self._steady_bytes = self._steady_bytes + sum(out.nbytes for out in part.outs) if at_hand else 0
+        return None
