@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from forking import forked
 
 from cosettle_cache.store import streaming
-from cosettle_cache.store.streaming import NEAR_STRETCHES, stream_near
+from cosettle_cache.store.streaming import NEAR_STRETCHES, Fill, stream_far, stream_near
 from cosettle_cache.store.stretches import Stretch
 
 N = 60
@@ -33,6 +33,14 @@ def _help_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_parts() -> list[Stretch]:
     ring = [np.zeros(4, np.float16) for _ in range(NEAR_STRETCHES)]
     return [Stretch(number, [ring[number % NEAR_STRETCHES]]) for number in range(N)]
+
+
+def stream(
+    fill: Fill, pool: ThreadPoolExecutor, begun: list[int] | None = None
+) -> Generator[Stretch, None, None]:
+    """Stream all parts; every tenth begins a shard."""
+    begun = [] if begun is None else begun
+    return stream_near(make_parts(), range(10, N, 10), fill, lambda part: begun.append(part.first), pool)
 
 
 class Filler:
@@ -58,7 +66,7 @@ class Filler:
 @pytest.mark.parametrize("seconds", [0.0, 0.001])
 def test_in_order_within_the_ring(pool: ThreadPoolExecutor, busy_s: float, seconds: float) -> None:
     fill = Filler(seconds=seconds)
-    for number, part in enumerate(stream_near(make_parts(), fill, pool)):
+    for number, part in enumerate(stream(fill, pool)):
         assert part.first == number
         time.sleep(busy_s)
         assert (part.outs[0] == number).all()
@@ -70,13 +78,13 @@ def test_in_order_within_the_ring(pool: ThreadPoolExecutor, busy_s: float, secon
 
 def test_nobody_helps_where_the_disk_is_waited_for(pool: ThreadPoolExecutor) -> None:
     fill = Filler(at_hand=lambda number: number % 2 == 0)
-    assert [part.first for part in stream_near(make_parts(), fill, pool)] == list(range(N))
+    assert [part.first for part in stream(fill, pool)] == list(range(N))
     assert not fill.helped
 
 
 def test_help_ends_where_the_disk_is_waited_for(pool: ThreadPoolExecutor) -> None:
     fill = Filler(at_hand=lambda number: number < 20, seconds=0.001)
-    assert [part.first for part in stream_near(make_parts(), fill, pool)] == list(range(N))
+    assert [part.first for part in stream(fill, pool)] == list(range(N))
     assert fill.helped
     assert max(fill.helped) < 20 + NEAR_STRETCHES
 
@@ -92,7 +100,7 @@ def test_an_error_is_raised_where_its_stretch_is_asked_for(pool: ThreadPoolExecu
 
     seen = []
     with pytest.raises(OSError, match="gone"):
-        for part in stream_near(make_parts(), fill, pool):
+        for part in stream(fill, pool):
             seen.append(part.first)
             assert (part.outs[0] == part.first).all()
     assert seen == list(range(bad))
@@ -100,7 +108,7 @@ def test_an_error_is_raised_where_its_stretch_is_asked_for(pool: ThreadPoolExecu
 
 def test_closed_early(pool: ThreadPoolExecutor) -> None:
     fill = Filler(seconds=0.001)
-    parts = stream_near(make_parts(), fill, pool)
+    parts = stream(fill, pool)
     for _ in range(20):
         next(parts)
     parts.close()
@@ -111,7 +119,7 @@ def test_closed_early(pool: ThreadPoolExecutor) -> None:
 
 def test_a_forked_child_goes_on_alone(pool: ThreadPoolExecutor) -> None:
     fill = Filler(seconds=0.001)
-    parts = stream_near(make_parts(), fill, pool)
+    parts = stream(fill, pool)
     for _ in range(20):
         next(parts)
 
@@ -125,7 +133,27 @@ def test_a_forked_child_goes_on_alone(pool: ThreadPoolExecutor) -> None:
 
 
 def test_a_forked_child_drops_a_stream(pool: ThreadPoolExecutor) -> None:
-    parts = stream_near(make_parts(), Filler(seconds=0.001), pool)
+    parts = stream(Filler(seconds=0.001), pool)
     for _ in range(20):
         next(parts)
     assert forked(parts.close) == 0
+
+
+def test_shards_are_begun_before_they_are_read(pool: ThreadPoolExecutor) -> None:
+    begun: list[int] = []
+    fill = Filler(seconds=0.001)
+    for part in stream(fill, pool, begun):
+        assert begun == sorted(begun)
+        assert {number for number in range(10, N, 10) if number <= part.first} <= set(begun)
+    assert begun == list(range(10, N, 10))
+
+
+def test_far_a_closed_stream_leaves_nobody_reading(pool: ThreadPoolExecutor) -> None:
+    fill = Filler(seconds=0.001)
+    parts = stream_far(make_parts(), fill, pool, 2)
+    for number in range(5):
+        assert int(next(parts).outs[0][0]) == number
+    parts.close()
+    n_read = len(fill.readers)
+    time.sleep(0.02)
+    assert len(fill.readers) == n_read <= 8

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from itertools import cycle, islice
 
@@ -21,7 +21,6 @@ from jaxtyping import Bool, Float16, Int64, UInt8
 from cosettle_cache.errors import DamagedStoreError, InputError
 from cosettle_cache.store.handles import OpenShards, each
 from cosettle_cache.store.layout import (
-    ALIGNMENT,
     BytesError,
     SlotPlace,
     SlotTable,
@@ -41,7 +40,7 @@ from cosettle_cache.store.quantization import dequantize
 from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
 from cosettle_cache.store.storage import ReadStorage
 from cosettle_cache.store.streaming import NEAR_STRETCHES, stream_far, stream_near
-from cosettle_cache.store.stretches import Stretch, Tokens, sorted_stretches, stretches
+from cosettle_cache.store.stretches import Stretch, Tokens, shard_starts, sorted_stretches, stretches
 from cosettle_cache.store.through_zarr import ZarrArrays
 from cosettle_cache.types import ArrayLayout
 
@@ -84,28 +83,36 @@ class ChunkSource:
 
         each(self._shards.pool(self.n_readers), share, n_shares)
 
-    def stream(
-        self, array: int, chunks: Int64[np.ndarray, " chunk"], buffers: Sequence[Tokens]
-    ) -> Iterator[Tokens]:
-        """Yield the tokens of `chunks` in order, each in one of `buffers`, which are used in turn.
+    def stream(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> Iterator[Tokens]:
+        """Yield the tokens of `chunks` in order, each valid until the next is asked for.
 
-        `n_ahead` says how many buffers are needed. Raises what `read` does.
+        Their memory is used again, by the next stream too. Raises what `read` does.
         """
-        outs = list(islice(cycle(buffers), len(chunks)))
-        per_shard = chunks_per_shard(self.slots.arrays[array])
-        longest = self._longest_streamed(array)
-        parts = stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard)
-        pool, fill = self._shards.pool(self.n_readers), partial(self._read_waiting, array)
-        if self._is_near(array):
-            filled = stream_near(list(parts), fill, pool)
-        else:
-            filled = stream_far(parts, fill, pool, self.n_readers)
-        return (out for part in filled for out in part.outs)
+        layout, pool = self.slots.arrays[array], self._shards.pool(self.n_readers)
+        longest, is_near = self._longest_streamed(array), self._is_near(array)
+        # A stretch in use, and those that are read meanwhile.
+        n_stretches = NEAR_STRETCHES if is_near else self.n_readers + 1
+        per_shard, n_values = chunks_per_shard(layout), flat_values(layout)
+        fill, begin = partial(self._read_waiting, array), partial(self._begin, array)
+        with self._shards.ring(min(len(chunks), n_stretches * longest), n_values) as ring:
+            outs = list(islice(cycle(ring), len(chunks)))
+            parts = list(stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard))
+            if is_near:
+                filled = stream_near(parts, shard_starts(parts, per_shard), fill, begin, pool)
+            else:
+                filled = stream_far(parts, fill, pool, self.n_readers)
+            with closing(filled):
+                for part in filled:
+                    yield from part.outs
 
-    def n_ahead(self, array: int) -> int:
-        """Return how many buffers `stream` needs: a stretch in use, and those that are read meanwhile."""
-        n_stretches = NEAR_STRETCHES if self._is_near(array) else self.n_readers + 1
-        return n_stretches * self._longest_streamed(array)
+    def _begin(self, array: int, stretch: Stretch) -> None:
+        """Open the shard of a stretch that will be read soon, and let the kernel begin to read there.
+
+        A page is read, not hinted at: after hints reads are much slower than the kernel's own read-ahead.
+        """
+        with suppress(BytesError, OSError):  # told to the one who asks for the tokens
+            place, number = self._locate(array, stretch.first)
+            self._shards.reader(place).begin(number)
 
     def _is_near(self, array: int) -> bool:
         """Say whether chunks are raw bytes of a local disk."""
@@ -278,12 +285,9 @@ def _committed_slots(storage: ReadStorage, slots: SlotTable) -> Bool[np.ndarray,
     return committed
 
 
-def aligned_memory(shape: tuple[int, ...]) -> Float16[np.ndarray, "..."]:
-    """Return uninitialised memory that starts at a multiple of 64 bytes, where reads are twice as fast."""
-    n_bytes = math.prod(shape) * 2
-    raw = np.empty(n_bytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + n_bytes].view(np.float16).reshape(shape)
+def flat_values(layout: ArrayLayout) -> int:
+    """Return the number of values in a chunk's tokens."""
+    return layout.chunk_encodings * layout.grid.n_tokens * layout.n_channels
 
 
 def flat_rows(out: Float16[np.ndarray, "n ..."]) -> Float16[np.ndarray, "n value"]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock, local
 from typing import Generic, TypeVar
 
 import numpy as np
-from jaxtyping import UInt8, UInt64
+from jaxtyping import Float16, UInt8, UInt64
 
-from cosettle_cache.store.layout import SlotPlace
+from cosettle_cache.store.layout import ALIGNMENT, SlotPlace
 from cosettle_cache.store.shards import ShardReader
 from cosettle_cache.store.storage import ReadStorage
 
@@ -69,6 +70,7 @@ class _Held:
     opening: Sequence[Lock] = field(default_factory=lambda: tuple(Lock() for _ in range(_OPENING_LOCKS)))
     scratch: local = field(default_factory=local)
     pool: ThreadPoolExecutor | None = None
+    ring: Float16[np.ndarray, " value"] | None = None
 
 
 class OpenShards:
@@ -109,6 +111,19 @@ class OpenShards:
         found: UInt8[np.ndarray, " byte"] = memory.bytes[:n_bytes]
         return found
 
+    @contextmanager
+    def ring(self, n_rows: int, n_values: int) -> Iterator[Float16[np.ndarray, "row value"]]:
+        """Lend memory that is kept for the next stream; a stream that overlaps with another has its own."""
+        held, n_wanted = self._held, n_rows * n_values
+        with held.lock:
+            ring, held.ring = held.ring, None
+        if ring is None or len(ring) < n_wanted:
+            ring = _aligned_memory(n_wanted)
+        try:
+            yield ring[:n_wanted].reshape(n_rows, n_values)
+        finally:
+            self._held.ring = ring
+
     def _open(self, held: _Held, place: SlotPlace) -> ShardReader:
         # One thread opens, the others wait: behind a URL that is a request, or a whole shard to fetch.
         with held.opening[place.index % _OPENING_LOCKS]:
@@ -128,6 +143,13 @@ class OpenShards:
             # The threads of the parent are not here, and its lock may have been held when it forked.
             self._state = _Held(os.getpid())
         return self._state
+
+
+def _aligned_memory(n_values: int) -> Float16[np.ndarray, " value"]:
+    """Return uninitialised memory that starts at a multiple of 64 bytes, where reads are twice as fast."""
+    raw = np.empty(2 * n_values + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + 2 * n_values].view(np.float16)
 
 
 def each(pool: ThreadPoolExecutor, task: Callable[[int], None], n: int) -> None:

@@ -20,7 +20,7 @@ from cosettle_cache.errors import DamagedStoreError, InputError, UsageError
 from cosettle_cache.manifest import manifest_from_table
 from cosettle_cache.store.cached import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store.catalog import Catalog
-from cosettle_cache.store.chunks import ChunkSource, aligned_memory, flat_rows
+from cosettle_cache.store.chunks import ChunkSource, flat_rows
 from cosettle_cache.store.creation import HEADER_COPY
 from cosettle_cache.store.header import check_array, read_header, repair_hint
 from cosettle_cache.store.layout import MANIFEST, BytesError, SlotState
@@ -170,13 +170,13 @@ class FeatureStore:
     def stream_tokens(self, video_id: str) -> Iterator[Float16[np.ndarray, "row col dim"]]:
         """Yield the plain tokens of a video frame by frame, reading some frames ahead (frames plan).
 
-        The memory is used again: a frame is valid until the next one is asked for.
+        The memory is used again: a frame is valid until the next one, of this or of another video, is asked
+        for.
         """
         array, rows = self._plain_rows(video_id)
         layout = self.arrays[array]
         shape = (layout.grid.rows, layout.grid.cols, layout.n_channels)
-        ring = aligned_memory((min(len(rows), self._chunks.n_ahead(array)), *shape))
-        return (flat.reshape(shape) for flat in self._chunks.stream(array, rows, list(flat_rows(ring))))
+        return (flat.reshape(shape) for flat in self._chunks.stream(array, rows))
 
     @cached_property
     def sample_ids(self) -> Int64[np.ndarray, " n"]:

@@ -27,6 +27,8 @@ from cosettle_cache.types import ArrayLayout
 
 _ENTRY = np.dtype("<u8")
 
+_PAGE_BYTES = 4096
+
 #: Higher levels gain next to nothing on tokens, whose low bytes are noise.
 ZSTD_LEVEL = 1
 
@@ -95,6 +97,11 @@ class ShardReader:
         if offset == MISSING and size == MISSING:
             raise ChunkMissingError("a chunk is missing from its shard")
         return offset, size
+
+    def begin(self, number: int) -> None:
+        """Read a page at chunk `number`, so that the kernel reads on from there."""
+        offset, _ = self.check_present(number)
+        self._file.read([memoryview(bytearray(_PAGE_BYTES))], offset)
 
     def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]], *, wait: bool) -> bool:
         """Fill `outs` with the raw chunks from `first` on, side by side, and say whether they were at hand.

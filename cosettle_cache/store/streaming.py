@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Container, Generator, Sequence
+from concurrent.futures import Executor, Future, wait
 from queue import SimpleQueue
 from threading import Lock
 
 from cosettle_cache.store.stretches import Stretch
+
+#: Prepares reading of a stretch, in another thread; raises nothing.
+Begin = Callable[[Stretch], None]
 
 #: Fills a stretch; says whether that took no waiting for the disk.
 Fill = Callable[[Stretch], bool]
@@ -21,24 +24,39 @@ Fill = Callable[[Stretch], bool]
 #: Stretches that exist at once near: one in use, one that each thread reads, one read ahead.
 NEAR_STRETCHES = 4
 
+#: How many stretches before a shard its reading begins.
+_BEGIN_AHEAD = 6
+
 #: Bytes that must have been at hand in a row before a second thread reads: more than kernels read ahead.
 _STEADY_BYTES = 16 * 2**20
 
 
-def stream_far(parts: Iterator[Stretch], fill: Fill, pool: Executor, n_readers: int) -> Iterator[Stretch]:
+def stream_far(
+    parts: Sequence[Stretch], fill: Fill, pool: Executor, n_readers: int
+) -> Generator[Stretch, None, None]:
     """Yield the stretches filled; `n_readers` are on their way: a read is a round trip, or a codec's work."""
     pending: deque[tuple[Stretch, Future[bool]]] = deque()
-    for part in parts:
-        pending.append((part, pool.submit(fill, part)))
-        if len(pending) > n_readers:
+    process = os.getpid()
+    try:
+        for part in parts:
+            pending.append((part, pool.submit(fill, part)))
+            if len(pending) > n_readers:
+                yield _await(pending)
+        while pending:
             yield _await(pending)
-    while pending:
-        yield _await(pending)
+    finally:
+        if os.getpid() == process:  # a forked child has nobody to wait for
+            wait([future for _, future in pending if not future.cancel()])
 
 
-def stream_near(parts: Sequence[Stretch], fill: Fill, pool: Executor) -> Iterator[Stretch]:
-    """Yield the stretches filled, at most `NEAR_STRETCHES` of them in use or ahead at a time."""
-    reading = _NearReading(parts, fill, pool)
+def stream_near(
+    parts: Sequence[Stretch], starts: Container[int], fill: Fill, begin: Begin, pool: Executor
+) -> Generator[Stretch, None, None]:
+    """Yield the stretches filled, at most `NEAR_STRETCHES` of them in use or ahead at a time.
+
+    `begin` is called for stretches whose numbers are in `starts`, a while before they are filled.
+    """
+    reading = _NearReading(parts, starts, fill, begin, pool)
     try:
         for number, part in enumerate(parts):
             reading.finish(number)
@@ -62,8 +80,10 @@ class _NearReading:
     for: a lone reader in order is twice as fast there, as the kernel's read-ahead takes it for what it is.
     """
 
-    def __init__(self, parts: Sequence[Stretch], fill: Fill, pool: Executor) -> None:
-        self._parts, self._fill = parts, fill
+    def __init__(
+        self, parts: Sequence[Stretch], starts: Container[int], fill: Fill, begin: Begin, pool: Executor
+    ) -> None:
+        self._parts, self._starts, self._fill, self._begin = parts, starts, fill, begin
         self._n_released = self._steady_bytes = 0
         self._start_afresh(pool)
 
@@ -133,6 +153,7 @@ class _NearReading:
 
     def _read(self, number: int) -> Exception | None:
         """Fill a stretch; an error is for the moment when the stretch is asked for."""
+        self._begin_shard(number + _BEGIN_AHEAD)
         part = self._parts[number]
         try:
             at_hand = self._fill(part)
@@ -140,3 +161,7 @@ class _NearReading:
             return error
         self._steady_bytes = self._steady_bytes + sum(out.nbytes for out in part.outs) if at_hand else 0
         return None
+
+    def _begin_shard(self, number: int) -> None:
+        if self._pool and number in self._starts:
+            self._pool.submit(self._begin, self._parts[number])

@@ -45,3 +45,9 @@ def sorted_stretches(
     order = sorted(range(len(chunks)), key=chunks.__getitem__)
     ordered = [outs[place] for place in order]
     return stretches([chunks[place] for place in order], ordered, longest=longest, per_shard=per_shard)
+
+
+def shard_starts(parts: Sequence[Stretch], per_shard: int) -> frozenset[int]:
+    """Return the numbers of the stretches that lie in another shard than the one before."""
+    shards = [part.first // per_shard for part in parts]
+    return frozenset(number for number in range(1, len(shards)) if shards[number] != shards[number - 1])
