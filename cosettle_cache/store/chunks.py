@@ -7,6 +7,7 @@ and encodings are damaged or absent. Raw chunks are read directly, all others th
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float16, Int64, UInt8
 
 from cosettle_cache.errors import DamagedStoreError, InputError
-from cosettle_cache.store.handles import OpenShards, each
+from cosettle_cache.store.handles import OpenShards, drained, each
 from cosettle_cache.store.layout import (
     BytesError,
     SlotPlace,
@@ -71,17 +72,12 @@ class ChunkSource:
         self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk value"]
     ) -> None:
         """Fill the rows of `out` with the tokens of `chunks`, several at a time; raises what `read` does."""
-        parts = self._shares(array, chunks.tolist(), list(out))
-        n_shares = min(self.n_readers, len(parts))
-        if n_shares < 2:
-            self._read_share(array, parts)
-            return
-        bounds = np.linspace(0, len(parts), n_shares + 1).astype(int).tolist()
-
-        def share(number: int) -> None:
-            self._read_share(array, parts[bounds[number] : bounds[number + 1]])
-
-        each(self._shards.pool(self.n_readers), share, n_shares)
+        todo = deque(self._shares(array, chunks.tolist(), list(out)))
+        n_threads = min(self.n_readers, len(todo))
+        if n_threads < 2:
+            self._read_share(array, todo)
+        else:
+            each(self._shards.pool(self.n_readers), lambda _: self._read_share(array, todo), n_threads)
 
     def stream(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> Iterator[Tokens]:
         """Yield the tokens of `chunks` in order, each valid until the next is asked for.
@@ -161,9 +157,12 @@ class ChunkSource:
         """Return how many neighbouring chunks are worth one read."""
         return max(1, self._storage.stretch_bytes // chunk_bytes(self.slots.arrays[array]))
 
-    def _read_share(self, array: int, share: Sequence[Stretch]) -> None:
-        """Read first what the page cache holds; the rest is on its way from the disk meanwhile."""
-        cold = [stretch for stretch in share if not self._read_at_hand(array, stretch)]
+    def _read_share(self, array: int, todo: deque[Stretch]) -> None:
+        """Take and read stretches until none is left; other threads may take from `todo` meanwhile.
+
+        What the page cache holds is read first; the rest is on its way from the disk meanwhile.
+        """
+        cold = [stretch for stretch in drained(todo) if not self._read_at_hand(array, stretch)]
         for stretch in cold:
             self._read_waiting(array, stretch)
 

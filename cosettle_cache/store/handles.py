@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -162,3 +162,12 @@ def each(pool: ThreadPoolExecutor, task: Callable[[int], None], n: int) -> None:
     for error in errors:
         if error is not None:
             raise error
+
+
+def drained(items: deque[Value]) -> Iterator[Value]:
+    """Yield items, first to last, until other threads and this one have taken all."""
+    while True:
+        try:
+            yield items.popleft()
+        except IndexError:
+            return

@@ -12,7 +12,7 @@ import numpy as np
 from awscrt.checksums import crc32c
 from jaxtyping import Bool, Float16, UInt8, UInt64
 
-from cosettle_cache.files import Buffer
+from cosettle_cache.files import Buffer, unfilled
 from cosettle_cache.store.layout import (
     ALIGNMENT,
     CHECKSUM_BYTES,
@@ -22,7 +22,7 @@ from cosettle_cache.store.layout import (
     chunks_per_shard,
 )
 from cosettle_cache.store.quantization import quantize
-from cosettle_cache.store.storage import RangeFile, unfilled
+from cosettle_cache.store.storage import RangeFile
 from cosettle_cache.types import ArrayLayout
 
 _ENTRY = np.dtype("<u8")
@@ -90,6 +90,7 @@ class ShardReader:
         self.entries = read_entries(file, layout) if entries is None else entries
         self._file = file
         self._raw_size = chunk_bytes(layout) + CHECKSUM_BYTES
+        self._padding = padding_after(self._raw_size)
 
     def check_present(self, number: int) -> tuple[int, int]:
         """Return offset and size (with checksum) of a chunk; raise `ChunkMissingError` if it is absent."""
@@ -110,13 +111,12 @@ class ShardReader:
         `ChunkMissingError`, or another `BytesError` when one is damaged or they do not lie side by side.
         """
         offset = self._check_neighbours(first, len(outs))
-        gap = CHECKSUM_BYTES + padding_after(self._raw_size)
         # Only the last checksum is read without the zeros behind it.
-        gaps = [bytearray(gap) for _ in outs[1:]] + [bytearray(CHECKSUM_BYTES)]
-        buffers = [
-            part for out, rest in zip(outs, gaps, strict=True) for part in (out.data, memoryview(rest))
-        ]
-        wanted = sum(map(len, buffers))
+        gaps = [bytearray(CHECKSUM_BYTES + self._padding) for _ in outs[1:]] + [bytearray(CHECKSUM_BYTES)]
+        buffers: list[memoryview] = []
+        for out, gap in zip(outs, gaps, strict=True):
+            buffers += (out.data, memoryview(gap))
+        wanted = len(outs) * (self._raw_size + self._padding) - self._padding
         n_cached = self._file.read_cached(buffers, offset)
         at_hand = n_cached == wanted
         if not at_hand:
@@ -126,24 +126,20 @@ class ShardReader:
             n_waited = self._read(unfilled(buffers, n_cached), offset + n_cached)
             if n_cached + n_waited < wanted:
                 raise BytesError("its shard ends too early")
-        for out, checksum in zip(outs, gaps, strict=True):
-            if checksum_bytes(out.data) != checksum[:CHECKSUM_BYTES]:
+        for out, gap in zip(outs, gaps, strict=True):
+            if checksum_bytes(out.data) != gap[:CHECKSUM_BYTES]:
                 raise BytesError("the checksum of a chunk does not match")
         return at_hand
 
     def _check_neighbours(self, first: int, n_chunks: int) -> int:
         """Return where chunk `first` begins, with the other `n_chunks - 1` right behind it."""
-        start = None
-        for number in range(first, first + n_chunks):
-            offset, size = self.check_present(number)
+        start, _ = self.check_present(first)
+        for place in range(n_chunks):
+            offset, size = self.check_present(first + place)
             if size != self._raw_size:
                 raise BytesError(f"a chunk has {size} bytes")
-            if start is None:
-                start = expected = offset
-            if offset != expected:
+            if offset != start + place * (self._raw_size + self._padding):
                 raise BytesError("chunks do not lie side by side")
-            expected = offset + size + padding_after(size)
-        assert start is not None
         return start
 
     def _read(self, buffers: list[memoryview], offset: int) -> int:

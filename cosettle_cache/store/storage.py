@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from cosettle_cache.files import Buffer, output_errors, sync, write_durably
+from cosettle_cache.files import Buffer, output_errors, sync, unfilled, write_durably
 from cosettle_cache.store.layout import ROOT_METADATA
 
 #: A local disk serves this many readers at once without getting slower.
@@ -221,14 +221,3 @@ class LocalFile:
 def is_store(storage: ReadStorage) -> bool:
     """Say whether the place holds a Zarr v3 node of any kind."""
     return storage.exists(ROOT_METADATA)
-
-
-def unfilled(buffers: Sequence[memoryview], n_filled: int) -> list[memoryview]:
-    """Return what is left of `buffers` after the first `n_filled` bytes."""
-    rest = []
-    for buffer in buffers:
-        done = min(n_filled, len(buffer))
-        n_filled -= done
-        if done < len(buffer):
-            rest.append(buffer[done:])
-    return rest
