@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
@@ -72,12 +72,13 @@ class ChunkSource:
         self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk value"]
     ) -> None:
         """Fill the rows of `out` with the tokens of `chunks`, several at a time; raises what `read` does."""
-        todo = deque(self._shares(array, chunks.tolist(), list(out)))
-        n_threads = min(self.n_readers, len(todo))
-        if n_threads < 2:
-            self._read_share(array, todo)
-        else:
-            each(self._shards.pool(self.n_readers), lambda _: self._read_share(array, todo), n_threads)
+        parts = self._shares(array, chunks.tolist(), list(out))
+        cold = deque[Stretch]()
+        self._share_out(parts, partial(self._read_at_hand, array, cold=cold))
+        # One thread asks the disk for all of them before any is waited for: two get in each other's way.
+        for part in cold:
+            self._prefetch(array, part)
+        self._share_out(cold, lambda part: self._read_waiting(array, part))
 
     def stream(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> Iterator[Tokens]:
         """Yield the tokens of `chunks` in order, each valid until the next is asked for.
@@ -157,22 +158,33 @@ class ChunkSource:
         """Return how many neighbouring chunks are worth one read."""
         return max(1, self._storage.stretch_bytes // chunk_bytes(self.slots.arrays[array]))
 
-    def _read_share(self, array: int, todo: deque[Stretch]) -> None:
-        """Take and read stretches until none is left; other threads may take from `todo` meanwhile.
+    def _share_out(self, parts: Iterable[Stretch], read: Callable[[Stretch], object]) -> None:
+        """Let all readers take and read stretches until none is left."""
+        todo = deque(parts)
+        n_threads = min(self.n_readers, len(todo))
 
-        What the page cache holds is read first; the rest is on its way from the disk meanwhile.
-        """
-        cold = [stretch for stretch in drained(todo) if not self._read_at_hand(array, stretch)]
-        for stretch in cold:
-            self._read_waiting(array, stretch)
+        def work(_: int) -> None:
+            for part in drained(todo):
+                read(part)
 
-    def _read_at_hand(self, array: int, stretch: Stretch) -> bool:
-        """Fill a stretch that the page cache holds, or start fetching it; say which."""
+        if n_threads > 1:
+            each(self._shards.pool(self.n_readers), work, n_threads)
+        else:
+            work(0)
+
+    def _read_at_hand(self, array: int, stretch: Stretch, cold: deque[Stretch]) -> None:
+        """Fill a stretch if the page cache holds it, otherwise add it to `cold`."""
         place, number = self._locate(array, stretch.first)
-        try:
-            return self._fetch(place, number, stretch.outs, wait=False)
-        except BytesError:
-            return False  # `_read_chunk` finds out which chunk is at fault
+        with suppress(BytesError):  # `_read_chunk` finds out which chunk is at fault
+            if self._fetch(place, number, stretch.outs, wait=False):
+                return
+        cold.append(stretch)
+
+    def _prefetch(self, array: int, stretch: Stretch) -> None:
+        """Let the disk fetch what will be waited for."""
+        place, number = self._locate(array, stretch.first)
+        with suppress(BytesError, OSError):
+            self._shards.reader(place).prefetch(number, len(stretch.outs))
 
     def _read_waiting(self, array: int, stretch: Stretch) -> bool:
         """Fill a stretch; say whether it was at hand."""
@@ -201,7 +213,7 @@ class ChunkSource:
     def _fetch(self, place: SlotPlace, first: int, outs: Sequence[Tokens], *, wait: bool) -> bool:
         """Fill `outs` with chunks of a shard, from `first` on, and say whether they were at hand.
 
-        Without `wait` those that are not are left unfilled, and are on their way from then on.
+        Without `wait` those that are not are left unfilled.
         """
         try:
             reader = self._shards.reader(place)

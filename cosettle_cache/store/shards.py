@@ -104,11 +104,17 @@ class ShardReader:
         offset, _ = self.check_present(number)
         self._file.read([memoryview(bytearray(_PAGE_BYTES))], offset)
 
+    def prefetch(self, first: int, n_chunks: int) -> None:
+        """Start fetching chunks that will be read soon, where that is possible."""
+        offset, _ = self.check_present(first)
+        end, size = self.check_present(first + n_chunks - 1)
+        self._file.prefetch(offset, end + size - offset)
+
     def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]], *, wait: bool) -> bool:
         """Fill `outs` with the raw chunks from `first` on, side by side, and say whether they were at hand.
 
-        Without `wait` those that are not are left unfilled, and are on their way from then on. Raises
-        `ChunkMissingError`, or another `BytesError` when one is damaged or they do not lie side by side.
+        Without `wait` those that are not are left unfilled. Raises `ChunkMissingError`, or another
+        `BytesError` when one is damaged or they do not lie side by side.
         """
         offset = self._check_neighbours(first, len(outs))
         # Only the last checksum is read without the zeros behind it.
@@ -121,7 +127,6 @@ class ShardReader:
         at_hand = n_cached == wanted
         if not at_hand:
             if not wait:
-                self._file.prefetch(offset, wanted)
                 return False
             n_waited = self._read(unfilled(buffers, n_cached), offset + n_cached)
             if n_cached + n_waited < wanted:
