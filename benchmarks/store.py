@@ -24,7 +24,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import zarr
 from store_bench import (
     BATCH,
@@ -46,10 +45,12 @@ from store_bench import (
 
 from cosettle_cache.config import FramesSettings
 from cosettle_cache.console import Talk
-from cosettle_cache.feeding import ShuffleShards
+from cosettle_cache.feeding import BatchRing, EpochOrder, ShuffleShards, make_portions, make_steps
 from cosettle_cache.plan import make_plan
-from cosettle_cache.store import Shard, open_store
+from cosettle_cache.samples import PairsSamples
+from cosettle_cache.store import FeatureStore, Shard, open_store
 from cosettle_cache.types import Manifest, MediaKind, Video
+from cosettle_cache.warming import Windows, warmed
 
 THREADS = min(4, os.cpu_count() or 1)
 #: Samples of the two stores whose reading and writing must take the same memory.
@@ -134,15 +135,13 @@ def _report(figures: Figures, path: Path | None) -> int:
     return 4 if missed else 0
 
 
-def _ours(bench: Bench, ids: list[int]) -> None:
-    store = open_store(bench.path)
+def _ours(store: FeatureStore, bench: Bench, ids: list[int]) -> None:
     for start in range(0, len(ids), BATCH):
         batch = ids[start : start + BATCH]
         store.read_into(batch, bench.buffer[: len(batch)])
 
 
-def _ours_fresh(bench: Bench, ids: list[int]) -> None:
-    store = open_store(bench.path)
+def _ours_fresh(store: FeatureStore, ids: list[int]) -> None:
     for start in range(0, len(ids), BATCH):
         store.samples(ids[start : start + BATCH])
 
@@ -157,12 +156,14 @@ def _zarr_python(bench: Bench, ids: list[int]) -> None:
 def _random_warm(bench: Bench, repeats: int) -> Figures:
     ids = random.Random(0).sample(range(bench.n_chunks), bench.n_chunks)
     few = ids[: max(BATCH, len(ids) // 8)]
+    # Opened once, as training does; what opening takes has its own figure.
+    store = open_store(bench.path)
     seconds = interleave(
         {
             "preadv": partial(Plain(bench), ids),
             "preadv_threads": partial(Plain(bench, THREADS), ids),
-            "read_into": partial(_ours, bench, ids),
-            "fresh_memory": partial(_ours_fresh, bench, ids),
+            "read_into": partial(_ours, store, bench, ids),
+            "fresh_memory": partial(_ours_fresh, store, ids),
             "zarr": partial(_zarr_python, bench, few),
         },
         repeats,
@@ -184,7 +185,7 @@ def _random_cold(bench: Bench, repeats: int) -> Figures:
         "hints": partial(Plain(bench, 1, hints=True), ids),
         "threads_hints": partial(Plain(bench, THREADS, hints=True), ids),
     }
-    sides = {**plain_ways, "read_into": partial(_ours, bench, ids)}
+    sides = {**plain_ways, "read_into": partial(_ours, open_store(bench.path), bench, ids)}
     seconds = interleave(sides, repeats, before=bench.evict)
     best = min(plain_ways, key=lambda name: median(seconds[name]))
     return {
@@ -195,13 +196,20 @@ def _random_cold(bench: Bench, repeats: int) -> Figures:
 
 
 def _shard_order_cold(bench: Bench, repeats: int) -> Figures:
-    """Shards in random order, samples shuffled within a window of shards, against one pass over the file."""
-    store = open_store(bench.path)
-    shuffle = ShuffleShards(store.sample_slots, window=2)
-    order = shuffle(np.arange(bench.n_chunks), np.random.default_rng(0)).tolist()
+    """`train --order shards` without the training, window 2, against one pass over the file."""
+    samples = PairsSamples(open_store(bench.path))
+    shuffle = ShuffleShards(samples.slots, window=2)
+    order = EpochOrder(samples.epoch_ids, BATCH, seed=0, shuffle=shuffle)
+
+    def shard_order() -> None:
+        portions = warmed(make_portions(make_steps(order, 1)), Windows(order, shuffle), samples.warm)
+        with BatchRing(samples, portions, samples.shape, BATCH) as ring:
+            for _ in ring:
+                pass
+
     sides = {
         "sequential": lambda: read_through(bench.plain, bench.rows[0]),
-        "shard_order": lambda: _ours(bench, order),
+        "shard_order": shard_order,
     }
     seconds = interleave(sides, repeats, before=bench.evict)
     return {
@@ -214,7 +222,6 @@ def _shard_order_cold(bench: Bench, repeats: int) -> Figures:
 def _frames(bench: Bench, repeats: int) -> Figures:
     """Every frame of every video, in order, as propagation reads them."""
 
-    # Opened once, as propagation does; what opening takes has its own figure.
     store = open_store(bench.path)
 
     def ours() -> None:
@@ -289,9 +296,10 @@ def _added_mb(parent: Path, n_samples: int, what: str) -> int:
         # In another process: its peak would hide what reading adds.
         subprocess.run([sys.executable, "-c", _FILL, str(bench.path), str(n_samples)], check=True)
         bench.buffer.fill(0)
-        _ours(bench, list(range(BATCH)))
+        store = open_store(bench.path)
+        _ours(store, bench, list(range(BATCH)))
         before = _peak_mb()
-        _ours(bench, random.Random(0).sample(range(bench.n_chunks), bench.n_chunks))
+        _ours(store, bench, random.Random(0).sample(range(bench.n_chunks), bench.n_chunks))
         return _peak_mb() - before
 
 

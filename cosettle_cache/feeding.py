@@ -59,10 +59,15 @@ class ShuffleShards:
 
     def __call__(self, ids: Ids, generator: np.random.Generator) -> Ids:
         """Return the ids in such an order."""
-        _, shard = np.unique(self.slots_of(ids), return_inverse=True)
-        place = generator.permutation(shard.max() + 1)[shard] // self.window
+        windows = self.windows(ids, generator)
         shuffled = generator.permutation(len(ids))
-        return ids[shuffled[np.argsort(place[shuffled], kind="stable")]]
+        return ids[shuffled[np.argsort(windows[shuffled], kind="stable")]]
+
+    def windows(self, ids: Ids, generator: np.random.Generator) -> Ids:
+        """Return the number of the window in which each sample is visited, from a fresh generator."""
+        _, shard = np.unique(self.slots_of(ids), return_inverse=True)
+        windows: Ids = generator.permutation(shard.max() + 1)[shard] // self.window
+        return windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +95,13 @@ class EpochOrder:
         batches = np.split(ids[: n_batches * self.batch_size], n_batches) if n_batches else [ids]
         return [self.arrange(batch) for batch in batches] if self.arrange else batches
 
+    def generator(self, epoch: int) -> np.random.Generator:
+        """Return what the order of an epoch is drawn from."""
+        return np.random.default_rng((self.seed, epoch))
+
     def visited(self, epoch: int) -> Ids:
         """Return the training samples of an epoch in their order, a remainder included."""
-        ids = self.shuffle(self.ids_of(epoch), np.random.default_rng((self.seed, epoch)))
+        ids = self.shuffle(self.ids_of(epoch), self.generator(epoch))
         return ids if self.held_out is None else ids[~self.held_out(ids)]
 
 

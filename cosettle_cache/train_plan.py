@@ -7,6 +7,7 @@ meet.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,8 +17,8 @@ from cosettle_cache.config import TrainSettings, digest, settings_json
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.feeding import (
     EpochOrder,
+    Ids,
     Portion,
-    Shuffle,
     ShuffleShards,
     make_portions,
     make_steps,
@@ -33,12 +34,16 @@ from cosettle_cache.sweep import Axis, Member, make_members
 from cosettle_cache.trainer import PRECISIONS
 from cosettle_cache.types import Grid
 from cosettle_cache.validation import HeldOut
+from cosettle_cache.warming import Windows, warmed
 
 #: Tokens of a sample over channels in the released setting: what the default separability weight is made for.
 RELEASED_TOKENS_PER_DIM = 588 / 768
 
 #: How an epoch is shuffled: all samples, or shards and then samples within a window of shards.
 ORDERS = ("samples", "shards")
+
+#: Of the machine's memory, what a window of shards may take to be read ahead.
+_MEMORY_SHARE = 1 / 8
 
 #: Numbers of the objective and the optimiser that are never negative, and what they stay below.
 _BOUNDS = {
@@ -62,16 +67,20 @@ class Stream:
         return HeldOut(self.samples, self.settings.validation, self.settings.seed)
 
     @cached_property
+    def shuffle_shards(self) -> ShuffleShards | None:
+        """The order by shards, if that was asked for."""
+        if self.settings.order != "shards":
+            return None
+        return ShuffleShards(self.samples.slots, self.settings.shard_window)
+
+    @cached_property
     def order(self) -> EpochOrder:
         """The batches of every epoch."""
-        shuffle: Shuffle = shuffle_samples
-        if self.settings.order == "shards":
-            shuffle = ShuffleShards(self.samples.slots, self.settings.shard_window)
         return EpochOrder(
             self.samples.epoch_ids,
             self.settings.step_samples,
             self.settings.seed,
-            shuffle,
+            self.shuffle_shards or shuffle_samples,
             self.held_out if self.settings.validation else None,
             self.samples.arrange if len(self.stores) > 1 else None,
         )
@@ -79,7 +88,16 @@ class Stream:
     def portions(self, start: int, replicas: Replicas) -> Iterator[Portion]:
         """Yield this process's reads from step `start` on."""
         steps = make_steps(self.order, self.settings.epochs, start)
-        return make_portions(steps, self.settings.accumulate, replicas.share)
+        portions = make_portions(steps, self.settings.accumulate, replicas.share)
+        if self.shuffle_shards is None:
+            return portions
+        return warmed(portions, Windows(self.order, self.shuffle_shards), self._warm)
+
+    def _warm(self, ids: Ids) -> None:
+        """Warm a window, unless it is a good part of this machine's memory: two must stay there."""
+        n_bytes = len(ids) * 2 * math.prod(self.samples.shape)
+        if n_bytes <= _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            self.samples.warm(ids)
 
     def capacity(self, replicas: Replicas) -> int:
         """Return the size of the largest portion."""

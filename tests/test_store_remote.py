@@ -567,3 +567,23 @@ def test_a_refusal_while_zarr_reads(url: str, proxy: Proxy) -> None:
     proxy.n_refused, proxy.refusal = 10**6, 403
     with pytest.raises(RemoteError, match="access is refused"):
         store.samples([3])
+
+
+def test_warming_fills_the_cache(cache: Cache, proxy: Proxy) -> None:
+    store = cache.open()
+    store.warm([2, 5, 6])
+    deadline = time.monotonic() + 60
+    while len(cache.copies) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(cache.copies) == 3
+    proxy.clear()
+    store.samples([6, 2, 5])
+    assert n_fetched(proxy) == 0
+
+
+def test_without_a_cache_warming_asks_for_nothing(url: str, proxy: Proxy) -> None:
+    CACHED.write(url)
+    store = open_store(url)
+    proxy.clear()
+    store.warm(store.sample_ids)
+    assert not [request for request in proxy.requests if "tokens" in request]

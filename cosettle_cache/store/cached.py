@@ -175,6 +175,10 @@ class CachedFile:
         if self._copy.path.exists():
             self._file.prefetch(offset, n_bytes)
 
+    def warm(self, offset: int, n_bytes: int) -> None:
+        """Have bytes of the copy in the page cache."""
+        self._file.warm(offset, n_bytes)
+
     @property
     def _file(self) -> LocalFile:
         return self._storage.open_copy(self._copy)

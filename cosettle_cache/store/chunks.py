@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,7 @@ from cosettle_cache.store.quantization import dequantize
 from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
 from cosettle_cache.store.storage import ReadStorage
 from cosettle_cache.store.streaming import NEAR_STRETCHES, stream_far, stream_near
-from cosettle_cache.store.stretches import Stretch, Tokens, shard_starts, sorted_stretches, stretches
+from cosettle_cache.store.stretches import Stretch, Tokens, runs, shard_starts, sorted_stretches, stretches
 from cosettle_cache.store.through_zarr import ZarrArrays
 from cosettle_cache.types import ArrayLayout
 
@@ -80,6 +80,22 @@ class ChunkSource:
             self._prefetch(array, part)
         self._share_out(cold, lambda part: self._read_waiting(array, part))
 
+    def warm(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> None:
+        """Bring chunks to this machine, in the order of the disk, where something is kept of what is read.
+
+        Damage is left to the one who reads them.
+        """
+        if self._storage.stretch_bytes:
+            return
+        per_shard, pool = chunks_per_shard(self.slots.arrays[array]), self._shards.pool(self.n_readers)
+        spans = runs(np.unique(chunks).tolist(), per_shard)
+        for (first, n_chunks), (following, _) in pairwise([*spans, spans[-1]]):
+            if following // per_shard != first // per_shard:
+                pool.submit(self._begin, array, following)
+            place, number = self._locate(array, first)
+            with suppress(BytesError, OSError):
+                self._shards.reader(place).warm(number, n_chunks)
+
     def stream(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> Iterator[Tokens]:
         """Yield the tokens of `chunks` in order, each valid until the next is asked for.
 
@@ -90,7 +106,7 @@ class ChunkSource:
         # A stretch in use, and those that are read meanwhile.
         n_stretches = NEAR_STRETCHES if is_near else self.n_readers + 1
         per_shard, n_values = chunks_per_shard(layout), flat_values(layout)
-        fill, begin = partial(self._read_waiting, array), partial(self._begin, array)
+        fill, begin = partial(self._read_waiting, array), partial(self._begin_stretch, array)
         with self._shards.ring(min(len(chunks), n_stretches * longest), n_values) as ring:
             outs = list(islice(cycle(ring), len(chunks)))
             parts = list(stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard))
@@ -102,13 +118,16 @@ class ChunkSource:
                 for part in filled:
                     yield from part.outs
 
-    def _begin(self, array: int, stretch: Stretch) -> None:
-        """Open the shard of a stretch that will be read soon, and let the kernel begin to read there.
+    def _begin_stretch(self, array: int, stretch: Stretch) -> None:
+        self._begin(array, stretch.first)
+
+    def _begin(self, array: int, chunk: int) -> None:
+        """Open the shard of a chunk that will be read soon, and let the kernel begin to read there.
 
         A page is read, not hinted at: after hints reads are much slower than the kernel's own read-ahead.
         """
         with suppress(BytesError, OSError):  # told to the one who asks for the tokens
-            place, number = self._locate(array, stretch.first)
+            place, number = self._locate(array, chunk)
             self._shards.reader(place).begin(number)
 
     def _is_near(self, array: int) -> bool:

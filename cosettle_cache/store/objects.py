@@ -263,6 +263,9 @@ class ObjectFile:
     def prefetch(self, offset: int, n_bytes: int) -> None:
         """Nothing is kept."""
 
+    def warm(self, offset: int, n_bytes: int) -> None:
+        """Nothing is kept."""
+
 
 _SERVICES = (S3Store, GCSStore, AzureStore)
 _WANTED_URL = "a folder, or a URL such as s3://bucket/store.zarr, gs://... or az://..."

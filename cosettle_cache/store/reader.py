@@ -203,16 +203,24 @@ class FeatureStore:
         _check_buffer("samples", (len(ids), *self._sample_shape), out)
         self._chunks.read_many(0, np.asarray(ids, np.int64), flat_rows(out))
 
+    def warm(self, ids: SampleIds) -> None:
+        """Read samples into the page cache in the order of the disk, so that `read_into` finds them there.
+
+        Nothing is done for an object store, which has no such cache, unless there is a shard cache: that is
+        filled (pairs plan).
+        """
+        self._check_plan(PlanKind.PAIRS)
+        self._chunks.warm(0, np.asarray(ids, np.int64))
+
     def read_encodings(self, grid: Grid, rows: SampleIds, out: Float16[np.ndarray, "n row col dim"]) -> None:
         """Fill `out`, C-contiguous, with rows of the array of `grid`, in any order (frames plan)."""
-        self._check_plan(PlanKind.FRAMES)
-        arrays = {layout.grid: number for number, layout in enumerate(self.arrays)}
-        if grid not in arrays:
-            found = ", ".join(str(known) for known in arrays)
-            raise InputError(f"{self.path} has no array of {grid} tokens", found=found)
-        layout = self.arrays[arrays[grid]]
-        _check_buffer("encodings", (len(rows), grid.rows, grid.cols, layout.n_channels), out)
-        self._chunks.read_many(arrays[grid], np.asarray(rows, np.int64), flat_rows(out))
+        array = self._array_of(grid)
+        _check_buffer("encodings", (len(rows), grid.rows, grid.cols, self.arrays[array].n_channels), out)
+        self._chunks.read_many(array, np.asarray(rows, np.int64), flat_rows(out))
+
+    def warm_encodings(self, grid: Grid, rows: SampleIds) -> None:
+        """Do for rows of the array of `grid` what `warm` does for samples (frames plan)."""
+        self._chunks.warm(self._array_of(grid), np.asarray(rows, np.int64))
 
     def sample_slots(self, ids: SampleIds) -> Int64[np.ndarray, " n"]:
         """Return the slot in which each sample lies (pairs plan); reading slot by slot is in order."""
@@ -227,6 +235,14 @@ class FeatureStore:
     def _sample_shape(self) -> tuple[int, int, int, int]:
         layout = self.arrays[0]
         return (ENCODINGS_PER_SAMPLE, layout.grid.rows, layout.grid.cols, layout.n_channels)
+
+    def _array_of(self, grid: Grid) -> int:
+        self._check_plan(PlanKind.FRAMES)
+        arrays = {layout.grid: number for number, layout in enumerate(self.arrays)}
+        if grid not in arrays:
+            found = ", ".join(str(known) for known in arrays)
+            raise InputError(f"{self.path} has no array of {grid} tokens", found=found)
+        return arrays[grid]
 
     def _plain_rows(self, video_id: str) -> tuple[int, Int64[np.ndarray, " frame"]]:
         """Return the array and the rows of a video's plain encodings; raise `InputError` unless all exist."""

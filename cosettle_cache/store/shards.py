@@ -106,9 +106,11 @@ class ShardReader:
 
     def prefetch(self, first: int, n_chunks: int) -> None:
         """Start fetching chunks that will be read soon, where that is possible."""
-        offset, _ = self.check_present(first)
-        end, size = self.check_present(first + n_chunks - 1)
-        self._file.prefetch(offset, end + size - offset)
+        self._file.prefetch(*self._span(first, n_chunks))
+
+    def warm(self, first: int, n_chunks: int) -> None:
+        """Bring chunks into the page cache, where there is one."""
+        self._file.warm(*self._span(first, n_chunks))
 
     def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]], *, wait: bool) -> bool:
         """Fill `outs` with the raw chunks from `first` on, side by side, and say whether they were at hand.
@@ -135,6 +137,12 @@ class ShardReader:
             if checksum_bytes(out.data) != gap[:CHECKSUM_BYTES]:
                 raise BytesError("the checksum of a chunk does not match")
         return at_hand
+
+    def _span(self, first: int, n_chunks: int) -> tuple[int, int]:
+        """Return offset and bytes of chunks that lie side by side."""
+        offset, _ = self.check_present(first)
+        last, size = self.check_present(first + n_chunks - 1)
+        return offset, last + size - offset
 
     def _check_neighbours(self, first: int, n_chunks: int) -> int:
         """Return where chunk `first` begins, with the other `n_chunks - 1` right behind it."""

@@ -18,6 +18,9 @@ from cosettle_cache.store.layout import ROOT_METADATA
 #: A local disk serves this many readers at once without getting slower.
 _LOCAL_READERS = min(4, os.cpu_count() or 1)
 
+#: Warming a local file: bytes that are read rather than hinted at, and how many at a time.
+_WORTH_READING_BYTES, _PIECE_BYTES = 4 * 2**20, 2 * 2**20
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -39,6 +42,9 @@ class RangeFile(Protocol):
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
         """Start fetching bytes that will be read soon, where that is possible."""
+
+    def warm(self, offset: int, n_bytes: int) -> None:
+        """Have bytes in the page cache, where there is one."""
 
 
 @runtime_checkable
@@ -216,6 +222,20 @@ class LocalFile:
     def prefetch(self, offset: int, n_bytes: int) -> None:
         """Let the kernel fetch them into the page cache."""
         os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+
+    def warm(self, offset: int, n_bytes: int) -> None:
+        """Read what the page cache does not hold, in order: twice as fast as a hint, if it is much."""
+        if n_bytes < _WORTH_READING_BYTES:
+            self.prefetch(offset, n_bytes)
+            return
+        buffer, end = memoryview(bytearray(_PIECE_BYTES)), offset + n_bytes
+        for start in range(offset, end, _PIECE_BYTES):
+            n = min(_PIECE_BYTES, end - start)
+            if not (self._is_cached(start) and self._is_cached(start + n - 1)):
+                self.read([buffer[:n]], start)
+
+    def _is_cached(self, offset: int) -> bool:
+        return self.read_cached([memoryview(bytearray(1))], offset) == 1
 
 
 def is_store(storage: ReadStorage) -> bool:

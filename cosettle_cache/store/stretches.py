@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float16
@@ -45,6 +46,16 @@ def sorted_stretches(
     order = sorted(range(len(chunks)), key=chunks.__getitem__)
     ordered = [outs[place] for place in order]
     return stretches([chunks[place] for place in order], ordered, longest=longest, per_shard=per_shard)
+
+
+def runs(chunks: Sequence[int], per_shard: int) -> list[tuple[int, int]]:
+    """Return first and number of chunks that follow each other within a shard."""
+    bounds = [
+        place
+        for place, chunk in enumerate(chunks)
+        if place == 0 or chunk != chunks[place - 1] + 1 or chunk % per_shard == 0
+    ]
+    return [(chunks[a], b - a) for a, b in pairwise([*bounds, len(chunks)])]
 
 
 def shard_starts(parts: Sequence[Stretch], per_shard: int) -> frozenset[int]:
