@@ -78,7 +78,7 @@ class ChunkSource:
         # One thread asks the disk for all of them before any is waited for: two get in each other's way.
         for part in cold:
             self._prefetch(array, part)
-        self._share_out(cold, lambda part: self._read_waiting(array, part))
+        self._share_out(cold, partial(self._read_waiting, array))
 
     def warm(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> None:
         """Bring chunks to this machine, in the order of the disk, where something is kept of what is read.
@@ -192,10 +192,13 @@ class ChunkSource:
             work(0)
 
     def _read_at_hand(self, array: int, stretch: Stretch, cold: deque[Stretch]) -> None:
-        """Fill a stretch if the page cache holds it, otherwise add it to `cold`."""
+        """Fill a stretch if the page cache holds it, otherwise add it to `cold`.
+
+        Once there is one, all others are added unseen: to look for bytes that are not there slows the disk.
+        """
         place, number = self._locate(array, stretch.first)
         with suppress(BytesError):  # `_read_chunk` finds out which chunk is at fault
-            if self._fetch(place, number, stretch.outs, wait=False):
+            if not cold and self._fetch(place, number, stretch.outs, wait=False):
                 return
         cold.append(stretch)
 
