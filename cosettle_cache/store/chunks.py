@@ -124,7 +124,7 @@ class ChunkSource:
     def _begin(self, array: int, chunk: int) -> None:
         """Open the shard of a chunk that will be read soon, and let the kernel begin to read there.
 
-        A page is read, not hinted at: after hints reads are much slower than the kernel's own read-ahead.
+        A little is read, not hinted at: after hints reads are much slower than the kernel's own read-ahead.
         """
         with suppress(BytesError, OSError):  # told to the one who asks for the tokens
             place, number = self._locate(array, chunk)

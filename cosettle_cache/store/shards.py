@@ -27,7 +27,8 @@ from cosettle_cache.types import ArrayLayout
 
 _ENTRY = np.dtype("<u8")
 
-_PAGE_BYTES = 4096
+#: Bytes at the beginning of a shard after which the kernel reads on by itself.
+_BEGIN_BYTES = 2**17
 
 #: Higher levels gain next to nothing on tokens, whose low bytes are noise.
 ZSTD_LEVEL = 1
@@ -100,9 +101,9 @@ class ShardReader:
         return offset, size
 
     def begin(self, number: int) -> None:
-        """Read a page at chunk `number`, so that the kernel reads on from there."""
+        """Read a little at chunk `number`, so that the kernel reads on from there."""
         offset, _ = self.check_present(number)
-        self._file.read([memoryview(bytearray(_PAGE_BYTES))], offset)
+        self._file.read([memoryview(bytearray(_BEGIN_BYTES))], offset)
 
     def prefetch(self, first: int, n_chunks: int) -> None:
         """Start fetching chunks that will be read soon, where that is possible."""
