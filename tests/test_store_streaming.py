@@ -13,7 +13,7 @@ import pytest
 from forking import forked
 
 from cosettle_cache.store import streaming
-from cosettle_cache.store.streaming import NEAR_STRETCHES, Fill, stream_far, stream_near
+from cosettle_cache.store.streaming import NEAR_STRETCHES, AtHand, Fill, stream_far, stream_near
 from cosettle_cache.store.stretches import Stretch
 
 N = 60
@@ -40,7 +40,9 @@ def stream(
 ) -> Generator[Stretch, None, None]:
     """Stream all parts; every tenth begins a shard."""
     begun = [] if begun is None else begun
-    return stream_near(make_parts(), range(10, N, 10), fill, lambda part: begun.append(part.first), pool)
+    return stream_near(
+        make_parts(), range(10, N, 10), fill, lambda part: begun.append(part.first), AtHand(), pool
+    )
 
 
 class Filler:
@@ -157,3 +159,25 @@ def test_far_a_closed_stream_leaves_nobody_reading(pool: ThreadPoolExecutor) -> 
     n_read = len(fill.readers)
     time.sleep(0.02)
     assert len(fill.readers) == n_read <= 8
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
+def test_a_shard_near_the_beginning_is_begun(pool: ThreadPoolExecutor, start: int) -> None:
+    begun: list[int] = []
+    parts = stream_near(
+        make_parts(), {start}, Filler(), lambda part: begun.append(part.first), AtHand(), pool
+    )
+    assert len(list(parts)) == N
+    pool.shutdown()
+    assert begun == [start]
+
+
+def test_a_stream_that_follows_a_warm_one_is_helped_at_once(pool: ThreadPoolExecutor) -> None:
+    at_hand, fill = AtHand(), Filler(seconds=0.001)
+    at_hand.note(Stretch(0, [np.zeros(8, np.float16)]), True)
+    parts = stream_near(make_parts(), (), fill, lambda part: None, at_hand, pool)
+    next(parts)
+    parts.close()
+    assert fill.helped
+    at_hand.note(Stretch(0, [np.zeros(8, np.float16)]), False)
+    assert not at_hand.is_steady

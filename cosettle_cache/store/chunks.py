@@ -40,7 +40,7 @@ from cosettle_cache.store.parts import (
 from cosettle_cache.store.quantization import dequantize
 from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
 from cosettle_cache.store.storage import ReadStorage
-from cosettle_cache.store.streaming import NEAR_STRETCHES, stream_far, stream_near
+from cosettle_cache.store.streaming import NEAR_STRETCHES, AtHand, stream_far, stream_near
 from cosettle_cache.store.stretches import Stretch, Tokens, runs, shard_starts, sorted_stretches, stretches
 from cosettle_cache.store.through_zarr import ZarrArrays
 from cosettle_cache.types import ArrayLayout
@@ -59,6 +59,7 @@ class ChunkSource:
         self._shards = OpenShards(storage)
         self._zarr = ZarrArrays(storage)
         self._firsts = self.slots.firsts
+        self._at_hand = AtHand()
         self.n_readers = storage.n_readers
 
     def read(self, array: int, chunk: int, out: Tokens) -> None:
@@ -111,7 +112,7 @@ class ChunkSource:
             outs = list(islice(cycle(ring), len(chunks)))
             parts = list(stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard))
             if is_near:
-                filled = stream_near(parts, shard_starts(parts, per_shard), fill, begin, pool)
+                filled = stream_near(parts, shard_starts(parts, per_shard), fill, begin, self._at_hand, pool)
             else:
                 filled = stream_far(parts, fill, pool, self.n_readers)
             with closing(filled):

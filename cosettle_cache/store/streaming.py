@@ -31,6 +31,25 @@ _BEGIN_AHEAD = 6
 _STEADY_BYTES = 16 * 2**20
 
 
+class AtHand:
+    """How much was read in a row without waiting for the disk, by all streams of a store.
+
+    One that begins where another ended warm is helped from the start.
+    """
+
+    def __init__(self) -> None:
+        self._n_bytes = 0
+
+    def note(self, part: Stretch, at_hand: bool) -> None:
+        """Count a stretch, or begin anew where it was not at hand."""
+        self._n_bytes = self._n_bytes + sum(out.nbytes for out in part.outs) if at_hand else 0
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the page cache, not the kernel's read-ahead, holds what comes next."""
+        return self._n_bytes >= _STEADY_BYTES
+
+
 def stream_far(
     parts: Sequence[Stretch], fill: Fill, pool: Executor, n_readers: int
 ) -> Generator[Stretch, None, None]:
@@ -50,13 +69,18 @@ def stream_far(
 
 
 def stream_near(
-    parts: Sequence[Stretch], starts: Container[int], fill: Fill, begin: Begin, pool: Executor
+    parts: Sequence[Stretch],
+    starts: Container[int],
+    fill: Fill,
+    begin: Begin,
+    at_hand: AtHand,
+    pool: Executor,
 ) -> Generator[Stretch, None, None]:
     """Yield the stretches filled, at most `NEAR_STRETCHES` of them in use or ahead at a time.
 
     `begin` is called for stretches whose numbers are in `starts`, a while before they are filled.
     """
-    reading = _NearReading(parts, starts, fill, begin, pool)
+    reading = _NearReading(parts, starts, fill, begin, at_hand, pool)
     try:
         for number, part in enumerate(parts):
             reading.finish(number)
@@ -81,10 +105,16 @@ class _NearReading:
     """
 
     def __init__(
-        self, parts: Sequence[Stretch], starts: Container[int], fill: Fill, begin: Begin, pool: Executor
+        self,
+        parts: Sequence[Stretch],
+        starts: Container[int],
+        fill: Fill,
+        begin: Begin,
+        at_hand: AtHand,
+        pool: Executor,
     ) -> None:
         self._parts, self._starts, self._fill, self._begin = parts, starts, fill, begin
-        self._n_released = self._steady_bytes = 0
+        self._at_hand, self._n_released = at_hand, 0
         self._start_afresh(pool)
 
     def _start_afresh(self, pool: Executor | None) -> None:
@@ -128,20 +158,16 @@ class _NearReading:
 
     def _start_helper(self) -> None:
         is_free = self._helper is None or self._helper.done()
-        if self._pool and is_free and self._is_steady and self._n_claimed < len(self._parts):
+        if self._pool and is_free and self._at_hand.is_steady and self._n_claimed < len(self._parts):
             self._helper = self._pool.submit(self._help)
 
     def _help(self) -> None:
-        while self._is_steady and (claimed := self._claim()) is not None:
+        while self._at_hand.is_steady and (claimed := self._claim()) is not None:
             self._ended.put((claimed, self._read(claimed)))
 
     @property
     def _is_forked(self) -> bool:
         return self._process != os.getpid()
-
-    @property
-    def _is_steady(self) -> bool:
-        return self._steady_bytes >= _STEADY_BYTES
 
     def _claim(self) -> int | None:
         """Return the next stretch to read, if there is memory for it."""
@@ -153,15 +179,17 @@ class _NearReading:
 
     def _read(self, number: int) -> Exception | None:
         """Fill a stretch; an error is for the moment when the stretch is asked for."""
-        self._begin_shard(number + _BEGIN_AHEAD)
+        self._begin_shards(number)
         part = self._parts[number]
         try:
-            at_hand = self._fill(part)
+            self._at_hand.note(part, self._fill(part))
         except Exception as error:
             return error
-        self._steady_bytes = self._steady_bytes + sum(out.nbytes for out in part.outs) if at_hand else 0
         return None
 
-    def _begin_shard(self, number: int) -> None:
-        if self._pool and number in self._starts:
-            self._pool.submit(self._begin, self._parts[number])
+    def _begin_shards(self, number: int) -> None:
+        """Begin the shard that comes `_BEGIN_AHEAD` stretches later; with the first stretch all up to there."""
+        last = number + _BEGIN_AHEAD
+        for upcoming in range(last if number else 0, last + 1):
+            if self._pool and upcoming in self._starts:
+                self._pool.submit(self._begin, self._parts[upcoming])
