@@ -74,6 +74,9 @@ class ChunkSource:
     ) -> None:
         """Fill the rows of `out` with the tokens of `chunks`, several at a time; raises what `read` does."""
         parts = self._shares(array, chunks.tolist(), list(out))
+        if self._storage.local is None:
+            self._share_out(parts, partial(self._read_waiting, array))
+            return
         cold = deque[Stretch]()
         self._share_out(parts, partial(self._read_at_hand, array, cold=cold))
         # One thread asks the disk for all of them before any is waited for: two get in each other's way.
@@ -86,13 +89,13 @@ class ChunkSource:
 
         Damage is left to the one who reads them.
         """
-        if self._storage.stretch_bytes:
+        if self._storage.stretch_bytes or not len(chunks):
             return
         per_shard, pool = chunks_per_shard(self.slots.arrays[array]), self._shards.pool(self.n_readers)
         spans = runs(np.unique(chunks).tolist(), per_shard)
         for (first, n_chunks), (following, _) in pairwise([*spans, spans[-1]]):
             if following // per_shard != first // per_shard:
-                pool.submit(self._begin, array, following)
+                pool.submit(self._begin, array, Stretch(following, []))
             place, number = self._locate(array, first)
             with suppress(BytesError, OSError):
                 self._shards.reader(place).warm(number, n_chunks)
@@ -107,7 +110,7 @@ class ChunkSource:
         # A stretch in use, and those that are read meanwhile.
         n_stretches = NEAR_STRETCHES if is_near else self.n_readers + 1
         per_shard, n_values = chunks_per_shard(layout), flat_values(layout)
-        fill, begin = partial(self._read_waiting, array), partial(self._begin_stretch, array)
+        fill, begin = partial(self._read_waiting, array), partial(self._begin, array)
         with self._shards.ring(min(len(chunks), n_stretches * longest), n_values) as ring:
             outs = list(islice(cycle(ring), len(chunks)))
             parts = list(stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard))
@@ -119,16 +122,13 @@ class ChunkSource:
                 for part in filled:
                     yield from part.outs
 
-    def _begin_stretch(self, array: int, stretch: Stretch) -> None:
-        self._begin(array, stretch.first)
-
-    def _begin(self, array: int, chunk: int) -> None:
-        """Open the shard of a chunk that will be read soon, and let the kernel begin to read there.
+    def _begin(self, array: int, stretch: Stretch) -> None:
+        """Open the shard of a stretch that will be read soon, and let the kernel begin to read there.
 
         A little is read, not hinted at: after hints reads are much slower than the kernel's own read-ahead.
         """
         with suppress(BytesError, OSError):  # told to the one who asks for the tokens
-            place, number = self._locate(array, chunk)
+            place, number = self._locate(array, stretch.first)
             self._shards.reader(place).begin(number)
 
     def _is_near(self, array: int) -> bool:

@@ -188,7 +188,7 @@ class _NearReading:
         return None
 
     def _begin_shards(self, number: int) -> None:
-        """Begin the shard that comes `_BEGIN_AHEAD` stretches later, with the first stretch all up to there."""
+        """Begin the shard that comes `_BEGIN_AHEAD` stretches later; with the first stretch all up to it."""
         last = number + _BEGIN_AHEAD
         for upcoming in range(last if number else 0, last + 1):
             if self._pool and upcoming in self._starts:
