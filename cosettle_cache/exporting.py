@@ -84,8 +84,8 @@ def plan_export(
 ) -> ExportPlan:
     """Return what `export_frames` will write, after every check that needs no tokens.
 
-    Raises `UsageError` for a store of another plan and for a format that cannot be written here, `InputError`
-    when two videos would share a file.
+    Raises `InputError` for a store of another plan and when two videos would share a file, `UsageError` for a
+    format that cannot be written here.
     """
     check_frames_plan(store, "export frames")
     check_format(format, axes)

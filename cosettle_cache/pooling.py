@@ -14,7 +14,7 @@ from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
 from cosettle_cache.affinity import unit_tokens
-from cosettle_cache.errors import InputError, UsageError
+from cosettle_cache.errors import InputError
 from cosettle_cache.kinds import TokenKind
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.types import PlanKind
@@ -27,9 +27,9 @@ FrameVectors = Float32[np.ndarray, "kind frame dim"]
 
 
 def check_frames_plan(store: FeatureStore, what: str) -> None:
-    """Raise `UsageError` for a store of training samples, which holds no video from start to end."""
+    """Raise `InputError` for a store of training samples, which holds no video from start to end."""
     if store.plan_kind is not PlanKind.FRAMES:
-        raise UsageError(
+        raise InputError(
             f"{what} needs the frames of whole videos, and {store.path} holds training samples",
             wanted="a frames plan",
             found=f"a {store.plan_kind} plan",

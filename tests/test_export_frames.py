@@ -99,7 +99,7 @@ def test_what_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert export("--dry-run") == 3
     assert "would be called a_b" in capsys.readouterr().err
     pairs_case().write(Path("p.zarr"))
-    assert run_command(["export", "frames", "--features", "p.zarr"]) == 2
+    assert run_command(["export", "frames", "--features", "p.zarr"]) == 3
     frames_case().write(Path("f.zarr"))
     Path("file").touch()
     assert run_command(["export", "frames", "--features", "f.zarr", "--out", "file/x", "-q"]) == 3

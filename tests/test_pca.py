@@ -187,7 +187,7 @@ def test_a_pairs_store_is_refused(
     manifest = make_squares(tmp_path).manifest
     case = Case(manifest, make_plan(manifest, PairsSettings(n_views=1, size=32), patch=16, dim=4))
     store = case.write(tmp_path / "pairs.zarr")
-    assert pca((tmp_path, store), tmp_path / "out") == 2
+    assert pca((tmp_path, store), tmp_path / "out") == 3
     assert "a frames plan" in capsys.readouterr().err
 
 

@@ -206,7 +206,7 @@ def test_lonely_and_unlabelled_videos_are_left_out_by_name(capsys: pytest.Captur
 
 def test_a_pairs_store_and_a_projection_of_another_width(capsys: pytest.CaptureFixture[str]) -> None:
     pairs_case().write(Path("s.zarr"))
-    assert probe() == 2
+    assert probe() == 3
     assert "--plan frames" in capsys.readouterr().err
     frames_case(dim=DIM).write(Path("t.zarr"))
     labelled_case(SIZES).write(Path("u.zarr"))

@@ -126,7 +126,7 @@ def test_a_video_without_frames_is_named_and_the_rest_is_there(
     ("line", "code", "said"),
     [
         ("--projection P", 2, "--features"),
-        ("--features PAIRS --data-root .", 2, "a frames plan"),
+        ("--features PAIRS --data-root .", 3, "a frames plan"),
         ("--features STORE --data-root . --projection WIDE", 3, "another width"),
         ("--features STORE --data-root . --projection P --projection P", 2, "names of their own"),
         ("--features STORE --data-root nowhere", 3, "is not a folder"),

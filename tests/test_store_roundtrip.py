@@ -152,7 +152,7 @@ def test_failed_sample_is_absent_and_named(tmp_path: Path) -> None:
         store.samples([0, 2])
     with pytest.raises(InputError, match="no chunk 10"):
         store.samples([10])
-    with pytest.raises(UsageError, match="another plan"):
+    with pytest.raises(InputError, match="another plan"):
         store.tokens("clip0")
 
 

@@ -112,8 +112,8 @@ def plan_probe(
 ) -> ProbePlan:
     """Return what `run_probe` will do, after every check that needs no tokens.
 
-    `manifest` counts for classes and splits in place of the store's. Raises `UsageError` for a store of
-    another plan and for segments without frame labels, `InputError` for videos that a task cannot use.
+    `manifest` counts for classes and splits in place of the store's. Raises `InputError` for a store of
+    another plan and for videos that a task cannot use, `UsageError` for segments without frame labels.
     """
     for task in tasks:
         if task not in TASKS:

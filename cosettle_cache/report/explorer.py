@@ -65,8 +65,8 @@ class Tokens:
 def make_tokens(store: FeatureStore, projections: Sequence[tuple[str, Projection]]) -> Tokens:
     """Return raw tokens of `store` and those of every projection.
 
-    Raises `InputError` for a store without a whole video, `UsageError` for one of another plan than
-    frames, for a projection of another width and for names that are not each one's own.
+    Raises `InputError` for a store without a whole video or of another plan than frames, `UsageError` for a
+    projection of another width and for names that are not each one's own.
     """
     if not store.video_ids:
         raise InputError(

@@ -271,7 +271,7 @@ class FeatureStore:
 
     def _check_plan(self, kind: PlanKind) -> None:
         if self.plan_kind is not kind:
-            raise UsageError(
+            raise InputError(
                 f"{self.path} is a store of another plan",
                 wanted=f"a {kind} plan",
                 found=f"a {self.plan_kind} plan",
