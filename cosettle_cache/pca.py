@@ -85,8 +85,8 @@ def draw_store(
     """Draw `videos` (default: all) of a frames store to `out/VIDEO/KIND/FRAME.png` and `out/VIDEO.mp4`.
 
     A video that cannot be drawn is recorded in the report and does not end the run; setting `stop` ends it
-    after the video in hand. Raises `InputError` for unknown videos and stores of other plans, `UsageError` for
-    settings.
+    after the video in hand. Raises `InputError` for unknown videos and for stores of other plans,
+    `UsageError` for settings.
     """
     settings = settings or PcaSettings()
     check_request(store, videos, settings)
