@@ -185,13 +185,15 @@ def _random_cold(bench: Bench, repeats: int) -> Figures:
         "hints": partial(Plain(bench, 1, hints=True), ids),
         "threads_hints": partial(Plain(bench, THREADS, hints=True), ids),
     }
-    sides = {**plain_ways, "read_into": partial(_ours, open_store(bench.path), bench, ids)}
-    seconds = interleave(sides, repeats, before=bench.evict)
+    seconds = interleave(plain_ways, repeats, before=bench.evict)
     best = min(plain_ways, key=lambda name: median(seconds[name]))
+    # Only two, so that each file is read equally often: a host keeps what a virtual disk was asked for.
+    sides = {best: plain_ways[best], "read_into": partial(_ours, open_store(bench.path), bench, ids)}
+    against = interleave(sides, repeats, before=bench.evict)
     return {
-        **{f"cold_{name}_gb_s": rate(bench.n_bytes, values) for name, values in seconds.items()},
+        **{f"cold_{name}_gb_s": rate(bench.n_bytes, values) for name, values in (seconds | against).items()},
         "cold_best_plain_way": best,
-        "cold_read_into_over_best_plain": ratio(seconds[best], seconds["read_into"]),
+        "cold_read_into_over_best_plain": ratio(against[best], against["read_into"]),
     }
 
 

@@ -176,7 +176,7 @@ class BatchRing:
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[Tensor, Batch] | BaseException | None] = queue.SimpleQueue()
         for _ in range(N_BUFFERS):
-            self._free.put(torch.empty((capacity, *sample_shape), dtype=torch.float16, pin_memory=pin))
+            self._free.put(_make_buffer((capacity, *sample_shape), pin))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
 
@@ -217,3 +217,10 @@ class BatchRing:
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)  # raised again where the batch is asked for
+
+
+def _make_buffer(shape: tuple[int, ...], pin: bool) -> Float16[Tensor, "n view row col dim"]:
+    """Return uninitialised memory; NumPy's comes in huge pages: four times as fast to touch first."""
+    if pin:
+        return torch.empty(shape, dtype=torch.float16, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, np.float16))
