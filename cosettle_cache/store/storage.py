@@ -5,7 +5,6 @@ In come names with forward slashes; out go bytes. A name holds a whole file or n
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -214,10 +213,8 @@ class LocalFile:
         """Fill `buffers` from the page cache, up to the first page that it does not hold."""
         try:
             return os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            return 0
+        except OSError:
+            return 0  # nothing there, or something wrong: the read that waits will tell
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
         """Let the kernel fetch them into the page cache."""
