@@ -7,7 +7,6 @@ meet.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,7 +16,6 @@ from cosettle_cache.config import TrainSettings, digest, settings_json
 from cosettle_cache.errors import InputError, UsageError
 from cosettle_cache.feeding import (
     EpochOrder,
-    Ids,
     Portion,
     ShuffleShards,
     make_portions,
@@ -41,9 +39,6 @@ RELEASED_TOKENS_PER_DIM = 588 / 768
 
 #: How an epoch is shuffled: all samples, or shards and then samples within a window of shards.
 ORDERS = ("samples", "shards")
-
-#: Of the machine's memory, what a window of shards may take to be read ahead.
-_MEMORY_SHARE = 1 / 8
 
 #: Numbers of the objective and the optimiser that are never negative, and what they stay below.
 _BOUNDS = {
@@ -91,13 +86,7 @@ class Stream:
         portions = make_portions(steps, self.settings.accumulate, replicas.share)
         if self.shuffle_shards is None:
             return portions
-        return warmed(portions, Windows(self.order, self.shuffle_shards), self._warm)
-
-    def _warm(self, ids: Ids) -> None:
-        """Warm a window, unless it is a good part of this machine's memory: two must stay there."""
-        n_bytes = len(ids) * 2 * math.prod(self.samples.shape)
-        if n_bytes <= _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            self.samples.warm(ids)
+        return warmed(portions, Windows(self.order, self.shuffle_shards), self.samples.warm)
 
     def capacity(self, replicas: Replicas) -> int:
         """Return the size of the largest portion."""

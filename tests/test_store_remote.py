@@ -581,6 +581,13 @@ def test_warming_fills_the_cache(cache: Cache, proxy: Proxy) -> None:
     assert n_fetched(proxy) == 0
 
 
+def test_a_window_that_does_not_fit_twice_is_not_fetched(cache: Cache, proxy: Proxy) -> None:
+    store = cache.open(n_bytes=1000)
+    store.warm(store.sample_ids)
+    time.sleep(0.2)
+    assert n_fetched(proxy) == 0
+
+
 def test_without_a_cache_warming_asks_for_nothing(url: str, proxy: Proxy) -> None:
     CACHED.write(url)
     store = open_store(url)

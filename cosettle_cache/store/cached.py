@@ -65,7 +65,7 @@ class CachedStorage:
     def __init__(self, remote: ObjectStorage, folder: Path, limit: int = DEFAULT_CACHE_BYTES) -> None:
         self.remote = remote
         self.folder = make_folder(folder.absolute())
-        self.limit = limit
+        self.limit = self.room = limit
         self.path = remote.path
 
     def read(self, name: str) -> bytes:

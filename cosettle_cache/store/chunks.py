@@ -85,13 +85,15 @@ class ChunkSource:
         self._share_out(cold, partial(self._read_waiting, array))
 
     def warm(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> None:
-        """Bring chunks to this machine, in the order of the disk, where something is kept of what is read.
+        """Bring chunks to this machine, in the order of the disk, if there is room for their shards twice.
 
-        Damage is left to the one who reads them.
+        What is in use and what comes next must both stay. Damage is left to the one who reads the chunks.
         """
-        if self._storage.stretch_bytes or not len(chunks):
+        layout, pool = self.slots.arrays[array], self._shards.pool(self.n_readers)
+        per_shard = chunks_per_shard(layout)
+        n_shards = len(np.unique(chunks // per_shard))
+        if not n_shards or 2 * n_shards * per_shard * chunk_bytes(layout) > self._storage.room:
             return
-        per_shard, pool = chunks_per_shard(self.slots.arrays[array]), self._shards.pool(self.n_readers)
         spans = runs(np.unique(chunks).tolist(), per_shard)
         for (first, n_chunks), (following, _) in pairwise([*spans, spans[-1]]):
             if following // per_shard != first // per_shard:

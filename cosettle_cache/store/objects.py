@@ -51,6 +51,7 @@ class ObjectStorage:
     local = None
     n_readers = _PARALLEL_REQUESTS
     stretch_bytes = _STRETCH_BYTES
+    room = 0
 
     #: The process whose threads carry the requests: a forked child has none of them and would wait for ever.
     _process: ClassVar[int | None] = None

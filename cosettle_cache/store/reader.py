@@ -206,8 +206,8 @@ class FeatureStore:
     def warm(self, ids: SampleIds) -> None:
         """Read samples into the page cache in the order of the disk, so that `read_into` finds them there.
 
-        Nothing is done for an object store, which has no such cache, unless there is a shard cache: that is
-        filled (pairs plan).
+        An object store has none; where there is a shard cache, that is filled. Nothing is done where there is
+        no room for the samples' shards twice (pairs plan).
         """
         self._check_plan(PlanKind.PAIRS)
         self._chunks.warm(0, np.asarray(ids, np.int64))

@@ -66,6 +66,10 @@ class ReadStorage(Protocol):
     def stretch_bytes(self) -> int:
         """How many neighbouring bytes are worth one read; 0 where a read costs nothing of its own."""
 
+    @property
+    def room(self) -> int:
+        """How many bytes of what was read stay at hand, in memory or in a cache; 0 where nothing does."""
+
     def read(self, name: str) -> bytes:
         """Return a whole file."""
 
@@ -121,6 +125,7 @@ class LocalStorage:
 
     n_readers = _LOCAL_READERS
     stretch_bytes = 0
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
     def __init__(self, root: Path) -> None:
         self.local: Path = root
