@@ -13,7 +13,7 @@ import pytest
 from forking import forked
 
 from cosettle_cache.store import streaming
-from cosettle_cache.store.streaming import NEAR_STRETCHES, AtHand, Fill, stream_far, stream_near
+from cosettle_cache.store.streaming import NEAR_STRETCHES, AtHand, Fill, NearReading, stream_far
 from cosettle_cache.store.stretches import Stretch
 
 N = 60
@@ -40,9 +40,9 @@ def stream(
 ) -> Generator[Stretch, None, None]:
     """Stream all parts; every tenth begins a shard."""
     begun = [] if begun is None else begun
-    return stream_near(
+    return NearReading(
         make_parts(), range(10, N, 10), fill, lambda part: begun.append(part.first), AtHand(), pool
-    )
+    ).stream()
 
 
 class Filler:
@@ -164,9 +164,9 @@ def test_far_a_closed_stream_leaves_nobody_reading(pool: ThreadPoolExecutor) -> 
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
 def test_a_shard_near_the_beginning_is_begun(pool: ThreadPoolExecutor, start: int) -> None:
     begun: list[int] = []
-    parts = stream_near(
+    parts = NearReading(
         make_parts(), {start}, Filler(), lambda part: begun.append(part.first), AtHand(), pool
-    )
+    ).stream()
     assert len(list(parts)) == N
     pool.shutdown()
     assert begun == [start]
@@ -175,7 +175,7 @@ def test_a_shard_near_the_beginning_is_begun(pool: ThreadPoolExecutor, start: in
 def test_a_stream_that_follows_a_warm_one_is_helped_at_once(pool: ThreadPoolExecutor) -> None:
     at_hand, fill = AtHand(), Filler(seconds=0.001)
     at_hand.note(Stretch(0, [np.zeros(8, np.float16)]), True)
-    parts = stream_near(make_parts(), (), fill, lambda part: None, at_hand, pool)
+    parts = NearReading(make_parts(), (), fill, lambda part: None, at_hand, pool).stream()
     next(parts)
     parts.close()
     assert fill.helped

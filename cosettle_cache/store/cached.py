@@ -171,9 +171,7 @@ class CachedFile:
         return 0
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Let the kernel fetch bytes of the copy into the page cache."""
-        if self._copy.path.exists():
-            self._file.prefetch(offset, n_bytes)
+        """Leave everything to `read`."""
 
     def warm(self, offset: int, n_bytes: int) -> None:
         """Have bytes of the copy in the page cache."""

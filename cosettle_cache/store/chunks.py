@@ -40,7 +40,7 @@ from cosettle_cache.store.parts import (
 from cosettle_cache.store.quantization import dequantize
 from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
 from cosettle_cache.store.storage import ReadStorage
-from cosettle_cache.store.streaming import NEAR_STRETCHES, AtHand, stream_far, stream_near
+from cosettle_cache.store.streaming import NEAR_STRETCHES, AtHand, NearReading, stream_far
 from cosettle_cache.store.stretches import Stretch, Tokens, runs, shard_starts, sorted_stretches, stretches
 from cosettle_cache.store.through_zarr import ZarrArrays
 from cosettle_cache.types import ArrayLayout
@@ -62,17 +62,14 @@ class ChunkSource:
         self._at_hand = AtHand()
         self.n_readers = storage.n_readers
 
-    def read(self, array: int, chunk: int, out: Tokens) -> None:
-        """Fill `out` with the tokens of chunk `chunk` of array number `array`.
-
-        Raises `InputError` when the store does not hold it, `DamagedStoreError` when it should and cannot.
-        """
-        self._read_chunk(array, chunk, out)
-
     def read_many(
         self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk value"]
     ) -> None:
-        """Fill the rows of `out` with the tokens of `chunks`, several at a time; raises what `read` does."""
+        """Fill the rows of `out` with the tokens of `chunks` of array number `array`, several at a time.
+
+        Raises `InputError` for a chunk that the store does not hold, `DamagedStoreError` for one that it
+        should and cannot give.
+        """
         parts = self._shares(array, chunks.tolist(), list(out))
         if self._storage.local is None:
             self._share_out(parts, partial(self._read_waiting, array))
@@ -91,10 +88,10 @@ class ChunkSource:
         """
         layout, pool = self.slots.arrays[array], self._shards.pool(self.n_readers)
         per_shard = chunks_per_shard(layout)
-        n_shards = len(np.unique(chunks // per_shard))
+        spans = runs(np.unique(chunks).tolist(), per_shard)
+        n_shards = len({first // per_shard for first, _ in spans})
         if not n_shards or 2 * n_shards * per_shard * chunk_bytes(layout) > self._storage.room:
             return
-        spans = runs(np.unique(chunks).tolist(), per_shard)
         for (first, n_chunks), (following, _) in pairwise([*spans, spans[-1]]):
             if following // per_shard != first // per_shard:
                 pool.submit(self._begin, array, Stretch(following, []))
@@ -105,7 +102,7 @@ class ChunkSource:
     def stream(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> Iterator[Tokens]:
         """Yield the tokens of `chunks` in order, each valid until the next is asked for.
 
-        Their memory is used again, by the next stream too. Raises what `read` does.
+        Their memory is used again, by the next stream too. Raises what `read_many` does.
         """
         layout, pool = self.slots.arrays[array], self._shards.pool(self.n_readers)
         longest, is_near = self._longest_streamed(array), self._is_near(array)
@@ -117,7 +114,8 @@ class ChunkSource:
             outs = list(islice(cycle(ring), len(chunks)))
             parts = list(stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard))
             if is_near:
-                filled = stream_near(parts, shard_starts(parts, per_shard), fill, begin, self._at_hand, pool)
+                starts = shard_starts(parts, per_shard)
+                filled = NearReading(parts, starts, fill, begin, self._at_hand, pool).stream()
             else:
                 filled = stream_far(parts, fill, pool, self.n_readers)
             with closing(filled):
@@ -223,7 +221,7 @@ class ChunkSource:
         return all(at_hand)
 
     def _read_chunk(self, array: int, chunk: int, out: Tokens) -> bool:
-        """Do what `read` says; say whether the chunk was at hand."""
+        """Fill `out` or raise what `read_many` says; say whether the chunk was at hand."""
         place, number = self._locate(array, chunk)
         try:
             return self._fetch(place, number, [out], wait=True)

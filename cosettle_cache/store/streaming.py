@@ -68,40 +68,20 @@ def stream_far(
             wait([future for _, future in pending if not future.cancel()])
 
 
-def stream_near(
-    parts: Sequence[Stretch],
-    starts: Container[int],
-    fill: Fill,
-    begin: Begin,
-    at_hand: AtHand,
-    pool: Executor,
-) -> Generator[Stretch, None, None]:
-    """Yield the stretches filled, at most `NEAR_STRETCHES` of them in use or ahead at a time.
-
-    `begin` is called for stretches whose numbers are in `starts`, a while before they are filled.
-    """
-    reading = _NearReading(parts, starts, fill, begin, at_hand, pool)
-    try:
-        for number, part in enumerate(parts):
-            reading.finish(number)
-            yield part
-            reading.release()
-    finally:
-        reading.close()
-
-
 def _await(pending: deque[tuple[Stretch, Future[bool]]]) -> Stretch:
     part, future = pending.popleft()
     future.result()
     return part
 
 
-class _NearReading:
+class NearReading:
     """Stretches that the consumer and one helper claim in turn, while their memory is free.
 
     To wake a thread costs as much as to read a frame from the page cache, so neither waits for the other
     while there is something to read. The helper ends where there is not, and where the disk has to be waited
     for: a lone reader in order is twice as fast there, as the kernel's read-ahead takes it for what it is.
+
+    `begin` is called for stretches whose numbers are in `starts`, a while before they are filled.
     """
 
     def __init__(
@@ -117,6 +97,17 @@ class _NearReading:
         self._at_hand, self._n_released = at_hand, 0
         self._start_afresh(pool)
 
+    def stream(self) -> Generator[Stretch, None, None]:
+        """Yield the stretches filled, at most `NEAR_STRETCHES` of them in use or ahead at a time."""
+        try:
+            for number, part in enumerate(self._parts):
+                self._finish(number)
+                yield part
+                # Without the lock, which a forked child may find held for ever; nobody else writes this.
+                self._n_released += 1
+        finally:
+            self._close()
+
     def _start_afresh(self, pool: Executor | None) -> None:
         self._process, self._pool = os.getpid(), pool
         self._lock = Lock()
@@ -125,7 +116,7 @@ class _NearReading:
         self._ended: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
         self._outcomes: dict[int, Exception | None] = {}
 
-    def finish(self, number: int) -> None:
+    def _finish(self, number: int) -> None:
         """Return when stretch `number` is filled; raise what filling it raised."""
         if self._is_forked:
             # None of the parent's threads is here: what they were reading is read again, by this one.
@@ -142,12 +133,7 @@ class _NearReading:
         if error is not None:
             raise error
 
-    def release(self) -> None:
-        """Let the memory of the stretch in use be filled again."""
-        # Without the lock, which a forked child may find held for ever; nobody else writes this.
-        self._n_released += 1
-
-    def close(self) -> None:
+    def _close(self) -> None:
         """Return when nobody fills anything any more."""
         if self._is_forked:
             return
