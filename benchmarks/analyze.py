@@ -30,14 +30,14 @@ import psutil
 import torch
 from store_bench import make_writer
 
-from cosettle_cache.analyze import analyze_store, plan_analysis
-from cosettle_cache.config import FramesSettings
-from cosettle_cache.console import Talk
-from cosettle_cache.distributed import connect
-from cosettle_cache.plan import make_plan
-from cosettle_cache.projection import Projection
+from cosettle_cache.analysis.analyze import analyze_store, plan_analysis
+from cosettle_cache.core.cluster import connect
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.settings import FramesSettings
+from cosettle_cache.core.types import Manifest, MediaKind, Video
+from cosettle_cache.heads.projection import Projection
 from cosettle_cache.store import FeatureStore, open_store
-from cosettle_cache.types import Manifest, MediaKind, Video
+from cosettle_cache.store.plan import make_plan
 
 BATCH_CLIPS, N_FRAMES, SIDE = 32, 40, 14
 PERCENTS = (0.90, 0.95, 1.0)

@@ -23,16 +23,16 @@ from pathlib import Path
 import timm
 import torch
 
-from cosettle_cache.backbones import Backbone, load_backbone
-from cosettle_cache.cli.data import manifest_data, sprites_data
-from cosettle_cache.config import FramesSettings, PairsSettings
-from cosettle_cache.console import Talk
-from cosettle_cache.extract import ExtractReport, extract, make_fingerprint
-from cosettle_cache.frames import iter_frames
-from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.types import Encoding, Manifest
+from cosettle_cache.encoders import Backbone, load_backbone
+from cosettle_cache.extraction.images import View, make_views
+from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
 from cosettle_cache.store import StoreWriter
-from cosettle_cache.types import Encoding, Manifest
-from cosettle_cache.views import View, make_views
+from cosettle_cache.store.plan import Plan, make_plan
+from cosettle_cache.videos.find import manifest_data, sprites_data
+from cosettle_cache.videos.frames import iter_frames
 
 
 def main() -> None:

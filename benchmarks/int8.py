@@ -28,18 +28,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosettle_cache.affinity import unit_tokens
-from cosettle_cache.cli.data import evaluation_data, media_root
-from cosettle_cache.cli.jobs import StoreJob, find_weights, run_job
-from cosettle_cache.config import FramesSettings
-from cosettle_cache.console import Talk
-from cosettle_cache.plan import make_plan
-from cosettle_cache.propagate import propagate_store
-from cosettle_cache.protocols import make_protocol
-from cosettle_cache.results import mean_scores, sequence_means
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.settings import FramesSettings
+from cosettle_cache.core.types import Manifest, Score
+from cosettle_cache.extraction.jobs import StoreJob, find_weights, run_job
+from cosettle_cache.metrics.results import mean_scores, sequence_means
+from cosettle_cache.propagation import propagate_store
+from cosettle_cache.propagation.protocols import make_protocol
+from cosettle_cache.search.affinity import unit_tokens
 from cosettle_cache.store import FeatureStore, StoreWriter, open_store, spec_version
-from cosettle_cache.store.quantization import dequantize, quantize, stored_width
-from cosettle_cache.types import Manifest, Score
+from cosettle_cache.store._int8 import dequantize, quantize, stored_width
+from cosettle_cache.store.plan import make_plan
+from cosettle_cache.videos.find import evaluation_data, media_root
 
 TOP_K = 7
 #: Timed a frame at a time, as a store's chunks are made and read.

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosettle_cache.config import ProbeSettings
-from cosettle_cache.probe.selection import Labelled
-from cosettle_cache.probe.video_tasks import VideoTask, retrieve, vote
-from cosettle_cache.types import MediaKind, Video
+from cosettle_cache.analysis.probe.selection import Labelled
+from cosettle_cache.analysis.probe.video_tasks import VideoTask, retrieve, vote
+from cosettle_cache.core.settings import ProbeSettings
+from cosettle_cache.core.types import MediaKind, Video
 
 TARGET_S = 10.0
 Figures = tuple[float, float, float]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cosettle_cache.config import FramesSettings, PairsSettings
-from cosettle_cache.manifest import manifest_digest
-from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.types import Fingerprint, Manifest, MediaKind, Video
 from cosettle_cache.store import StoreWriter, spec_version
-from cosettle_cache.types import Fingerprint, Manifest, MediaKind, Video
+from cosettle_cache.store.plan import Plan, make_plan
+from cosettle_cache.videos.manifest import manifest_digest
 
 PATCH, DIM = 16, 768
 BATCH = 64

@@ -28,18 +28,18 @@ import psutil
 import torch
 from store_bench import make_writer
 
-from cosettle_cache.backbones import load_backbone
-from cosettle_cache.config import PairsSettings, TrainSettings
-from cosettle_cache.console import Talk
-from cosettle_cache.feeding import Batch, BatchRing, Ids, Portion, SampleSource, Step
-from cosettle_cache.losses import LossTerms, transfer_loss
-from cosettle_cache.objective import Originals
-from cosettle_cache.plan import make_plan
-from cosettle_cache.projection import Projection
-from cosettle_cache.samples import make_samples
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.settings import PairsSettings, TrainSettings
+from cosettle_cache.core.types import Manifest, MediaKind, Video
+from cosettle_cache.encoders import load_backbone
+from cosettle_cache.heads.projection import Projection
 from cosettle_cache.store import FeatureStore, open_store
-from cosettle_cache.trainer import Learner, Trainer
-from cosettle_cache.types import Manifest, MediaKind, Video
+from cosettle_cache.store.plan import make_plan
+from cosettle_cache.training.feeding import Batch, BatchRing, Ids, Portion, SampleSource, Step
+from cosettle_cache.training.learner import Learner, Trainer
+from cosettle_cache.training.losses import LossTerms, transfer_loss
+from cosettle_cache.training.objective import Originals
+from cosettle_cache.training.samples import make_samples
 
 SHAPE = (3, 14, 14, 768)
 SAMPLE_BYTES = 2 * int(np.prod(SHAPE))

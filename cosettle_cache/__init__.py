@@ -8,18 +8,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PositionShift": "types",
-    "load_backbone": "backbones",
+    "PositionShift": "core.types",
+    "load_backbone": "encoders",
     "open_store": "store",
-    "Projection": "projection",
-    "load_projection": "projection",
-    "transfer_loss": "losses",
-    "make_protocol": "protocols",
-    "propagate": "propagator",
+    "Projection": "heads.projection",
+    "load_projection": "heads.projection",
+    "transfer_loss": "training.losses",
+    "make_protocol": "propagation.protocols",
+    "propagate": "propagation.propagator",
     "davis_j_and_f": "metrics",
     "mean_iou": "metrics",
     "pck": "metrics",
-    "trade_off": "metrics.tradeoff",
+    "trade_off": "analysis.trade_off",
 }
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604

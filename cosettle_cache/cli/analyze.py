@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosettle_cache.cli.heads import load_heads
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     CacheDir,
@@ -24,12 +23,13 @@ from cosettle_cache.cli.options import (
     open_features,
     store_title,
 )
-from cosettle_cache.console import Talk, human_seconds
-from cosettle_cache.errors import ExitCode, UncleanError
+from cosettle_cache.core.console import Talk, human_seconds
+from cosettle_cache.core.errors import ExitCode, UncleanError
+from cosettle_cache.heads.heads import load_heads
 
 if TYPE_CHECKING:
-    from cosettle_cache.analysis_files import AnalysisReport
-    from cosettle_cache.analyze import AnalysisPlan
+    from cosettle_cache.analysis.analyze import AnalysisPlan
+    from cosettle_cache.analysis.files import AnalysisReport
     from cosettle_cache.store import FeatureStore
 
 
@@ -53,8 +53,8 @@ def analyze(
 
     Example: cosettle-cache analyze --features frames.zarr --projection runs/store/projection.safetensors
     """
-    from cosettle_cache.analysis_files import remove_analysis, summary_json, write_analysis
-    from cosettle_cache.analyze import analyze_store, plan_analysis
+    from cosettle_cache.analysis.analyze import analyze_store, plan_analysis
+    from cosettle_cache.analysis.files import remove_analysis, summary_json, write_analysis
 
     talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
     heads = load_heads(projection or (), store)
@@ -94,7 +94,7 @@ def _dry(plan: AnalysisPlan, heads: list[str], folder: Path) -> dict[str, Any]:
 
 
 def _draw(folder: Path, store: FeatureStore, report: AnalysisReport) -> None:
-    from cosettle_cache.analysis_files import PLANE_FILE
+    from cosettle_cache.analysis.files import PLANE_FILE
     from cosettle_cache.pictures.plane import PlanePoint, write_plane
 
     definition = report.measured[0].definition

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cosettle_cache.backbones.registry import BACKBONES, NamedBackbone
 from cosettle_cache.cli.options import Json
-from cosettle_cache.console import Talk
+from cosettle_cache.core.console import Talk
+from cosettle_cache.encoders.registry import BACKBONES, NamedBackbone
 
 
 def backbones(

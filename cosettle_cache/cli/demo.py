@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cosettle_cache.cli.options import Quiet
+from cosettle_cache.cli.recipes import Recipe, check_expectations, read_recipe
 from cosettle_cache.cli.run import run_steps
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import CheckpointError, ExitCode
-from cosettle_cache.recipes import Recipe, check_expectations, read_recipe
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import CheckpointError, ExitCode
 
 #: The recipe of the demo, in a checkout; an installed package has no recipes.
 RECIPE = Path(__file__).parents[2] / "pipelines" / "sprites.toml"
@@ -36,7 +36,7 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
 
     A demo that was run before keeps the weights it had.
     """
-    from cosettle_cache.backbones import load_backbone
+    from cosettle_cache.encoders import load_backbone
 
     name = recipe.option("backbone")
     if (before := _earlier_weights(Path(recipe.option("features")))) is not None:

@@ -8,8 +8,8 @@ from typing import ParamSpec
 
 import typer
 
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import CosettleError, ExitCode
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import CosettleError, ExitCode
 
 P = ParamSpec("P")
 

@@ -23,12 +23,12 @@ from cosettle_cache.cli.options import (
     pick_device,
     store_title,
 )
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import ExitCode, UncleanError
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import ExitCode, UncleanError
 
 if TYPE_CHECKING:
-    from cosettle_cache.exporting import ExportPlan
-    from cosettle_cache.kinds import TokenKind
+    from cosettle_cache.analysis.exporting import ExportPlan
+    from cosettle_cache.heads.kinds import TokenKind
     from cosettle_cache.store import FeatureStore
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write vectors for other programs.")
@@ -84,7 +84,7 @@ def frames(
 
     Example: cosettle-cache export frames --features breakfast.zarr --out breakfast/features
     """
-    from cosettle_cache.exporting import export_frames, plan_export
+    from cosettle_cache.analysis.exporting import export_frames, plan_export
 
     talk = Talk(quiet=quiet)
     store = open_features(features, cache_dir, cache_size)
@@ -113,8 +113,8 @@ def frames(
 
 
 def _kind(projection: Path | None, store: FeatureStore, device: str) -> TokenKind:
-    from cosettle_cache.cli.heads import load_heads
-    from cosettle_cache.kinds import make_kinds
+    from cosettle_cache.heads.heads import load_heads
+    from cosettle_cache.heads.kinds import make_kinds
 
     heads = load_heads([projection] if projection else [], store)
     return make_kinds(heads, store.arrays[0].n_channels, device=device)[-1]

@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from cosettle_cache.cli.options import DataRoot, Device, DryRun, Json, Quiet, Weights
-from cosettle_cache.config import FramesSettings, PairsSettings
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import ExitCode
-from cosettle_cache.types import PlanKind
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import ExitCode
+from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.types import PlanKind
 
 _PAIRS, _FRAMES = PairsSettings(), FramesSettings()
 
@@ -83,8 +83,7 @@ def extract(
 
     Example: cosettle-cache extract --backbone mae_b --manifest clips.parquet --data-root /data
     """
-    from cosettle_cache.cli.data import manifest_data, training_data
-    from cosettle_cache.cli.jobs import (
+    from cosettle_cache.extraction.jobs import (
         StoreJob,
         find_weights,
         plan_job,
@@ -92,6 +91,7 @@ def extract(
         run_job,
         summarise_plan,
     )
+    from cosettle_cache.videos.find import manifest_data, training_data
 
     talk = Talk(quiet=quiet)
     data = manifest_data(manifest, data_root) if manifest else training_data(data_root, talk)

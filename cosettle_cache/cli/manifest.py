@@ -12,9 +12,9 @@ import typer
 
 from cosettle_cache.cli.entry import exits
 from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import ExitCode, UncleanError, UsageError
-from cosettle_cache.types import Video
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.types import Video
 
 app = typer.Typer(
     no_args_is_help=True, help="Build, check and show manifests (which videos, where, how long)."
@@ -50,8 +50,8 @@ def build(
 
     Example: cosettle-cache manifest build folder clips --data-root /data --out clips.parquet
     """
-    from cosettle_cache.datasets import build_manifest
-    from cosettle_cache.manifest import write_manifest
+    from cosettle_cache.videos import build_manifest
+    from cosettle_cache.videos.manifest import write_manifest
 
     talk = Talk(quiet=quiet)
     root, base = _roots(dataset, folder, data_root)
@@ -85,8 +85,8 @@ def from_list(
 
     Example: cosettle-cache manifest from-list vip val_videos.txt --out vip_val.parquet
     """
-    from cosettle_cache.datasets.lists import list_manifest
-    from cosettle_cache.manifest import write_manifest
+    from cosettle_cache.videos.lists import list_manifest
+    from cosettle_cache.videos.manifest import write_manifest
 
     manifest = list_manifest(dataset, listed, folder=folder, split=split, source=source)
     path = out or Path(listed.stem).with_suffix(".parquet")
@@ -111,7 +111,7 @@ def unpack(
 
     Example: cosettle-cache manifest unpack tapvid_davis.pkl /data/tapvid_davis
     """
-    from cosettle_cache.datasets.tapvid import check_empty, read_tapvid, unpack_tapvid
+    from cosettle_cache.videos.tapvid import check_empty, read_tapvid, unpack_tapvid
 
     talk = Talk(quiet=quiet)
     check_empty(folder)
@@ -145,9 +145,9 @@ def check(
 
     Example: cosettle-cache manifest check clips.parquet --data-root /data --decode
     """
-    from cosettle_cache.cli.data import media_root
-    from cosettle_cache.datasets.check import check_media
-    from cosettle_cache.manifest import read_manifest
+    from cosettle_cache.videos.check import check_media
+    from cosettle_cache.videos.find import media_root
+    from cosettle_cache.videos.manifest import read_manifest
 
     talk = Talk(quiet=quiet)
     content = read_manifest(manifest, listed=True)
@@ -170,7 +170,7 @@ def show(manifest: ManifestPath, as_json: Json = False) -> None:
 
     Example: cosettle-cache manifest show clips.parquet
     """
-    from cosettle_cache.manifest import manifest_digest, read_manifest
+    from cosettle_cache.videos.manifest import manifest_digest, read_manifest
 
     talk = Talk()
     content = read_manifest(manifest, listed=True)
@@ -202,7 +202,7 @@ def show(manifest: ManifestPath, as_json: Json = False) -> None:
 def _roots(dataset: str, folder: Path | None, data_root: Path | None) -> tuple[Path, Path]:
     """Return the data root and the dataset's folder."""
     if dataset == "sprites":
-        from cosettle_cache.datasets.sprites import ensure_sprites
+        from cosettle_cache.videos.sprites import ensure_sprites
 
         root = ensure_sprites()
         return root, root
@@ -217,7 +217,7 @@ def _roots(dataset: str, folder: Path | None, data_root: Path | None) -> tuple[P
 
 
 def _builder_options(*, split: str | None, listed: Path | None, mask: Path | None) -> dict[str, Any]:
-    from cosettle_cache.datasets.lists import read_list
+    from cosettle_cache.videos.lists import read_list
 
     options: dict[str, Any] = {}
     if split is not None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosettle_cache.config import DATA_ROOT_VARIABLE
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import UsageError
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.settings import DATA_ROOT_VARIABLE
 
 if TYPE_CHECKING:
-    from cosettle_cache.handing import Run
+    from cosettle_cache.core.handing import Run
     from cosettle_cache.store import FeatureStore
 
 DataRoot = Annotated[
@@ -117,7 +117,7 @@ def hand_out(workers: int, scheduler: str | None, talk: Talk) -> Iterator[Run | 
     if not workers and scheduler is None:
         yield None
         return
-    from cosettle_cache.distributed import connect
+    from cosettle_cache.core.cluster import connect
 
     with connect(workers=workers, scheduler=scheduler, note=talk.note) as cluster:
         yield cluster.run

@@ -27,12 +27,12 @@ from cosettle_cache.cli.options import (
     pick_device,
     store_title,
 )
-from cosettle_cache.console import Talk, human_seconds
-from cosettle_cache.errors import ExitCode, UncleanError
-from cosettle_cache.files import make_folder
+from cosettle_cache.core.console import Talk, human_seconds
+from cosettle_cache.core.errors import ExitCode, UncleanError
+from cosettle_cache.core.files import make_folder
 
 if TYPE_CHECKING:
-    from cosettle_cache.pca import PcaReport
+    from cosettle_cache.analysis.pca import PcaReport
 
 
 class Per(StrEnum):
@@ -82,9 +82,9 @@ def pca(
 
     Example: cosettle-cache pca --features davis.zarr --video dog --data-root /data
     """
-    from cosettle_cache.cli.data import media_root
-    from cosettle_cache.cli.heads import load_heads
-    from cosettle_cache.pca import PcaSettings, check_request, chosen_videos, draw_store
+    from cosettle_cache.analysis.pca import PcaSettings, check_request, chosen_videos, draw_store
+    from cosettle_cache.heads.heads import load_heads
+    from cosettle_cache.videos.find import media_root
 
     talk = Talk(quiet=quiet)
     store = open_features(features, cache_dir, cache_size)
@@ -116,11 +116,11 @@ def pca(
             progress=talk.progress("draw"),
             stop=stop,
         )
-    _print(report, out, talk, as_json)
+    _print_pca(report, out, talk, as_json)
     return _end(report, {} if names else store.failures)
 
 
-def _print(report: PcaReport, out: Path, talk: Talk, as_json: bool) -> None:
+def _print_pca(report: PcaReport, out: Path, talk: Talk, as_json: bool) -> None:
     if as_json:
         document = {
             "out": str(out),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.heads import load_heads
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     CacheDir,
@@ -25,13 +24,14 @@ from cosettle_cache.cli.options import (
     pick_device,
     store_title,
 )
-from cosettle_cache.config import ProbeSettings
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.settings import ProbeSettings
+from cosettle_cache.heads.heads import load_heads
 
 if TYPE_CHECKING:
-    from cosettle_cache.probe import ProbePlan, ProbeReport
-    from cosettle_cache.projection import Projection
+    from cosettle_cache.analysis.probe import ProbePlan, ProbeReport
+    from cosettle_cache.heads.projection import Projection
     from cosettle_cache.store import FeatureStore
 
 _DEFAULT = ProbeSettings()
@@ -159,9 +159,9 @@ def _plan(
     manifest: Path | None,
     labels: Path | None,
 ) -> ProbePlan:
-    from cosettle_cache.datasets.frame_labels import open_frame_labels
-    from cosettle_cache.manifest import read_manifest
-    from cosettle_cache.probe import plan_probe
+    from cosettle_cache.analysis.probe import plan_probe
+    from cosettle_cache.videos.frame_labels import open_frame_labels
+    from cosettle_cache.videos.manifest import read_manifest
 
     return plan_probe(
         store,
@@ -181,8 +181,8 @@ def _run(
     talk: Talk,
     as_json: bool,
 ) -> int:
-    from cosettle_cache.probe import run_probe
-    from cosettle_cache.probe_results import remove_probe, write_probe
+    from cosettle_cache.analysis.probe import run_probe
+    from cosettle_cache.analysis.probe.probe_results import remove_probe, write_probe
 
     left_out = dict(plan.labelled.left_out) if plan.labelled else {}
     _say_left_out(left_out, talk)
@@ -191,7 +191,7 @@ def _run(
     for warning in report.warnings:
         talk.warn(warning)
     write_probe(folder, report.scores, report.answers, left_out, report.failures)
-    _print(report, left_out, folder, talk, as_json)
+    _print_probe(report, left_out, folder, talk, as_json)
     if report.failures:
         details = [f"{video_id}: {reason}" for video_id, reason in report.failures.items()]
         raise UncleanError(f"{len(report.failures)} videos could not be read", details=details)
@@ -204,8 +204,10 @@ def _say_left_out(left_out: Mapping[str, str], talk: Talk) -> None:
         talk.warn(f"{len(left_out)} videos are left out, {first} because {reason}; summary.json names all")
 
 
-def _print(report: ProbeReport, left_out: Mapping[str, str], folder: Path, talk: Talk, as_json: bool) -> None:
-    from cosettle_cache.probe_results import probe_tables, summary_json
+def _print_probe(
+    report: ProbeReport, left_out: Mapping[str, str], folder: Path, talk: Talk, as_json: bool
+) -> None:
+    from cosettle_cache.analysis.probe.probe_results import probe_tables, summary_json
 
     if as_json:
         talk.result(json.dumps(summary_json(report.scores, left_out, report.failures), indent=2))

@@ -11,16 +11,16 @@ import typer
 
 from cosettle_cache.cli.entry import exits
 from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, Scheduler, Workers, hand_out, pick_device
-from cosettle_cache.config import SpectralSettings
-from cosettle_cache.console import Talk, human_seconds
+from cosettle_cache.core.console import Talk, human_seconds
+from cosettle_cache.core.settings import SpectralSettings
 
 if TYPE_CHECKING:
-    from cosettle_cache.handing import Run
-    from cosettle_cache.projection import ProjectionInfo
-    from cosettle_cache.spectral import SpectralReport
+    from cosettle_cache.core.handing import Run
+    from cosettle_cache.heads.projection import ProjectionInfo
     from cosettle_cache.store import FeatureStore
+    from cosettle_cache.training.spectral import SpectralReport
 
-_DEFAULT = SpectralSettings()
+_SPECTRAL = SpectralSettings()
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Make the closed-form head; look into and export any."
@@ -43,14 +43,14 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/STORE-spectral.")] = None,
     correspondence: Annotated[
         str, typer.Option(help="Which tokens of two frames belong together: nearest or position.")
-    ] = _DEFAULT.correspondence,
+    ] = _SPECTRAL.correspondence,
     spectral_lambda: Annotated[
         float | None, typer.Option(help="Soft threshold, in eigenvalues; default: by the margin.")
     ] = None,
-    n_lambdas: Annotated[int, typer.Option(min=2, help="Lambdas to try.")] = _DEFAULT.n_lambdas,
-    gamma: Annotated[float, typer.Option(help="Of the margin D_inter - gamma D_intra.")] = _DEFAULT.gamma,
-    held_out: Annotated[float, typer.Option(help="Share of clips to choose by.")] = _DEFAULT.held_out,
-    seed: Annotated[int, typer.Option(min=0, help="Which clips are held out.")] = _DEFAULT.seed,
+    n_lambdas: Annotated[int, typer.Option(min=2, help="Lambdas to try.")] = _SPECTRAL.n_lambdas,
+    gamma: Annotated[float, typer.Option(help="Of the margin D_inter - gamma D_intra.")] = _SPECTRAL.gamma,
+    held_out: Annotated[float, typer.Option(help="Share of clips to choose by.")] = _SPECTRAL.held_out,
+    seed: Annotated[int, typer.Option(min=0, help="Which clips are held out.")] = _SPECTRAL.seed,
     workers: Workers = 0,
     scheduler: Scheduler = None,
     device: Device = None,
@@ -89,7 +89,7 @@ def fit(
 def _fit(
     store: FeatureStore, settings: SpectralSettings, folder: Path, device: str, run: Run | None, talk: Talk
 ) -> SpectralReport:
-    from cosettle_cache.spectral import fit_spectral
+    from cosettle_cache.training.spectral import fit_spectral
 
     talk.note(f"{folder}: spectral head, {settings.correspondence} correspondence, from {store.path}")
     report = fit_spectral(store, settings, folder, device=device, run=run, progress=talk.progress("fit"))
@@ -99,8 +99,8 @@ def _fit(
 
 
 def _dry_fit(store: FeatureStore, settings: SpectralSettings, folder: Path, talk: Talk) -> None:
-    from cosettle_cache.frame_pairs import list_pairs
-    from cosettle_cache.spectral import check_settings, choose_held_out
+    from cosettle_cache.training.frame_pairs import list_pairs
+    from cosettle_cache.training.spectral import check_settings, choose_held_out
 
     check_settings(settings)
     pairs = list_pairs(store)
@@ -134,7 +134,7 @@ def info(file: File, as_json: Json = False) -> None:
 
     Example: cosettle-cache projection info runs/store/projection.safetensors
     """
-    from cosettle_cache.projection import describe_projection
+    from cosettle_cache.heads.projection import describe_projection
 
     talk = Talk()
     found = describe_projection(file)
@@ -159,7 +159,7 @@ def export(
 
     Example: cosettle-cache projection export runs/store/projection.safetensors checkpoint.pth
     """
-    from cosettle_cache.projection import export_projection, exported_tensors
+    from cosettle_cache.heads.projection import export_projection, exported_tensors
 
     talk = Talk()
     if dry_run:

@@ -35,16 +35,16 @@ from cosettle_cache.cli.options import (
     store_title,
 )
 from cosettle_cache.cli.propagate_inputs import Inputs, Request, check_paths, open_inputs, open_projections
-from cosettle_cache.console import Talk, human_bytes, human_seconds
-from cosettle_cache.errors import ExitCode, UncleanError, UsageError
-from cosettle_cache.protocols import make_protocol
-from cosettle_cache.types import EvalProtocol
+from cosettle_cache.core.console import Talk, human_bytes, human_seconds
+from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.types import EvalProtocol
+from cosettle_cache.propagation.protocols import make_protocol
 
 if TYPE_CHECKING:
     from threading import Event
 
-    from cosettle_cache.handing import Run
-    from cosettle_cache.propagate import PropagationReport
+    from cosettle_cache.core.handing import Run
+    from cosettle_cache.propagation import PropagationReport
 
 
 class Task(StrEnum):
@@ -135,7 +135,8 @@ def propagate(
 
 
 def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bool) -> int:
-    from cosettle_cache import results
+
+    from cosettle_cache.metrics.results import CHART_FILE, summary_json, write_score_chart, write_scores
 
     memory_limit = None if request.memory_limit is None else parse_bytes(request.memory_limit)
     inputs = open_inputs(request, protocol, talk)
@@ -143,14 +144,14 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
     report = _run(request, inputs, protocol, out, memory_limit, talk)
     failures = {**inputs.failures, **report.failures}
     complete = not (report.interrupted or report.error)
-    results.write_scores(out, report.scores, complete=complete)
+    write_scores(out, report.scores, complete=complete)
     if as_json:
         document = {"complete": complete, "out": str(out), "failures": failures}
-        talk.result(json.dumps({**document, **results.summary_json(report.scores)}, indent=2))
+        talk.result(json.dumps({**document, **summary_json(report.scores)}, indent=2))
     else:
         _print(report, out, talk)
     if request.overlays != Drawn.NONE:
-        results.write_score_chart(out / results.CHART_FILE, report.scores)
+        write_score_chart(out / CHART_FILE, report.scores)
     return _end(report, failures)
 
 
@@ -168,15 +169,15 @@ def _end(report: PropagationReport, failures: Mapping[str, str]) -> int:
 def _run(
     request: Request, inputs: Inputs, protocol: EvalProtocol, out: Path, memory_limit: int | None, talk: Talk
 ) -> PropagationReport:
-    from cosettle_cache import results
-    from cosettle_cache.propagate import propagate_store
+    from cosettle_cache.metrics.results import remove_scores
+    from cosettle_cache.propagation import propagate_store
 
     projections = open_projections(request, inputs.store, talk)
     talk.note(f"protocol: {json.dumps(protocol.to_json())}")
 
     def start(n_finished: int) -> None:
         # Figures of an earlier run must not pass for those of a run that fails.
-        results.remove_scores(out)
+        remove_scores(out)
         if n_finished:
             talk.note(f"{out}: {n_finished} of {len(inputs.store.manifest)} videos are finished already")
 
@@ -207,8 +208,8 @@ def _workers(request: Request, stop: Event, talk: Talk) -> Iterator[tuple[Run | 
     if not request.workers and request.scheduler is None:
         yield None, pick_device(request.device)
         return
-    from cosettle_cache.cli.jobs import check_workers
-    from cosettle_cache.distributed import connect
+    from cosettle_cache.core.cluster import connect
+    from cosettle_cache.extraction.jobs import check_workers
 
     gpus = check_workers(request.workers, request.scheduler, request.device)
     # A video keeps all cores of its worker busy: one at a time.
@@ -227,7 +228,7 @@ def _default_folder(request: Request, protocol: EvalProtocol, store: str) -> Pat
 
 
 def _print(report: PropagationReport, out: Path, talk: Talk) -> None:
-    from cosettle_cache.results import score_table
+    from cosettle_cache.metrics.results import score_table
 
     if report.scores:
         header, rows = score_table(report.scores)

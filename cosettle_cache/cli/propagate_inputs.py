@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosettle_cache.cli.heads import default_projection, load_heads
-from cosettle_cache.cli.on_the_way import FITTING_SIZE, StoreWish, make_store
 from cosettle_cache.cli.options import open_features
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import InputError
-from cosettle_cache.types import EvalProtocol
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.types import EvalProtocol
+from cosettle_cache.extraction.on_the_way import FITTING_SIZE, StoreWish, make_store
+from cosettle_cache.heads.heads import default_projection, load_heads
 
 if TYPE_CHECKING:
-    from cosettle_cache.cli.data import Data
     from cosettle_cache.store import FeatureStore
+    from cosettle_cache.videos.find import Data
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ def check_paths(request: Request) -> None:
 
 def open_inputs(request: Request, protocol: EvalProtocol, talk: Talk) -> Inputs:
     """Return the store that was named, or one made on the way."""
-    from cosettle_cache.cli.data import media_root
     from cosettle_cache.store import open_store
     from cosettle_cache.store.storage import is_url
+    from cosettle_cache.videos.find import media_root
 
     if request.features is None:
         data = _task_data(request, talk)
@@ -78,7 +78,7 @@ def open_inputs(request: Request, protocol: EvalProtocol, talk: Talk) -> Inputs:
 
 
 def _task_data(request: Request, talk: Talk) -> Data:
-    from cosettle_cache.cli.data import evaluation_data, manifest_data
+    from cosettle_cache.videos.find import evaluation_data, manifest_data
 
     if request.manifest is not None:
         return manifest_data(request.manifest, request.data_root)

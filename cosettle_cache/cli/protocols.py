@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from cosettle_cache.cli.options import Json
-from cosettle_cache.console import Talk
-from cosettle_cache.protocols import Preset, list_presets
-from cosettle_cache.types import EvalProtocol
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.types import EvalProtocol
+from cosettle_cache.propagation.protocols import Preset, list_presets
 
 
 def protocols(
@@ -30,7 +30,7 @@ def protocols(
     talk = Talk()
     presets = list_presets(task)
     if as_json:
-        talk.result(json.dumps([_document(preset) for preset in presets], indent=2))
+        talk.result(json.dumps([_protocols_document(preset) for preset in presets], indent=2))
         return
     for name in dict.fromkeys(preset.task for preset in presets):
         _print_task(name, [preset for preset in presets if preset.task == name], talk)
@@ -48,5 +48,5 @@ def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def _document(preset: Preset) -> dict[str, object]:
+def _protocols_document(preset: Preset) -> dict[str, object]:
     return {"task": preset.task, "source": preset.source, "protocol": preset.protocol.to_json()}

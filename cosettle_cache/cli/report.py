@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosettle_cache.cli.heads import load_heads
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     DataRoot,
@@ -19,8 +18,9 @@ from cosettle_cache.cli.options import (
     name_folders,
     open_features,
 )
-from cosettle_cache.console import Talk, human_bytes
-from cosettle_cache.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.console import Talk, human_bytes
+from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.heads.heads import load_heads
 
 if TYPE_CHECKING:
     from cosettle_cache.report import Media, Runs, Tokens
@@ -81,8 +81,8 @@ def _explored(
     features: str | None, projections: Sequence[Path], data_root: Path | None
 ) -> tuple[Media, Tokens | None]:
     """Return the videos of the store, where their frames are, and its tokens; nothing without a store."""
-    from cosettle_cache.cli.data import media_root
     from cosettle_cache.report import Media, make_tokens
+    from cosettle_cache.videos.find import media_root
 
     if features is None:
         if projections:

@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import ExitCode, UncleanError
-from cosettle_cache.recipes import Outcome, Recipe, check_expectations, read_recipe
+from cosettle_cache.cli.recipes import Outcome, Recipe, check_expectations, read_recipe
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import ExitCode, UncleanError
 
 
 def run(

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, name_folders
-from cosettle_cache.console import Talk
-from cosettle_cache.errors import ExitCode, InputError, UncleanError, UsageError
-from cosettle_cache.files import make_folder
-from cosettle_cache.types import Grid, Score
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
+from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.types import Grid, Score
 
 if TYPE_CHECKING:
-    from cosettle_cache.cli.data import Data
+    from cosettle_cache.videos.find import Data
 
 
-class Task(StrEnum):
+class ScoreTask(StrEnum):
     """The benchmarks that have truth to score against."""
 
     DAVIS = "davis"
@@ -31,7 +31,7 @@ class Task(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ScoreRequest:
     """What to score: the videos, and the folders of predictions by the names their rows get."""
 
     task: str
@@ -41,7 +41,7 @@ class Request:
 
 
 def score(
-    task: Annotated[Task, typer.Option(help="Benchmark.")],
+    task: Annotated[ScoreTask, typer.Option(help="Benchmark.")],
     predictions: Annotated[list[Path], typer.Option(help="Folder of results; repeatable.")],
     data_root: DataRoot = None,
     manifest: Annotated[Path | None, typer.Option(help="Videos; default: all found.")] = None,
@@ -58,7 +58,9 @@ def score(
     Example: cosettle-cache score --task davis --predictions results --data-root /data
     """
     talk = Talk(quiet=quiet)
-    request = Request(task.value, _data(task, manifest, data_root), name_folders(predictions), _grid(grid))
+    request = ScoreRequest(
+        task.value, _data(task, manifest, data_root), name_folders(predictions), _grid(grid)
+    )
     problems = _problems(request, talk)
     _refuse_incomplete(request, problems, partial=partial)
     if dry_run:
@@ -76,12 +78,12 @@ def score(
     return int(ExitCode.DONE)
 
 
-def _data(task: Task, manifest: Path | None, data_root: Path | None) -> Data:
-    from cosettle_cache.cli.data import benchmark_data, manifest_data, sprites_data
+def _data(task: ScoreTask, manifest: Path | None, data_root: Path | None) -> Data:
+    from cosettle_cache.videos.find import benchmark_data, manifest_data, sprites_data
 
     if manifest is not None:
         return manifest_data(manifest, data_root)
-    return sprites_data("val") if task is Task.SPRITES else benchmark_data(task.value, data_root)
+    return sprites_data("val") if task is ScoreTask.SPRITES else benchmark_data(task.value, data_root)
 
 
 def _grid(text: str) -> Grid:
@@ -91,9 +93,9 @@ def _grid(text: str) -> Grid:
         raise UsageError(f"{text!r} is no grid", wanted="ROWSxCOLS, as 20x20") from error
 
 
-def _problems(request: Request, talk: Talk) -> dict[str, list[str]]:
+def _problems(request: ScoreRequest, talk: Talk) -> dict[str, list[str]]:
     """Return by video id what is wrong with its predictions, in any of the folders."""
-    from cosettle_cache.scoring import find_problems
+    from cosettle_cache.propagation.scoring import find_problems
 
     problems: dict[str, list[str]] = {}
     for name, folder in request.folders.items():
@@ -113,7 +115,9 @@ def _prefixed(lines: Sequence[str], name: str, n_folders: int) -> list[str]:
     return [f"{name}: {line}" if n_folders > 1 else line for line in lines]
 
 
-def _refuse_incomplete(request: Request, problems: Mapping[str, Sequence[str]], *, partial: bool) -> None:
+def _refuse_incomplete(
+    request: ScoreRequest, problems: Mapping[str, Sequence[str]], *, partial: bool
+) -> None:
     """Raise `InputError` that lists everything, unless the rest may be scored and there is one."""
     n_videos = len(request.data.manifest)
     if problems and (not partial or len(problems) == n_videos):
@@ -124,8 +128,10 @@ def _refuse_incomplete(request: Request, problems: Mapping[str, Sequence[str]], 
         )
 
 
-def _score(request: Request, leave_out: frozenset[str], talk: Talk) -> tuple[list[Score], dict[str, str]]:
-    from cosettle_cache.scoring import score_predictions
+def _score(
+    request: ScoreRequest, leave_out: frozenset[str], talk: Talk
+) -> tuple[list[Score], dict[str, str]]:
+    from cosettle_cache.propagation.scoring import score_predictions
 
     scores: list[Score] = []
     failures = dict(request.data.failures)
@@ -146,17 +152,18 @@ def _score(request: Request, leave_out: frozenset[str], talk: Talk) -> tuple[lis
 
 
 def _report(scores: Sequence[Score], left_out: Mapping[str, str], talk: Talk, as_json: bool) -> None:
-    from cosettle_cache import results
+
+    from cosettle_cache.metrics.results import score_table, summary_json
 
     if as_json:
-        document = {"complete": not left_out, "left_out": dict(left_out), **results.summary_json(scores)}
+        document = {"complete": not left_out, "left_out": dict(left_out), **summary_json(scores)}
         talk.result(json.dumps(document, indent=2))
     elif scores:
-        talk.table(f"{scores[0].dataset}: percent", *results.score_table(scores))
+        talk.table(f"{scores[0].dataset}: percent", *score_table(scores))
 
 
 def _write(scores: Sequence[Score], out: Path | None, chart: Path | None, talk: Talk) -> None:
-    from cosettle_cache.results import write_rows, write_score_chart
+    from cosettle_cache.metrics.results import write_rows, write_score_chart
 
     for what, path, write in (("rows", out, write_rows), ("chart", chart, write_score_chart)):
         if path is not None:

@@ -10,8 +10,8 @@ import typer
 
 from cosettle_cache.cli.entry import exits
 from cosettle_cache.cli.options import DryRun, Json, Quiet, interruptible
-from cosettle_cache.console import Talk, human_bytes
-from cosettle_cache.errors import ExitCode
+from cosettle_cache.core.console import Talk, human_bytes
+from cosettle_cache.core.errors import ExitCode
 
 if TYPE_CHECKING:
     from cosettle_cache.store import CopyReport, Damage, RepairReport, StoreSummary, VerifyReport

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.on_the_way import FITTING_SIZE, StoreWish, make_store
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     CacheDir,
@@ -30,25 +29,26 @@ from cosettle_cache.cli.options import (
     pick_device,
     store_title,
 )
-from cosettle_cache.config import TrackSettings
-from cosettle_cache.console import Talk, human_seconds
-from cosettle_cache.errors import ExitCode, UncleanError, UsageError
-from cosettle_cache.files import make_folder
-from cosettle_cache.types import LabelKind
+from cosettle_cache.core.console import Talk, human_seconds
+from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.settings import TrackSettings
+from cosettle_cache.core.types import LabelKind
+from cosettle_cache.extraction.on_the_way import FITTING_SIZE, StoreWish, make_store
 
 if TYPE_CHECKING:
-    from cosettle_cache.cli.data import Data
-    from cosettle_cache.datasets.tracks import Queries
-    from cosettle_cache.projection import Projection
+    from cosettle_cache.heads.projection import Projection
+    from cosettle_cache.propagation.track import TrackReport
     from cosettle_cache.store import FeatureStore
-    from cosettle_cache.track import TrackReport
+    from cosettle_cache.videos.find import Data
+    from cosettle_cache.videos.queries import Queries
 
 _DEFAULT = TrackSettings()
 #: Stands in for the task where points of one's own are tracked.
 FREE = "points"
 
 
-class Task(StrEnum):
+class TrackTask(StrEnum):
     """The data that have true tracks."""
 
     SPRITES = "sprites"
@@ -71,7 +71,7 @@ class Occlusion(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TrackRequest:
     """What was asked of `track`; `wish` is the store to be made where none is given."""
 
     task: str
@@ -86,7 +86,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class TrackInputs:
     """What is tracked, opened and checked; `failures` are those of videos that the store lacks."""
 
     store: FeatureStore
@@ -98,7 +98,7 @@ class Inputs:
 
 
 def track(
-    task: Annotated[Task | None, typer.Option(help="Data with true tracks; TAP-Vid's figures.")] = None,
+    task: Annotated[TrackTask | None, typer.Option(help="Data with true tracks; TAP-Vid's figures.")] = None,
     queries: Annotated[
         Path | None, typer.Option(help="Own points instead: CSV or Parquet of video_id, frame, x, y.")
     ] = None,
@@ -135,7 +135,7 @@ def track(
 
     Example: cosettle-cache track --task sprites --features sprites.zarr
     """
-    from cosettle_cache.tracker import check_settings
+    from cosettle_cache.propagation.tracker import check_settings
 
     if (task is None) == (queries is None):
         raise UsageError(
@@ -147,7 +147,7 @@ def track(
     check_settings(settings)
     talk, name = Talk(quiet=quiet), task.value if task else FREE
     wish = StoreWish(name, size, backbone, weights, data_root, device, precision)
-    request = Request(
+    request = TrackRequest(
         name, queries, features, wish, tuple(projection or ()), pictures.value, out, cache_dir, cache_size
     )
     if dry_run:
@@ -156,10 +156,10 @@ def track(
     return _track(request, settings, talk, as_json)
 
 
-def _plan(request: Request, settings: TrackSettings, talk: Talk) -> dict[str, object]:
+def _plan(request: TrackRequest, settings: TrackSettings, talk: Talk) -> dict[str, object]:
     document: dict[str, object] = {"task": request.task, "settings": asdict(settings)}
     if request.features is None:
-        data = _task_data(request)
+        data = _track_data(request)
         return document | {"videos": len(data.manifest), "store_to_make": asdict(request.wish)}
     inputs = _open(request, talk)
     videos = inputs.store.video_ids if inputs.queries is None else inputs.queries
@@ -167,10 +167,10 @@ def _plan(request: Request, settings: TrackSettings, talk: Talk) -> dict[str, ob
     return document | {"videos": len(videos), "tokens": tokens, "out": inputs.out}
 
 
-def _task_data(request: Request) -> Data:
-    from cosettle_cache.cli.data import benchmark_data, sprites_data
+def _track_data(request: TrackRequest) -> Data:
+    from cosettle_cache.videos.find import benchmark_data, sprites_data
 
-    if request.task == Task.SPRITES:
+    if request.task == TrackTask.SPRITES:
         return sprites_data("val")
     if request.task == FREE or request.wish.data_root is None:
         wanted = "--features STORE" if request.task == FREE else "--data-root FOLDER or --features STORE"
@@ -178,16 +178,16 @@ def _task_data(request: Request) -> Data:
     return benchmark_data(request.task, request.wish.data_root)
 
 
-def _open(request: Request, talk: Talk) -> Inputs:
+def _open(request: TrackRequest, talk: Talk) -> TrackInputs:
     """Open what is there, make the store if none is given, and check that all fits."""
-    from cosettle_cache.cli.data import media_root
-    from cosettle_cache.cli.heads import default_projection, load_heads
-    from cosettle_cache.datasets.tracks import read_queries
-    from cosettle_cache.track import check_store
+    from cosettle_cache.heads.heads import default_projection, load_heads
+    from cosettle_cache.propagation.track import check_store
+    from cosettle_cache.videos.find import media_root
+    from cosettle_cache.videos.queries import read_queries
 
     features, paths, failures = request.features, request.projections, dict[str, str]()
     if features is None:
-        features, failures = make_store(request.wish, _task_data(request), talk)
+        features, failures = make_store(request.wish, _track_data(request), talk)
     store = open_features(features, request.cache_dir, request.cache_size)
     if request.features is None and not paths:
         paths = tuple(default_projection(store, talk))
@@ -197,15 +197,17 @@ def _open(request: Request, talk: Talk) -> Inputs:
     needs_media = own is None or request.pictures != "none"
     root = media_root(store.manifest, request.wish.data_root) if needs_media else None
     out = request.out or Path("runs") / f"track-{request.task}-{store_title(store.path)}"
-    return Inputs(store, own, root, load_heads(paths, store), out, {**store.failures, **failures})
+    return TrackInputs(store, own, root, load_heads(paths, store), out, {**store.failures, **failures})
 
 
-def _check_task(request: Request, store: FeatureStore) -> None:
+def _check_task(request: TrackRequest, store: FeatureStore) -> None:
     datasets = {video.dataset for video in store.manifest}
-    if request.task == Task.SPRITES and datasets != {request.task}:
+    if request.task == TrackTask.SPRITES and datasets != {request.task}:
         found = ", ".join(datasets)
         raise UsageError(f"{store.path} holds no sprites clips", wanted="a store of them", found=found)
-    if request.task == Task.TAPVID and not any(row.label_kind is LabelKind.TRACKS for row in store.manifest):
+    if request.task == TrackTask.TAPVID and not any(
+        row.label_kind is LabelKind.TRACKS for row in store.manifest
+    ):
         raise UsageError(
             f"no video of {store.path} has tracks",
             wanted="a store of a manifest of the layout tapvid",
@@ -213,13 +215,13 @@ def _check_task(request: Request, store: FeatureStore) -> None:
         )
 
 
-def _track(request: Request, settings: TrackSettings, talk: Talk, as_json: bool) -> int:
-    from cosettle_cache import results
-    from cosettle_cache.track import track_store
+def _track(request: TrackRequest, settings: TrackSettings, talk: Talk, as_json: bool) -> int:
+    from cosettle_cache.metrics.results import remove_scores, summary_json, write_scores
+    from cosettle_cache.propagation.track import track_store
 
     device = pick_device(request.wish.device)
     inputs = _open(request, talk)
-    results.remove_scores(make_folder(inputs.out))
+    remove_scores(make_folder(inputs.out))
     talk.note(f"settings: {json.dumps(asdict(settings))}")
     with interruptible(talk, "video") as stop:
         report = track_store(
@@ -237,19 +239,19 @@ def _track(request: Request, settings: TrackSettings, talk: Talk, as_json: bool)
         )
     complete = not (report.interrupted or report.error)
     if report.scores:
-        results.write_scores(inputs.out, report.scores, complete=complete)
+        write_scores(inputs.out, report.scores, complete=complete)
     failures = {**inputs.failures, **report.failures}
     if as_json:
         counts = {"queries": report.n_queries, "frames": report.n_frames}
         document = {"complete": complete, "out": str(inputs.out), "failures": failures, **counts}
-        talk.result(json.dumps({**document, **results.summary_json(report.scores)}, indent=2))
+        talk.result(json.dumps({**document, **summary_json(report.scores)}, indent=2))
     else:
-        _print(report, inputs.out, talk)
-    return _end(report, failures)
+        _print_track(report, inputs.out, talk)
+    return _end_track(report, failures)
 
 
-def _print(report: TrackReport, out: Path, talk: Talk) -> None:
-    from cosettle_cache.results import score_table
+def _print_track(report: TrackReport, out: Path, talk: Talk) -> None:
+    from cosettle_cache.metrics.results import score_table
 
     if report.scores:
         header, rows = score_table(report.scores)
@@ -261,7 +263,7 @@ def _print(report: TrackReport, out: Path, talk: Talk) -> None:
     talk.result(f"tracks, pictures and scores: {out}")
 
 
-def _end(report: TrackReport, failures: Mapping[str, str]) -> int:
+def _end_track(report: TrackReport, failures: Mapping[str, str]) -> int:
     if report.error:
         raise report.error
     if report.interrupted:

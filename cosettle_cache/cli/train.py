@@ -11,12 +11,12 @@ import typer
 
 from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, store_title
 from cosettle_cache.cli.projection import fit
-from cosettle_cache.config import SpectralSettings, TrainSettings
-from cosettle_cache.console import Talk, human_bytes, human_seconds
-from cosettle_cache.errors import ExitCode, UsageError
+from cosettle_cache.core.console import Talk, human_bytes, human_seconds
+from cosettle_cache.core.errors import ExitCode, UsageError
+from cosettle_cache.core.settings import SpectralSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from cosettle_cache.train import TrainPlan, TrainReport
+    from cosettle_cache.training.train import TrainPlan, TrainReport
 
 _DEFAULT = TrainSettings()
 _SPECTRAL = SpectralSettings()
@@ -167,12 +167,12 @@ def _weight(text: str) -> float | Literal["auto"]:
 
 def _train(request: _Request, talk: Talk, dry_run: bool, as_json: bool) -> int:
     from cosettle_cache.cli.options import interruptible, pick_device
-    from cosettle_cache.console import SILENT
-    from cosettle_cache.replicas import join_replicas
+    from cosettle_cache.core.console import SILENT
     from cosettle_cache.store import open_store
-    from cosettle_cache.sweep import parse_axis
-    from cosettle_cache.train import make_train_plan
-    from cosettle_cache.train import train as train_room
+    from cosettle_cache.training.replicas import join_replicas
+    from cosettle_cache.training.sweep import parse_axis
+    from cosettle_cache.training.train import make_train_plan
+    from cosettle_cache.training.train import train as train_room
 
     axes = [parse_axis(text) for text in request.sweep]
     stores = [open_store(path, cache_dir=request.cache_dir) for path in request.features]
@@ -246,7 +246,7 @@ def _result(report: TrainReport) -> Path:
 
 
 def _tell_members(talk: Talk, report: TrainReport) -> None:
-    from cosettle_cache.train_report import comparison
+    from cosettle_cache.training.train_report import comparison
 
     if report.members[0].name:
         talk.table("members of the sweep, best first", *comparison(report.members))

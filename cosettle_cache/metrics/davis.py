@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from cosettle_cache.errors import InputError
+from cosettle_cache.core.errors import InputError
 
 #: Index of pixels that belong to nobody; in the truth they count as background, in a prediction as an error.
 VOID = 255

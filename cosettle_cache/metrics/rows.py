@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from cosettle_cache.core.types import Score
 from cosettle_cache.metrics.davis import DavisScorer, ObjectScore
-from cosettle_cache.metrics.parsing import Confusion
-from cosettle_cache.metrics.pck import (
+from cosettle_cache.metrics.jhmdb import (
     THRESHOLDS,
     AnyJoints,
     JointCounts,
@@ -22,9 +22,9 @@ from cosettle_cache.metrics.pck import (
     count_joints,
     count_joints_strictly,
 )
-from cosettle_cache.metrics.tracks import THRESHOLDS as TRACK_THRESHOLDS
-from cosettle_cache.metrics.tracks import TrackCounts
-from cosettle_cache.types import Score
+from cosettle_cache.metrics.tapvid import THRESHOLDS as TRACK_THRESHOLDS
+from cosettle_cache.metrics.tapvid import TrackCounts
+from cosettle_cache.metrics.vip import Confusion
 
 #: PCK at the benchmark's thresholds, in both readings, as a score row names them.
 PCK_COLUMNS = tuple("pck_" + f"{threshold:g}".replace(".", "_") for threshold in THRESHOLDS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from cosettle_cache.errors import InputError
+from cosettle_cache.core.errors import InputError
 
 #: Overlaps (intersection over union) at which a predicted segment counts as found.
 OVERLAPS = (0.10, 0.25, 0.50)

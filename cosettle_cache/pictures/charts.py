@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from cosettle_cache.files import write_durably
+from cosettle_cache.core.files import write_durably
 
 #: Sequences that get a row with their name; of more only the ranks are drawn.
 MAX_NAMED = 60

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cosettle_cache.files import write_durably
-from cosettle_cache.run_state import StepFigures
+from cosettle_cache.core.files import write_durably
+from cosettle_cache.training.run_state import StepFigures
 
 #: Name of the field, title of its panel.
 PANELS = (

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from cosettle_cache.files import make_folder
-from cosettle_cache.frames import Image8
+from cosettle_cache.core.files import make_folder
 from cosettle_cache.pictures.drawing import canvas_scale, enlarge, side_by_side
-from cosettle_cache.pictures.video import Film
+from cosettle_cache.pictures.film import Film
+from cosettle_cache.videos.frames import Image8
 
 #: Name of the film that shows all kinds; no kind bears it.
 SIDE_BY_SIDE = "side_by_side"

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cosettle_cache.files import make_folder, output_errors
-from cosettle_cache.frames import Image8
-from cosettle_cache.pictures.video import Movie
+from cosettle_cache.core.files import make_folder, output_errors
+from cosettle_cache.pictures.film import Movie
+from cosettle_cache.videos.frames import Image8
 
 Colours = UInt8[np.ndarray, "row col 3"]
 AnyImage = UInt8[np.ndarray, "_ _ 3"]
@@ -28,12 +28,12 @@ _CAPTION, _LEAST_CAPTION = 0.06, 16
 _GAP = 4
 
 
-def enlarge(colours: Colours, height: int, width: int) -> UInt8[np.ndarray, "_ _ 3"]:
+def enlarge_tokens(colours: Colours, height: int, width: int) -> UInt8[np.ndarray, "_ _ 3"]:
     """Return every token as the rectangle of pixels that it stands for."""
     return cv2.resize(colours, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def side_by_side(panels: Mapping[str, AnyImage]) -> AnyImage:
+def beside_frame(panels: Mapping[str, AnyImage]) -> AnyImage:
     """Return pictures of one size in a row, each under its name."""
     height = next(iter(panels.values())).shape[0]
     drawn = [_captioned(panel, name) for name, panel in panels.items()]
@@ -60,11 +60,11 @@ def write_pictures(
     with Movie(path, fps) if film != "none" else nullcontext() as running:
         for name, image, colours in frames:
             height, width = image.shape[:2]
-            panels = {kind: enlarge(item, height, width) for kind, item in colours.items()}
+            panels = {kind: enlarge_tokens(item, height, width) for kind, item in colours.items()}
             if stills:
                 _write_stills(folder, name, panels)
             if running is not None:
-                running.add(side_by_side({"frame": image, **panels}))
+                running.add(beside_frame({"frame": image, **panels}))
 
 
 def _write_stills(folder: Path, name: str, panels: Mapping[str, AnyImage]) -> None:

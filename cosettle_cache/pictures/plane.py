@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cosettle_cache.files import write_durably
+from cosettle_cache.core.files import write_durably
 
 
 @dataclass(frozen=True, slots=True)

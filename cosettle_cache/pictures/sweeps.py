@@ -13,9 +13,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cosettle_cache.files import write_durably
+from cosettle_cache.core.files import write_durably
 from cosettle_cache.pictures.curves import PANELS, smooth
-from cosettle_cache.run_state import StepFigures
+from cosettle_cache.training.run_state import StepFigures
 
 _SMOOTHED_STEPS = 50
 
@@ -28,7 +28,7 @@ def write_sweep(path: Path, figures: Mapping[str, Sequence[StepFigures]]) -> Non
     for number, (name, items) in enumerate(figures.items()):
         color = colors(0.05 + 0.9 * number / max(len(figures) - 1, 1))
         for axis, (field, _) in zip(axes.flat, PANELS, strict=True):
-            _draw(axis, items, field, name, color)
+            _draw_sweep(axis, items, field, name, color)
     for axis, (_, title) in zip(axes.flat, PANELS, strict=True):
         axis.set_title(title)
         axis.grid(alpha=0.3)
@@ -39,7 +39,7 @@ def write_sweep(path: Path, figures: Mapping[str, Sequence[StepFigures]]) -> Non
     write_durably(path, [buffer.getbuffer()])
 
 
-def _draw(
+def _draw_sweep(
     axis: Axes, items: Sequence[StepFigures], field: str, name: str, color: tuple[float, float, float, float]
 ) -> None:
     values = smooth([getattr(item, field) for item in items], len(items) // _SMOOTHED_STEPS)

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from matplotlib import colormaps
 
-from cosettle_cache.datasets.point_tracks import PointTracks
-from cosettle_cache.frames import Image8
-from cosettle_cache.pictures.video import write_film
+from cosettle_cache.pictures.film import write_film
+from cosettle_cache.videos.frames import Image8
+from cosettle_cache.videos.point_tracks import PointTracks
 
 #: Frames that a tail goes back.
 TAIL = 10

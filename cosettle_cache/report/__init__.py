@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosettle_cache.files import make_folder, write_durably
+from cosettle_cache.core.files import make_folder, write_durably
 from cosettle_cache.report.curves import curves_section
 from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
 from cosettle_cache.report.media import Media, Shown

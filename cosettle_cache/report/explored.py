@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Float32, Int8, Int16, UInt16
 from torch import Tensor
 
-from cosettle_cache.affinity import unit_tokens
-from cosettle_cache.kinds import TokenKind
-from cosettle_cache.search import make_ranker
+from cosettle_cache.core.types import Grid
+from cosettle_cache.heads.kinds import TokenKind
+from cosettle_cache.search.affinity import unit_tokens
+from cosettle_cache.search.search import make_ranker
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.types import Grid
 
 #: Neighbours listed per patch, as many as the protocol cosettle follows.
 TOP_K = 7
@@ -36,7 +36,7 @@ _BASE64 = 4 / 3
 #: Patches whose maps are compared with exact cosines.
 _CHECKED = 64
 
-Tokens = Float32[Tensor, "frame patch dim"]
+ClipTokens = Float32[Tensor, "frame patch dim"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _kind(name: str, tokens: Float[Tensor, "frame patch dim"]) -> ExploredKind:
     return ExploredKind(name, position, cosine.reshape(position.shape), shrink(unit))
 
 
-def shrink(unit: Tokens) -> SmallTokens:
+def shrink(unit: ClipTokens) -> SmallTokens:
     """Return `unit` tokens turned to the directions of their uncentred second moment, and rounded."""
     flat = unit.flatten(0, 1).double()
     _, directions = torch.linalg.eigh(flat.T @ flat)
@@ -124,7 +124,7 @@ def shrink(unit: Tokens) -> SmallTokens:
     return SmallTokens(values.transpose(1, 2).contiguous().numpy(), error)
 
 
-def _largest_error(unit: Tokens, small: Tokens) -> float:
+def _largest_error(unit: ClipTokens, small: ClipTokens) -> float:
     some = torch.linspace(0, unit.shape[1] - 1, min(_CHECKED, unit.shape[1])).long()
     differences = [
         (unit[0, some] @ exact.T - small[0, some] @ short.T).abs().max()

@@ -15,11 +15,9 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from cosettle_cache.datasets.davis import VOID, read_mask
-from cosettle_cache.errors import CosettleError, InputError
-from cosettle_cache.frames import iter_frames, natural_key
-from cosettle_cache.kinds import TokenKind, make_kinds
-from cosettle_cache.projection import Projection
+from cosettle_cache.core.errors import CosettleError, InputError
+from cosettle_cache.heads.kinds import TokenKind, make_kinds
+from cosettle_cache.heads.projection import Projection
 from cosettle_cache.report.elements import data_element, element
 from cosettle_cache.report.explored import STEP, TOP_K, Explored, ExploredKind, affordable_frames, explore
 from cosettle_cache.report.images import data_uri
@@ -28,6 +26,8 @@ from cosettle_cache.report.media import Media, Shown
 from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.report.slider import slider
 from cosettle_cache.store import FeatureStore
+from cosettle_cache.videos.davis import VOID, read_mask
+from cosettle_cache.videos.frames import iter_frames, natural_key
 
 #: What a map can show: cosines, or softmax weights at the temperatures in use (PROTOCOLS 1.1, 1.2, 7.1).
 MAPS = (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from cosettle_cache.frames import Image8
+from cosettle_cache.videos.frames import Image8
 
 #: Pixels of a picture's longer side.
 LONG_SIDE = 480

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from cosettle_cache.types import Video
+from cosettle_cache.core.types import Video
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from xml.etree.ElementTree import Element
 
-from cosettle_cache.console import human_bytes
+from cosettle_cache.core.console import human_bytes
 from cosettle_cache.report.elements import element, to_html
 
 STYLES = ("page.css", "charts.css", "pictures.css")

@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from cosettle_cache.kinds import RAW
+from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.report.axes import (
     Axis,
     horizontal_grid,

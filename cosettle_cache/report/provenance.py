@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from cosettle_cache.errors import CosettleError
-from cosettle_cache.projection import read_provenance
+from cosettle_cache.core.errors import CosettleError
+from cosettle_cache.heads.projection import read_provenance
+from cosettle_cache.metrics.results import PROVENANCE
 from cosettle_cache.report.elements import element
 from cosettle_cache.report.runs import AnalysisRun, Runs, ScoreRun, TrainRun
-from cosettle_cache.results import PROVENANCE
-from cosettle_cache.run_state import RunFiles
+from cosettle_cache.training.run_state import RunFiles
 
 
 def provenance_section(runs: Runs, explored: Mapping[str, Any]) -> Element:

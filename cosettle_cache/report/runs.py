@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cosettle_cache.analysis_files import ANALYSIS_FILE, PROVENANCE
-from cosettle_cache.errors import InputError
-from cosettle_cache.frames import natural_key
-from cosettle_cache.results import SCORES_FILE, SUMMARY_FILE, read_scores
-from cosettle_cache.run_state import RunFiles, StepFigures, ValidationFigures, read_figures, read_validation
-from cosettle_cache.tables import read_json, read_table
-from cosettle_cache.types import Score
+from cosettle_cache.analysis.files import ANALYSIS_FILE, PROVENANCE
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.tables import read_json, read_table
+from cosettle_cache.core.types import Score
+from cosettle_cache.metrics.results import SCORES_FILE, SUMMARY_FILE, read_scores
+from cosettle_cache.training.run_state import (
+    RunFiles,
+    StepFigures,
+    ValidationFigures,
+    read_figures,
+    read_validation,
+)
+from cosettle_cache.videos.frames import natural_key
 
 _T = TypeVar("_T")
 

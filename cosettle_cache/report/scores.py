@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from xml.etree.ElementTree import Element
 
-from cosettle_cache.kinds import RAW
+from cosettle_cache.core.types import Score
+from cosettle_cache.heads.kinds import RAW
+from cosettle_cache.metrics.results import Mean, mean_scores, score_table, sequence_means
 from cosettle_cache.report.axes import Axis, labels_below, make_axis, vertical_grid
 from cosettle_cache.report.elements import Child, element
 from cosettle_cache.report.marks import legend, mark
@@ -21,8 +23,6 @@ from cosettle_cache.report.tables import (
     sortable_head,
     text_cell,
 )
-from cosettle_cache.results import Mean, mean_scores, score_table, sequence_means
-from cosettle_cache.types import Score
 
 #: Sequences that a chart has room for; of more, those that gain and lose most are drawn.
 CHARTED = 40

@@ -37,7 +37,10 @@ def sortable_head(names: Sequence[str], n_texts: int) -> Element:
 
 def simple_table(header: Sequence[str], rows: Sequence[Sequence[str]], n_texts: int, label: str) -> Element:
     """Return a sortable table of texts; columns after the first `n_texts` are numbers where they can be."""
-    body = [element("tr", *(_cell(cell, index >= n_texts) for index, cell in enumerate(row))) for row in rows]
+    body = [
+        element("tr", *(_table_cell(cell, index >= n_texts) for index, cell in enumerate(row)))
+        for row in rows
+    ]
     head = element("thead", sortable_head(header, n_texts))
     table = element("table", head, element("tbody", *body), class_="sortable")
     return scrollable(table, label)
@@ -53,7 +56,7 @@ def _head(name: str, *, is_number: bool) -> Element:
     return element("th", button, scope="col", class_="number" if is_number else None)
 
 
-def _cell(text: str, is_number: bool) -> Element:
+def _table_cell(text: str, is_number: bool) -> Element:
     if not is_number:
         return text_cell(text)
     try:

@@ -13,7 +13,16 @@ import numpy as np
 from awscrt.checksums import crc32c
 from jaxtyping import Bool, UInt64
 
-from cosettle_cache.store.layout import (
+from cosettle_cache.core.types import ArrayLayout
+from cosettle_cache.store._shards import (
+    ShardLostError,
+    checksum_bytes,
+    decoded_bytes,
+    index_bytes,
+    padding_after,
+    read_entries,
+)
+from cosettle_cache.store.format import (
     ALIGNMENT,
     CHECKSUM_BYTES,
     MISSING,
@@ -22,16 +31,7 @@ from cosettle_cache.store.layout import (
     chunks_per_shard,
 )
 from cosettle_cache.store.parts import Part
-from cosettle_cache.store.shards import (
-    ShardLostError,
-    checksum_bytes,
-    decoded_bytes,
-    index_bytes,
-    padding_after,
-    read_entries,
-)
 from cosettle_cache.store.storage import RangeFile
-from cosettle_cache.types import ArrayLayout
 
 #: Bytes read at once; a larger chunk is read whole.
 PIECE_BYTES = 4 * 2**20

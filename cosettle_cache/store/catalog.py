@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int64
 
+from cosettle_cache.core.types import ArrayLayout
 from cosettle_cache.store.lazy import cached_property
-from cosettle_cache.types import ArrayLayout
 
 
 class Catalog:

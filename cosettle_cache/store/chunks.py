@@ -19,15 +19,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float16, Int64, UInt8
 
-from cosettle_cache.errors import DamagedStoreError, InputError
-from cosettle_cache.store.handles import OpenShards, drained, each
-from cosettle_cache.store.layout import (
+from cosettle_cache.core.errors import DamagedStoreError, InputError
+from cosettle_cache.core.types import ArrayLayout
+from cosettle_cache.store._int8 import dequantize
+from cosettle_cache.store._shards import ChunkMissingError, ShardLostError
+from cosettle_cache.store.format import (
     BytesError,
     SlotPlace,
     SlotTable,
     chunk_bytes,
     chunks_per_shard,
 )
+from cosettle_cache.store.handles import OpenShards, drained, each
 from cosettle_cache.store.parts import (
     OUTLINE,
     SCHEMA,
@@ -37,13 +40,10 @@ from cosettle_cache.store.parts import (
     outline,
     read_part,
 )
-from cosettle_cache.store.quantization import dequantize
-from cosettle_cache.store.shards import ChunkMissingError, ShardLostError
 from cosettle_cache.store.storage import ReadStorage
 from cosettle_cache.store.streaming import NEAR_STRETCHES, AtHand, NearReading, stream_far
 from cosettle_cache.store.stretches import Stretch, Tokens, runs, shard_starts, sorted_stretches, stretches
 from cosettle_cache.store.through_zarr import ZarrArrays
-from cosettle_cache.types import ArrayLayout
 
 #: Streaming from a local disk: bytes that one thread reads in one go, at least a chunk.
 _NEAR_STRETCH_BYTES = 2 * 2**20

@@ -16,15 +16,15 @@ from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import Any
 
-from cosettle_cache.console import SILENT, Progress
-from cosettle_cache.errors import DamagedStoreError, UsageError
-from cosettle_cache.files import Buffer
-from cosettle_cache.store.ahead import map_ahead
+from cosettle_cache.core.ahead import map_ahead
+from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.errors import DamagedStoreError, UsageError
+from cosettle_cache.core.files import Buffer
 from cosettle_cache.store.audit import audit_shard
-from cosettle_cache.store.creation import create_from_files
+from cosettle_cache.store.create import create_from_files
 from cosettle_cache.store.damage import Damage
+from cosettle_cache.store.format import MANIFEST, BytesError, SlotPlace, SlotTable
 from cosettle_cache.store.header import check_same, read_header, repair_hint
-from cosettle_cache.store.layout import MANIFEST, BytesError, SlotPlace, SlotTable
 from cosettle_cache.store.metadata import Metadata, inspect_metadata
 from cosettle_cache.store.parts import Part, decode_part
 from cosettle_cache.store.storage import Storage, is_store, is_url, open_storage

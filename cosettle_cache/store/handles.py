@@ -18,8 +18,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from jaxtyping import Float16, UInt8, UInt64
 
-from cosettle_cache.store.layout import ALIGNMENT, SlotPlace
-from cosettle_cache.store.shards import ShardReader
+from cosettle_cache.store._shards import ShardReader
+from cosettle_cache.store.format import ALIGNMENT, SlotPlace
 from cosettle_cache.store.storage import ReadStorage
 
 #: Shards kept open: a file descriptor each, so at most a quarter of what the process may have.

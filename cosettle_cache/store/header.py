@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache.config import digest
-from cosettle_cache.errors import DamagedStoreError, FingerprintError, InputError
-from cosettle_cache.store.layout import (
+from cosettle_cache.core.errors import DamagedStoreError, FingerprintError, InputError
+from cosettle_cache.core.settings import digest
+from cosettle_cache.core.types import ArrayLayout, Difference, Fingerprint, Grid
+from cosettle_cache.store.format import (
     CODECS,
     DTYPES,
     MANIFEST,
@@ -24,7 +25,6 @@ from cosettle_cache.store.layout import (
     spec_version,
 )
 from cosettle_cache.store.storage import ReadStorage, is_store
-from cosettle_cache.types import ArrayLayout, Difference, Fingerprint, Grid
 
 ATTRIBUTE = "cosettle_cache"
 AXES = ("encoding", "row", "col", "channel")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from cosettle_cache.core.types import Fingerprint, PlanKind
 from cosettle_cache.store.reader import FeatureStore
-from cosettle_cache.types import Fingerprint, PlanKind
 
 
 @dataclass(frozen=True, slots=True)

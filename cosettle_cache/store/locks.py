@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
-from cosettle_cache.errors import OutputError
-from cosettle_cache.files import output_errors
+from cosettle_cache.core.errors import OutputError
+from cosettle_cache.core.files import output_errors
 
 #: What `files.temporary_name` makes.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")

@@ -12,16 +12,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from cosettle_cache.errors import CosettleError, DamagedStoreError, FingerprintError, InputError
-from cosettle_cache.manifest import manifest_digest, manifest_from_table
-from cosettle_cache.store.creation import HEADER_COPY, metadata_bytes, metadata_files, plain_metadata
+from cosettle_cache.core.errors import CosettleError, DamagedStoreError, FingerprintError, InputError
+from cosettle_cache.core.tables import read_metadata
+from cosettle_cache.core.types import Manifest
+from cosettle_cache.store.create import HEADER_COPY, metadata_bytes, metadata_files, plain_metadata
 from cosettle_cache.store.damage import Damage
+from cosettle_cache.store.format import MANIFEST, ROOT_METADATA, BytesError
 from cosettle_cache.store.header import ATTRIBUTE, Header, check_same, parse_header, read_header
-from cosettle_cache.store.layout import MANIFEST, ROOT_METADATA, BytesError
 from cosettle_cache.store.sealed import unseal
 from cosettle_cache.store.storage import ReadStorage
-from cosettle_cache.tables import read_metadata
-from cosettle_cache.types import Manifest
+from cosettle_cache.videos.manifest import manifest_digest, manifest_from_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ import obstore
 from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
-from cosettle_cache.errors import CosettleError, OutputError, RemoteError, UsageError
-from cosettle_cache.files import Buffer
+from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError
+from cosettle_cache.core.files import Buffer
 from cosettle_cache.store.lazy import cached_property
 from cosettle_cache.store.storage import RangeFile, ReadStorage
 

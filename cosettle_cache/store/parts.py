@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cosettle_cache.errors import DamagedStoreError
-from cosettle_cache.store.layout import PART_SUFFIX, BytesError, SlotPlace, part_folder
+from cosettle_cache.core.errors import DamagedStoreError
+from cosettle_cache.core.tables import make_table, read_metadata, with_metadata
+from cosettle_cache.core.types import ArrayLayout, Encoding, Role, Slot
+from cosettle_cache.store.format import PART_SUFFIX, BytesError, SlotPlace, part_folder
 from cosettle_cache.store.sealed import seal, unseal
 from cosettle_cache.store.storage import ReadStorage
-from cosettle_cache.tables import make_table, read_metadata, with_metadata
-from cosettle_cache.types import ArrayLayout, Encoding, Role, Slot
 
 #: Columns of the index; `error` says why an encoding is absent and is null where it is present.
 SCHEMA = pa.schema(

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import fields
 from itertools import groupby
 
-from cosettle_cache.config import FramesSettings, PairsSettings
-from cosettle_cache.errors import CosettleError
-from cosettle_cache.plan import Plan, make_plan
+from cosettle_cache.core.errors import CosettleError
+from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.types import Encoding, Manifest, PlanKind
+from cosettle_cache.store.format import SlotPlace
 from cosettle_cache.store.header import Header
-from cosettle_cache.store.layout import SlotPlace
 from cosettle_cache.store.parts import VideoRows
-from cosettle_cache.types import Encoding, Manifest, PlanKind
+from cosettle_cache.store.plan import Plan, make_plan
 
 
 def planned_rows(header: Header, manifest: Manifest | None, place: SlotPlace) -> tuple[VideoRows, ...]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from cosettle_cache.console import SILENT, Progress
-from cosettle_cache.files import make_folder, overwrite_durably
+from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.files import make_folder, overwrite_durably
 from cosettle_cache.store.damage import Damage
-from cosettle_cache.store.layout import (
+from cosettle_cache.store.format import (
     INDEX_GROUP,
     MANIFEST,
     ROOT_METADATA,

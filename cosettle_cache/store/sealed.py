@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from awscrt.checksums import crc32c
 
-from cosettle_cache.store.layout import BytesError
-from cosettle_cache.tables import encode_parquet, read_metadata, with_metadata
+from cosettle_cache.core.tables import encode_parquet, read_metadata, with_metadata
+from cosettle_cache.store.format import BytesError
 
 SEAL_KEY = "seal"
 _MARK = b"file-crc32c="

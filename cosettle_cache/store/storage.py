@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from cosettle_cache.files import Buffer, output_errors, sync, unfilled, write_durably
-from cosettle_cache.store.layout import ROOT_METADATA
+from cosettle_cache.core.files import Buffer, output_errors, sync, unfilled, write_durably
+from cosettle_cache.store.format import ROOT_METADATA
 
 #: A local disk serves this many readers at once without getting slower.
 _LOCAL_READERS = min(4, os.cpu_count() or 1)

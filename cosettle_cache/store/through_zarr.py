@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from cosettle_cache.store.layout import BytesError, array_folder
+from cosettle_cache.core.types import ArrayLayout, Grid
+from cosettle_cache.store.format import BytesError, array_folder
 from cosettle_cache.store.storage import ReadStorage
-from cosettle_cache.types import ArrayLayout, Grid
 
 
 class ZarrArrays:

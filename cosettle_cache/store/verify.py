@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from cosettle_cache.console import SILENT, Progress
-from cosettle_cache.errors import DamagedStoreError
-from cosettle_cache.store.ahead import map_ahead
+from cosettle_cache.core.ahead import map_ahead
+from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.store.audit import Fault, audit_shard, present_chunks
 from cosettle_cache.store.damage import Damage
-from cosettle_cache.store.layout import MANIFEST, BytesError, SlotPlace, SlotTable, part_folder
+from cosettle_cache.store.format import MANIFEST, BytesError, SlotPlace, SlotTable, part_folder
 from cosettle_cache.store.locks import TEMPORARY
 from cosettle_cache.store.metadata import Metadata, inspect_metadata
 from cosettle_cache.store.parts import Part, VideoRows, committed_shards, decode_part, video_rows

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float16
 
-from cosettle_cache.errors import DamagedStoreError
-from cosettle_cache.files import Buffer, output_errors
-from cosettle_cache.store.creation import create_store, remove_dead_builds, restore_manifest
-from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
-from cosettle_cache.store.layout import (
+from cosettle_cache.core.errors import DamagedStoreError
+from cosettle_cache.core.files import Buffer, output_errors
+from cosettle_cache.core.types import ArrayLayout, Fingerprint, Manifest, Slot
+from cosettle_cache.store._shards import ShardEncoder
+from cosettle_cache.store.create import create_store, remove_dead_builds, restore_manifest
+from cosettle_cache.store.format import (
     INDEX_GROUP,
     ROOT_METADATA,
     TOKENS_GROUP,
@@ -30,11 +31,10 @@ from cosettle_cache.store.layout import (
     check_arrays,
     part_folder,
 )
+from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
 from cosettle_cache.store.locks import SlotClaims, WriterLock, is_temporary
 from cosettle_cache.store.parts import ShardFacts, committed_shards, encode_part, read_part
-from cosettle_cache.store.shards import ShardEncoder
 from cosettle_cache.store.storage import Storage, is_store, is_url, open_storage
-from cosettle_cache.types import ArrayLayout, Fingerprint, Manifest, Slot
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""What tokens and heads are worth: consistency against separability, probes, export, PCA."""

@@ -1,0 +1,359 @@
+"""Units of work over processes and machines: items go in, results come out as they get ready.
+
+`connect` starts worker processes on this machine or joins a running dask scheduler; `Cluster.run` hands out
+items, a few at a time. A unit must be safe to repeat, for the item of a worker that dies is done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import resource_tracker
+from queue import Empty, SimpleQueue
+from threading import Event, Lock
+from typing import Any, Generic, TypeVar
+from uuid import uuid4
+
+import dask
+from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, get_worker
+
+from cosettle_cache import __version__
+from cosettle_cache.core.errors import ClusterError, CosettleError, UsageError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: How long nothing may happen before the stop signal and the workers are looked at again.
+POLL_S = 0.2
+#: How often the scheduler is asked who its workers are.
+CENSUS_S = 1.0
+CONNECT_TIMEOUT_S = 10
+#: A worker that computes gets this long to leave when the cluster closes.
+CLOSE_TIMEOUT_S = 5
+#: Local workers that may die over one item before it is set aside; a running scheduler has its own setting.
+LOCAL_DEATHS = 2
+#: A local worker is replaced within seconds; after this long without any, nobody will come.
+LOCAL_PATIENCE_S = 300.0
+#: The tasks of one worker share its GPU, when it declares one.
+GPU_SHARE = {"GPU": 0.01}
+
+#: In a worker: runs that begin no further item.
+_ended: set[str] = set()
+#: In a worker: the first unit imports its modules, and what half an import leaves is seen by nobody.
+_unpickling = Lock()
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Workers to hand units of work to; made by `connect`. `note` hears of waiting and of lost workers.
+
+    Without any worker for `patience_s` seconds a run fails.
+    """
+
+    client: Client
+    note: Callable[[str], None] = _silent
+    patience_s: float = float("inf")
+
+    def has_gpus(self) -> bool:
+        """Say whether any worker there now declares the resource `GPU`."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        return any(worker["resources"].get("GPU") for worker in workers)
+
+    def run(
+        self,
+        unit: Callable[[Item], Result],
+        items: Iterable[Item],
+        *,
+        stop: Event | None = None,
+        on_gpus: bool = False,
+    ) -> Iterator[tuple[Item, Result]]:
+        """Yield every item with `unit(item)`, as they get ready; as many are in hand as workers have threads.
+
+        `unit` is any callable that a worker can unpickle; results should be small. `stop` ends the run after
+        the items in hand, `on_gpus` uses only workers that declare a `GPU`. A unit's error is raised here.
+        Raises `ClusterError` when workers cannot do what is asked, when the scheduler goes away, and at the
+        end for items that killed every worker that tried them.
+        """
+        run: _Run[Item] = _Run(self, pickle.dumps(unit), stop or Event(), GPU_SHARE if on_gpus else {})
+        try:
+            yield from run.results(items)
+            suspects, run.killers = run.killers, []
+            for item in suspects:  # alone, so that nobody is blamed for a neighbour
+                yield from run.results([item])
+            run.check_killers()
+        finally:
+            run.end()
+
+
+@contextmanager
+def connect(
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+    threads: int = 2,
+    gpus: Sequence[str] = (),
+    note: Callable[[str], None] = _silent,
+) -> Iterator[Cluster]:
+    """Yield `workers` new processes on this machine, or the workers of the scheduler at an address.
+
+    New processes share the cores, do `threads` items at a time each, and are dealt the devices `gpus` in
+    turn. They see no Ctrl-C, are replaced when they die, and are gone at the end.
+    """
+    if bool(workers) == bool(scheduler):
+        raise UsageError("work goes to new processes or to a running scheduler", wanted="one of the two")
+    if scheduler:
+        with closing(_client(scheduler)) as client:
+            yield Cluster(client, note)
+        return
+    with _local_cluster(workers, threads, gpus) as cluster, closing(_client(cluster)) as client:
+        yield Cluster(client, note, LOCAL_PATIENCE_S)
+
+
+def share_of_cores(workers: int) -> int:
+    """Return how many of this process's cores each of `workers` processes gets, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+@dataclass(slots=True)
+class _Run(Generic[Item]):
+    """One call of `Cluster.run`: what is in hand, and what came of it."""
+
+    cluster: Cluster
+    unit: bytes
+    stop: Event
+    resources: Mapping[str, float]
+    name: str = field(default_factory=lambda: uuid4().hex)
+    in_hand: dict[Any, tuple[Future[Any], Item]] = field(default_factory=dict)
+    ready: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
+    killers: list[Item] = field(default_factory=list)
+    ended: bool = False
+    workers: frozenset[str] = frozenset()
+    places: int = 0
+    counted: float = float("-inf")
+    seen: float = field(default_factory=time.monotonic)
+
+    def results(self, items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        waiting = iter(items)
+        while True:
+            with _scheduler_errors():
+                self._census()
+                if self.stop.is_set():
+                    self._begin_no_more()
+                else:
+                    self._top_up(waiting)
+            if not self.in_hand or (self.ended and not self.workers):
+                return
+            with suppress(Empty):
+                yield from self._answer(self.ready.get(timeout=POLL_S))
+
+    def check_killers(self) -> None:
+        """Raise `ClusterError` for the items that nobody survived."""
+        if self.killers:
+            names = ", ".join(map(str, self.killers))
+            raise ClusterError(
+                f"worker processes died over and over at item {names}; everything else was done",
+                hint="out of memory? try fewer workers or a smaller --batch, then run it again",
+            )
+
+    def end(self) -> None:
+        """Give up what is still in hand."""
+        if self.in_hand:
+            with suppress(Exception):  # the cluster may be what failed
+                self._begin_no_more()
+                self.cluster.client.cancel([future for future, _ in self.in_hand.values()])
+
+    def _top_up(self, waiting: Iterator[Item]) -> None:
+        # One at least: without workers it waits at the scheduler for the first to come.
+        for item in islice(waiting, max(0, max(1, self.places) - len(self.in_hand))):
+            future = self.cluster.client.submit(
+                _call, __version__, self.name, self.unit, item, pure=False, resources=self.resources
+            )
+            self.in_hand[future.key] = (future, item)
+            future.add_done_callback(self.ready.put)
+
+    def _census(self) -> None:
+        """Count workers and their threads; say who left."""
+        now = time.monotonic()
+        if now - self.counted < CENSUS_S:
+            return
+        threads = self.cluster.client.nthreads()
+        if threads:
+            self.seen = now
+        elif now - self.seen > self.cluster.patience_s:
+            raise ClusterError("all worker processes died and none came back")
+        if not threads and (self.workers or self.counted < 0):
+            self.cluster.note("waiting for workers")
+        elif lost := self.workers - threads.keys():
+            self.cluster.note(f"workers lost: {len(lost)}; what they had in hand is done again")
+        self.workers, self.places = frozenset(threads), sum(threads.values())
+        self.counted = now
+
+    def _begin_no_more(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self.cluster.client.run(_end, self.name, on_error="ignore")
+
+    def _answer(self, future: Future[Any]) -> Iterator[tuple[Item, Any]]:
+        """Yield the item of a future with its result, if it has one."""
+        _, item = self.in_hand.pop(future.key)
+        try:
+            began, result = future.result()
+        except KilledWorker:
+            self.killers.append(item)
+        except CancelledError as error:
+            raise _scheduler_gone() from error
+        except (ImportError, AttributeError) as error:
+            raise _not_installed(error) from error
+        except RuntimeError as error:
+            if "deserialization" not in str(error):  # the scheduler's, of a task
+                raise
+            raise _not_installed(error) from error
+        else:
+            if began:
+                yield item, result
+
+
+def _call(version: str, run: str, unit: bytes, item: Item) -> tuple[bool, Any]:
+    """In a worker: return whether the item was begun, and its result."""
+    if run in _ended:
+        return False, None
+    if version != __version__:
+        raise ClusterError(
+            f"the worker {get_worker().address} has another version of cosettle-cache",
+            wanted=version,
+            found=__version__,
+            hint="install the same version wherever the scheduler and the workers run",
+        )
+    with _unpickling:
+        work = pickle.loads(unit)  # noqa: S301 - from whoever may run anything here anyway
+    try:
+        return True, work(item)
+    except CosettleError as error:
+        error.details = (*error.details, f"on worker {get_worker().address}")
+        raise
+
+
+def _end(run: str) -> None:
+    """In a worker: begin no further item of a run."""
+    _ended.add(run)
+
+
+def _not_installed(error: Exception) -> ClusterError:
+    return ClusterError(
+        "a worker or the scheduler cannot import what it is asked to do",
+        found=str(error).splitlines()[0].strip(),
+        hint="install the same version of cosettle-cache wherever the scheduler and the workers run",
+    )
+
+
+def _scheduler_gone() -> ClusterError:
+    return ClusterError(
+        "the scheduler does not answer any more", hint="run the same command again: what is finished is kept"
+    )
+
+
+@contextmanager
+def _scheduler_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # distributed's own are among them
+        raise _scheduler_gone() from error
+
+
+def _client(address: str | SpecCluster) -> Client:
+    try:
+        return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False, name="cosettle")
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no scheduler answers at {address}",
+            wanted="the address of a running dask scheduler, as tcp://host:8786",
+            found=str(error) or type(error).__name__,
+            hint="start one with: dask scheduler",
+        ) from error
+
+
+@contextmanager
+def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[SpecCluster]:
+    settings = {
+        # Threads of numeric libraries are set per worker below, not to 1.
+        "distributed.nanny.pre-spawn-environ": {},
+        # On a busy machine a replaced worker needs its time.
+        "distributed.deploy.lost-worker-timeout": "1 hour",
+        # Asking a worker that has just died for its last result.
+        "distributed.comm.timeouts.connect": "10s",
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="cosettle-", ignore_cleanup_errors=True) as scratch,
+        dask.config.set(settings),
+    ):
+        with _no_interrupts():
+            cluster = SpecCluster(
+                scheduler={"cls": Scheduler, "options": _scheduler_options()},
+                workers={
+                    number: {
+                        "cls": Nanny,
+                        "options": _worker_options(number, workers, threads, gpus, scratch),
+                    }
+                    for number in range(workers)
+                },
+                silence_logs=logging.CRITICAL,
+            )
+        try:
+            yield cluster
+        finally:
+            cluster.close(timeout=CLOSE_TIMEOUT_S)
+
+
+def _scheduler_options() -> dict[str, Any]:
+    return {
+        "host": "127.0.0.1",
+        "port": 0,
+        "dashboard": False,
+        "dashboard_address": "127.0.0.1:0",
+        "allowed_failures": LOCAL_DEATHS - 1,
+    }
+
+
+def _worker_options(
+    number: int, workers: int, threads: int, gpus: Sequence[str], scratch: str
+) -> dict[str, Any]:
+    cores = str(share_of_cores(workers))
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), cores)
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    return {
+        "host": "127.0.0.1",
+        "nthreads": threads,
+        "env": environment,
+        "resources": {"GPU": 1} if gpus else None,
+        "local_directory": scratch,
+        "memory_limit": 0,
+        "dashboard": False,
+        "silence_logs": logging.CRITICAL,
+    }
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Let the threads started in here, and the processes that they start, never see a Ctrl-C."""
+    # A terminal sends it to the whole process group; workers are to finish what they have in hand.
+    # Python's resource tracker, started with the first of them, would unblock it again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,197 @@
+"""What people see: progress on stderr, tables on stdout, known errors in their fixed shape.
+
+On a terminal progress is a bar; elsewhere it is one plain line at the start, every 30 seconds and at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from cosettle_cache.core.errors import CosettleError
+
+PLAIN_INTERVAL_S = 30.0
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """What a room tells the outside while it works."""
+
+    def start(self, total: int, unit: str) -> None:
+        """Announce `total` units of work."""
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """Report `n` more units and current figures by name."""
+
+    def finish(self) -> None:
+        """End the report."""
+
+
+class SilentProgress:
+    """Says nothing."""
+
+    def start(self, total: int, unit: str) -> None:
+        """Do nothing."""
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
+SILENT: Progress = SilentProgress()
+
+
+class BarProgress:
+    """A bar with rate, remaining time and the current figures, for terminals."""
+
+    def __init__(self, label: str, console: Console) -> None:
+        self._label = label
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+        )
+
+    def start(self, total: int, unit: str) -> None:
+        """Show the bar."""
+        self._unit = unit
+        self._started = time.perf_counter()
+        self._task = self._bar.add_task(self._label, total=total, rate="", figures="")
+        self._bar.start()
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """Move the bar."""
+        seconds = time.perf_counter() - self._started
+        done = self._bar.tasks[self._task].completed + n
+        self._bar.update(
+            self._task, advance=n, rate=f"{done / seconds:.1f} {self._unit}/s", figures=_figures(figures)
+        )
+
+    def finish(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.stop()
+
+
+class PlainProgress:
+    """One line at the start, every 30 seconds and at the end, for logs."""
+
+    def __init__(self, label: str, console: Console) -> None:
+        self._label = label
+        self._console = console
+
+    def start(self, total: int, unit: str) -> None:
+        """Print the first line."""
+        self._total, self._unit, self._done, self._figures = total, unit, 0, ""
+        self._started = self._printed = time.perf_counter()
+        self._line(f"{total} {unit} to do")
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """Count, and print when 30 seconds have passed since the last line."""
+        self._done += n
+        self._figures = _figures(figures)
+        if time.perf_counter() - self._printed >= PLAIN_INTERVAL_S:
+            self._report()
+
+    def finish(self) -> None:
+        """Print the last line."""
+        self._report()
+
+    def _report(self) -> None:
+        self._printed = time.perf_counter()
+        rate = self._done / max(self._printed - self._started, 1e-9)
+        left = (self._total - self._done) / rate if rate else 0.0
+        figures = f", {self._figures}" if self._figures else ""
+        self._line(f"{self._done}/{self._total} {self._unit}, {rate:.1f}/s, {left:.0f} s left{figures}")
+
+    def _line(self, text: str) -> None:
+        self._console.print(f"{self._label}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+class Talk:
+    """The voice of one command: talk on stderr, results on stdout; `quiet` keeps warnings and errors only."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._err = Console(stderr=True, no_color=_no_color())
+        self._out = Console(no_color=_no_color(), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Say one line on stderr."""
+        if not self.quiet:
+            self._err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Say one line on stderr even when quiet."""
+        self._err.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def error(self, error: CosettleError) -> None:
+        """Print a known error."""
+        for line in error.lines():
+            self._err.print(
+                line,
+                style="red" if line.startswith("error") else None,
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def progress(self, label: str) -> Progress:
+        """Return the progress report that suits the output."""
+        if self.quiet:
+            return SILENT
+        if self._err.is_terminal and not os.environ.get("CI"):
+            return BarProgress(label, self._err)
+        return PlainProgress(label, self._err)
+
+    def result(self, text: str) -> None:
+        """Print data on stdout, unwrapped."""
+        sys.stdout.write(text + "\n")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table on stdout; columns after the first are right-aligned."""
+        table = Table(title=title, title_justify="left")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(Text, row))  # plain: a name may hold what looks like markup
+        width = None if self._out.is_terminal else 200
+        Console(no_color=_no_color(), width=width).print(table)
+
+
+def human_bytes(n_bytes: int | float) -> str:
+    """Return a byte count with a decimal unit, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} TB"
+
+
+def human_seconds(seconds: int | float) -> str:
+    """Return a duration as seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return " ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+
+
+def _no_color() -> bool:
+    return bool(os.environ.get("NO_COLOR"))

@@ -1,0 +1,122 @@
+"""Tables on disk: Parquet, CSV and JSON, written durably. The only room that writes with pyarrow.
+
+Rows come in as mappings or as a `pyarrow.Table`; what goes out is a `pyarrow.Table`. Files
+that are too long to hold are written and read group by group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.files import make_folder, replacing, sync, write_durably
+
+Row = Mapping[str, Any]
+
+
+def make_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
+    """Return `rows` as a table of exactly `schema`."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+
+
+def with_metadata(table: pa.Table, metadata: Mapping[str, str]) -> pa.Table:
+    """Return `table` carrying `metadata` (and nothing else) as file metadata."""
+    return table.replace_schema_metadata(dict(metadata))
+
+
+def read_metadata(table: pa.Table) -> dict[str, str]:
+    """Return the file metadata of a table as text."""
+    raw = table.schema.metadata or {}
+    return {k.decode(): v.decode() for k, v in raw.items() if not k.startswith(b"ARROW")}
+
+
+def encode_parquet(table: pa.Table) -> bytes:
+    """Return `table` as the bytes of a Parquet file; equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(table, sink, compression="zstd", store_schema=True)
+    return bytes(sink.getvalue())
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write `table` as Parquet, or as CSV when `path` ends in .csv, into a folder made if need be."""
+    make_folder(path.parent)
+    if path.suffix == ".csv":
+        sink = pa.BufferOutputStream()
+        pa.csv.write_csv(table, sink)
+        write_durably(path, [bytes(sink.getvalue())])
+    else:
+        write_durably(path, [encode_parquet(table)])
+
+
+@contextmanager
+def stream_table(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Give a function that appends rows, each call one row group; at the end `path` holds the Parquet file.
+
+    After an error inside, `path` holds what it held before.
+    """
+    make_folder(path.parent)
+    with replacing(path) as temporary:
+        with pa.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            yield writer.write_batch
+        sync(temporary)
+
+
+def open_table(path: Path) -> pa.parquet.ParquetFile:
+    """Open a Parquet file for reading it group by group; raise `InputError` when it is missing or is none."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", wanted="a Parquet file")
+    try:
+        return pa.parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """Read a Parquet or CSV file; raise `InputError` when it is missing or is neither.
+
+    `schema` gives the types of a CSV file's columns, which the file itself cannot say.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", wanted="a Parquet or CSV file")
+    try:
+        if path.suffix == ".csv":
+            return pa.csv.read_csv(path, convert_options=_csv_options(schema))
+        return pa.parquet.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"{path} is not a readable table", found=reason)
+
+
+def _csv_options(schema: pa.Schema | None) -> pa.csv.ConvertOptions:
+    # Without types a name such as 0001 would be read as the number 1.
+    types = {} if schema is None else {field.name: field.type for field in schema}
+    return pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` as indented JSON, into a folder made if need be."""
+    make_folder(path.parent)
+    text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    write_durably(path, [text.encode()])
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON document; raise `InputError` when it is missing or malformed."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist", wanted="a JSON file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON", found=str(error)) from error

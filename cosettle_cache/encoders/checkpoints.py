@@ -1,0 +1,188 @@
+"""Checkpoint files from strangers: a path comes in, named tensors go out, nothing in the file is executed.
+
+Reads .safetensors, .pth / .pt (both torch formats) and TorchScript archives (their state dict only), and
+takes the state dict out of the wrappers that the published files use. Which tensor belongs where is the
+business of the families.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cosettle_cache.core.errors import CheckpointError
+from cosettle_cache.encoders.torchscript import is_torchscript, read_torchscript
+
+#: Keys under which published files keep the state dict, in order of preference (PROTOCOLS 7.4): MAE, BLIP and
+#: the authors' files; MoCo v3 and iBOT; DINO and DINOv2 training files; I-JEPA.
+WRAPPERS = ("model", "state_dict", "teacher", "encoder")
+
+_ADAPTER_NAME = re.compile(r"(?:^|\.)(adapter_(?:linear|layer_norm)\d*\.(?:weight|bias))$")
+_ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
+_REFUSED_CLASS = re.compile(r"(?:GLOBAL|class|type|function)\s+\W?([A-Za-z_]\w*(?:\.\w+)+)")
+_WANTED = "a state dict in a .safetensors, .pth or .pt file"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint file by name, on the CPU, taken out of their wrapper (`model`, ...).
+
+    Entries beside the state dict (epoch, optimiser, arguments) are left out.
+    """
+    path = Path(path)
+    _check_file(path)
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    if _head(path).startswith(_ZIP_MAGIC) and is_torchscript(path):
+        return read_torchscript(path)
+    return _unwrapped(path, _read_torch(path))
+
+
+def adapter_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the projection's tensors of one of the authors' checkpoints, in float32, by canonical names.
+
+    `module.`, `visual.` and `adapter.adapter.` are stripped: `adapter_linear.weight`,
+    `adapter_layer_norm1.bias`, `adapter_linear1.weight` and so on (PROTOCOLS 7.5).
+    """
+    tensors = read_checkpoint(path)
+    found = [(match[1], tensor) for name, tensor in tensors.items() if (match := _ADAPTER_NAME.search(name))]
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no projection",
+            wanted="tensors named adapter.adapter.adapter_linear.weight and so on",
+            found=_some(tensors),
+        )
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{path} holds more than one projection", found=_some(names))
+    return {name: tensor.float() for name, tensor in found}
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing there"
+        raise CheckpointError(f"{path} is not a file", wanted=_WANTED, found=found)
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty", wanted=_WANTED, found="0 bytes", hint="download it again")
+
+
+def _head(path: Path, n_bytes: int = 256) -> bytes:
+    with path.open("rb") as file:
+        return file.read(n_bytes)
+
+
+def _is_safetensors(path: Path) -> bool:
+    head = _head(path, 9)
+    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[6:8] == b"\0\0")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        _check_not_text(path)
+        raise _damaged(path, error) from error
+
+
+def _read_torch(path: Path) -> Any:
+    head = _head(path)
+    if not head.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
+        _check_not_text(path)
+        raise _damaged(path, "bytes that belong to no known checkpoint format")
+    if head.startswith(_ZIP_MAGIC) and not zipfile.is_zipfile(path):
+        raise _damaged(path, "the end of the archive is missing")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped, so that an optimiser state beside the weights is never read.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise _refused(path, error) from error
+    except Exception as error:  # a damaged pickle fails with whatever its opcodes ran into
+        raise _damaged(path, error) from error
+
+
+def _check_not_text(path: Path) -> None:
+    head = _head(path)
+    try:
+        text = head.decode("utf-8", errors="strict" if len(head) < 256 else "ignore")
+    except UnicodeDecodeError:
+        return
+    if not text.isprintable() and not all(c.isprintable() or c.isspace() for c in text):
+        return
+    hint = "download the file itself"
+    if text.startswith("version https://git-lfs"):
+        hint = "this is a Git LFS pointer; fetch the file with `git lfs pull` or download it"
+    found = f"text starting with {text.strip().splitlines()[0][:60]!r}" if text.strip() else "white space"
+    raise CheckpointError(f"{path} is a text file, not a checkpoint", wanted=_WANTED, found=found, hint=hint)
+
+
+def _refused(path: Path, error: Exception) -> CheckpointError:
+    match = _REFUSED_CLASS.search(str(error))
+    name = match[1] if match else _first_global(path)
+    if name is None:
+        return _damaged(path, error)
+    return CheckpointError(
+        f"{path} holds the pickled object {name}, which could run code: refused, nothing was executed",
+        wanted="tensors, numbers, strings, lists, dictionaries and argparse.Namespace only",
+        found=name,
+        hint="if you trust the file, save its state dict alone: torch.save(model.state_dict(), FILE)",
+    )
+
+
+def _first_global(path: Path) -> str | None:
+    """Return the first class or function that a bare pickle names; its opcodes are listed, not run."""
+    strings: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(_head(path, 1 << 16)):
+            if opcode.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if "UNICODE" in opcode.name:
+                strings.append(str(argument))
+    except ValueError:
+        pass  # cut short or no pickle at all
+    return None
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    lines = str(reason).strip().splitlines() or [type(reason).__name__]
+    return CheckpointError(
+        f"{path} cannot be read: truncated or damaged",
+        wanted=_WANTED,
+        found=f"{path.stat().st_size:,} bytes ({lines[0][:120]})",
+        hint="download it again and compare the size",
+    )
+
+
+def _unwrapped(path: Path, document: Any) -> dict[str, Tensor]:
+    if not isinstance(document, Mapping):
+        raise CheckpointError(f"{path} is not a state dict", wanted=_WANTED, found=type(document).__name__)
+    inner = next((document[key] for key in WRAPPERS if _has_tensors(document.get(key))), document)
+    if not _has_tensors(inner):
+        raise CheckpointError(
+            f"{path} is not a state dict: it holds no named tensors",
+            wanted=f"named tensors, at the top or under one of {', '.join(WRAPPERS)}",
+            found=f"keys {_some(document)}",
+        )
+    return {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
+
+
+def _has_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _some(names: Mapping[Any, Any] | list[str], limit: int = 6) -> str:
+    listed = [str(name) for name in names]
+    more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more if listed else "none"

@@ -1,0 +1,89 @@
+"""Kinds of tokens that are measured side by side: raw, and through each projection.
+
+Projections with names come in; what turns stored tokens into those of each kind goes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.files import make_folder
+from cosettle_cache.heads.projection import Projection, load_projection, projection_sha256, save_projection
+
+#: Name of the tokens as the encoder gave them, beside the projections' names.
+RAW = "raw"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenKind:
+    """One kind of tokens: raw (no projection, no digest), or through one projection.
+
+    With a `path` pickling keeps that, and not the tensors.
+    """
+
+    name: str
+    projection: Projection | None
+    sha256: str
+    path: Path | None = None
+
+    def apply(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
+        """Return the tokens of this kind: raw ones as they are, projected ones in float32."""
+        if self.projection is None:
+            return tokens
+        projected: Tensor = self.projection(tokens.float())
+        return projected
+
+    def on(self, device: torch.device) -> TokenKind:
+        """Return the same kind with its projection on a device, ready for use."""
+        head = self.projection
+        return self if head is None else replace(self, projection=head.to(device).eval())
+
+    def saved(self, folder: Path) -> TokenKind:
+        """Return the same kind with its projection in a file there, for other processes."""
+        if self.projection is None:
+            return self
+        path = make_folder(folder) / f"{self.name}.safetensors"
+        save_projection(path, self.projection, {})
+        return replace(self, path=path)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.path is not None:
+            return (_load, (self.name, self.sha256, self.path))
+        return (TokenKind, (self.name, self.projection, self.sha256))
+
+
+def _load(name: str, sha256: str, path: Path) -> TokenKind:
+    return TokenKind(name, load_projection(path), sha256, path)
+
+
+def make_kinds(
+    projections: Sequence[tuple[str, Projection]],
+    dim: int,
+    *,
+    device: str = "cpu",
+    reserved: Sequence[str] = (),
+) -> list[TokenKind]:
+    """Return raw and then every projection, on `device`; `reserved` names are taken by something else.
+
+    Raises `UsageError` for names that are not each one's own and for a projection of another width.
+    """
+    names = [RAW, *(name for name, _ in projections)]
+    if len({*names, *reserved}) < len(names) + len(reserved):
+        taken = " and ".join(f"not {name}" for name in (RAW, *reserved))
+        raise UsageError(
+            "projections need names of their own",
+            wanted=f"different names, {taken}",
+            found=", ".join(names[1:]),
+        )
+    for name, projection in projections:
+        if projection.dim != dim:
+            raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
+    heads = (TokenKind(name, head.to(device).eval(), projection_sha256(head)) for name, head in projections)
+    return [TokenKind(RAW, None, ""), *heads]

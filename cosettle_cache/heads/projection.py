@@ -1,0 +1,355 @@
+"""The heads: what they compute, how they start, how they lie on disk and what identifies them.
+
+Tokens `[... dim]` go in and come out. Files are our own safetensors with provenance, or checkpoints of the
+authors, into whose layout a projection can also be exported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from cosettle_cache.core.errors import CheckpointError, UsageError
+from cosettle_cache.core.files import write_durably
+
+#: Key of the safetensors metadata under which our own files keep one JSON document. One key, because
+#: safetensors writes several in random order and equal projections shall give equal files.
+METADATA_KEY = "cosettle-cache.projection.1"
+
+#: Layouts that a projection can be exported to.
+FORMATS = ("cosettle",)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Linear maps with Tanh between them, Tanh after the last one if `final_tanh`, then LayerNorm.
+
+    A `bare` head is one matrix alone, without bias, Tanh or LayerNorm. It is computed, not trained.
+    """
+
+    n_linears: int
+    final_tanh: bool
+    bare: bool = False
+
+
+#: `linear`, `mlp2`, `mlp3` as released; `affine` is the paper's map, without Tanh (PROTOCOLS 7.1.5);
+#: `spectral` is the g(z) = Wz of the paper's analysis, in closed form (docs/objective.md).
+HEADS: Mapping[str, Head] = {
+    "linear": Head(1, final_tanh=True),
+    "affine": Head(1, final_tanh=False),
+    "mlp2": Head(2, final_tanh=False),
+    "mlp3": Head(3, final_tanh=False),
+    "spectral": Head(1, final_tanh=False, bare=True),
+}
+
+
+#: The heads of the authors' checkpoints, by the number of linear maps, which is all that tells them apart.
+AUTHORS_HEADS: Mapping[int, str] = {1: "linear", 2: "mlp2", 3: "mlp3"}
+
+
+class Projection(nn.Module):
+    """A per-token map of `dim` channels to `dim` channels.
+
+    The weights are drawn from `seed` alone by the rule named `init` (`released_init` knows a backbone's);
+    LayerNorm starts as the identity, and so does a bare head, which draws nothing.
+    """
+
+    def __init__(self, dim: int, head: str = "linear", *, init: str = "trunc_normal", seed: int = 0) -> None:
+        super().__init__()
+        self.dim, self.head = dim, head
+        shape = find_head(head)
+        self._final_tanh = shape.final_tanh
+        linears = [_make_linear(dim, bias=not shape.bare) for _ in range(shape.n_linears)]
+        generator = torch.Generator().manual_seed(seed)
+        start = _init_identity if shape.bare else find_init(init)
+        for linear in linears:
+            start(linear, generator)
+        self.linears = nn.ModuleList(linears)
+        self.norm = nn.Identity() if shape.bare else nn.LayerNorm(dim)
+
+    def forward(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
+        """Project every token on its own."""
+        last = len(self.linears) - 1
+        for number, linear in enumerate(self.linears):
+            assert isinstance(linear, nn.Linear)
+            tokens = _map(linear, tokens)
+            if number < last or self._final_tanh:
+                tokens = tokens.tanh()
+        normed: Tensor = self.norm(tokens)
+        return normed
+
+
+def _map(linear: nn.Linear, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
+    """Apply a linear map; in float32 on a CPU as the convolution that it is, with a kernel of one token.
+
+    That goes to oneDNN, which uses AVX-512 on any CPU that has it; the library behind `linear` does not on
+    some, and takes twice as long.
+    """
+    if not _is_convolved(tokens):
+        return F.linear(tokens, linear.weight, linear.bias)
+    images = tokens.reshape(1, -1, 1, linear.in_features).permute(0, 3, 1, 2)
+    mapped = F.conv2d(images, linear.weight[:, :, None, None], linear.bias)
+    return mapped.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], linear.out_features)
+
+
+def _is_convolved(tokens: Tensor) -> bool:
+    is_plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and tokens.numel() > 0
+    return is_plain and bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
+
+
+def _make_linear(dim: int, *, bias: bool) -> nn.Linear:
+    # Built without values: PyTorch's own initialisation would draw from (and move) the global generator.
+    return nn.Linear(dim, dim, bias=bias, device="meta").to_empty(device="cpu")
+
+
+def find_head(name: str) -> Head:
+    """Return the head called `name`; raise `UsageError` when there is none."""
+    if name not in HEADS:
+        raise UsageError("unknown head", wanted=" or ".join(HEADS), found=name)
+    return HEADS[name]
+
+
+def check_trainable(name: str) -> None:
+    """Raise `UsageError` for an unknown head and for one that is computed instead of trained."""
+    if find_head(name).bare:
+        raise UsageError(
+            f"the head {name} is computed, not trained",
+            wanted=" or ".join(head for head, shape in HEADS.items() if not shape.bare),
+            found=name,
+            hint="cosettle-cache projection fit --features STORE computes it",
+        )
+
+
+@torch.no_grad()
+def _init_trunc_normal(linear: nn.Linear, generator: Generator) -> None:
+    nn.init.trunc_normal_(linear.weight, std=0.02, generator=generator)
+    nn.init.zeros_(linear.bias)
+
+
+@torch.no_grad()
+def _init_xavier_uniform(linear: nn.Linear, generator: Generator) -> None:
+    nn.init.xavier_uniform_(linear.weight, generator=generator)
+    nn.init.zeros_(linear.bias)
+
+
+@torch.no_grad()
+def _init_pytorch(linear: nn.Linear, generator: Generator) -> None:
+    bound = 1 / math.sqrt(linear.in_features)
+    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
+    nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def _init_identity(linear: nn.Linear, generator: Generator) -> None:
+    nn.init.eye_(linear.weight)
+
+
+#: How a head can start: truncated normal (0.02), Xavier uniform, or PyTorch's own rule.
+INITS: Mapping[str, Callable[[nn.Linear, Generator], None]] = {
+    "trunc_normal": _init_trunc_normal,
+    "xavier_uniform": _init_xavier_uniform,
+    "pytorch": _init_pytorch,
+}
+
+_INIT_BY_FAMILY = {"mae": "xavier_uniform", "mocov3": "xavier_uniform", "clip": "pytorch"}
+
+
+def released_init(backbone: str) -> str:
+    """Return the init that the released code gives a head on `backbone` (`mae_b`, say; PROTOCOLS 7.1.6)."""
+    family, _, _ = backbone.partition("_")
+    return _INIT_BY_FAMILY.get(family, "trunc_normal")
+
+
+def find_init(name: str) -> Callable[[nn.Linear, Generator], None]:
+    """Return the initialisation called `name`; raise `UsageError` when there is none."""
+    if name not in INITS:
+        raise UsageError("unknown init", wanted=" or ".join(INITS), found=name)
+    return INITS[name]
+
+
+def projection_sha256(projection: Projection) -> str:
+    """Return the hex SHA-256 of the head's name and of every tensor's name, shape and bytes."""
+    sha = hashlib.sha256(projection.head.encode())
+    for name, tensor in sorted(projection.state_dict().items()):
+        sha.update(json.dumps([name, list(tensor.shape)]).encode())
+        sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save_projection(path: Path, projection: Projection, provenance: Mapping[str, str]) -> None:
+    """Write our own file: float32 tensors, the head, and where they come from; equal inputs, equal bytes."""
+    tensors = {name: tensor.float().cpu().contiguous() for name, tensor in projection.state_dict().items()}
+    document = {"head": projection.head, "provenance": dict(provenance)}
+    metadata = {METADATA_KEY: json.dumps(document, sort_keys=True)}
+    write_durably(path, [safetensors.torch.save(tensors, metadata)])
+
+
+def load_projection(path: Path, *, dim: int | None = None) -> Projection:
+    """Return the projection in our own file or in a checkpoint of the authors, on the CPU, ready for use.
+
+    Raises `CheckpointError` when the file holds none, or one of another width than `dim` where that is given.
+    """
+    document = _read_document(path)
+    if document is None:
+        head, tensors = _from_authors(path)
+    else:
+        head, tensors = document.head, safetensors.torch.load_file(path)
+    projection = _assemble(path, head, tensors)
+    if dim is not None and projection.dim != dim:
+        raise CheckpointError(f"{path} projects tokens of another width", wanted=dim, found=projection.dim)
+    return projection.eval()
+
+
+def read_provenance(path: Path) -> dict[str, str]:
+    """Return what `save_projection` was told of the projection's origin; empty for the authors' files."""
+    document = _read_document(path)
+    return {} if document is None else dict(document.provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class SingularValues:
+    """The singular values of one linear map in three figures, and how many are not numerically zero."""
+
+    largest: float
+    median: float
+    smallest: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionInfo:
+    """What a projection file holds; `layout` is whose file it is (`cosettle-cache` or `cosettle`)."""
+
+    layout: str
+    head: str
+    dim: int
+    n_parameters: int
+    sha256: str
+    singular_values: tuple[SingularValues, ...]
+    provenance: Mapping[str, str]
+
+
+def describe_projection(path: Path) -> ProjectionInfo:
+    """Return what is in our own file or in a checkpoint of the authors."""
+    projection = load_projection(path)
+    matrices = [item for item in projection.parameters() if item.ndim == 2]
+    return ProjectionInfo(
+        layout="cosettle" if _read_document(path) is None else "cosettle-cache",
+        head=projection.head,
+        dim=projection.dim,
+        n_parameters=sum(item.numel() for item in projection.parameters()),
+        sha256=projection_sha256(projection),
+        singular_values=tuple(map(_singular_values, matrices)),
+        provenance=read_provenance(path),
+    )
+
+
+@torch.no_grad()
+def _singular_values(matrix: Tensor) -> SingularValues:
+    values = torch.linalg.svdvals(matrix.double())
+    threshold = values[0] * len(matrix) * torch.finfo(matrix.dtype).eps
+    rank = int((values > threshold).sum())
+    return SingularValues(values[0].item(), values.median().item(), values[-1].item(), rank)
+
+
+def export_projection(path_in: Path, path_out: Path, format: str = "cosettle") -> None:
+    """Write the projection of one file in another layout, the projection alone; the values stay bit for bit.
+
+    `cosettle` is the authors' checkpoint: a dictionary whose `model` holds the tensors by their names. Raises
+    `UsageError` for an unknown layout and `CheckpointError` for a head that the layout has no names for.
+    """
+    buffer = io.BytesIO()
+    torch.save({"model": exported_tensors(path_in, format)}, buffer)
+    write_durably(path_out, [buffer.getbuffer()])
+
+
+def exported_tensors(path: Path, format: str = "cosettle") -> dict[str, Tensor]:
+    """Return the tensors that `export_projection` would write, by their names there."""
+    if format not in FORMATS:
+        raise UsageError(f"there is no layout {format!r}", wanted=" or ".join(FORMATS), found=format)
+    projection = load_projection(path)
+    if projection.head not in AUTHORS_HEADS.values():
+        raise CheckpointError(
+            f"{path} holds the head {projection.head}, which the authors' layout cannot tell from theirs",
+            wanted=" or ".join(AUTHORS_HEADS.values()),
+            found=projection.head,
+            hint="load it with cosettle_cache.load_projection, or train one of these heads",
+        )
+    # The authors' CLIP keeps its projection inside the visual tower (PROTOCOLS 7.5).
+    family, _, _ = read_provenance(path).get("backbone", "").partition("_")
+    prefix = "visual.adapter.adapter." if family == "clip" else "adapter.adapter."
+    several = len(projection.linears) > 1
+    state = projection.state_dict().items()
+    return {prefix + _authors_name(name, several): tensor.contiguous() for name, tensor in state}
+
+
+def _authors_name(name: str, several: bool) -> str:
+    """The inverse of `_our_name`; a map that is alone has no number."""
+    if name.startswith("norm."):
+        return f"adapter_layer_norm1.{name.removeprefix('norm.')}"
+    _, number, leaf = name.split(".")
+    return f"adapter_linear{int(number) + 1 if several else ''}.{leaf}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    head: str
+    provenance: Mapping[str, str]
+
+
+def _read_document(path: Path) -> _Document | None:
+    """Return what our own file says of itself, or None for any other file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist", wanted="a projection or a checkpoint")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except safetensors.SafetensorError:
+        return None
+    return None if text is None else _Document(**json.loads(text))
+
+
+def _from_authors(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return head and tensors under our names; one linear map means `linear`, which is what was released."""
+    from cosettle_cache.encoders.checkpoints import adapter_tensors
+
+    tensors = {_our_name(name): tensor for name, tensor in adapter_tensors(path).items()}
+    n_linears = sum(name.startswith("linears.") and name.endswith(".weight") for name in tensors)
+    head = AUTHORS_HEADS.get(n_linears)
+    if head is None:
+        raise CheckpointError(f"{path} holds no projection", wanted="one to three adapter_linear tensors")
+    return head, tensors
+
+
+def _our_name(name: str) -> str:
+    """`adapter_linear2.bias` is `linears.1.bias`, `adapter_layer_norm1.bias` is `norm.bias`."""
+    module, _, leaf = name.rpartition(".")
+    if module == "adapter_layer_norm1":
+        return f"norm.{leaf}"
+    number = module.removeprefix("adapter_linear") or "1"
+    return f"linears.{int(number) - 1}.{leaf}" if number.isdigit() else name
+
+
+def _assemble(path: Path, head: str, tensors: Mapping[str, Tensor]) -> Projection:
+    first = tensors.get("linears.0.weight")
+    if first is None or first.ndim != 2 or head not in HEADS:
+        raise CheckpointError(f"{path} holds no projection", wanted="a head and its linear maps", found=head)
+    projection = Projection(first.shape[1], head)
+    wanted = {name: tuple(tensor.shape) for name, tensor in projection.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        raise CheckpointError(f"{path} does not fit the {head} head", wanted=wanted, found=found)
+    projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return projection

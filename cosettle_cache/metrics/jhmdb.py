@@ -1,0 +1,167 @@
+"""PCK of the JHMDB benchmark: joints are counted once per clip, and counts of clips add up.
+
+In come true and predicted joints in pixels; out goes the share within a distance, in two readings. The
+inherited one asks the prediction which joints are visible, so a lost joint counts for nothing; the strict
+one asks the truth, so a lost joint counts as wrong (PROTOCOLS 2.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Int64
+
+from cosettle_cache.core.errors import InputError
+
+#: The benchmark's distances, in shares of the scale.
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
+#: The scale of a frame is this share of the diagonal of the joints' box.
+SCALE_SHARE = 0.6
+
+Joints = Float[np.ndarray, "2 joint frame"]
+# Clips differ in length; a prediction's shape is checked by hand: a wrong one is an input error, not a bug.
+AnyJoints = Float[np.ndarray, "2 _ _"]
+Visible = Bool[np.ndarray, "joint frame"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JointCounts:
+    """How many joints were scored and how many lie within each threshold; `a + b` pools two clips.
+
+    `visible` counts the scored frames in which a joint was predicted at all, `annotated` those that there
+    are.
+    """
+
+    correct: Int64[np.ndarray, "threshold joint"]
+    scored: Int64[np.ndarray, " joint"]
+    visible: int
+    annotated: int
+
+    def __add__(self, other: JointCounts) -> JointCounts:
+        return JointCounts(
+            self.correct + other.correct,
+            self.scored + other.scored,
+            self.visible + other.visible,
+            self.annotated + other.annotated,
+        )
+
+    def shares(self) -> Float64[np.ndarray, " threshold"]:
+        """Return PCK per threshold from 0 to 1: the unweighted mean over the joints that were scored."""
+        known = self.scored > 0
+        if not known.any():
+            return np.full(len(self.correct), np.nan)
+        return np.asarray((self.correct[:, known] / self.scored[known]).mean(axis=1))
+
+    @property
+    def visible_share(self) -> float:
+        """Share of the joints that the prediction did not lose."""
+        return self.visible / self.annotated if self.annotated else float("nan")
+
+
+def pck(
+    truths: Sequence[AnyJoints], predictions: Sequence[AnyJoints], thresholds: Sequence[float] = THRESHOLDS
+) -> dict[float, float]:
+    """Return PCK in percent per threshold as the inherited script computes it.
+
+    Each clip is (x, y) in pixels `[2 joint frame]`; a predicted x below 0 marks a lost joint. Frame 0 is
+    not scored. Distances are in scales of 0.6 times the diagonal of the box of the true joints that the
+    prediction shows, lost joints are left out, clips are pooled per joint, and joints are averaged.
+    Predicted frames beyond the truth's are ignored; fewer raise `InputError`.
+    """
+    pairs = zip(truths, predictions, strict=True)
+    return _percent([count_joints(*pair, thresholds) for pair in pairs], thresholds)
+
+
+def strict_pck(
+    truths: Sequence[AnyJoints],
+    predictions: Sequence[AnyJoints],
+    image_sizes: Sequence[tuple[int, int]],
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> dict[float, float]:
+    """Return PCK in percent over the joints that the truth has inside the image; a lost joint is wrong.
+
+    The scale's box is that of the same joints. Everything else is as in `pck`; `image_sizes` are (height,
+    width).
+    """
+    triples = zip(truths, predictions, image_sizes, strict=True)
+    return _percent([count_joints_strictly(*triple, thresholds) for triple in triples], thresholds)
+
+
+def count_joints(
+    truth: Joints, prediction: AnyJoints, thresholds: Sequence[float] = THRESHOLDS
+) -> JointCounts:
+    """Return the counts of one clip in the inherited reading: the prediction says what is visible."""
+    prediction = _same_frames(truth, prediction)
+    visible = prediction[0] >= 0
+    near = _near(truth, prediction, visible, thresholds)
+    return _count(near & visible, visible, visible)
+
+
+def count_joints_strictly(
+    truth: Joints,
+    prediction: AnyJoints,
+    image_size: tuple[int, int],
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> JointCounts:
+    """Return the counts of one clip in the strict reading: joints inside the image are visible."""
+    prediction = _same_frames(truth, prediction)
+    annotated = inside_image(truth, image_size)
+    near = _near(truth, prediction, annotated, thresholds)
+    return _count(near & annotated & (prediction[0] >= 0), annotated, prediction[0] >= 0)
+
+
+def inside_image(points: Joints, image_size: tuple[int, int]) -> Visible:
+    """Say which joints lie on a pixel of an image of (height, width); pixel centres are whole numbers."""
+    height, width = image_size
+    x, y = points
+    return np.asarray((x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5))
+
+
+def _near(
+    truth: Joints, prediction: Joints, visible: Visible, thresholds: Sequence[float]
+) -> Bool[np.ndarray, "threshold joint frame"]:
+    distance = np.linalg.norm(prediction - truth, axis=0)
+    # A box of one joint has no size: whatever lies there is wrong, as a quotient of 0 and 0 is no number.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = distance / _scale(truth, visible)
+    return np.asarray(relative <= np.reshape(thresholds, (-1, 1, 1)))
+
+
+def _scale(truth: Joints, visible: Visible) -> Float64[np.ndarray, " frame"]:
+    low = np.where(visible, truth, np.inf).min(axis=1)
+    high = np.where(visible, truth, -np.inf).max(axis=1)
+    return np.asarray(SCALE_SHARE * np.linalg.norm(high - low, axis=0), dtype=np.float64)
+
+
+def _count(
+    correct: Bool[np.ndarray, "threshold joint frame"], scored: Visible, predicted: Visible
+) -> JointCounts:
+    """Add up the frames after the first."""
+    return JointCounts(
+        correct[:, :, 1:].sum(axis=2, dtype=np.int64),
+        scored[:, 1:].sum(axis=1, dtype=np.int64),
+        int(predicted[:, 1:].sum()),
+        predicted[:, 1:].size,
+    )
+
+
+def _same_frames(truth: Joints, prediction: AnyJoints) -> Joints:
+    n_frames = truth.shape[2]
+    if prediction.shape[1] != truth.shape[1] or prediction.shape[2] < n_frames:
+        raise InputError(
+            "truth and prediction differ in joints or frames",
+            wanted=f"{truth.shape[1]} joints in {n_frames} frames",
+            found=f"{prediction.shape[1]} joints in {prediction.shape[2]} frames",
+        )
+    return prediction[:, :, :n_frames]
+
+
+def _percent(clips: Sequence[JointCounts], thresholds: Sequence[float]) -> dict[float, float]:
+    if not clips:
+        raise InputError("there are no clips to score", wanted="at least one", found="none")
+    total = sum(clips[1:], start=clips[0])
+    return {
+        threshold: 100 * float(share) for threshold, share in zip(thresholds, total.shares(), strict=True)
+    }

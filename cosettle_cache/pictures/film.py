@@ -1,0 +1,125 @@
+"""Pictures in a row: an MP4 that is written frame by frame, and which frames also become stills.
+
+Frames go in one after the other; nothing is kept beyond the frame in hand.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from cosettle_cache.core.errors import OutputError
+from cosettle_cache.core.files import make_folder, output_errors, temporary_name, write_durably
+from cosettle_cache.videos.frames import Image8
+
+N_STILLS = 4
+#: Frames per second where the source does not say; DAVIS was filmed at 24.
+USUAL_FPS = 24.0
+#: A third of the usual preset's time for a tenth more bytes.
+_H264 = {"preset": "veryfast", "crf": "20"}
+
+
+def still_frames(n_frames: int) -> list[int]:
+    """Return the frames that also become PNGs: first, last, and evenly between."""
+    return sorted({round(place) for place in np.linspace(0, n_frames - 1, N_STILLS)})
+
+
+def write_film(pictures: Iterable[Image8], n_frames: int, fps: float | None, folder: Path, name: str) -> None:
+    """Write `folder/name.mp4` with all pictures and `folder/name_FRAME.png` with four of them.
+
+    Raises `OutputError` when they cannot be written.
+    """
+    make_folder(folder)
+    with Film(folder, name, n_frames, fps) as film:
+        for picture in pictures:
+            film.add(picture)
+
+
+class Film:
+    """`folder/NAME.mp4` of all pictures and `folder/NAME_FRAME.png` of four, as they come; see `Movie`."""
+
+    def __init__(self, folder: Path, name: str, n_frames: int, fps: float | None) -> None:
+        self._folder, self._name = folder, name
+        self._stills, self._n_added = frozenset(still_frames(n_frames)), 0
+        self._movie = Movie(folder / f"{name}.mp4", fps)
+
+    def __enter__(self) -> Film:
+        self._movie.__enter__()
+        return self
+
+    def add(self, picture: Image8) -> None:
+        """Append one picture."""
+        self._movie.add(picture)
+        if self._n_added in self._stills:
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, format="PNG")
+            write_durably(self._folder / f"{self._name}_{self._n_added:05d}.png", [buffer.getbuffer()])
+        self._n_added += 1
+
+    def __exit__(self, *error: Any) -> None:
+        self._movie.__exit__(*error)
+
+
+class Movie:
+    """An MP4, or an animated WebP by its name, that gets its name when it is whole.
+
+    Odd sizes lose their last row or column, as the codecs want it.
+    """
+
+    def __init__(self, path: Path, fps: float | None) -> None:
+        self._path, self._temporary = path, temporary_name(path)
+        self._rate = Fraction(fps or USUAL_FPS).limit_denominator(1001)
+        self._is_webp = path.suffix == ".webp"
+        self._stream: av.VideoStream | None = None
+
+    def __enter__(self) -> Movie:
+        # A loop of 0 rounds never ends.
+        layout, options = ("webp", {"loop": "0"}) if self._is_webp else ("mp4", {})
+        with output_errors(self._path):
+            self._container = av.open(str(self._temporary), "w", format=layout, options=options)
+        return self
+
+    def add(self, image: Image8) -> None:
+        """Append one frame; the first decides the size."""
+        height, width = (side // 2 * 2 for side in image.shape[:2])
+        if self._stream is None:
+            self._stream = self._open_stream(height, width)
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
+        self._encode(frame)
+
+    def _open_stream(self, height: int, width: int) -> av.VideoStream:
+        # Some builds of FFmpeg lack H.264; every build has MPEG-4.
+        codec, options = ("libx264", _H264) if "libx264" in av.codecs_available else ("mpeg4", {})
+        if self._is_webp:
+            codec, options = "libwebp_anim", {}
+            if codec not in av.codecs_available:
+                raise OutputError("this build of FFmpeg cannot write WebP", wanted=codec, hint="--film mp4")
+        stream = self._container.add_stream(codec, rate=self._rate, options=options)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        # Pictures are drawn beside something that needs the cores more.
+        stream.codec_context.thread_count = 1
+        return stream
+
+    def _encode(self, frame: av.VideoFrame | None) -> None:
+        assert self._stream is not None
+        with output_errors(self._path):
+            self._container.mux(self._stream.encode(frame))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._encode(None)
+            with output_errors(self._path):
+                self._container.close()
+                if kind is None:
+                    self._temporary.replace(self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)

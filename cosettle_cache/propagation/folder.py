@@ -1,0 +1,148 @@
+"""The folder of a run: what settings it belongs to, and which videos are finished.
+
+`progress/run.json` holds the settings; `progress/videos/VIDEO.json`, written under a temporary name and
+renamed when everything else of a video is there, is its commit mark and holds its score rows. A folder with
+other settings is refused, or cleared when asked for.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cosettle_cache.core.errors import FingerprintError, InputError
+from cosettle_cache.core.files import make_folder, output_errors
+from cosettle_cache.core.settings import digest, package_versions
+from cosettle_cache.core.tables import read_json, write_json
+from cosettle_cache.core.types import EvalProtocol, Score, Video
+from cosettle_cache.heads.kinds import TokenKind
+from cosettle_cache.pictures.overlays import SIDE_BY_SIDE
+from cosettle_cache.store import FeatureStore
+from cosettle_cache.training.run_state import differing, flat_text
+
+#: Of the marks below; raised when they change.
+VERSION = 1
+OVERLAY_FOLDER, PROGRESS_FOLDER = "overlays", "progress"
+#: Folders beside those of the kinds of tokens, and the film beside theirs.
+RESERVED = (OVERLAY_FOLDER, PROGRESS_FOLDER, SIDE_BY_SIDE)
+_DRAWN = ".drawn"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What is kept of a finished video: `labels` tells the annotations apart that it started from."""
+
+    labels: str
+    files: tuple[str, ...]
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where one run's results lie."""
+
+    path: Path
+
+    @property
+    def progress(self) -> Path:
+        """Settings and marks."""
+        return self.path / PROGRESS_FOLDER
+
+    @property
+    def settings(self) -> Path:
+        """The settings of the run."""
+        return self.progress / "run.json"
+
+    def pictures(self, video_id: str) -> Path:
+        """Return the folder of a video's pictures."""
+        return self.path / OVERLAY_FOLDER / video_id
+
+    def begin(self, origin: Mapping[str, Any], kinds: Sequence[str], *, restart: bool = False) -> None:
+        """Take the folder for a run; raise `FingerprintError` when it belongs to other settings.
+
+        With `restart` what an earlier run left is removed first.
+        """
+        wanted = flat_text(origin)
+        found = read_json(self.settings) if self.settings.exists() else None
+        if restart and found is not None:
+            self._clear(found["kinds"])
+        elif found is not None and (details := differing(wanted, found["origin"])):
+            raise FingerprintError(
+                f"{self.path} holds results of other settings",
+                details=details,
+                hint="choose another folder with --out, or start this one anew with --restart",
+            )
+        write_json(self.settings, {"origin": wanted, "kinds": list(kinds)})
+
+    def finished(self, video: Video, data_root: Path) -> Mark | None:
+        """Return the mark of a finished video; None where files are gone or annotations have changed."""
+        try:
+            document = read_json(self._mark(video.video_id))
+            scores = tuple(Score(**row) for row in document["scores"])
+            mark = Mark(document["labels"], tuple(document["files"]), scores)
+        except (InputError, KeyError, TypeError):  # none, damaged, or of another version: to be done
+            return None
+        there = all((self.path / name).is_file() for name in mark.files)
+        return mark if there and mark.labels == labels_stamp(video, data_root) else None
+
+    def reopen(self, video_id: str) -> None:
+        """Forget that a video was finished, before anything of it is written."""
+        for path in (self._mark(video_id), self.pictures(video_id) / _DRAWN):
+            with output_errors(path):
+                path.unlink(missing_ok=True)
+
+    def finish(self, video: Video, data_root: Path, files: Sequence[Path], scores: Sequence[Score]) -> None:
+        """Mark a video as finished."""
+        document = {
+            "labels": labels_stamp(video, data_root),
+            "files": [path.relative_to(self.path).as_posix() for path in files],
+            "scores": [asdict(score) for score in scores],
+        }
+        write_json(self._mark(video.video_id), document)
+
+    def is_drawn(self, video_id: str) -> bool:
+        """Say whether all pictures of a video are there."""
+        return (self.pictures(video_id) / _DRAWN).is_file()
+
+    def finish_pictures(self, video_id: str) -> None:
+        """Mark the pictures of a video as complete."""
+        path = make_folder(self.pictures(video_id)) / _DRAWN
+        with output_errors(path):
+            path.touch()
+
+    def _mark(self, video_id: str) -> Path:
+        return self.progress / "videos" / f"{video_id}.json"
+
+    def _clear(self, kinds: Sequence[str]) -> None:
+        # Marks first: whatever is left then, if this is cut short, counts for nothing.
+        for name in (f"{PROGRESS_FOLDER}/videos", OVERLAY_FOLDER, *kinds, PROGRESS_FOLDER):
+            if (self.path / name).exists():
+                with output_errors(self.path / name):
+                    shutil.rmtree(self.path / name)
+
+
+def run_origin(
+    store: FeatureStore, task: str, protocol: EvalProtocol, kinds: Sequence[TokenKind]
+) -> dict[str, Any]:
+    """Return everything that decides the results of a run."""
+    return {
+        "version": VERSION,
+        "task": task,
+        "protocol": protocol.to_json(),
+        "projections": {kind.name: kind.sha256 for kind in kinds if kind.projection is not None},
+        "store": store.fingerprint.to_json(),
+        "versions": package_versions(),
+    }
+
+
+def labels_stamp(video: Video, data_root: Path) -> str:
+    """Return a digest of names, sizes and dates of a video's annotations: other files, another digest."""
+    if video.labels is None:
+        return ""
+    path = data_root / video.labels
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = ((file.name, file.stat()) for file in files if file.exists())
+    return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

@@ -1,0 +1,145 @@
+"""Neighbour lists on disk: one Parquet file per video, for other labels and temperatures without a search.
+
+Lists of consecutive frames come in and, from a file that was made for the same tokens and the same search, go
+out again to the last bit. Files are written and read frame by frame.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from cosettle_cache.core.errors import FingerprintError, InputError
+from cosettle_cache.core.tables import open_table, stream_table
+from cosettle_cache.core.types import EvalProtocol, Grid
+from cosettle_cache.propagation.neighbors import Neighbors
+from cosettle_cache.propagation.protocols import search_json
+
+#: Of the file layout below; raised when that changes.
+VERSION = 1
+
+#: One row per query of every frame but the first, frame by frame and row by row over the grid.
+SCHEMA = pa.schema(
+    [
+        ("frame", pa.int32()),
+        ("query", pa.int32()),
+        ("neighbor_frame", pa.list_(pa.int32())),
+        ("neighbor_position", pa.list_(pa.int32())),
+        ("similarity", pa.list_(pa.float32())),
+        ("count", pa.list_(pa.int32())),
+    ]
+)
+_LISTS = ("neighbor_frame", "neighbor_position", "similarity", "count")
+_KEY = b"cosettle_neighbors"
+
+
+@dataclass(frozen=True, slots=True)
+class NeighborsKey:
+    """What neighbour lists depend on: the video's tokens, told apart by `tokens`, and the search.
+
+    `tokens` is free text: digests of the store's fingerprint and of the projection, say. `search` holds the
+    protocol's fields that play a part (`protocols.SEARCH_FIELDS`).
+    """
+
+    video_id: str
+    tokens: str
+    n_frames: int
+    grid: Grid
+    search: Mapping[str, object]
+
+    @classmethod
+    def of(
+        cls, protocol: EvalProtocol, *, video_id: str, tokens: str, n_frames: int, grid: Grid
+    ) -> NeighborsKey:
+        """Return the key of one video's lists under a protocol."""
+        return cls(video_id, tokens, n_frames, grid, search_json(protocol))
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain JSON types, flat."""
+        size = {"n_frames": self.n_frames, "grid": str(self.grid)}
+        return {"version": VERSION, "video_id": self.video_id, "tokens": self.tokens, **size, **self.search}
+
+
+def save_neighbors(path: Path, key: NeighborsKey, lists: Iterable[Neighbors]) -> None:
+    """Write the lists of a video's second to last frame; raise `InputError` unless they are as many."""
+    with neighbor_writer(path, key) as write:
+        for neighbors in lists:
+            write(neighbors)
+
+
+@contextmanager
+def neighbor_writer(path: Path, key: NeighborsKey) -> Iterator[Callable[[Neighbors], None]]:
+    """Give a function that takes the lists frame by frame; the file is there when all have come."""
+    schema = SCHEMA.with_metadata({_KEY: json.dumps(key.to_json())})
+    n_written = 0
+    with stream_table(path, schema) as write_rows:
+
+        def write(neighbors: Neighbors) -> None:
+            nonlocal n_written
+            n_written += 1
+            write_rows(_to_rows(neighbors, n_written, schema))
+
+        yield write
+        if n_written != key.n_frames - 1:
+            what = f"the neighbours of {key.video_id} are not complete"
+            raise InputError(what, wanted=f"{key.n_frames - 1} frames", found=n_written)
+
+
+def load_neighbors(path: Path, key: NeighborsKey) -> Iterator[Neighbors]:
+    """Return the lists of a video's second to last frame, read as they are asked for.
+
+    Raises `FingerprintError` when the file is of other tokens or of another search.
+    """
+    file = open_table(path)
+    found = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b"{}"))
+    if not found:
+        raise InputError(f"{path} holds no neighbours", wanted="a file that --save-neighbors wrote")
+    _check_key(path, key.to_json(), found)
+    top_k = int(found["top_k"])
+    return (_from_rows(file.read_row_group(group), top_k) for group in range(file.num_row_groups))
+
+
+def _check_key(path: Path, wanted: Mapping[str, object], found: Mapping[str, Any]) -> None:
+    keys = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if keys:
+        raise FingerprintError(
+            f"{path} holds neighbours of other tokens or of another search",
+            details=[f"{name}: wanted {wanted.get(name)}, found {found.get(name)}" for name in keys],
+            hint="search again, and keep the lists in another folder",
+        )
+
+
+def _to_rows(neighbors: Neighbors, frame: int, schema: pa.Schema) -> pa.RecordBatch:
+    there = (neighbors.count > 0).cpu()
+    n_queries = len(there)
+    ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).numpy()]).astype(np.int32)
+    parts = (neighbors.frame, neighbors.position, neighbors.similarity, neighbors.count)
+    lists = [pa.ListArray.from_arrays(ends, pa.array(part.cpu()[there].numpy())) for part in parts]
+    queries = np.arange(n_queries, dtype=np.int32)
+    return pa.record_batch([np.full(n_queries, frame, np.int32), queries, *lists], schema=schema)
+
+
+def _from_rows(rows: pa.Table, top_k: int) -> Neighbors:
+    columns = [rows[name].combine_chunks() for name in _LISTS]
+    lengths = torch.from_numpy(columns[0].value_lengths().to_numpy().copy())
+    # As wide as when it was found, so that sums over it round alike.
+    there = torch.arange(max(top_k, int(lengths.max()))) < lengths[:, None]
+    frame, position, similarity, count = (_padded(column, there) for column in columns)
+    return Neighbors(frame, position, similarity.masked_fill(~there, -torch.inf), count)
+
+
+def _padded(column: pa.ListArray, there: Bool[Tensor, "query k"]) -> Tensor:
+    values = torch.from_numpy(column.flatten().to_numpy().copy())
+    padded = torch.zeros(there.shape, dtype=values.dtype)
+    padded[there] = values
+    return padded

@@ -1,0 +1,199 @@
+"""Labels from frame to frame: the neighbours of `cosettle_cache.propagation.context` turned into label maps.
+
+The tokens of consecutive frames, or their neighbours, and the first frame's label map go in; one soft label
+map per frame comes out. Nothing is read or written, and nothing kept grows with the length of a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.types import EvalProtocol, Grid
+from cosettle_cache.propagation.context import ContextSearch
+from cosettle_cache.propagation.neighbors import Neighbors
+from cosettle_cache.propagation.protocols import check_protocol
+from cosettle_cache.search.affinity import transition
+
+#: The first frame is given, so there must be another.
+MIN_FRAMES = 2
+
+LabelMap = Float32[Tensor, "row col class"]
+_Frame = TypeVar("_Frame", int, Tensor)
+
+
+class LabelCarrier:
+    """Carries the label map of a video's first frame along neighbour lists (PROTOCOLS 1.1, 1.2).
+
+    Several carriers, for other labels or temperatures, may follow the same lists.
+    """
+
+    def __init__(
+        self,
+        first_labels: Float[Tensor, "row col class"],
+        protocol: EvalProtocol,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        check_protocol(protocol)
+        self._protocol, self._device = protocol, torch.device(device)
+        self._shape = first_labels.shape
+        n_cells, n_classes = first_labels[..., 0].numel(), first_labels.shape[2]
+        # Place 0 is the first frame's for good; frame t > 0 goes to place 1 + (t - 1) % n_context.
+        self._labels = torch.zeros(1 + protocol.n_context, n_cells, n_classes, device=self._device)
+        self._labels[0] = first_labels.to(self._labels).flatten(0, 1)
+        self._n_seen = 1
+
+    @property
+    def first(self) -> LabelMap:
+        """The first frame's label map, as given."""
+        return self._labels[0].view(self._shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the label maps that are kept."""
+        return self._labels.nbytes
+
+    def step(self, neighbors: Neighbors) -> LabelMap:
+        """Return the label map of the next frame: the weighted mean of its neighbours' labels.
+
+        Raises `InputError` for neighbours on another grid.
+        """
+        self._check(neighbors)
+        frame, position, similarity, count = (
+            part.to(self._device)
+            for part in (neighbors.frame, neighbors.position, neighbors.similarity, neighbors.count)
+        )
+        weights = transition(similarity, count, self._protocol.temperature)
+        carried = (weights[:, :, None] * self._labels[self._place(frame), position]).sum(dim=1)
+        if self._protocol.n_context:
+            self._labels[self._place(self._n_seen)] = carried
+        self._n_seen += 1
+        return carried.view(self._shape)
+
+    def _place(self, frame: _Frame) -> _Frame:
+        # n_context may be 0; then every neighbour is in the first frame.
+        queued = 1 + (frame - 1) % max(self._protocol.n_context, 1)
+        return queued * (frame > 0)
+
+    def _check(self, neighbors: Neighbors) -> None:
+        wanted, found = self._labels.shape[1], len(neighbors.count)
+        if wanted != found:
+            what = f"the neighbours of frame {self._n_seen} are not on the labels' grid"
+            raise InputError(what, wanted=f"{wanted} queries", found=found)
+
+
+class Propagator:
+    """Carries the label map of one video's first frame from frame to frame, searching as it goes.
+
+    Feed the tokens of every frame in order, the first included. Memory is bounded by the context, and by
+    `memory_limit` bytes where given: see `ContextSearch`.
+    """
+
+    def __init__(
+        self,
+        first_labels: Float[Tensor, "row col class"],
+        protocol: EvalProtocol,
+        *,
+        device: str | torch.device = "cpu",
+        search: str = "auto",
+        memory_limit: int | None = None,
+    ) -> None:
+        self._carrier = LabelCarrier(first_labels, protocol, device=device)
+        self._grid = Grid(*first_labels.shape[:2])
+        self._protocol, self._device = protocol, torch.device(device)
+        self._search_name, self._memory_limit = search, memory_limit
+        self._search: ContextSearch | None = None
+
+    def step(self, tokens: Float[Tensor, "row col dim"]) -> LabelMap:
+        """Return the label map of the next frame; for the first frame that is the given one.
+
+        Raises `InputError` for tokens that do not fit the labels' grid or are not finite.
+        """
+        if self._search is None:
+            self._search = self._make_search(tokens.shape[-1])
+        neighbors = self._search.step(tokens)
+        return self._carrier.first if neighbors is None else self._carrier.step(neighbors)
+
+    def _make_search(self, dim: int) -> ContextSearch:
+        return ContextSearch(
+            self._grid,
+            dim,
+            self._protocol,
+            device=self._device,
+            search=self._search_name,
+            memory_limit=self._memory_limit,
+            labels_bytes=self._carrier.nbytes,
+        )
+
+
+def propagate(
+    tokens: Float[Tensor, "frame row col dim"] | Float[np.ndarray, "frame row col dim"],
+    first_labels: Float[Tensor, "row col class"],
+    protocol: EvalProtocol,
+    *,
+    device: str | torch.device = "cpu",
+    search: str = "auto",
+    memory_limit: int | None = None,
+) -> Float32[Tensor, "frame row col class"]:
+    """Return the label maps of a video; frame 0 is `first_labels`.
+
+    Raises `InputError` for a video of one frame, which has nothing to propagate to.
+    """
+    check_length(len(tokens))
+    propagator = Propagator(first_labels, protocol, device=device, search=search, memory_limit=memory_limit)
+    return torch.stack([propagator.step(torch.as_tensor(frame)).cpu() for frame in tokens])
+
+
+def check_length(n_frames: int) -> None:
+    """Raise `InputError` for a video of one frame."""
+    if n_frames < MIN_FRAMES:
+        raise InputError(
+            "the video has nothing to propagate to", wanted=f"at least {MIN_FRAMES} frames", found=n_frames
+        )
+
+
+def find_neighbors(
+    tokens: Iterable[Float[Tensor, "row col dim"]],
+    protocol: EvalProtocol,
+    *,
+    device: str | torch.device = "cpu",
+    search: str = "auto",
+    memory_limit: int | None = None,
+) -> Iterator[Neighbors]:
+    """Yield the neighbours of every frame but the first; tokens are taken frame by frame."""
+    context: ContextSearch | None = None
+    for frame in tokens:
+        if context is None:
+            rows, cols, dim = frame.shape
+            context = ContextSearch(
+                Grid(rows, cols),
+                dim,
+                protocol,
+                device=torch.device(device),
+                search=search,
+                memory_limit=memory_limit,
+            )
+        found = context.step(frame)
+        if found is not None:
+            yield found
+
+
+def carry_labels(
+    neighbors: Iterable[Neighbors],
+    first_labels: Float[Tensor, "row col class"],
+    protocol: EvalProtocol,
+    *,
+    device: str | torch.device = "cpu",
+) -> Iterator[LabelMap]:
+    """Yield the label map of every frame, the first included, along neighbours found before."""
+    carrier = LabelCarrier(first_labels, protocol, device=device)
+    yield carrier.first
+    for lists in neighbors:
+        yield carrier.step(lists)

@@ -1,0 +1,123 @@
+"""Joints: one pickled `[2 joint frame]` per clip in cells of the grid, PCK in two readings (PROTOCOLS 2).
+
+In come a clip with joints and its label maps; out go `NUMBER.dat`, as the released scripts write it, the same
+as `CLIP.npy`, and one row. Without annotations beyond the first frame nothing is scored.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from cosettle_cache.core.files import make_folder, write_durably
+from cosettle_cache.core.types import Score, Video
+from cosettle_cache.metrics.rows import clip_row
+from cosettle_cache.pictures.drawing import draw_joints
+from cosettle_cache.pictures.overlays import write_overlays
+from cosettle_cache.propagation.labels import decode_keypoints, encode_keypoints
+from cosettle_cache.propagation.propagator import LabelMap
+from cosettle_cache.propagation.tasks.base import Drawing, Setting
+from cosettle_cache.videos.frames import iter_frames
+from cosettle_cache.videos.jhmdb import (
+    JointSequence,
+    cells_to_pixels,
+    open_joints,
+    pixels_to_cells,
+    write_predicted_joints,
+)
+
+#: Joints of one frame: x, then y, in cells.
+Cells = Float32[np.ndarray, "2 joint"]
+
+
+@dataclass(frozen=True, slots=True)
+class JointSubject:
+    """A clip with joints."""
+
+    sequence: JointSequence
+    setting: Setting
+    label_map: LabelMap
+
+    def truth(self, index: int) -> None:
+        """Return nothing: joints are scored when all are there."""
+
+    def decode(self, label_map: LabelMap) -> Cells:
+        """Return the joints in cells of the grid."""
+        points = decode_keypoints(label_map, n_cells=self.setting.protocol.keypoint_top_k)
+        return points.cpu().numpy()
+
+    def begin(self, folder: Path) -> JointPredictions:
+        """Return empty predictions."""
+        return JointPredictions(self.sequence, self.setting, make_folder(folder))
+
+
+@dataclass(frozen=True, slots=True)
+class JointPredictions:
+    """One kind's joints of one clip."""
+
+    sequence: JointSequence
+    setting: Setting
+    folder: Path
+    files: list[Path] = field(default_factory=list)
+    points: list[Cells] = field(default_factory=list)
+
+    def write(self, index: int, prediction: Cells) -> None:
+        """Keep the joints of a frame: a few hundred bytes."""
+        self.points.append(prediction)
+
+    def score(self, truth: None, prediction: Cells) -> None:
+        """Do nothing: joints are scored when all are there."""
+
+    def close(self) -> None:
+        """Write the joints under the clip's number and under its name."""
+        by_name = self.folder / f"{self.sequence.video.video_id}.npy"
+        buffer = io.BytesIO()
+        np.save(buffer, self._all())
+        make_folder(by_name.parent)
+        write_durably(by_name, [buffer.getbuffer()])
+        by_number = self.folder / f"{self.setting.number}.dat"
+        write_predicted_joints(by_number, self._all())
+        self.files.extend((by_name, by_number))
+
+    def rows(self, row: Score) -> list[Score]:
+        """Return the clip's row."""
+        truth, video = self.sequence.joints, self.sequence.video
+        if truth.shape[2] < 2:
+            return []
+        size = (video.height, video.width)
+        return [clip_row(row, truth, cells_to_pixels(self._all(), size, self.setting.grid), size)]
+
+    def _all(self) -> Float32[np.ndarray, "2 joint frame"]:
+        return np.stack(self.points, axis=-1)
+
+
+def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> JointSubject:
+    """Return a clip with joints; raise `MediaError` for annotations that cannot be used."""
+    sequence = open_joints(video, data_root)
+    size = (video.height, video.width)
+    first = pixels_to_cells(sequence.joints[:, :, 0], size, setting.grid)
+    return JointSubject(sequence, setting, encode_keypoints(first, setting.grid))
+
+
+def draw_joint_clip(drawing: Drawing) -> None:
+    """Draw the skeletons of every kind over the frames."""
+    video = drawing.video
+    size, grid = (video.height, video.width), drawing.setting.grid
+    truth = open_joints(video, drawing.data_root).joints
+    found = {kind: np.load(folder / f"{video.video_id}.npy") for kind, folder in drawing.predictions.items()}
+    write_overlays(
+        iter_frames(video, drawing.data_root),
+        {
+            kind: (cells_to_pixels(points[:, :, frame], size, grid) for frame in range(video.n_frames))
+            for kind, points in found.items()
+        },
+        draw_joints,
+        truth=(truth[:, :, frame] if frame < truth.shape[2] else None for frame in range(video.n_frames)),
+        n_frames=video.n_frames,
+        fps=video.fps,
+        folder=drawing.folder,
+    )

@@ -1,0 +1,154 @@
+"""Object masks: `VIDEO/FRAME.png` at the annotation's size, J&F per object (PROTOCOLS 1, 4).
+
+In come a video whose first frame has a mask and its label maps; out go palette masks and, where every frame
+is annotated, one row per object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.types import Score, Video
+from cosettle_cache.metrics import DavisScorer
+from cosettle_cache.metrics.rows import object_rows
+from cosettle_cache.pictures.drawing import draw_mask
+from cosettle_cache.pictures.overlays import write_overlays
+from cosettle_cache.propagation.labels import (
+    FirstLabels,
+    Mask,
+    Size,
+    decode_mask,
+    decode_mask_stretched,
+    encode_mask,
+    encode_mask_nearest,
+)
+from cosettle_cache.propagation.propagator import LabelMap
+from cosettle_cache.propagation.tasks.base import Drawing, Setting
+from cosettle_cache.videos.davis import DavisSequence, open_sequence
+from cosettle_cache.videos.frames import iter_frames
+from cosettle_cache.videos.index_png import read_mask, sample_mask, write_mask
+from cosettle_cache.videos.mask_files import frame_stems
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRules:
+    """How a protocol turns index maps into label maps and back."""
+
+    setting: Setting
+
+    def encode(self, mask: Mask) -> FirstLabels:
+        """Return the label map of a first frame."""
+        if self.setting.protocol.label_encoding == "nearest":
+            return encode_mask_nearest(mask, self.setting.grid)
+        return encode_mask(mask, self.setting.size, self.setting.grid)
+
+    def decode(
+        self, label_map: LabelMap, first: FirstLabels, annotation: Size, out: Size
+    ) -> UInt8[np.ndarray, "_ _"]:
+        """Return the index map of a label map at size `out`."""
+        protocol = self.setting.protocol
+        decode = decode_mask_stretched if protocol.norm_mask else decode_mask
+        at = self.setting.size if protocol.decode_size == "input" else annotation
+        return decode(label_map, first.object_ids, at, out)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSubject:
+    """A video with objects."""
+
+    sequence: DavisSequence
+    rules: MaskRules
+    first_mask: Mask
+    first: FirstLabels
+
+    @property
+    def label_map(self) -> LabelMap:
+        """The first frame's labels."""
+        return self.first.label_map
+
+    def truth(self, index: int) -> Mask | None:
+        """Return the annotation of a frame, None where there is none."""
+        return self.sequence.mask(index)
+
+    def decode(self, label_map: LabelMap) -> Mask:
+        """Return the mask at the annotation's size."""
+        size = self.first_mask.shape
+        return self.rules.decode(label_map, self.first, size, size)
+
+    def begin(self, folder: Path) -> MaskPredictions:
+        """Return empty predictions."""
+        scorer = DavisScorer.from_first_mask(self.first_mask) if self.sequence.scorable else None
+        place = make_folder(folder / self.sequence.video.video_id)
+        shown = frozenset(np.unique(self.first_mask).tolist())
+        return MaskPredictions(place, self.sequence.frame_names, scorer, shown)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPredictions:
+    """One kind's masks of one video."""
+
+    folder: Path
+    names: tuple[str, ...]
+    scorer: DavisScorer | None
+    shown: frozenset[int]
+    files: list[Path] = field(default_factory=list)
+
+    def write(self, index: int, prediction: Mask) -> None:
+        """Write the mask of a frame."""
+        self.files.append(self.folder / f"{self.names[index]}.png")
+        write_mask(self.files[-1], prediction)
+
+    def score(self, truth: Mask, prediction: Mask) -> None:
+        """Count a frame."""
+        if self.scorer is not None:
+            self.scorer.add(truth, prediction)
+
+    def close(self) -> None:
+        """Do nothing: every frame has its file."""
+
+    def rows(self, row: Score) -> list[Score]:
+        """Return one row per object of the first annotation, if all frames are annotated."""
+        return [] if self.scorer is None else object_rows(row, self.scorer, self.shown)
+
+
+def open_masks(video: Video, data_root: Path, setting: Setting) -> MaskSubject:
+    """Return a video with objects; raise `MediaError` for annotations that cannot be used."""
+    sequence = open_sequence(video, data_root)
+    rules, first_mask = MaskRules(setting), sequence.first_mask()
+    return MaskSubject(sequence, rules, first_mask, rules.encode(first_mask))
+
+
+def draw_masks(drawing: Drawing) -> None:
+    """Lay the masks of every kind over the frames."""
+    sequence = open_sequence(drawing.video, drawing.data_root)
+    draw_index_maps(drawing, "{}.png", map(sequence.mask, range(drawing.video.n_frames)))
+
+
+def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]) -> None:
+    """Lay index maps in files of the frames' names over the frames, at the frames' size."""
+    video = drawing.video
+    names = frame_stems(video, drawing.data_root)
+
+    def maps(folder: Path) -> Iterator[UInt8[np.ndarray, "_ _"]]:
+        paths = (folder / video.video_id / pattern.format(name) for name in names)
+        return (_at(read_mask(path), (video.height, video.width)) for path in paths)
+
+    write_overlays(
+        iter_frames(video, drawing.data_root),
+        {kind: maps(folder) for kind, folder in drawing.predictions.items()},
+        draw_mask,
+        truth=truth,
+        n_frames=video.n_frames,
+        fps=video.fps,
+        folder=drawing.folder,
+    )
+
+
+def _at(mask: UInt8[np.ndarray, "_ _"], size: Size) -> UInt8[np.ndarray, "_ _"]:
+    return mask if mask.shape == size else sample_mask(mask, size)

@@ -1,0 +1,104 @@
+"""Body parts: `VIDEO/FRAME_mask.png` at the network's size, mIoU over all pixels (PROTOCOLS 3).
+
+In come a clip whose first frame has part classes and its label maps; out go class maps and one row with the
+clip's confusion. Classes that the first frame lacks are never predicted; the first frame is scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.types import Score, Video
+from cosettle_cache.metrics import Confusion, count_pixels
+from cosettle_cache.metrics.rows import parts_row
+from cosettle_cache.propagation.labels import FirstLabels, Mask, Size
+from cosettle_cache.propagation.propagator import LabelMap
+from cosettle_cache.propagation.tasks.base import Drawing, Setting
+from cosettle_cache.propagation.tasks.masks import MaskRules, draw_index_maps
+from cosettle_cache.videos.index_png import sample_mask, write_mask
+from cosettle_cache.videos.vip import PARTS, PartSequence, open_parts
+
+#: What the released scripts call a frame's map.
+FILE = "{}_mask.png"
+#: With the first frame's annotation alone there is nothing to score.
+MIN_LABELLED = 2
+
+ClassMap = UInt8[np.ndarray, "_ _"]
+
+
+@dataclass(frozen=True, slots=True)
+class PartSubject:
+    """A clip with body parts."""
+
+    sequence: PartSequence
+    rules: MaskRules
+    annotation: Size
+    first: FirstLabels
+
+    @property
+    def label_map(self) -> LabelMap:
+        """The first frame's labels."""
+        return self.first.label_map
+
+    def truth(self, index: int) -> Mask | None:
+        """Return the classes of a frame as annotated, None where it is not."""
+        return self.sequence.mask(index)
+
+    def decode(self, label_map: LabelMap) -> ClassMap:
+        """Return the class map at the size that the argmax is taken at."""
+        setting = self.rules.setting
+        out = setting.size if setting.protocol.decode_size == "input" else self.annotation
+        return self.rules.decode(label_map, self.first, self.annotation, out)
+
+    def begin(self, folder: Path) -> PartPredictions:
+        """Return empty predictions."""
+        files = self.sequence.files
+        place = make_folder(folder / files.video.video_id)
+        return PartPredictions(place, files.frame_names, len(files.labelled) >= MIN_LABELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class PartPredictions:
+    """One kind's class maps of one clip."""
+
+    folder: Path
+    names: tuple[str, ...]
+    scorable: bool
+    files: list[Path] = field(default_factory=list)
+    counts: list[Confusion] = field(default_factory=list)
+
+    def write(self, index: int, prediction: ClassMap) -> None:
+        """Write the class map of a frame."""
+        self.files.append(self.folder / FILE.format(self.names[index]))
+        write_mask(self.files[-1], prediction)
+
+    def score(self, truth: Mask, prediction: ClassMap) -> None:
+        """Count a frame, at the annotation's size."""
+        self.counts.append(count_pixels(truth, sample_mask(prediction, truth.shape), len(PARTS)))
+
+    def close(self) -> None:
+        """Do nothing: every frame has its file."""
+
+    def rows(self, row: Score) -> list[Score]:
+        """Return the clip's row."""
+        return [parts_row(row, sum(self.counts[1:], start=self.counts[0]))] if self.scorable else []
+
+
+def open_part_clip(video: Video, data_root: Path, setting: Setting) -> PartSubject:
+    """Return a clip with body parts; raise `MediaError` for annotations that cannot be used."""
+    sequence = open_parts(video, data_root)
+    rules, first_mask = MaskRules(setting), sequence.first_mask()
+    return PartSubject(sequence, rules, first_mask.shape, rules.encode(first_mask))
+
+
+def draw_parts(drawing: Drawing) -> None:
+    """Lay the parts of every kind over the frames; true values that are no class are left out."""
+    sequence = open_parts(drawing.video, drawing.data_root)
+    truth = (sequence.mask(index) for index in range(drawing.video.n_frames))
+    known = (None if mask is None else np.where(mask < len(PARTS), mask, np.uint8(0)) for mask in truth)
+    draw_index_maps(drawing, FILE, known)

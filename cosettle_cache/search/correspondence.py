@@ -1,0 +1,58 @@
+"""Which token of a frame is which of the next: the two rules that the closed form and the metrics offer.
+
+Tokens of pairs of frames come in; those that correspond go out side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cosettle_cache.core.errors import UsageError
+
+Frames = Float[Tensor, "pair token dim"]
+Matched = tuple[Float[Tensor, "pair kept dim"], Float[Tensor, "pair kept dim"]]
+
+
+def match_nearest(first: Frames, second: Frames) -> Matched:
+    """Pair each token with its nearest in the other frame and keep the closest half of the pairs.
+
+    Euclidean distance; half the tokens of every pair of frames, rounded down but at least one, closest first.
+    Several tokens may share a partner. The released rule (PROTOCOLS 7.7, intra distance).
+    """
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 ab; the first term does not decide which b is nearest to a.
+    first_square, second_square = (torch.linalg.vector_norm(x, dim=-1).square() for x in (first, second))
+    distance, partner = torch.baddbmm(second_square[:, None], first, second.mT, alpha=-2).min(dim=-1)
+    distance += first_square
+    n_kept = max(1, first.shape[1] // 2)
+    kept = distance.topk(n_kept, dim=-1, largest=False).indices
+    return _take(first, kept), _take(second, partner.gather(1, kept))
+
+
+def match_position(first: Frames, second: Frames) -> Matched:
+    """Pair the tokens at the same position, all of them (the paper's rule; PROTOCOLS 7.7)."""
+    return first, second
+
+
+#: How tokens correspond, by the name used in settings.
+CORRESPONDENCES: Mapping[str, Callable[[Tensor, Tensor], Matched]] = {
+    "nearest": match_nearest,
+    "position": match_position,
+}
+
+
+def find_correspondence(name: str) -> Callable[[Tensor, Tensor], Matched]:
+    """Return the rule called `name`; raise `UsageError` when there is none."""
+    if name not in CORRESPONDENCES:
+        raise UsageError("unknown correspondence", wanted=" or ".join(CORRESPONDENCES), found=name)
+    return CORRESPONDENCES[name]
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    # Whole rows at once: `gather` would copy number by number.
+    rows = index + tokens.shape[1] * torch.arange(len(tokens), device=tokens.device)[:, None]
+    taken = tokens.flatten(0, 1).index_select(0, rows.flatten())
+    return taken.reshape(*index.shape, tokens.shape[-1])

@@ -1,0 +1,207 @@
+"""Shards: the bytes of one slot in Zarr's sharding format, written whole and read chunk by chunk.
+
+In come tokens and which chunks exist; out go the pieces of the file. Reading parses a shard's index once and
+then fetches each chunk with one request straight into the caller's memory, checksum verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from awscrt.checksums import crc32c
+from jaxtyping import Bool, Float16, UInt8, UInt64
+
+from cosettle_cache.core.files import Buffer, unfilled
+from cosettle_cache.core.types import ArrayLayout
+from cosettle_cache.store._int8 import quantize
+from cosettle_cache.store.format import (
+    ALIGNMENT,
+    CHECKSUM_BYTES,
+    MISSING,
+    BytesError,
+    chunk_bytes,
+    chunks_per_shard,
+)
+from cosettle_cache.store.storage import RangeFile
+
+_ENTRY = np.dtype("<u8")
+
+#: Bytes at the beginning of a shard after which the kernel reads on by itself.
+_BEGIN_BYTES = 2**17
+
+#: Higher levels gain next to nothing on tokens, whose low bytes are noise.
+ZSTD_LEVEL = 1
+
+
+class ChunkMissingError(BytesError):
+    """The shard's index says that the chunk was left out."""
+
+
+class ShardLostError(BytesError):
+    """The shard file is missing, truncated, or its index is damaged: nothing in it can be read."""
+
+
+class ShardEncoder:
+    """The pieces of a shard file, made while they are asked for; chunks not `present` take no space.
+
+    `n_bytes` and `chunks_checksum` (CRC-32C of the chunks' checksums, in order) are known after the last.
+    """
+
+    def __init__(
+        self,
+        layout: ArrayLayout,
+        tokens: Float16[np.ndarray, "encoding row col channel"],
+        present: Bool[np.ndarray, " chunk"],
+    ) -> None:
+        self.n_bytes = 0
+        self.chunks_checksum = 0
+        self._layout, self._tokens, self._present = layout, tokens, present
+
+    def __iter__(self) -> Iterator[Buffer]:
+        entries = np.full((chunks_per_shard(self._layout), 2), MISSING, _ENTRY)
+        for number in np.flatnonzero(self._present):
+            chunk = self._encode(int(number))
+            checksum = checksum_bytes(chunk)
+            size = len(chunk) + CHECKSUM_BYTES
+            entries[number] = self.n_bytes, size
+            self.chunks_checksum = int(crc32c(checksum, self.chunks_checksum))
+            self.n_bytes += size + padding_after(size)
+            yield chunk
+            yield checksum + bytes(padding_after(size))
+        index = entries.tobytes()
+        self.n_bytes += len(index) + CHECKSUM_BYTES
+        yield index
+        yield checksum_bytes(index)
+
+    def _encode(self, number: int) -> Buffer:
+        first = number * self._layout.chunk_encodings
+        tokens = self._tokens[first : first + self._layout.chunk_encodings]
+        stored = quantize(tokens) if self._layout.dtype == "int8" else tokens
+        raw = np.ascontiguousarray(stored).data.cast("B")
+        return _zstd(raw) if self._layout.codec == "zstd" else raw
+
+
+class ShardReader:
+    """One open shard; safe to use from several threads."""
+
+    def __init__(
+        self, file: RangeFile, layout: ArrayLayout, entries: UInt64[np.ndarray, "chunk 2"] | None = None
+    ) -> None:
+        self.entries = read_entries(file, layout) if entries is None else entries
+        self._file = file
+        self._raw_size = chunk_bytes(layout) + CHECKSUM_BYTES
+        self._padding = padding_after(self._raw_size)
+
+    def check_present(self, number: int) -> tuple[int, int]:
+        """Return offset and size (with checksum) of a chunk; raise `ChunkMissingError` if it is absent."""
+        offset, size = self.entries[number].tolist()
+        if offset == MISSING and size == MISSING:
+            raise ChunkMissingError("a chunk is missing from its shard")
+        return offset, size
+
+    def begin(self, number: int) -> None:
+        """Read a little at chunk `number`, so that the kernel reads on from there."""
+        offset, _ = self.check_present(number)
+        self._file.read([memoryview(bytearray(_BEGIN_BYTES))], offset)
+
+    def prefetch(self, first: int, n_chunks: int) -> None:
+        """Start fetching chunks that will be read soon, where that is possible."""
+        self._file.prefetch(*self._span(first, n_chunks))
+
+    def warm(self, first: int, n_chunks: int) -> None:
+        """Bring chunks into the page cache, where there is one."""
+        self._file.warm(*self._span(first, n_chunks))
+
+    def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]], *, wait: bool) -> bool:
+        """Fill `outs` with the raw chunks from `first` on, side by side, and say whether they were at hand.
+
+        Without `wait` those that are not are left unfilled. Raises `ChunkMissingError`, or another
+        `BytesError` when one is damaged or they do not lie side by side.
+        """
+        offset = self._check_neighbours(first, len(outs))
+        # Only the last checksum is read without the zeros behind it.
+        gaps = [bytearray(CHECKSUM_BYTES + self._padding) for _ in outs[1:]] + [bytearray(CHECKSUM_BYTES)]
+        buffers: list[memoryview] = []
+        for out, gap in zip(outs, gaps, strict=True):
+            buffers += (out.data, memoryview(gap))
+        wanted = len(outs) * (self._raw_size + self._padding) - self._padding
+        n_cached = self._file.read_cached(buffers, offset)
+        at_hand = n_cached == wanted
+        if not at_hand:
+            if not wait:
+                return False
+            n_waited = self._read(unfilled(buffers, n_cached), offset + n_cached)
+            if n_cached + n_waited < wanted:
+                raise BytesError("its shard ends too early")
+        for out, gap in zip(outs, gaps, strict=True):
+            if checksum_bytes(out.data) != gap[:CHECKSUM_BYTES]:
+                raise BytesError("the checksum of a chunk does not match")
+        return at_hand
+
+    def _span(self, first: int, n_chunks: int) -> tuple[int, int]:
+        """Return offset and bytes of chunks that lie side by side."""
+        offset, _ = self.check_present(first)
+        last, size = self.check_present(first + n_chunks - 1)
+        return offset, last + size - offset
+
+    def _check_neighbours(self, first: int, n_chunks: int) -> int:
+        """Return where chunk `first` begins, with the other `n_chunks - 1` right behind it."""
+        start, _ = self.check_present(first)
+        for place in range(n_chunks):
+            offset, size = self.check_present(first + place)
+            if size != self._raw_size:
+                raise BytesError(f"a chunk has {size} bytes")
+            if offset != start + place * (self._raw_size + self._padding):
+                raise BytesError("chunks do not lie side by side")
+        return start
+
+    def _read(self, buffers: list[memoryview], offset: int) -> int:
+        try:
+            return self._file.read(buffers, offset)
+        except OSError as error:
+            raise BytesError(f"a chunk cannot be read ({error.strerror})") from error
+
+
+def read_entries(file: RangeFile, layout: ArrayLayout) -> UInt64[np.ndarray, "chunk 2"]:
+    """Return offset and size of every chunk of a shard; raise `ShardLostError` when its index is damaged."""
+    size = index_bytes(layout)
+    data = file.read_tail(size)
+    if len(data) < size:
+        raise ShardLostError("its shard is truncated")
+    index, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+    if checksum_bytes(index) != checksum:
+        raise ShardLostError("the checksum of its shard's index does not match")
+    return np.frombuffer(index, _ENTRY).astype(np.uint64).reshape(-1, 2)
+
+
+def index_bytes(layout: ArrayLayout) -> int:
+    """Return the bytes of a shard's index, checksum counted."""
+    return chunks_per_shard(layout) * 2 * _ENTRY.itemsize + CHECKSUM_BYTES
+
+
+def padding_after(size: int) -> int:
+    """Return the zero bytes between a chunk of `size` bytes, checksum counted, and the next."""
+    return -size % ALIGNMENT
+
+
+def checksum_bytes(data: Buffer) -> bytes:
+    """Return the CRC-32C of `data` as it lies behind it."""
+    return int(crc32c(data)).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _zstd(raw: Buffer) -> Buffer:
+    from numcodecs import Zstd
+
+    encoded: Buffer = Zstd(level=ZSTD_LEVEL).encode(raw)
+    return encoded
+
+
+def decoded_bytes(chunk: Buffer) -> int:
+    """Return how many bytes a compressed chunk holds; raise `BytesError` when it cannot be decoded."""
+    from numcodecs import Zstd
+
+    try:
+        return len(Zstd().decode(chunk))
+    except (RuntimeError, ValueError) as error:
+        raise BytesError(f"a chunk cannot be decoded ({error})") from error

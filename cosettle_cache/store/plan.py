@@ -1,0 +1,293 @@
+"""Plans: manifest and settings -> slots, as pure functions, before anything is decoded or encoded.
+
+A plan knows every encoding of a store and where it goes. Random choices come from a hash of seed, video and
+view, so any slot can be computed anywhere, in any order, with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from cosettle_cache.core.settings import FramesSettings, PairsSettings, settings_json
+from cosettle_cache.core.types import (
+    ArrayLayout,
+    Crop,
+    Encoding,
+    Grid,
+    Manifest,
+    PlanKind,
+    PositionShift,
+    Role,
+    Slot,
+    Video,
+)
+from cosettle_cache.videos.sizes import check_grid, resolve_size
+
+#: A shard of this size is large enough to read at disk speed and small enough to lose; see docs/store.md.
+SLOT_BYTES = 64 * 2**20
+MAX_SLOT_ENCODINGS = 256
+ENCODINGS_PER_SAMPLE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PairsRecipe:
+    """Which encodings a video gets in a pairs plan: per view set plain a, plain b, shifted a."""
+
+    settings: PairsSettings
+    patch: int
+    kind = PlanKind.PAIRS
+    chunk_encodings = ENCODINGS_PER_SAMPLE
+
+    @property
+    def unit(self) -> int:
+        """Encodings that a slot should not split, so that a clip is decoded once."""
+        return self.settings.n_views * ENCODINGS_PER_SAMPLE
+
+    def image_size(self, video: Video) -> tuple[int, int]:
+        """Return (height, width) in pixels: the training square, whatever the video's own size."""
+        return self.settings.size, self.settings.size
+
+    def n_encodings(self, video: Video) -> int:
+        """Return how many encodings `video` gets."""
+        return self.unit
+
+    def encoding(self, video: Video, row: int) -> Encoding:
+        """Return encoding number `row` of `video`."""
+        view, part = divmod(row, ENCODINGS_PER_SAMPLE)
+        side = self.settings.size // self.patch
+        return make_sample(self.settings, video, view, Grid(side, side))[part]
+
+
+@dataclass(frozen=True, slots=True)
+class FramesRecipe:
+    """Which encodings a video gets in a frames plan: all kept frames plain, then shifted once per repeat."""
+
+    settings: FramesSettings
+    patch: int
+    kind = PlanKind.FRAMES
+    chunk_encodings = 1
+    unit = 1
+
+    def image_size(self, video: Video) -> tuple[int, int]:
+        """Return (height, width) in pixels by the size rule."""
+        return resolve_size(self.settings.size, video.height, video.width)
+
+    def n_encodings(self, video: Video) -> int:
+        """Return how many encodings `video` gets."""
+        return self._n_kept(video) * (1 + self.settings.n_shifted)
+
+    def encoding(self, video: Video, row: int) -> Encoding:
+        """Return encoding number `row` of `video`."""
+        repeat, number = divmod(row, self._n_kept(video))
+        frame = number * self.settings.every
+        if repeat == 0:
+            return Encoding(video.video_id, frame, 0, Role.PLAIN)
+        height, width = self.image_size(video)
+        draw = _uniforms(self.settings.seed, video.video_id, repeat, frame, n=2)
+        shift = _draw_shift(self.settings.shift_ratio, Grid(height // self.patch, width // self.patch), draw)
+        return Encoding(video.video_id, frame, repeat, Role.SHIFTED, shift=shift)
+
+    def _n_kept(self, video: Video) -> int:
+        return -(-video.n_frames // self.settings.every)
+
+
+Recipe = PairsRecipe | FramesRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The rows `[start, stop)` of one array that belong to one video."""
+
+    video: Video
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _ArrayPlan:
+    layout: ArrayLayout
+    first_slot: int
+    spans: tuple[_Span, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All slots of a store. `slot(i)` is computed on demand; nothing grows with the number of encodings."""
+
+    recipe: Recipe
+    _arrays: tuple[_ArrayPlan, ...]
+
+    @property
+    def kind(self) -> PlanKind:
+        """Whether this is a pairs or a frames plan."""
+        return self.recipe.kind
+
+    @property
+    def arrays(self) -> tuple[ArrayLayout, ...]:
+        """One layout per grid."""
+        return tuple(array.layout for array in self._arrays)
+
+    @property
+    def n_slots(self) -> int:
+        """Number of slots over all arrays."""
+        return sum(layout.n_slots for layout in self.arrays)
+
+    @property
+    def n_encodings(self) -> int:
+        """Number of encodings over all arrays."""
+        return sum(layout.n_encodings for layout in self.arrays)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tokens in float16, checksums not counted."""
+        return sum(layout.n_encodings * layout.encoding_bytes for layout in self.arrays)
+
+    def slot(self, index: int) -> Slot:
+        """Return slot `index` (0 to `n_slots` - 1)."""
+        array, shard, rows = self._locate(index)
+        return Slot(index, array.layout.grid, shard, rows.start, tuple(self._encodings(array, rows)))
+
+    def slot_length(self, index: int) -> int:
+        """Return how many encodings slot `index` holds."""
+        return len(self._locate(index)[2])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan's kind and settings, as they stand in a store's fingerprint."""
+        slots = {str(layout.grid): layout.slot_encodings for layout in self.arrays}
+        return {"kind": str(self.kind), "slot_encodings": slots, **settings_json(self.recipe.settings)}
+
+    def _locate(self, index: int) -> tuple[_ArrayPlan, int, range]:
+        """Return the array of a slot, its number there and its rows."""
+        if not 0 <= index < self.n_slots:
+            raise IndexError(f"slot {index} of {self.n_slots}")
+        array = self._arrays[bisect_right([a.first_slot for a in self._arrays], index) - 1]
+        shard = index - array.first_slot
+        start = shard * array.layout.slot_encodings
+        return array, shard, range(start, min(start + array.layout.slot_encodings, array.layout.n_encodings))
+
+    def _encodings(self, array: _ArrayPlan, rows: range) -> Iterator[Encoding]:
+        first = bisect_right(array.spans, rows.start, key=lambda span: span.start) - 1
+        for span in islice(array.spans, first, None):
+            if span.start >= rows.stop:
+                return
+            for row in range(max(rows.start, span.start), min(rows.stop, span.stop)):
+                yield self.recipe.encoding(span.video, row - span.start)
+
+
+def make_plan(
+    manifest: Manifest,
+    settings: PairsSettings | FramesSettings,
+    *,
+    patch: int,
+    dim: int,
+    slot_encodings: int | None = None,
+    dtype: str = "float16",
+    codec: str = "none",
+) -> Plan:
+    """Return the plan of all encodings of `manifest` for an encoder of `patch` pixels and `dim` channels.
+
+    `slot_encodings` overrides the slot size (rounded down to whole samples in a pairs plan); `dtype` and
+    `codec` say how tokens are stored (see `ArrayLayout`). Raises
+    `InputError` when an image size is not a multiple of the patch.
+    """
+    recipe = _make_recipe(settings, patch)
+    by_grid: dict[Grid, list[Video]] = {}
+    for video in manifest:
+        grid = check_grid(*recipe.image_size(video), patch, video.video_id)
+        by_grid.setdefault(grid, []).append(video)
+    arrays: list[_ArrayPlan] = []
+    first_slot = 0
+    for grid, videos in sorted(by_grid.items()):
+        spans = _spans(recipe, videos)
+        whole = ArrayLayout(grid, spans[-1].stop, 1, recipe.chunk_encodings, dim, dtype, codec)
+        layout = replace(whole, slot_encodings=_slot_encodings(recipe, whole, slot_encodings))
+        arrays.append(_ArrayPlan(layout, first_slot, spans))
+        first_slot += layout.n_slots
+    return Plan(recipe, tuple(arrays))
+
+
+def make_sample(
+    settings: PairsSettings, video: Video, view: int, grid: Grid
+) -> tuple[Encoding, Encoding, Encoding]:
+    """Return one training sample: plain frame a, plain frame b, shifted frame a; one crop and flip for all.
+
+    The recipe is the released one (PROTOCOLS 5.6, 7.3), except that the shift is drawn per sample instead of
+    per batch, so that a sample does not depend on its neighbours.
+    """
+    draw = _uniforms(settings.seed, video.video_id, view, n=9)
+    frame_a, frame_b = choose_pair(video.n_frames, settings.gap, draw[0], draw[1])
+    crop = choose_crop(settings, draw[2:6])
+    flip = draw[6] < settings.flip_probability
+    shift = _draw_shift(settings.shift_ratio, grid, draw[7:9])
+    return (
+        Encoding(video.video_id, frame_a, view, Role.A, crop, flip),
+        Encoding(video.video_id, frame_b, view, Role.B, crop, flip),
+        Encoding(video.video_id, frame_a, view, Role.SHIFTED, crop, flip, shift),
+    )
+
+
+def choose_pair(n_frames: int, gap: float, first: float, second: float) -> tuple[int, int]:
+    """Return two frame indices `int(gap * n_frames)` apart from two uniform numbers in [0, 1).
+
+    Frame 0 is never the first of a pair; clips of up to four frames, or too short for the gap, give two
+    independent frames (also where the gap leaves no pair) (released sampler, PROTOCOLS 7.3).
+    """
+    distance = int(gap * n_frames + 1e-9)  # 0.15 * 20 must be 3 in binary floating point as well
+    if n_frames <= 4 or distance < 1 or n_frames - distance < 2:
+        return int(first * n_frames), int(second * n_frames)
+    start = 1 + int(first * (n_frames - distance - 1))
+    return start, start + distance
+
+
+def choose_crop(settings: PairsSettings, draw: Sequence[float]) -> Crop:
+    """Return a random resized crop of the square image from four uniform numbers: area, aspect, top, left.
+
+    One draw, clipped to the image, without the usual ten retries (released transform, PROTOCOLS 7.3).
+    """
+    size = settings.size
+    area = size * size * (settings.scale_min + draw[0] * (settings.scale_max - settings.scale_min))
+    low, high = math.log(settings.aspect_min), math.log(settings.aspect_max)
+    aspect = math.exp(low + draw[1] * (high - low))
+    width = min(round(math.sqrt(area * aspect)), size)
+    height = min(round(math.sqrt(area / aspect)), size)
+    return Crop(int(draw[2] * (size - height + 1)), int(draw[3] * (size - width + 1)), height, width)
+
+
+def _make_recipe(settings: PairsSettings | FramesSettings, patch: int) -> Recipe:
+    if isinstance(settings, PairsSettings):
+        return PairsRecipe(settings, patch)
+    return FramesRecipe(settings, patch)
+
+
+def _spans(recipe: Recipe, videos: Sequence[Video]) -> tuple[_Span, ...]:
+    spans: list[_Span] = []
+    start = 0
+    for video in videos:
+        spans.append(_Span(video, start, start + recipe.n_encodings(video)))
+        start = spans[-1].stop
+    return tuple(spans)
+
+
+def _slot_encodings(recipe: Recipe, layout: ArrayLayout, asked: int | None) -> int:
+    wanted = asked or min(MAX_SLOT_ENCODINGS, SLOT_BYTES // layout.encoding_bytes)
+    unit = recipe.unit if wanted >= recipe.unit else recipe.chunk_encodings
+    return max(wanted // unit, 1) * unit
+
+
+def _draw_shift(ratio: float, grid: Grid, draw: Sequence[float]) -> PositionShift:
+    free_rows = int((1 + ratio) * grid.rows) - grid.rows + 1
+    free_cols = int((1 + ratio) * grid.cols) - grid.cols + 1
+    return PositionShift(ratio, int(draw[0] * free_rows), int(draw[1] * free_cols))
+
+
+def _uniforms(*key: object, n: int) -> list[float]:
+    # A hash, not a generator: the numbers can never change with a library version.
+    raw = hashlib.shake_256("\0".join(map(str, key)).encode()).digest(8 * n)
+    words = (int.from_bytes(raw[8 * i : 8 * i + 8], "big") for i in range(n))
+    return [(word >> 11) / 2**53 for word in words]

@@ -1,0 +1,244 @@
+"""One optimiser step after another: the released schedule, AdamW with decay on matrices, and the objective.
+
+Batches of float16 samples go in, figures come out; the projections change in place. Several projections may
+learn from one stream: every batch is copied and cast once. Nothing touches disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float16
+from torch import Tensor
+
+from cosettle_cache.core.settings import TrainSettings
+from cosettle_cache.heads.projection import Projection
+from cosettle_cache.training.feeding import Batch, Step
+from cosettle_cache.training.losses import LossTerms
+from cosettle_cache.training.objective import Originals, fast_transfer_loss
+from cosettle_cache.training.replicas import ALONE, Replicas
+from cosettle_cache.training.run_state import StepFigures
+from cosettle_cache.training.samples import walk_of
+
+#: Bytes of float32 tokens that go through the objective at a time; gradients add up over the parts of a
+#: batch. Bounds the memory, and on a CPU keeps the half dozen arrays of a part within reach of its caches
+#: and, each below 4 MiB, in memory that the allocator keeps: from 8 MiB on every array is faulted in anew.
+PART_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+
+#: Number formats of the projection's arithmetic; parameters and the loss stay in float32.
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_TERMS = tuple(field.name for field in fields(LossTerms))
+_TOTAL, _CYCLE, _SEPARABILITY, _COSINE, _RETURN = map(
+    _TERMS.index, ("total", "cycle", "separability", "identity_cosine", "return_probability")
+)
+
+
+def learning_rate(settings: TrainSettings, position: float) -> float:
+    """Return the rate at `position` in epochs: linear from 0 in the warm-up, then half a cosine to `min_lr`.
+
+    It follows fractions of epochs, step by step, and starts at exactly 0 (released schedule).
+    """
+    if position < settings.warmup_epochs:
+        return settings.lr * position / settings.warmup_epochs
+    share = (position - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
+    return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def make_optimizer(projection: Projection, settings: TrainSettings) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only (no biases, no LayerNorm)."""
+    matrices = [item for item in projection.parameters() if item.ndim > 1]
+    vectors = [item for item in projection.parameters() if item.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
+
+
+class Balance:
+    """Weighs the separability loss so that its gradient is `ratio` times as long as the cycle loss's."""
+
+    def __init__(self, parameters: Sequence[Tensor], ratio: float) -> None:
+        self._parameters, self._ratio = parameters, ratio
+        self.cycle_gradients = [torch.zeros_like(item) for item in parameters]
+
+    def add(self, cycle: Float[Tensor, ""]) -> None:
+        """Add the gradient of a cycle loss; its graph is kept for the backward pass of the separability."""
+        found = torch.autograd.grad(cycle, self._parameters, retain_graph=True)
+        torch._foreach_add_(self.cycle_gradients, found)
+
+    def apply(self) -> Tensor:
+        """Turn gradients of the separability into those of the whole objective; return the weight, 0-d."""
+        separability = [item.grad for item in self._parameters if item.grad is not None]
+        length = torch.nn.utils.get_total_norm(separability).clamp(min=torch.finfo(torch.float32).tiny)
+        weight = self._ratio * torch.nn.utils.get_total_norm(self.cycle_gradients) / length
+        for gradient, cycle in zip(separability, self.cycle_gradients, strict=True):
+            gradient.mul_(weight).add_(cycle)
+        return weight
+
+
+class Learner:
+    """A projection in training: its settings, optimiser and schedule; where it is, so is the work.
+
+    `diverged_at` is the step whose loss or gradient was not finite; from there on it learns nothing.
+    """
+
+    def __init__(self, projection: Projection, settings: TrainSettings, name: str = "") -> None:
+        self.projection, self.settings, self.name = projection, settings, name
+        self.optimizer = make_optimizer(projection, settings)
+        self.diverged_at: int | None = None
+        self.device = next(projection.parameters()).device
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self._parameters = list(projection.parameters())
+        auto = settings.separability_weight == "auto"
+        self._balance = Balance(self._parameters, settings.gradient_ratio) if auto else None
+        self._means = torch.zeros(len(_TERMS), device=self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, as a checkpoint keeps it."""
+        return {
+            "projection": self.projection.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "diverged_at": self.diverged_at,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned; raises `RuntimeError` for a state of another shape."""
+        self.projection.load_state_dict(state["projection"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.diverged_at = state["diverged_at"]
+
+    def start_step(self) -> None:
+        """Set the gradients and figures of a step to zero."""
+        for item in self._parameters:
+            item.grad = torch.zeros_like(item) if item.grad is None else item.grad.zero_()
+        self._means.zero_()
+        if self._balance:
+            torch._foreach_zero_(self._balance.cycle_gradients)
+
+    def terms(self, originals: Originals) -> LossTerms:
+        """Return the objective of a part; with an automatic weight its parts alone count."""
+        weight = 1.0 if self.settings.separability_weight == "auto" else self.settings.separability_weight
+        return fast_transfer_loss(
+            self.project(originals.tokens),
+            originals,
+            temperature=self.settings.temperature,
+            separability_weight=weight,
+            window=self.settings.window,
+            regularizer=self.settings.regularizer,
+            reduction=self.settings.reduction,
+            walk=walk_of(originals.tokens.shape[1]),
+        )
+
+    def add(self, originals: Originals, share: float) -> None:
+        """Add the gradients and figures of a part that is `share` of the step's samples."""
+        terms = self.terms(originals)
+        if self._balance:
+            self._balance.add(self._scaler.scale(terms.cycle * share))
+        objective = terms.separability if self._balance else terms.total
+        torch.autograd.backward(self._scaler.scale(objective * share))
+        values = torch.stack([getattr(terms, name).detach() for name in _TERMS])
+        # Means of parts add up to those of the step, but cosines do not: their squared lengths do. Where no
+        # walk of a part returns at all, both are 0, and its length is not known.
+        values[_COSINE] = (values[_RETURN] / values[_COSINE]).nan_to_num(0.0).square()
+        self._means += share * values
+
+    def sums(self) -> list[Tensor]:
+        """Return what processes add up before the step ends."""
+        return [*self._gradients(), *(self._balance.cycle_gradients if self._balance else []), self._means]
+
+    def finish_gradient(self) -> Float[Tensor, " figure"]:
+        """Weigh, measure and clip the gradient; return the terms, the separability weight and the norm."""
+        means = self._means
+        means[_COSINE] = (means[_RETURN] / means[_COSINE].sqrt()).nan_to_num(0.0)
+        if self._balance:
+            weight = self._balance.apply()
+            means[_TOTAL] = means[_CYCLE] + weight * means[_SEPARABILITY]
+        else:
+            weight = torch.tensor(self.settings.separability_weight, device=self.device)
+        self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        if self.settings.clip_gradient:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.settings.clip_gradient, norm)
+        return torch.cat([means, weight.view(1), norm.view(1)])
+
+    def finish_step(self, step: Step, values: Sequence[float]) -> StepFigures | None:
+        """Move the parameters; or, when a figure is not finite, mark the learner and return nothing.
+
+        In fp16 a gradient may overflow: the scaler leaves the step out and lowers its scale.
+        """
+        needed = (values[_CYCLE], values[_SEPARABILITY]) if self._scaler.is_enabled() else values
+        if not all(map(math.isfinite, needed)):
+            self.diverged_at = step.number
+            return None
+        lr = learning_rate(self.settings, step.position)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return StepFigures(step.number, step.epoch, lr, *values)
+
+    def project(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
+        """Project tokens in the precision of the settings; the result is float32."""
+        dtype = PRECISIONS[self.settings.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+            projected: Tensor = self.projection(tokens)
+        return projected.float()
+
+    def _gradients(self) -> list[Tensor]:
+        return [item.grad for item in self._parameters if item.grad is not None]
+
+
+class Trainer:
+    """Learners on one stream of batches, which is copied to their device and cast once for all of them."""
+
+    def __init__(
+        self, learners: Sequence[Learner], replicas: Replicas = ALONE, part_bytes: int | None = None
+    ) -> None:
+        self.learners = tuple(learners)
+        self._replicas, self._part_bytes = replicas, part_bytes
+        self._device = learners[0].device
+        self._started = False
+
+    def feed(self, batch: Batch) -> list[StepFigures | None]:
+        """Learn from a batch; return one line of figures per learner when it ends a step, else nothing.
+
+        A learner that diverged has none. The device has finished with `batch` on return.
+        """
+        active = [learner for learner in self.learners if learner.diverged_at is None]
+        if not self._started:
+            for learner in active:
+                learner.start_step()
+        self._add(active, batch)
+        self._started = not batch.portion.ends_step
+        return [] if self._started else self._finish(active, batch.portion.step)
+
+    def _add(self, active: Sequence[Learner], batch: Batch) -> None:
+        # The end of a step waits for its figures, and so for its last copy; other copies are waited for here.
+        samples = batch.samples.to(self._device, non_blocking=batch.portion.ends_step)
+        n_step = len(batch.portion.step.ids)
+        for part in _parts(samples, self._part_bytes):
+            originals = Originals(part.float())
+            for learner in active:
+                learner.add(originals, len(part) / n_step)
+
+    def _finish(self, active: Sequence[Learner], step: Step) -> list[StepFigures | None]:
+        self._replicas.add_up([tensor for learner in active for tensor in learner.sums()])
+        values = torch.stack([learner.finish_gradient() for learner in active]).tolist()
+        found = {id(a): a.finish_step(step, line) for a, line in zip(active, values, strict=True)}
+        return [found.get(id(learner)) for learner in self.learners]
+
+
+def _parts(samples: Float16[Tensor, "n view row col dim"], part_bytes: int | None) -> Sequence[Tensor]:
+    if not len(samples):
+        return ()
+    limit = part_bytes or PART_BYTES.get(samples.device.type, PART_BYTES["cpu"])
+    sample_bytes = 4 * math.prod(samples.shape[1:])
+    return torch.split(samples, max(limit // sample_bytes, 1))

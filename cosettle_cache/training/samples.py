@@ -1,0 +1,348 @@
+"""Training samples: what a pairs store holds, what a frames store can make, and several stores as one.
+
+Stores go in; out comes one source of samples with ids, that reads them, names them and knows their clips and
+shards. A sample is the views that a walk visits on its way out, and the first of them shifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int64
+from numpy.typing import NDArray
+
+from cosettle_cache.core.errors import FingerprintError, InputError, UsageError
+from cosettle_cache.core.settings import TrainSettings
+from cosettle_cache.core.types import ArrayLayout, PlanKind
+from cosettle_cache.store import FeatureStore
+from cosettle_cache.store.plan import choose_pair
+from cosettle_cache.training.feeding import Ids
+
+#: What must be equal for tokens of several stores to lie in one space.
+ENCODER_KEYS = ("backbone", "weights_sha256", "token_rule", "position_rule", "preprocessing")
+
+#: Samples that a scan reads at a time.
+_SCAN_SAMPLES = 64
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A source of samples; equal ids are equal samples, in every epoch and process."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Views, rows, columns and channels of a sample."""
+
+    @property
+    def n_rounds(self) -> int:
+        """Epochs that differ in more than their order: view sets, or the epochs asked for."""
+
+    def epoch_ids(self, epoch: int) -> Ids:
+        """Return the ids of an epoch, ascending: one sample of every clip."""
+
+    def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
+        """Fill `out` `[n view row col dim]` with the samples `ids`."""
+
+    def warm(self, ids: Ids) -> None:
+        """Read the samples `ids` into the page cache, in the order of the disk, where there is one."""
+
+    def slots(self, ids: Ids) -> Ids:
+        """Return the shard in which each sample (of a frames store: its first frame) lies."""
+
+    def videos(self, ids: Ids) -> list[str]:
+        """Return the clip of each sample."""
+
+    def name(self, sample: int) -> str:
+        """Return what messages call a sample."""
+
+
+def walk_of(n_views: int) -> tuple[int, ...]:
+    """Return the positions that a walk visits: out over the plain views, back, and to the shifted first one.
+
+    Three views (two frames) give 0, 1, 2; four (three frames) give 0, 1, 2, 1, 3.
+    """
+    out = range(n_views - 1)
+    return (*out, *reversed(out[1:-1]), n_views - 1)
+
+
+class PairsSamples:
+    """The samples of a pairs store; epoch `e` visits view set `e` modulo their number."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        table = store.sample_table
+        if not len(table):
+            raise InputError("this store holds no samples yet", hint="run the extract command to its end")
+        self._store, self._table = store, table
+        self._ids = table["sample"].to_numpy().astype(np.int64)
+        views = table["view"].to_numpy()
+        self._by_view: list[Ids] = [self._ids[views == view] for view in np.unique(views)]
+        self.shape = _sample_shape(store.arrays[0], 2)
+        self.n_rounds = len(self._by_view)
+
+    def epoch_ids(self, epoch: int) -> Ids:
+        """Return the ids of a view set."""
+        return self._by_view[epoch % self.n_rounds]
+
+    def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
+        """Fill `out` with the samples `ids`."""
+        self._store.read_into(ids, out)
+
+    def warm(self, ids: Ids) -> None:
+        """Read the samples `ids` into the page cache."""
+        self._store.warm(ids)
+
+    def slots(self, ids: Ids) -> Ids:
+        """Return the slot of each sample."""
+        return self._store.sample_slots(ids)
+
+    def videos(self, ids: Ids) -> list[str]:
+        """Return the clip of each sample."""
+        rows = pa.array(np.searchsorted(self._ids, ids))
+        return [str(name) for name in self._table["video_id"].take(rows).to_pylist()]
+
+    def name(self, sample: int) -> str:
+        """Name a sample by its clip and view set."""
+        row = int(np.searchsorted(self._ids, sample))
+        return f"sample {sample}: {self._table['video_id'][row]}, view set {self._table['view'][row]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Rows of a clip's encodings: the plain ones by frame, the shifted ones by shift and frame."""
+
+    video_id: str
+    plain: Int64[np.ndarray, " frame"]
+    shifted: Int64[np.ndarray, "shift frame"]
+
+
+class FramesSamples:
+    """Samples drawn from a frames store with shifted encodings: every epoch draws each clip's frames anew.
+
+    Sample `clip + n_clips * epoch` is a draw from seed, epoch and clip, so that ids stay plain numbers.
+    """
+
+    def __init__(self, store: FeatureStore, settings: TrainSettings) -> None:
+        self._store, self._settings = store, settings
+        self._layout = _only_array(store)
+        self._clips = _clips(store, settings.palindrome)
+        self.shape = _sample_shape(self._layout, settings.palindrome)
+        self.n_rounds = settings.epochs
+
+    def epoch_ids(self, epoch: int) -> Ids:
+        """Return one id per clip."""
+        return np.arange(len(self._clips)) + epoch * len(self._clips)
+
+    def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
+        """Fill `out` with the samples `ids`."""
+        rows = np.concatenate([self._rows(int(sample)) for sample in ids])
+        self._store.read_encodings(self._layout.grid, rows, out.reshape(len(rows), *out.shape[2:]))
+
+    def warm(self, ids: Ids) -> None:
+        """Read the frames of the samples `ids` into the page cache."""
+        rows = np.concatenate([self._rows(int(sample)) for sample in ids])
+        self._store.warm_encodings(self._layout.grid, rows)
+
+    def slots(self, ids: Ids) -> Ids:
+        """Return the slot of each sample's first frame."""
+        firsts = np.array([self._rows(int(sample))[0] for sample in ids], np.int64)
+        return firsts // self._layout.slot_encodings
+
+    def videos(self, ids: Ids) -> list[str]:
+        """Return the clip of each sample."""
+        return [self._clips[int(sample) % len(self._clips)].video_id for sample in ids]
+
+    def name(self, sample: int) -> str:
+        """Name a sample by its clip and frames."""
+        clip, frames, shift = self._draw(sample)
+        shown = ", ".join(map(str, frames))
+        return f"sample {sample}: {clip.video_id}, kept frames {shown}, shift {shift + 1}"
+
+    def _rows(self, sample: int) -> Int64[np.ndarray, " view"]:
+        clip, frames, shift = self._draw(sample)
+        return np.append(clip.plain[list(frames)], clip.shifted[shift, frames[0]])
+
+    def _draw(self, sample: int) -> tuple[Clip, tuple[int, ...], int]:
+        epoch, number = divmod(sample, len(self._clips))
+        clip, settings = self._clips[number], self._settings
+        draws = np.random.default_rng((settings.seed, epoch, number)).random(1 + settings.palindrome)
+        frames = choose_frames(len(clip.plain), settings.gap, draws[1:].tolist())
+        return clip, frames, int(draws[0] * len(clip.shifted))
+
+
+class JoinedSamples:
+    """Several sources as one: sample `i` of source `s` of `n` is number `i * n + s`.
+
+    Every epoch visits one sample of every clip of every source.
+    """
+
+    def __init__(self, sources: Sequence[Samples]) -> None:
+        self._sources = tuple(sources)
+        self.shape = sources[0].shape
+        self.n_rounds = max(source.n_rounds for source in sources)
+
+    def epoch_ids(self, epoch: int) -> Ids:
+        """Return the ids of all sources' epochs."""
+        n = len(self._sources)
+        return np.concatenate([s.epoch_ids(epoch) * n + number for number, s in enumerate(self._sources)])
+
+    def arrange(self, ids: Ids) -> Ids:
+        """Return the ids source by source, so that each is read in one go."""
+        return ids[np.argsort(ids % len(self._sources), kind="stable")]
+
+    def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
+        """Fill `out` with the samples `ids`; each run of one source is one read."""
+        for number, start, stop in self._runs(ids):
+            self._sources[number].read_into(ids[start:stop] // len(self._sources), out[start:stop])
+
+    def warm(self, ids: Ids) -> None:
+        """Read the samples `ids` into the page cache, source by source."""
+        n = len(self._sources)
+        for number, source in enumerate(self._sources):
+            mine = ids[ids % n == number]
+            if len(mine):
+                source.warm(mine // n)
+
+    def slots(self, ids: Ids) -> Ids:
+        """Return the slot of each sample; slots of different sources differ."""
+        n = len(self._sources)
+        found = np.empty(len(ids), np.int64)
+        for number, source in enumerate(self._sources):
+            mine = ids % n == number
+            found[mine] = source.slots(ids[mine] // n) * n + number
+        return found
+
+    def videos(self, ids: Ids) -> list[str]:
+        """Return the clip of each sample."""
+        return [
+            name
+            for number, start, stop in self._runs(ids)
+            for name in self._sources[number].videos(ids[start:stop] // len(self._sources))
+        ]
+
+    def name(self, sample: int) -> str:
+        """Name a sample by what its source calls it and the number of the store."""
+        local, number = divmod(sample, len(self._sources))
+        name = self._sources[number].name(local)
+        return name if len(self._sources) == 1 else f"store {number + 1}, {name}"
+
+    def _runs(self, ids: Ids) -> list[tuple[int, int, int]]:
+        """Return (source, start, stop) of every run of one source."""
+        number = ids % len(self._sources)
+        bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ids)]
+        return [(int(number[a]), a, b) for a, b in pairwise(bounds) if b > a]
+
+
+def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> JoinedSamples:
+    """Return the samples of all stores; raise unless their tokens lie in one space and on one grid.
+
+    Raises `InputError` for a store without shifted views, `FingerprintError` for stores of several encoders.
+    """
+    for store in stores[1:]:
+        _check_same_encoder(stores[0], store)
+    sources = [_source(store, settings) for store in stores]
+    for store, source in zip(stores, sources, strict=True):
+        if source.shape != sources[0].shape:
+            raise InputError(
+                f"{store.path} holds samples of another shape than {stores[0].path}",
+                wanted=sources[0].shape,
+                found=source.shape,
+            )
+    return JoinedSamples(sources)
+
+
+def find_not_finite(samples: Samples, ids: Ids) -> Ids:
+    """Return the ids among `ids` whose tokens are not all finite, reading them once more."""
+    buffer = np.empty((min(len(ids), _SCAN_SAMPLES), *samples.shape), np.float16)
+    bad = [np.empty(0, np.int64)]
+    for start in range(0, len(ids), _SCAN_SAMPLES):
+        part = ids[start : start + _SCAN_SAMPLES]
+        samples.read_into(part, buffer[: len(part)])
+        finite = np.isfinite(buffer[: len(part)]).reshape(len(part), -1).all(1)
+        bad.append(part[~finite])
+    found: Ids = np.concatenate(bad)
+    return found
+
+
+def choose_frames(n_frames: int, gap: float, draws: Sequence[float]) -> tuple[int, ...]:
+    """Return as many frames as draws, `int(gap * n_frames)` apart; two are chosen as the pairs plan does.
+
+    Where the clip is too short for the gap, the gap shrinks to what fits, and frames repeat at the last.
+    """
+    if len(draws) == 2:
+        return choose_pair(n_frames, gap, draws[0], draws[1])
+    steps = len(draws) - 1
+    distance = min(max(int(gap * n_frames + 1e-9), 1), (n_frames - 1) // steps)
+    start = int(draws[0] * (n_frames - steps * distance))
+    return tuple(start + number * distance for number in range(len(draws)))
+
+
+def _source(store: FeatureStore, settings: TrainSettings) -> Samples:
+    if store.plan_kind is PlanKind.FRAMES:
+        return FramesSamples(store, settings)
+    if settings.palindrome != 2:
+        raise UsageError(
+            "a pairs store has two frames of a clip in one crop, which is too few for longer walks",
+            wanted="a store of the frames plan with shifted encodings",
+            found=f"{store.path}, palindrome {settings.palindrome}",
+            hint="cosettle-cache extract --plan frames --shifted 1 makes one",
+        )
+    return PairsSamples(store)
+
+
+def _sample_shape(layout: ArrayLayout, n_frames: int) -> tuple[int, int, int, int]:
+    return (n_frames + 1, layout.grid.rows, layout.grid.cols, layout.n_channels)
+
+
+def _only_array(store: FeatureStore) -> ArrayLayout:
+    if not store.fingerprint.plan.get("n_shifted"):
+        raise InputError(
+            "training needs samples with a shifted view, and this store has none",
+            wanted="a store of the pairs plan, or of the frames plan with shifted encodings",
+            found="a store of the frames plan without shifted encodings",
+            hint="cosettle-cache extract --plan pairs makes one",
+        )
+    if len(store.arrays) != 1:
+        raise InputError(
+            "training needs one grid, and this store has several",
+            wanted="one grid",
+            found=", ".join(str(layout.grid) for layout in store.arrays),
+            hint="cosettle-cache extract --plan frames --shifted 1 --size 224x224 makes one",
+        )
+    return store.arrays[0]
+
+
+def _clips(store: FeatureStore, n_frames: int) -> tuple[Clip, ...]:
+    """Return the clips that have enough frames and whose encodings are all present, in row order.
+
+    A clip's rows follow each other: plain by frame, then shifted by shift and frame (docs/store.md).
+    """
+    index = store.index.filter(pc.is_null(store.index["error"])).sort_by("row")
+    rows, videos = index["row"].to_numpy(), index["video_id"].to_numpy()
+    names, starts = np.unique(videos, return_index=True)
+    order = np.argsort(starts)
+    n_plans, present = 1 + int(store.fingerprint.plan["n_shifted"]), set(store.video_ids)
+    found = []
+    for name, mine in zip(names[order], np.split(rows, starts[order][1:]), strict=True):
+        n_kept, rest = divmod(len(mine), n_plans)
+        if name in present and not rest and n_kept >= n_frames and mine[-1] - mine[0] + 1 == len(mine):
+            found.append(Clip(str(name), mine[:n_kept], mine[n_kept:].reshape(n_plans - 1, n_kept)))
+    if not found:
+        raise InputError(f"no clip of {store.path} has {n_frames} frames and all its shifted encodings")
+    return tuple(found)
+
+
+def _check_same_encoder(first: FeatureStore, other: FeatureStore) -> None:
+    wanted, found = first.fingerprint.to_json(), other.fingerprint.to_json()
+    details = [f"{k}: wanted {wanted[k]}, found {found[k]}" for k in ENCODER_KEYS if wanted[k] != found[k]]
+    if details:
+        raise FingerprintError(
+            f"{other.path} holds tokens of another encoder than {first.path}",
+            details=details,
+            hint="train on each store alone, or extract one of them again",
+        )

@@ -1,0 +1,304 @@
+"""Stage two without training: the projection that the paper's Theorem 1 gives in closed form.
+
+A store comes in; a folder with the projection, its spectrum, the margin of every threshold tried and a report
+goes out. One pass over the store sums up how corresponding tokens differ, here or on many workers, with the
+same bits; a second one over the clips held out measures. docs/objective.md derives what is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.handing import Run, one_by_one
+from cosettle_cache.core.settings import SpectralSettings, digest, package_versions, settings_json
+from cosettle_cache.core.tables import make_table, write_json, write_table
+from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
+from cosettle_cache.search.correspondence import find_correspondence
+from cosettle_cache.store import FeatureStore
+from cosettle_cache.training.frame_pairs import FramePairs, list_pairs
+from cosettle_cache.training.gathering import GatherUnit, gather
+from cosettle_cache.training.margins import inter_distances, intra_distances
+from cosettle_cache.training.spectrum import (
+    Margin,
+    Spectrum,
+    choose_places,
+    make_spectrum,
+)
+
+#: Two clips to compare with each other on either side of the split.
+FEWEST_CLIPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SpectralReport:
+    """What was found. `predicted` is the theory on the fitted clips, `measured` the clips held out.
+
+    `raw` stands for the tokens before the projection. `n_differences` counts pairs of corresponding tokens.
+    """
+
+    folder: Path
+    spectral_lambda: float
+    n_directions: int
+    dim: int
+    rank: int
+    correspondence: str
+    gamma: float
+    n_clips: int
+    n_held_out: int
+    n_differences: int
+    raw_measured: Margin
+    raw_predicted: Margin
+    measured: Margin
+    predicted: Margin
+    seconds: float
+    projection_sha256: str
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self) | {"folder": str(self.folder), "warnings": list(self.warnings)}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One threshold: how many directions it leaves, what is measured and what the theory predicts."""
+
+    spectral_lambda: float
+    n_directions: int
+    measured: Margin
+    predicted: Margin
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fit:
+    """The spectrum, every threshold tried on it, and the one that was taken."""
+
+    spectrum: Spectrum
+    trials: tuple[Trial, ...]
+    chosen: Trial
+    n_clips: int
+    n_held_out: int
+    n_differences: int
+
+    def projection(self) -> Projection:
+        """Return the projection of the threshold that was taken."""
+        projection = Projection(len(self.spectrum.basis), "spectral")
+        matrix = self.spectrum.matrix(self.chosen.spectral_lambda)
+        projection.load_state_dict({"linears.0.weight": torch.from_numpy(matrix)})
+        return projection
+
+
+def fit_spectral(
+    store: FeatureStore,
+    settings: SpectralSettings,
+    out: Path,
+    *,
+    device: str = "cpu",
+    run: Run | None = None,
+    progress: Progress | None = None,
+) -> SpectralReport:
+    """Write the spectral projection of `store` into the folder `out`.
+
+    `run` hands groups of slots to workers; sums are added up in the order of the store, whoever is first.
+    Raises `InputError` for fewer than four clips with two frames or for tokens that are not finite, and
+    `UsageError` for a lambda that removes every direction.
+    """
+    started = time.perf_counter()
+    check_settings(settings)
+    fit = _fit(store, settings, device, run or one_by_one, progress or SILENT)
+    projection = fit.projection()
+    report = SpectralReport(
+        folder=out,
+        spectral_lambda=fit.chosen.spectral_lambda,
+        n_directions=fit.chosen.n_directions,
+        dim=projection.dim,
+        rank=fit.spectrum.rank,
+        correspondence=settings.correspondence,
+        gamma=settings.gamma,
+        n_clips=fit.n_clips,
+        n_held_out=fit.n_held_out,
+        n_differences=fit.n_differences,
+        raw_measured=fit.trials[-1].measured,
+        raw_predicted=fit.trials[-1].predicted,
+        measured=fit.chosen.measured,
+        predicted=fit.chosen.predicted,
+        seconds=time.perf_counter() - started,
+        projection_sha256=projection_sha256(projection),
+        warnings=tuple(_warnings(store, fit, settings)),
+    )
+    _write(make_folder(out), store, settings, fit, report)
+    return report
+
+
+def check_settings(settings: SpectralSettings) -> None:
+    """Raise `UsageError` for settings that mean nothing."""
+    find_correspondence(settings.correspondence)
+    if settings.spectral_lambda is not None and not 0 < settings.spectral_lambda < math.inf:
+        raise UsageError(
+            "the spectral lambda is a threshold",
+            wanted="a number greater than 0",
+            found=settings.spectral_lambda,
+        )
+    if settings.n_lambdas < 2 or not 0 <= settings.held_out < 1 or settings.max_held_out < 2:
+        raise UsageError(
+            "these settings leave nothing to choose from",
+            wanted="n_lambdas and max_held_out of 2 or more, held_out in [0, 1)",
+            found=settings_json(settings),
+        )
+
+
+def choose_held_out(video_ids: Sequence[str], settings: SpectralSettings) -> Bool[np.ndarray, " video"]:
+    """Return which clips are held out: those whose hash with the seed is smallest, whatever the store."""
+    if len(video_ids) < FEWEST_CLIPS:
+        raise InputError(
+            "too few clips with two frames: distances between clips need two to fit on and two held out",
+            wanted=f"{FEWEST_CLIPS} clips",
+            found=f"{len(video_ids)}",
+        )
+    wanted = min(math.ceil(settings.held_out * len(video_ids)), settings.max_held_out)
+    n_held_out = min(max(2, wanted), len(video_ids) - 2)
+    marks = [hashlib.sha256(f"{settings.seed}\0{name}".encode()).digest() for name in video_ids]
+    chosen = np.zeros(len(video_ids), bool)
+    chosen[sorted(range(len(marks)), key=marks.__getitem__)[:n_held_out]] = True
+    return chosen
+
+
+def _fit(store: FeatureStore, settings: SpectralSettings, device: str, run: Run, progress: Progress) -> _Fit:
+    pairs = list_pairs(store)
+    held_out = choose_held_out(pairs.video_ids, settings)
+    unit = GatherUnit(store, settings.correspondence, choose_places([a.grid for a in store.arrays]), device)
+    statistics = gather(unit, pairs.of_videos(~held_out), run, progress)
+    spectrum = make_spectrum(statistics)
+    if settings.spectral_lambda is not None:
+        spectrum.check_lambda(settings.spectral_lambda)
+    trials = _try(unit, pairs.of_videos(held_out), spectrum, settings)
+    chosen = _choose(trials, settings)
+    n_held_out = int(held_out.sum())
+    return _Fit(spectrum, trials, chosen, len(held_out) - n_held_out, n_held_out, statistics.n_differences)
+
+
+def _try(
+    unit: GatherUnit, groups: Sequence[FramePairs], spectrum: Spectrum, settings: SpectralSettings
+) -> tuple[Trial, ...]:
+    """Return a trial per lambda, ascending; the last one is the tokens as they are (lambda infinite)."""
+    extra = [] if settings.spectral_lambda is None else [settings.spectral_lambda]
+    lambdas = [*sorted({*spectrum.candidates(settings.n_lambdas).tolist(), *extra}), math.inf]
+    gains = np.stack([spectrum.gains(item) for item in lambdas])
+    inter, intra = _measure(unit, groups, spectrum, torch.from_numpy(gains).to(unit.device))
+    return tuple(
+        Trial(
+            item,
+            int((gain > 0).sum()),
+            Margin.of(d_inter, d_intra, settings.gamma),
+            spectrum.predict(item, settings.gamma),
+        )
+        for item, gain, d_inter, d_intra in zip(lambdas, gains, inter, intra, strict=True)
+    )
+
+
+def _measure(
+    unit: GatherUnit, groups: Sequence[FramePairs], spectrum: Spectrum, gains: Tensor
+) -> tuple[list[float], list[float]]:
+    """Return the distances between and within the videos of `groups` per gain, all videos alike."""
+    basis = torch.from_numpy(spectrum.basis).to(unit.device)
+    by_video: dict[int, list[Tensor]] = defaultdict(list)
+    representatives: list[Tensor] = []
+    for group in groups:
+        for batch in unit.batches(group):
+            distances = intra_distances(batch.first, batch.second, basis, gains)
+            for video, distance in zip(batch.pairs.video.tolist(), distances, strict=True):
+                by_video[video].append(distance)
+            representatives.append(batch.representatives)
+    intra = torch.stack([torch.stack(items).mean(0) for items in by_video.values()]).mean(0)
+    inter = inter_distances(torch.cat(representatives), basis, gains)
+    return inter.tolist(), intra.tolist()
+
+
+def _choose(trials: Sequence[Trial], settings: SpectralSettings) -> Trial:
+    """Return the trial asked for, or the one with the largest margin among those with a threshold."""
+    if settings.spectral_lambda is not None:
+        return next(trial for trial in trials if trial.spectral_lambda == settings.spectral_lambda)
+    return max(trials[:-1], key=lambda trial: trial.measured.margin)
+
+
+def _warnings(store: FeatureStore, fit: _Fit, settings: SpectralSettings) -> Iterator[str]:
+    dim, rank = len(fit.spectrum.basis), fit.spectrum.rank
+    if rank < dim:
+        yield f"the tokens move in {rank} of {dim} directions only; more clips would fill the rest"
+    if fit.chosen.measured.margin <= fit.trials[-1].measured.margin:
+        yield "on the clips held out no gain in margin over the raw tokens was measured"
+    if settings.spectral_lambda is None and fit.chosen in (fit.trials[0], fit.trials[-2]):
+        yield f"the chosen lambda {fit.chosen.spectral_lambda:.4g} is at the end of those tried"
+    if not store.complete:
+        yield "the store is not complete: some slots are to do or hold failed clips"
+
+
+#: Columns of `spectrum.parquet`; see `Spectrum`.
+SPECTRUM_SCHEMA = pa.schema(
+    [("intra", pa.float64()), ("inter", pa.float64()), ("energy", pa.float64()), ("gain", pa.float64())]
+)
+
+#: Columns of `margins.parquet`: one row per lambda tried, the last (infinite) for the raw tokens.
+MARGINS_SCHEMA = pa.schema(
+    [("spectral_lambda", pa.float64()), ("n_directions", pa.int64())]
+    + [
+        (f"{kind}_{name}", pa.float64())
+        for kind in ("measured", "predicted")
+        for name in ("d_inter", "d_intra", "margin")
+    ]
+    + [("chosen", pa.bool_())]
+)
+
+
+def _write(
+    out: Path, store: FeatureStore, settings: SpectralSettings, fit: _Fit, report: SpectralReport
+) -> None:
+    spectrum = fit.spectrum
+    columns = (spectrum.intra, spectrum.inter, spectrum.energy, spectrum.gains(report.spectral_lambda))
+    write_table(out / "spectrum.parquet", pa.table([*map(pa.array, columns)], schema=SPECTRUM_SCHEMA))
+    rows = [_row(trial, report.spectral_lambda) for trial in fit.trials]
+    write_table(out / "margins.parquet", make_table(rows, MARGINS_SCHEMA))
+    write_json(out / "spectral.json", report.to_json())
+    save_projection(out / "projection.safetensors", fit.projection(), _provenance(store, settings, report))
+
+
+def _row(trial: Trial, chosen: float) -> dict[str, float | int | bool]:
+    row: dict[str, float | int | bool] = {
+        "spectral_lambda": trial.spectral_lambda,
+        "n_directions": trial.n_directions,
+        "chosen": trial.spectral_lambda == chosen,
+    }
+    for kind, margin in (("measured", trial.measured), ("predicted", trial.predicted)):
+        row |= {f"{kind}_{name}": value for name, value in asdict(margin).items()}
+    return row
+
+
+def _provenance(store: FeatureStore, settings: SpectralSettings, report: SpectralReport) -> dict[str, str]:
+    figures = {"spectral_lambda": report.spectral_lambda, "n_directions": report.n_directions}
+    margins = {"measured": asdict(report.measured), "raw": asdict(report.raw_measured)}
+    return {
+        "backbone": store.fingerprint.backbone,
+        "weights_sha256": store.fingerprint.weights_sha256,
+        "manifest_digest": store.fingerprint.manifest_digest,
+        "store_digest": digest(store.fingerprint.to_json()),
+        "settings": json.dumps(settings_json(settings), sort_keys=True),
+        "spectral": json.dumps(figures | margins, sort_keys=True),
+        "versions": json.dumps(package_versions(), sort_keys=True),
+    }

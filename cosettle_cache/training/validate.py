@@ -1,0 +1,110 @@
+"""Validation: which clips are held out, and how learners do on them.
+
+Held-out samples go in, are read once for all learners, and figures of each come out; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from cosettle_cache.training.feeding import Ids
+from cosettle_cache.training.learner import Learner
+from cosettle_cache.training.objective import Originals
+from cosettle_cache.training.run_state import ValidationFigures
+from cosettle_cache.training.samples import Samples
+
+#: Clips that are read and compared with each other at a time; distances are of pairs among them.
+GROUP_CLIPS = 16
+
+#: Weight of the distance within clips in the paper's margin D (PROTOCOLS 5.3).
+INTRA_WEIGHT = 0.3
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Marks the samples of held-out clips: those whose hash of seed and video id falls below `share`."""
+
+    samples: Samples
+    share: float
+    seed: int
+
+    def __call__(self, ids: Ids) -> Bool[np.ndarray, " n"]:
+        """Return whether each sample is held out."""
+        videos = self.samples.videos(ids)
+        known = {video: self._is_held_out(video) for video in set(videos) - self._known.keys()}
+        self._known.update(known)
+        return np.array([self._known[video] for video in videos], bool)
+
+    @cached_property
+    def _known(self) -> dict[str, bool]:
+        return {}
+
+    @cached_property
+    def ids(self) -> Ids:
+        """The held-out samples of the first epoch, by which all epochs are measured."""
+        first = self.samples.epoch_ids(0)
+        held_out: Ids = first[self(first)]
+        return held_out
+
+    def _is_held_out(self, video_id: str) -> bool:
+        word = hashlib.sha256(f"{self.seed}\0{video_id}".encode()).digest()[:8]
+        return int.from_bytes(word, "big") < self.share * 2**64
+
+
+@torch.no_grad()
+def validate(
+    learners: Sequence[Learner], samples: Samples, ids: Ids, step: int, epoch: int
+) -> list[ValidationFigures]:
+    """Return the figures of every learner on the samples `ids`.
+
+    Clips are taken in groups of up to 16, and distances between clips are those within a group.
+    """
+    n_groups = -(-len(ids) // GROUP_CLIPS)
+    groups = np.array_split(ids, n_groups)
+    buffer = np.empty((len(groups[0]), *samples.shape), np.float16)
+    means = torch.zeros(len(learners), 5)
+    for group in groups:
+        samples.read_into(group, buffer[: len(group)])
+        tokens = torch.from_numpy(buffer[: len(group)]).to(learners[0].device).float()
+        share = len(group) / len(ids)
+        means += share * torch.stack([_measure(learner, tokens) for learner in learners]).cpu()
+    return [_figures(step, epoch, line) for line in means.tolist()]
+
+
+def token_distances(
+    tokens: Float[Tensor, "n view row col dim"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the mean distance of unit tokens at equal places: between clips, and along a clip's plain views.
+
+    Distances are in diameters of the unit sphere (0 to 1), as in the paper's tables. With one clip there is
+    nothing between clips, and the first is 0.
+    """
+    places = F.normalize(tokens, dim=-1).flatten(2, 3).permute(1, 2, 0, 3)
+    plain = places[:-1]
+    within = torch.stack([(a - b).norm(dim=-1).mean() / 2 for a, b in pairwise(plain)]).mean()
+    n = places.shape[2]
+    distances = torch.cdist(plain[0], plain[0], compute_mode="donot_use_mm_for_euclid_dist")
+    between = distances.sum() / max(2 * n * (n - 1) * plain.shape[1], 1)
+    return between, within
+
+
+def _measure(learner: Learner, tokens: Float[Tensor, "n view row col dim"]) -> Float[Tensor, " figure"]:
+    terms = learner.terms(Originals(tokens))
+    between, within = token_distances(learner.project(tokens))
+    return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, between, within])
+
+
+def _figures(step: int, epoch: int, means: Sequence[float]) -> ValidationFigures:
+    cycle, separability, accuracy, between, within = means
+    margin = between - INTRA_WEIGHT * within
+    return ValidationFigures(step, epoch, cycle, separability, accuracy, between, within, margin)

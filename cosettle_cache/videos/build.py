@@ -1,0 +1,162 @@
+"""From clips on disk to manifest rows: what the builders of all folder layouts share.
+
+In come the clips that a layout found; out go the rows of those that can be decoded and, by name, the reasons
+why the others cannot.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cosettle_cache.core.errors import CosettleError, InputError, MediaError
+from cosettle_cache.core.types import Manifest, Video
+from cosettle_cache.videos.frames import VIDEO_SUFFIXES, natural_key, probe
+from cosettle_cache.videos.manifest import is_safe_path
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A video file or a folder of frames that a layout found, its annotations, and its row's id."""
+
+    video_id: str
+    path: Path
+    class_name: str | None = None
+    labels: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """The manifest of the good videos, and for each bad one (by its media path) the reason."""
+
+    manifest: Manifest
+    failures: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a manifest's videos come from: layout and folder, and what its media paths are relative to."""
+
+    dataset: str
+    split: str
+    root: Path
+    data_root: Path
+
+    def relative(self, path: Path) -> str:
+        """Return `path`, which lies under `root`, as a manifest writes it."""
+        return (path_in(self.root, self.data_root) / path.relative_to(self.root)).as_posix()
+
+    def video(self, clip: Clip) -> Video:
+        """Return the row of one clip; raise `MediaError` when it cannot be decoded or named."""
+        media = self.relative(clip.path)
+        if not is_safe_path(media):
+            raise MediaError(f"{media!r} cannot stand in a manifest", wanted="a name without : and \\")
+        info = probe(clip.path)
+        return Video(
+            video_id=clip.video_id,
+            media=media,
+            media_kind=info.kind,
+            n_frames=info.n_frames,
+            height=info.height,
+            width=info.width,
+            dataset=self.dataset,
+            split=self.split,
+            fps=info.fps,
+            class_name=clip.class_name,
+        )
+
+    def provenance(self) -> dict[str, str]:
+        """Return what a manifest says about its making."""
+        return {
+            "builder": self.dataset,
+            "root": self.relative(self.root),
+            "split": self.split,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+
+
+def build(
+    clips: Sequence[Clip], source: Source, make_video: Callable[[Clip], Video] | None = None
+) -> BuildResult:
+    """Return the rows of `clips`, in order, and a reason for every one that cannot be a row.
+
+    `make_video` (default `source.video`) makes one row or raises. Raises `InputError` when no row is left.
+    """
+    provenance = source.provenance()
+    if not clips:
+        raise InputError(f"{source.root} holds no clips", wanted=f"the {source.dataset} layout")
+    with ThreadPoolExecutor() as pool:
+        rows = list(pool.map(lambda clip: _attempt(make_video or source.video, clip), clips))
+    videos = tuple(row for row in rows if isinstance(row, Video))
+    failures = {
+        source.relative(clip.path): row
+        for clip, row in zip(clips, rows, strict=True)
+        if not isinstance(row, Video)
+    }
+    if not videos:
+        details = [f"{media}: {reason}" for media, reason in failures.items()]
+        raise InputError(f"{source.root} holds no usable clip", details=details)
+    return BuildResult(Manifest(videos, provenance), failures)
+
+
+def _attempt(make_video: Callable[[Clip], Video], clip: Clip) -> Video | str:
+    try:
+        return make_video(clip)
+    except CosettleError as error:
+        return error.summary
+
+
+def path_in(root: Path, data_root: Path) -> Path:
+    """Return `root` relative to `data_root`; raise `InputError` when it lies elsewhere."""
+    # As written first, so that a link under the data root keeps its place there.
+    for inner, outer in ((root.absolute(), data_root.absolute()), (root.resolve(), data_root.resolve())):
+        if inner.is_relative_to(outer) and ".." not in inner.relative_to(outer).parts:
+            return inner.relative_to(outer)
+    raise InputError(f"{root} lies outside the data root", wanted=f"a folder under {data_root}")
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in `folder` in natural order, hidden ones aside."""
+    return [entry for entry in entries(folder) if entry.is_dir()]
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what `folder` holds in natural order, hidden names aside."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", wanted="a dataset folder")
+    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted(visible, key=lambda entry: natural_key(entry.name))
+
+
+def choose(clips: Sequence[Clip], names: Sequence[str], root: Path) -> list[Clip]:
+    """Return the clips `names` in that order, all without any; one that is not there shows when it is probed.
+
+    A name is a clip's id or, where a layout has class folders and the list does not, its last part.
+    """
+    if not names:
+        return list(clips)
+    by_name = {clip.video_id.rpartition("/")[2]: clip for clip in clips}
+    by_name |= {clip.video_id: clip for clip in clips}
+    return [by_name.get(name, Clip(name, root / name)) for name in names]
+
+
+def is_video_file(path: Path) -> bool:
+    """Say whether the name is a video file's."""
+    return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
+
+
+def name_clips(paths: Iterable[Path], root: Path, class_name: str | None = None) -> Iterator[Clip]:
+    """Yield clips named by their path under `root`, without suffix wherever that stays unique."""
+    paths = list(paths)
+    full = [path.relative_to(root).as_posix() if path != root else root.name for path in paths]
+    short = [
+        name.removesuffix(path.suffix) if is_video_file(path) else name
+        for name, path in zip(full, paths, strict=True)
+    ]
+    uses = Counter(short)
+    for path, long_name, name in zip(paths, full, short, strict=True):
+        yield Clip(name if uses[name] == 1 else long_name, path, class_name)

@@ -1,0 +1,160 @@
+"""The DAVIS layout: `JPEGImages/480p/NAME/00000.jpg`, `Annotations/480p/NAME/00000.png`, lists of names.
+
+In comes a folder in this layout (any resolution folder), out go a manifest and a sequence's masks as maps of
+object numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cosettle_cache.core.errors import InputError, MediaError, UsageError
+from cosettle_cache.core.types import LabelKind, Video
+from cosettle_cache.videos.build import BuildResult, Clip, Source, build, entries, subfolders
+from cosettle_cache.videos.index_png import PALETTE, VOID, Mask, read_mask, write_mask
+from cosettle_cache.videos.mask_files import MaskFiles, open_mask_files
+
+__all__ = [
+    "MIN_SCORED_FRAMES",
+    "PALETTE",
+    "VOID",
+    "DavisSequence",
+    "Mask",
+    "build_davis_manifest",
+    "open_sequence",
+    "read_mask",
+    "write_mask",
+]
+
+#: The resolution folder that is meant when several lie side by side.
+USUAL_RESOLUTION = "480p"
+#: The benchmark scores neither the first nor the last frame.
+MIN_SCORED_FRAMES = 3
+
+
+def build_davis_manifest(
+    root: Path,
+    data_root: Path,
+    split: str = "val",
+    names: Sequence[str] = (),
+    resolution: str | None = None,
+    dataset: str = "davis",
+) -> BuildResult:
+    """Return the sequences `names`, or those of `ImageSets/2017/SPLIT.txt`, or all where there are no lists.
+
+    `root` holds `JPEGImages`; a sequence without a folder of annotations becomes a row without labels.
+    """
+    resolution = resolution or _only_resolution(root)
+    frames, masks = root / "JPEGImages" / resolution, root / "Annotations" / resolution
+    names = names or _listed_names(root, split)
+    source = Source(dataset, split if names else "", root, data_root)
+    clips = [Clip(name, frames / name) for name in names or [path.name for path in subfolders(frames)]]
+    return build(clips, source, lambda clip: _labelled_video(clip, masks / clip.path.name, source))
+
+
+def _only_resolution(root: Path) -> str:
+    found = [path.name for path in subfolders(root / "JPEGImages")]
+    if USUAL_RESOLUTION in found or len(found) == 1:
+        return USUAL_RESOLUTION if USUAL_RESOLUTION in found else found[0]
+    raise InputError(
+        f"{root} has no single resolution folder",
+        wanted=f"JPEGImages/{USUAL_RESOLUTION}, or one other",
+        found=", ".join(found) or "none",
+    )
+
+
+def _listed_names(root: Path, split: str) -> list[str]:
+    folder = root / "ImageSets" / "2017"
+    lists = {path.stem: path for path in entries(folder) if path.suffix == ".txt"} if folder.is_dir() else {}
+    if not lists:
+        return []
+    if split not in lists:
+        raise UsageError(f"{root} has no split {split}", wanted=", ".join(lists), found=split)
+    names = list(dict.fromkeys(lists[split].read_text().split()))
+    if not names:
+        raise InputError(f"{lists[split]} lists no sequences", wanted="one name per line")
+    return names
+
+
+def _labelled_video(clip: Clip, masks: Path, source: Source) -> Video:
+    video = source.video(clip)
+    if not masks.is_dir():
+        return video
+    video = replace(video, labels=source.relative(masks), label_kind=LabelKind.MASKS)
+    sequence = open_sequence(video, source.data_root)
+    return replace(video, n_objects=sequence.n_objects, labelled_frames=len(sequence.labelled))
+
+
+@dataclass(frozen=True, slots=True)
+class DavisSequence:
+    """One video and its annotated objects: 1 to `n_objects`, the largest index of the first annotation."""
+
+    files: MaskFiles
+    n_objects: int
+
+    @property
+    def video(self) -> Video:
+        """The manifest row."""
+        return self.files.video
+
+    @property
+    def frame_names(self) -> tuple[str, ...]:
+        """The frames' names without suffix; masks bear them."""
+        return self.files.frame_names
+
+    @property
+    def labelled(self) -> frozenset[int]:
+        """The frames (from 0 in the row's range) that have an annotation: all, or the first alone."""
+        return self.files.labelled
+
+    @property
+    def scorable(self) -> bool:
+        """Whether every frame is annotated and there are frames besides the first and the last."""
+        return len(self.labelled) == self.video.n_frames >= MIN_SCORED_FRAMES
+
+    def first_mask(self) -> Mask:
+        """Return the annotation of the first frame; void is background."""
+        return _read_objects(self.files, 0)
+
+    def mask(self, index: int) -> Mask | None:
+        """Return the annotation of a frame, None where there is none; void is read as background.
+
+        Raises `MediaError` for an unreadable one and for one with an object that the first lacks.
+        """
+        if index not in self.labelled:
+            return None
+        mask = _read_objects(self.files, index)
+        unknown = np.unique(mask[mask > self.n_objects])
+        if len(unknown):
+            raise MediaError(
+                f"{self.files.path_of(index)} has objects that the first annotation lacks",
+                wanted=f"indices 0 to {self.n_objects}",
+                found=", ".join(map(str, unknown)),
+            )
+        return mask
+
+
+def open_sequence(video: Video, data_root: Path) -> DavisSequence:
+    """Return the annotated sequence of one manifest row, after a look at every annotation's name and size.
+
+    See `open_mask_files` for what raises `MediaError`; so does a first annotation without an object.
+    """
+    files = open_mask_files(video, data_root)
+    n_objects = int(_read_objects(files, 0).max())
+    if n_objects == 0:
+        raise MediaError(
+            f"{files.path_of(0)} shows no object",
+            wanted="object indices from 1 to 254",
+            found="background and void only",
+            hint=f"write the object as 1 where a mask of two values has {VOID}",
+        )
+    return DavisSequence(files, n_objects)
+
+
+def _read_objects(files: MaskFiles, index: int) -> Mask:
+    mask = files.read(index)
+    return np.where(mask == VOID, np.uint8(0), mask)

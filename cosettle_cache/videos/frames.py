@@ -1,0 +1,259 @@
+"""Decoding: frame folders through Pillow, video files through PyAV; RGB uint8 frames come out.
+
+A frame is addressed by its index in the manifest row's own range. Everything that cannot be decoded whole
+raises `MediaError` with the file's name; nothing is padded, repeated or skipped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from cosettle_cache.core.errors import MediaError
+from cosettle_cache.core.types import MediaKind, Video
+
+FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+VIDEO_SUFFIXES = frozenset(
+    {
+        ".mp4",
+        ".mkv",
+        ".avi",
+        ".gif",
+        ".webm",
+        ".mov",
+        ".m4v",
+        ".mpg",
+        ".mpeg",
+        ".wmv",
+        ".flv",
+        ".ts",
+        ".3gp",
+        ".ogv",
+    }
+)
+
+#: What the decoders raise for files that are broken, something else, or absurdly large.
+_UNDECODABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    av.FFmpegError,
+)
+
+Image8 = UInt8[np.ndarray, "height width 3"]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInfo:
+    """What a folder or file of frames holds; `fps` is frames per second where the container says."""
+
+    kind: MediaKind
+    n_frames: int
+    height: int
+    width: int
+    fps: float | None
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Return a sort key that puts `2.jpg` before `10.jpg`."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts)
+
+
+def frame_names(folder: Path) -> list[str]:
+    """Return the image files of `folder` in natural order; raise `MediaError` when there are none."""
+    if not folder.is_dir():
+        raise MediaError(f"{folder} does not exist", wanted="a folder of frames")
+    names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in FRAME_SUFFIXES]
+    if not names:
+        suffixes = " ".join(sorted(FRAME_SUFFIXES))
+        raise MediaError(f"{folder} holds no frames", wanted=f"image files ({suffixes})", found="none")
+    return sorted(names, key=natural_key)
+
+
+def probe(path: Path) -> MediaInfo:
+    """Return what `path` holds, without decoding more than its first frame.
+
+    Frames of a video file are counted by its packets. Raises `MediaError` for a missing, empty, undecodable
+    file and for a folder whose frames differ in size.
+    """
+    if path.is_dir():
+        return _probe_folder(path)
+    n_frames, fps = _count_packets(path)
+    first = next(_decode_file(path))
+    return MediaInfo(MediaKind.FILE, n_frames, first.shape[0], first.shape[1], fps)
+
+
+def read_frame(video: Video, data_root: Path, index: int) -> Image8:
+    """Return one frame; for a video file this decodes up to it."""
+    return next(iter_frames(video, data_root, [index]))
+
+
+def iter_frames(video: Video, data_root: Path, indices: Sequence[int] | None = None) -> Iterator[Image8]:
+    """Yield the frames `indices` (ascending; default all of the row), each `[height width 3]` RGB.
+
+    Raises `MediaError` when a frame is missing, cannot be decoded, or differs from the row's size.
+    """
+    wanted = range(video.n_frames) if indices is None else indices
+    if len(wanted) and not 0 <= min(wanted) <= max(wanted) < video.n_frames:
+        raise MediaError(
+            f"{video.media} has no frame {max(wanted)}",
+            wanted=f"0 to {video.n_frames - 1}",
+            found=str(max(wanted)),
+        )
+    path = data_root / video.media
+    absolute = [video.first_frame + index for index in wanted]
+    source = _folder_frames if video.media_kind is MediaKind.FRAMES else _file_frames
+    for image in source(path, absolute):
+        _check_size(image, video, path)
+        yield image
+
+
+class FrameReader:
+    """Frames of one video for callers that come back for later frames: a video file is not decoded anew.
+
+    Threads may share it; those that read a video file take turns.
+    """
+
+    def __init__(self, video: Video, data_root: Path) -> None:
+        self.video = video
+        self._lock = Lock()
+        self._data_root = data_root
+        self._frames: Iterator[Image8] = iter(())
+        self._next: int | None = None
+
+    def read(self, indices: Sequence[int]) -> Iterator[Image8]:
+        """Yield the frames `indices` (ascending); see `iter_frames` for the errors."""
+        if self.video.media_kind is MediaKind.FRAMES:
+            yield from iter_frames(self.video, self._data_root, indices)
+            return
+        with self._lock:
+            for index in indices:
+                yield self._seek(index)
+
+    def _seek(self, index: int) -> Image8:
+        if self._next is None or index < self._next:
+            self._frames, self._next = iter_frames(self.video, self._data_root), 0
+        for image in self._frames:
+            self._next += 1
+            if self._next == index + 1:
+                return image
+        raise MediaError(
+            f"{self.video.media} ends early", wanted=f"frame {index}", found=f"{self._next} frames"
+        )
+
+
+def read_image(path: Path) -> Image8:
+    """Return one image file as RGB; raise `MediaError` when it is missing, truncated or no image."""
+    with decode_errors(path), Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _folder_frames(folder: Path, indices: Sequence[int]) -> Iterator[Image8]:
+    names = frame_names(folder)
+    for index in indices:
+        if index >= len(names):
+            raise MediaError(f"{folder} ends early", wanted=f"frame {index}", found=f"{len(names)} frames")
+        yield read_image(folder / names[index])
+
+
+def _file_frames(path: Path, indices: Sequence[int]) -> Iterator[Image8]:
+    pending = list(reversed(indices))
+    number = -1
+    for number, image in enumerate(_decode_file(path)):
+        while pending and pending[-1] == number:
+            pending.pop()
+            yield image
+        if not pending:
+            return
+    if pending:
+        raise MediaError(f"{path} ends early", wanted=f"frame {pending[-1]}", found=f"{number + 1} frames")
+
+
+def _decode_file(path: Path) -> Iterator[Image8]:
+    with decode_errors(path), av.open(str(path)) as container:
+        stream = _video_stream(container, path)
+        stream.thread_type = "AUTO"
+        empty = True
+        for frame in container.decode(stream):
+            empty = False
+            yield _upright(frame)
+        if empty:
+            raise MediaError(
+                f"{path} holds no frames", wanted="a video with at least one frame", found="none"
+            )
+
+
+def _upright(frame: av.VideoFrame) -> Image8:
+    image = frame.to_ndarray(format="rgb24")
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def _count_packets(path: Path) -> tuple[int, float | None]:
+    with decode_errors(path), av.open(str(path)) as container:
+        stream = _video_stream(container, path)
+        n_frames = sum(1 for packet in container.demux(stream) if packet.size)
+        rate = stream.average_rate
+    return n_frames, float(rate) if rate else None
+
+
+def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+    if not container.streams.video:
+        raise MediaError(f"{path} has no video stream", wanted="a video file", found="other streams only")
+    return container.streams.video[0]
+
+
+def _probe_folder(folder: Path) -> MediaInfo:
+    names = frame_names(folder)
+    sizes = {name: _image_size(folder / name) for name in names}
+    height, width = sizes[names[0]]
+    for name, size in sizes.items():
+        if size != (height, width):
+            raise MediaError(
+                f"{folder} mixes frame sizes",
+                wanted=f"{height}x{width} as in {names[0]}",
+                found=f"{size[0]}x{size[1]} in {name}",
+            )
+    return MediaInfo(MediaKind.FRAMES, len(names), height, width, None)
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    with decode_errors(path), Image.open(path) as image:
+        return image.height, image.width
+
+
+def _check_size(image: Image8, video: Video, path: Path) -> None:
+    if image.shape[:2] != (video.height, video.width):
+        raise MediaError(
+            f"{path} has a frame of another size",
+            wanted=f"{video.height}x{video.width} as in the manifest",
+            found=f"{image.shape[0]}x{image.shape[1]}",
+            hint="a video must keep one size; rebuild the manifest if the media changed",
+        )
+
+
+@contextmanager
+def decode_errors(path: Path) -> Iterator[None]:
+    """Turn whatever decoding `path` raises into a `MediaError` that names it."""
+    # FileNotFoundError first: PyAV's own errors derive from OSError as well.
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            raise MediaError(f"{path} is empty", wanted="an image or a video", found="0 bytes")
+        yield
+    except FileNotFoundError as error:
+        raise MediaError(f"{path} does not exist", hint="cosettle-cache manifest check MANIFEST") from error
+    except _UNDECODABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MediaError(f"{path} cannot be decoded", found=reason) from error

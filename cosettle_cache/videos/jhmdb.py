@@ -1,0 +1,210 @@
+"""The JHMDB layout: `Rename_Images/CLASS/CLIP/*.png`, `joint_positions/CLASS/CLIP/joint_positions.mat`.
+
+In comes a folder in this layout, out go a manifest and a clip's joints in pixels; and predicted joints are
+read and written as the released scripts keep them.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.io
+from jaxtyping import Float, Float32, Float64
+
+from cosettle_cache.core.errors import MediaError
+from cosettle_cache.core.files import output_errors
+from cosettle_cache.core.types import Grid, LabelKind, Video
+from cosettle_cache.videos.build import BuildResult, Clip, Source, build, entries, subfolders
+from cosettle_cache.videos.lists import Listed, locate, read_list
+from cosettle_cache.videos.mask_files import check_numbers, frame_stems
+from cosettle_cache.videos.safe_pickle import ArrayUnpickler
+
+#: The joints in the order of `pos_img`.
+JOINTS = (
+    "neck",
+    "belly",
+    "face",
+    "right shoulder",
+    "left shoulder",
+    "right hip",
+    "left hip",
+    "right elbow",
+    "left elbow",
+    "right knee",
+    "left knee",
+    "right wrist",
+    "left wrist",
+    "right ankle",
+    "left ankle",
+)
+MAT_FILE = "joint_positions.mat"
+
+Joints = Float64[np.ndarray, "2 joint frame"]
+#: Key points of one frame or of many: x, then y.
+AnyPoints = Float[np.ndarray, "2 ..."]
+
+#: What the MATLAB reader raises for files that are broken, something else, or of version 7.3.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    EOFError,
+    zlib.error,
+    scipy.io.matlab.MatReadError,
+)
+
+
+def build_jhmdb_manifest(
+    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
+) -> BuildResult:
+    """Return the clips `names` (`CLASS/CLIP`), or those of `jhmdb_SPLITlist.txt`, or all without a list.
+
+    A line of the list is the joints' file and the folder of images, in either order.
+    """
+    listed = [Listed(name) for name in names] or _read_lists(root, split)
+    clips = [_clip(item, root) for item in listed or _all_clips(root)]
+    source = Source("jhmdb", split if listed else "", root, data_root)
+    return build(clips, source, lambda clip: _labelled_video(clip, source))
+
+
+def _read_lists(root: Path, split: str) -> list[Listed]:
+    for folder in (root, root / "lists"):
+        path = folder / f"jhmdb_{split}list.txt"
+        if path.is_file():
+            return list(read_list(path))
+    return []
+
+
+def _all_clips(root: Path) -> list[Listed]:
+    classes = subfolders(root / "Rename_Images")
+    return [Listed(f"{folder.name}/{clip.name}") for folder in classes for clip in entries(folder)]
+
+
+def _clip(item: Listed, root: Path) -> Clip:
+    class_name = item.name.rpartition("/")[0] or None
+    media, labels = root / "Rename_Images" / item.name, root / "joint_positions" / item.name / MAT_FILE
+    if item.media is not None and item.labels is not None:
+        media, labels = locate(root, item.media), locate(root, item.labels)
+    return Clip(item.name, media, class_name, labels)
+
+
+def _labelled_video(clip: Clip, source: Source) -> Video:
+    video = source.video(clip)
+    if clip.labels is None or not clip.labels.is_file():
+        return video
+    video = replace(video, labels=source.relative(clip.labels), label_kind=LabelKind.KEYPOINTS)
+    joints = open_joints(video, source.data_root).joints
+    return replace(video, n_objects=joints.shape[1], labelled_frames=joints.shape[2])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JointSequence:
+    """One clip and its joints: (x, y) in pixels from 0, which may lie outside the image."""
+
+    video: Video
+    frame_names: tuple[str, ...]
+    joints: Joints
+
+
+def open_joints(video: Video, data_root: Path) -> JointSequence:
+    """Return the joints of one manifest row.
+
+    Frames beyond the annotated ones are not scored; fewer frames than annotations, and a number missing
+    between them, raise `MediaError`.
+    """
+    if video.labels is None:
+        raise MediaError(f"{video.video_id} has no labels", hint="add its joints, rebuild the manifest")
+    names = frame_stems(video, data_root)
+    check_numbers(names, video.media)
+    joints = read_joints(data_root / video.labels)[:, :, video.first_frame :]
+    if joints.shape[2] > video.n_frames and not video.first_frame:
+        raise MediaError(
+            f"{video.media} has fewer frames than joints",
+            wanted=f"{joints.shape[2]} frames",
+            found=f"{video.n_frames} frames",
+        )
+    return JointSequence(video, names, joints[:, :, : video.n_frames])
+
+
+def read_joints(path: Path) -> Joints:
+    """Return `pos_img` of a MATLAB file in pixels counted from 0; the file counts from 1 (PROTOCOLS 2.1)."""
+    if not path.is_file():
+        raise MediaError(f"{path} does not exist", wanted="a file of joints")
+    try:
+        content = scipy.io.loadmat(path)
+    except _UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MediaError(f"{path} is not a readable MATLAB file", found=reason) from error
+    if "pos_img" not in content:
+        found = ", ".join(name for name in content if not name.startswith("__"))
+        raise MediaError(f"{path} has no pos_img", wanted="pos_img", found=found or "nothing")
+    return _checked(content["pos_img"], path) - 1
+
+
+def _checked(joints: Any, path: Path) -> Joints:
+    # MATLAB drops the last axis of a clip of one frame.
+    joints = joints[:, :, None] if np.ndim(joints) == 2 else joints
+    if np.ndim(joints) != 3 or joints.shape[:2] != (2, len(JOINTS)) or not joints.shape[2]:
+        raise MediaError(
+            f"{path} does not hold joints",
+            wanted=f"pos_img of 2 x {len(JOINTS)} x frames",
+            found=" x ".join(map(str, np.shape(joints))),
+        )
+    if joints.dtype.kind not in "fiu" or not np.isfinite(joints).all():
+        raise MediaError(f"{path} has joints that are nowhere", wanted="finite numbers", found="others")
+    return np.asarray(joints, dtype=np.float64)
+
+
+def pixels_to_cells(points: AnyPoints, image_size: tuple[int, int], grid: Grid) -> AnyPoints:
+    """Return key points in cells of a grid that spans an image of (height, width) `image_size` pixels."""
+    return np.asarray(points * _cells_per_pixel(points, image_size, grid))
+
+
+def cells_to_pixels(points: AnyPoints, image_size: tuple[int, int], grid: Grid) -> AnyPoints:
+    """Return key points in pixels; those that are lost stay left of and above the image."""
+    return np.asarray(points / _cells_per_pixel(points, image_size, grid))
+
+
+def _cells_per_pixel(points: AnyPoints, image_size: tuple[int, int], grid: Grid) -> np.ndarray:
+    height, width = image_size
+    scale = np.array([grid.cols / width, grid.rows / height], dtype=points.dtype)
+    return scale.reshape(2, *(1,) * (points.ndim - 1))
+
+
+def write_predicted_joints(path: Path, points: Float32[np.ndarray, "2 joint frame"]) -> None:
+    """Write joints in cells of the grid as the released scripts do, a pickled array (PROTOCOLS 2.4)."""
+    with output_errors(path):
+        path.write_bytes(pickle.dumps(points, protocol=2))
+
+
+def read_predicted_joints(path: Path) -> Float[np.ndarray, "2 joint frame"]:
+    """Return predicted joints from a released script's pickled array or from an `.npy` file.
+
+    Of the pickle only a plain array is accepted: a file may come from a stranger.
+    """
+    try:
+        content = path.read_bytes()
+        points = (
+            np.load(io.BytesIO(content))
+            if path.suffix == ".npy"
+            else ArrayUnpickler(io.BytesIO(content)).load()
+        )
+    except FileNotFoundError as error:
+        raise MediaError(f"{path} does not exist", wanted="predicted joints") from error
+    except Exception as error:  # a pickle of anything raises anything
+        raise MediaError(
+            f"{path} does not hold an array", found=str(error) or type(error).__name__
+        ) from error
+    if not isinstance(points, np.ndarray) or points.ndim != 3 or len(points) != 2 or points.dtype.kind != "f":
+        found = f"{points.dtype} {points.shape}" if isinstance(points, np.ndarray) else type(points).__name__
+        raise MediaError(f"{path} does not hold joints", wanted="float 2 x joints x frames", found=found)
+    return points

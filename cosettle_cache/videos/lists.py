@@ -1,0 +1,177 @@
+"""Lists of videos as benchmarks publish them, and the manifests that they make without any data at hand.
+
+In comes a text file (one name, or a pair of image and label paths, a line), a CSV file with sizes, or a
+manifest; out go names, or rows at the places where a data set keeps its files. What a list does not say
+stays unknown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.files import sha256_file
+from cosettle_cache.core.tables import read_table
+from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
+
+#: Folders that begin the place of a clip; what follows is its name.
+_MEDIA_FOLDERS = ("Images", "Rename_Images", "JPEGImages")
+_LABEL_FOLDERS = ("Category_ids", "Annotations", "joint_positions")
+
+#: Columns of frames, height, width and objects in a manifest, and in a list with a header.
+_SIZE_COLUMNS = (("n_frames", "frames"), ("height",), ("width",), ("n_objects", "objects"))
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One line of a list: the clip's name, its two paths where given, and what is said of its size."""
+
+    name: str
+    media: str | None = None
+    labels: str | None = None
+    n_frames: int = 0
+    height: int = 0
+    width: int = 0
+    n_objects: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a data set keeps a clip `{name}` under its own folder, and that folder's usual place."""
+
+    folder: str
+    split: str
+    media: str
+    labels: str | None = None
+    label_kind: LabelKind | None = None
+
+
+PLACES = {
+    "davis": Places("DAVIS", "val", "JPEGImages/480p/{name}", "Annotations/480p/{name}", LabelKind.MASKS),
+    "vip": Places("VIP", "val", "Images/{name}", "Annotations/Category_ids/{name}", LabelKind.PARTS),
+    "jhmdb": Places(
+        "JHMDB",
+        "split1_test",
+        "Rename_Images/{name}",
+        "joint_positions/{name}/joint_positions.mat",
+        LabelKind.KEYPOINTS,
+    ),
+    "kinetics": Places("kinetics400/val", "val", "{name}"),
+}
+
+
+def read_list(path: Path) -> tuple[Listed, ...]:
+    """Return the lines of a list in order; raise `InputError` for a missing, empty or malformed one."""
+    if path.suffix in (".csv", ".parquet"):
+        listed = [_from_row(row, path) for row in read_table(path).to_pylist()]
+    else:
+        listed = [_from_line(line, path) for line in _lines(path) if line.strip()]
+    if not listed:
+        raise InputError(f"{path} lists no videos", wanted="one name per line")
+    return tuple({item.name: item for item in listed}.values())
+
+
+def list_manifest(
+    dataset: str, path: Path, *, folder: str | None, split: str | None, source: str
+) -> Manifest:
+    """Return the manifest of a list: rows at the data set's usual places under `folder`, unknown sizes 0.
+
+    `source` says in words where the list comes from; it stands in the provenance with the list's digest.
+    Raises `UsageError` for a data set whose places are not known.
+    """
+    if dataset not in PLACES:
+        raise UsageError(f"no list makes a manifest of {dataset}", wanted=", ".join(PLACES), found=dataset)
+    places = PLACES[dataset]
+    root, split = PurePosixPath(folder or places.folder), split or places.split
+    videos = tuple(_row(item, dataset, places, root, split) for item in read_list(path))
+    provenance = {
+        "builder": dataset,
+        "root": str(root),
+        "split": split,
+        "list": path.name,
+        "list_sha256": sha256_file(path),
+        "source": source,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    return Manifest(videos, {key: text for key, text in provenance.items() if text})
+
+
+def _row(item: Listed, dataset: str, places: Places, root: PurePosixPath, split: str) -> Video:
+    labels = places.labels and str(root / places.labels.format(name=item.name))
+    class_name, _, _ = item.name.rpartition("/")
+    return Video(
+        video_id=item.name,
+        media=str(root / places.media.format(name=item.name)),
+        media_kind=MediaKind.FRAMES,
+        n_frames=item.n_frames,
+        height=item.height,
+        width=item.width,
+        dataset=dataset,
+        split=split,
+        labels=labels,
+        label_kind=places.label_kind,
+        labelled_frames=item.n_frames if labels else 0,
+        n_objects=item.n_objects,
+        class_name=class_name or None,
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist", wanted="a list of videos") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} is not a text file", wanted="one name per line", found=error) from error
+
+
+def _from_line(line: str, path: Path) -> Listed:
+    """Read a name, or an image folder and its labels in either order."""
+    parts = line.split()
+    if len(parts) == 1:
+        return Listed(parts[0])
+    if len(parts) > 2:
+        raise InputError(f"{path} is not a list of videos", wanted="one name or two paths a line", found=line)
+    labels, media = sorted(parts, key=_looks_like_media)
+    return Listed(_name_of(media), media, labels)
+
+
+def _looks_like_media(part: str) -> bool:
+    return not part.endswith(".mat") and not any(name in PurePosixPath(part).parts for name in _LABEL_FOLDERS)
+
+
+def _name_of(media: str) -> str:
+    """Return what follows `Images` or `Rename_Images`: a class and a clip, or a clip alone."""
+    parts = PurePosixPath(media).parts
+    for folder in _MEDIA_FOLDERS[:2]:
+        if folder in parts[:-1]:
+            return "/".join(parts[parts.index(folder) + 1 :])
+    return parts[-1]
+
+
+def _from_row(row: dict[str, object], path: Path) -> Listed:
+    name = row.get("video_id") or row.get("sequence") or row.get("name")
+    if name is None:
+        found = ", ".join(row)
+        raise InputError(f"{path} names no videos", wanted="a column video_id or sequence", found=found)
+    try:
+        n_frames, height, width, n_objects = (_number(row, *names) for names in _SIZE_COLUMNS)
+    except ValueError as error:
+        raise InputError(f"{path} has a size that is no number", found=error) from error
+    return Listed(str(name), None, None, n_frames, height, width, n_objects)
+
+
+def _number(row: dict[str, object], *names: str) -> int:
+    """Return what the row has under one of `names`, 0 where it has nothing."""
+    return int(str(next((row[name] for name in names if row.get(name) is not None), 0)))
+
+
+def locate(root: Path, listed: str, folders: tuple[str, ...] = (*_MEDIA_FOLDERS, *_LABEL_FOLDERS)) -> Path:
+    """Return the place under `root` of a path in a list, which may begin with its author's own folders."""
+    path = PurePosixPath(listed)
+    starts = [index for index, part in enumerate(path.parts) if part in folders]
+    if path.is_absolute() or ".." in path.parts or not (root / listed).exists():
+        path = PurePosixPath(*path.parts[starts[0] :]) if starts else PurePosixPath(path.name)
+    return root / path

@@ -1,0 +1,180 @@
+"""Manifests: which videos a job is about, one row per video, as Parquet or CSV.
+
+In come table files; out go `Manifest` objects whose paths are safe (relative, no `..`) and whose ids are
+unique. The digest of the rows identifies the list wherever a number is reported. A published list may leave
+sizes open; the manifest that a job works from may not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.settings import digest
+from cosettle_cache.core.tables import make_table, read_metadata, read_table, with_metadata, write_table
+from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
+
+#: Column order and types of a manifest file; the first six are required.
+SCHEMA = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("media", pa.string(), nullable=False),
+        pa.field("media_kind", pa.string(), nullable=False),
+        pa.field("n_frames", pa.int64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("dataset", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("first_frame", pa.int64()),
+        pa.field("fps", pa.float64()),
+        pa.field("labels", pa.string()),
+        pa.field("label_kind", pa.string()),
+        pa.field("labelled_frames", pa.int64()),
+        pa.field("n_objects", pa.int32()),
+        pa.field("class_name", pa.string()),
+    ]
+)
+#: What a published list may not know of a video: 0 in its row, empty in its file.
+_MEASURES = ("n_frames", "height", "width")
+LISTED_SCHEMA = pa.schema(
+    [field.with_nullable(field.nullable or field.name in _MEASURES) for field in SCHEMA]
+)
+_REQUIRED = [field.name for field in SCHEMA if not field.nullable]
+_DEFAULTS = {field.name: field.default for field in fields(Video)}
+
+
+def manifest_table(manifest: Manifest) -> pa.Table:
+    """Return the manifest as a table whose file metadata is the provenance; an unknown size is null."""
+    rows = [asdict(video) for video in manifest]
+    listed = any(not row[name] for row in rows for name in _MEASURES)
+    if listed:
+        rows = [row | {name: row[name] or None for name in _MEASURES} for row in rows]
+    table = make_table(rows, LISTED_SCHEMA if listed else SCHEMA)
+    return with_metadata(table, manifest.provenance)
+
+
+def manifest_from_table(table: pa.Table, origin: str = "the manifest", *, listed: bool = False) -> Manifest:
+    """Return the manifest in `table`; raise `InputError` that names the row and what is wrong with it.
+
+    Rows of a published list (`listed`) may leave their number of frames and their size open: those are 0.
+    """
+    missing = [name for name in _REQUIRED if name not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{origin} lacks the column {missing[0]}",
+            wanted=", ".join(_REQUIRED),
+            found=", ".join(table.column_names),
+        )
+    rows = table.to_pylist()
+    if listed:
+        rows = [row | {name: row[name] or 0 for name in _MEASURES} for row in rows]
+    else:
+        _check_measured(rows, origin)
+    least = 0 if listed else 1
+    videos = tuple(_video(row, number, origin, least) for number, row in enumerate(rows, start=1))
+    if not videos:
+        raise InputError(f"{origin} lists no videos", wanted="at least one row")
+    _check_unique(videos, origin)
+    return Manifest(videos, read_metadata(table))
+
+
+def read_manifest(path: Path, *, listed: bool = False) -> Manifest:
+    """Read a Parquet or CSV manifest; only a published list (`listed`) may leave sizes open."""
+    return manifest_from_table(read_table(path, SCHEMA), str(path), listed=listed)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest as Parquet, or as CSV (without provenance) when `path` ends in .csv."""
+    write_table(path, manifest_table(manifest))
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Return the hex SHA-256 of the rows; provenance does not count."""
+    return digest([asdict(video) for video in manifest])
+
+
+def select_videos(manifest: Manifest, wanted: tuple[str, ...]) -> Manifest:
+    """Return the rows with the ids `wanted`, in manifest order; raise `InputError` naming unknown ids."""
+    known = {video.video_id for video in manifest}
+    unknown = [video_id for video_id in wanted if video_id not in known]
+    if unknown:
+        raise InputError(f"the manifest has no video {unknown[0]}", found=", ".join(sorted(known)[:8]))
+    return Manifest(tuple(v for v in manifest if v.video_id in wanted), manifest.provenance)
+
+
+def _check_measured(rows: Sequence[Mapping[str, Any]], origin: str) -> None:
+    """Raise `InputError` for a list whose videos nobody has measured yet."""
+    unknown = [row["video_id"] for row in rows if all(row[name] is None for name in _MEASURES)]
+    if unknown:
+        raise InputError(
+            f"{origin} is a list: it does not say how long and how large {len(unknown)} of its videos are",
+            wanted="n_frames, height and width",
+            found=f"none of {unknown[0]}",
+            hint=f"cosettle-cache manifest build DATASET FOLDER --list {origin}",
+        )
+
+
+def _video(row: Mapping[str, Any], number: int, origin: str, least: int) -> Video:
+    empty = [name for name in _REQUIRED if row.get(name) is None]
+    if empty:
+        raise InputError(f"row {number} of {origin} has no {empty[0]}", wanted=", ".join(_REQUIRED))
+    values = {name: _DEFAULTS[name] if row.get(name) is None else row[name] for name in _DEFAULTS}
+    try:
+        video = Video(**_typed(values))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"row {number} of {origin} is malformed", found=str(error)) from error
+    _check_row(video, f"row {number} of {origin} ({video.video_id})", least)
+    return video
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    whole = ("n_frames", "height", "width", "first_frame", "labelled_frames", "n_objects")
+    values |= {name: int(values[name]) for name in whole}
+    values |= {name: str(values[name]) for name in ("video_id", "media", "dataset", "split")}
+    values["media_kind"] = MediaKind(values["media_kind"])
+    if values["label_kind"] is not None:
+        values["label_kind"] = LabelKind(values["label_kind"])
+    if values["fps"] is not None:
+        values["fps"] = float(values["fps"])
+    return values
+
+
+def _check_row(video: Video, where: str, least: int) -> None:
+    """Raise `InputError` for unsafe paths and for counts and sizes below `least`."""
+    # The id names the folder that masks go to.
+    for path in (video.video_id, video.media, video.labels):
+        if path is not None and not is_safe_path(path):
+            raise InputError(f"{where} has an unsafe path", wanted="a relative path without ..", found=path)
+    if video.n_frames < least or video.first_frame < 0:
+        found = f"n_frames={video.n_frames}, first_frame={video.first_frame}"
+        raise InputError(
+            f"{where} has no frames", wanted=f"n_frames >= {least}, first_frame >= 0", found=found
+        )
+    if video.height < least or video.width < least:
+        raise InputError(
+            f"{where} has no size", wanted="positive pixels", found=f"{video.height}x{video.width}"
+        )
+
+
+def is_safe_path(path: str) -> bool:
+    """Say whether a manifest may hold `path`: relative, forward slashes, no `..`, no drive."""
+    pure = PurePosixPath(path)
+    return (
+        bool(path)
+        and not pure.is_absolute()
+        and ".." not in pure.parts
+        and "\\" not in path
+        and ":" not in path
+    )
+
+
+def _check_unique(videos: tuple[Video, ...], origin: str) -> None:
+    repeated = [video_id for video_id, count in Counter(v.video_id for v in videos).items() if count > 1]
+    if repeated:
+        raise InputError(f"{origin} lists {repeated[0]} twice", wanted="unique video_id values")

@@ -1,0 +1,152 @@
+"""TAP-Vid: its pickles become folders of frames and files of tracks, which are a data root like any other.
+
+In comes `tapvid_davis.pkl` (a dictionary of clips by name) or `tapvid_rgb_stacking.pkl` (a list); out go
+`frames/NAME/00000.png` and `tracks/NAME.npz`. And in comes such a folder, out goes a manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cosettle_cache.core.errors import InputError, MediaError
+from cosettle_cache.core.files import make_folder, output_errors
+from cosettle_cache.core.types import LabelKind, Video
+from cosettle_cache.videos.build import BuildResult, Clip, Source, build, subfolders
+from cosettle_cache.videos.manifest import is_safe_path
+from cosettle_cache.videos.point_tracks import read_shares, shares_problem, write_shares
+from cosettle_cache.videos.safe_pickle import ArrayUnpickler
+
+_LAYOUT = "a dictionary or list of clips with video, points and occluded"
+_JPEG_MARK = b"\xff\xd8"
+
+Clips = Mapping[str, Mapping[str, Any]]
+
+
+def read_tapvid(path: Path) -> Clips:
+    """Return the clips of a TAP-Vid pickle by name, checked whole; those of a list are numbered.
+
+    `video` is uint8 `[frame height width 3]` or a sequence of JPEG files, `points` `[point frame 2]` in
+    shares of the image, `occluded` flags `[point frame]`. The whole file is held in memory, as pickles want
+    it. Only arrays and plain containers are read, nothing is executed; `MediaError` says what is wrong.
+    """
+    try:
+        with path.open("rb") as file:
+            content = ArrayUnpickler(file).load()
+    except FileNotFoundError as error:
+        raise MediaError(f"{path} does not exist", wanted="a pickle of TAP-Vid") from error
+    except Exception as error:  # a pickle of anything raises anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MediaError(f"{path} is no pickle of TAP-Vid", wanted="arrays only", found=reason) from error
+    clips = _by_name(content)
+    if not clips:
+        raise MediaError(f"{path} holds no clips", wanted=_LAYOUT, found=type(content).__name__)
+    for name, clip in clips.items():
+        problem = _problem(name, clip)
+        if problem:
+            raise MediaError(f"{path} has another layout: clip {name}", wanted=_LAYOUT, found=problem)
+    return clips
+
+
+def _by_name(content: Any) -> dict[str, Any]:
+    if isinstance(content, dict):
+        return {str(name): clip for name, clip in content.items()}
+    if isinstance(content, list | tuple):
+        return {f"{number:05d}": clip for number, clip in enumerate(content)}
+    return {}
+
+
+def _problem(name: str, clip: Any) -> str | None:
+    if not is_safe_path(name) or "/" in name:
+        return "a name that is no file name"
+    if not isinstance(clip, dict) or not {"video", "points", "occluded"} <= clip.keys():
+        return f"keys {', '.join(map(str, clip))}" if isinstance(clip, dict) else type(clip).__name__
+    video, points, occluded = (clip[key] for key in ("video", "points", "occluded"))
+    if not all(isinstance(item, np.ndarray) for item in (points, occluded)):
+        return "points or occluded that are no arrays"
+    if not _is_video(video):
+        return f"a video of {getattr(video, 'dtype', type(video).__name__)} {np.shape(video)[:4]}"
+    if len(video) != points.shape[1]:
+        return f"{len(video)} frames and tracks of {points.shape[1]}"
+    return shares_problem(points, occluded)
+
+
+def _is_video(video: Any) -> bool:
+    if isinstance(video, np.ndarray) and video.dtype == np.uint8:
+        return video.ndim == 4 and video.shape[-1] == 3 and video.size > 0
+    is_list = isinstance(video, list | tuple) or (isinstance(video, np.ndarray) and video.ndim == 1)
+    return is_list and len(video) > 0 and all(_is_jpeg(frame) for frame in video)
+
+
+def _is_jpeg(frame: Any) -> bool:
+    return isinstance(frame, bytes) and frame.startswith(_JPEG_MARK)
+
+
+def check_empty(folder: Path) -> None:
+    """Raise `InputError` unless a data set may be written to `folder`."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something already", wanted="a new or empty folder")
+
+
+def unpack_tapvid(clips: Clips, folder: Path, advance: Callable[[], None] = lambda: None) -> None:
+    """Write the clips of `read_tapvid` under `folder`; arrays become PNG, JPEG files stay what they are.
+
+    The tracks of a clip are written after its frames, so that a clip with tracks is whole.
+    """
+    for name, clip in clips.items():
+        frames = make_folder(folder / "frames" / name)
+        for index, frame in enumerate(clip["video"]):
+            _write_frame(frames / f"{index:05d}", frame)
+        make_folder(folder / "tracks")
+        points, occluded = np.asarray(clip["points"]), np.asarray(clip["occluded"]) != 0
+        write_shares(folder / "tracks" / f"{name}.npz", points, occluded)
+        advance()
+
+
+def _write_frame(stem: Path, frame: Any) -> None:
+    with output_errors(stem):
+        if isinstance(frame, bytes):
+            stem.with_suffix(".jpg").write_bytes(frame)
+        else:
+            Image.fromarray(frame).save(stem.with_suffix(".png"), compress_level=1)
+
+
+def build_tapvid_manifest(
+    root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()
+) -> BuildResult:
+    """Return the clips of a folder that `manifest unpack` wrote, or `names` in their order.
+
+    A clip without tracks counts as a failure: it was not unpacked whole.
+    """
+    if root.is_file():
+        raise InputError(
+            f"{root} is a file",
+            wanted="a folder with frames/ and tracks/",
+            hint=f"cosettle-cache manifest unpack {root} FOLDER",
+        )
+    source = Source("tapvid", split, root, data_root)
+    frames = root / "frames"
+    clips = [
+        Clip(name, frames / name, labels=root / "tracks" / f"{name}.npz")
+        for name in names or [path.name for path in subfolders(frames)]
+    ]
+    return build(clips, source, lambda clip: _labelled_video(clip, source))
+
+
+def _labelled_video(clip: Clip, source: Source) -> Video:
+    assert clip.labels is not None
+    video = source.video(clip)
+    tracks = read_shares(clip.labels, video)
+    labels = source.relative(clip.labels)
+    return replace(
+        video,
+        labels=labels,
+        label_kind=LabelKind.TRACKS,
+        n_objects=len(tracks.points),
+        labelled_frames=tracks.n_frames,
+    )

@@ -1,0 +1,158 @@
+"""Recipes become exact command lines; score rows survive the disk and average as the benchmark does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cosettle_cache.cli.recipes import check_expectations, read_recipe
+from cosettle_cache.core.errors import InputError, OutputError
+from cosettle_cache.core.files import write_durably
+from cosettle_cache.core.types import Score
+from cosettle_cache.metrics.results import (
+    mean_scores,
+    read_scores,
+    remove_scores,
+    score_table,
+    sequence_means,
+    write_scores,
+)
+
+RECIPE = """
+title = "T"
+about = "A"
+[[step]]
+command = "manifest build"
+arguments = ["folder", "clips"]
+out = "c.parquet"
+[[step]]
+command = "train"
+features = "s.zarr"
+base_lr = 1e-3
+quiet = true
+[[step]]
+command = "propagate"
+projection = ["a b.st", "c.st"]
+[expect]
+summary = "SUMMARY"
+hardware = "two cores"
+[expect.raw]
+jf_mean = { value = 0.5, tolerance = 0.01 }
+"""
+
+SCORE = Score(
+    task="davis",
+    dataset="davis",
+    video_id="dog",
+    object_id=1,
+    tokens="raw",
+    j_mean=0.5,
+    j_recall=0.6,
+    j_decay=0.1,
+    f_mean=0.7,
+    f_recall=0.8,
+    f_decay=0.2,
+    n_frames=10,
+    scored_size="480x854",
+    boundary_tolerance_px=8,
+    protocol="cosettle",
+    protocol_json="{}",
+    manifest_digest="m",
+    backbone="mae_b",
+    weights_sha256="w",
+    projection_sha256="",
+    versions_json="{}",
+)
+SCORES = [
+    SCORE,
+    replace(SCORE, video_id="bmx", j_mean=0.1),
+    replace(SCORE, video_id="bmx", object_id=2, j_mean=0.3),
+    replace(SCORE, tokens="mine", j_mean=0.9, projection_sha256="p"),
+]
+
+
+def write_recipe(folder: Path, text: str) -> Path:
+    path = folder / "r.toml"
+    path.write_text(text.replace("SUMMARY", str(folder / "summary.json")))
+    return path
+
+
+def test_steps_are_the_lines_one_would_type(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, RECIPE), Path("/data"))
+    assert [step.line for step in recipe.steps] == [
+        "cosettle-cache manifest build folder clips --out c.parquet --data-root /data",
+        "cosettle-cache train --features s.zarr --base-lr 0.001 --quiet",
+        "cosettle-cache propagate --projection 'a b.st' --projection c.st --data-root /data",
+    ]
+    assert recipe.option("features") == "s.zarr"
+    assert "--features" not in recipe.without_option("features").steps[1].arguments
+
+
+@pytest.mark.parametrize(("measured", "met"), [(0.505, True), (0.495, True), (0.52, False)])
+def test_expectations_are_compared_with_the_summary(tmp_path: Path, measured: float, met: bool) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, RECIPE))
+    (tmp_path / "summary.json").write_text(json.dumps({"means": {"raw": {"jf_mean": measured}}}))
+    assert [outcome.met for outcome in check_expectations(recipe)] == [met]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("title = ", "is not TOML"),
+        ("title = 'x'", "is not a recipe"),
+        ("[[step]]\nout = 'x'", "has no command"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read_recipe(write_recipe(tmp_path, text))
+    with pytest.raises(InputError, match="does not exist"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_a_summary_without_the_figure_is_named(tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, RECIPE))
+    (tmp_path / "summary.json").write_text(json.dumps({"means": {}}))
+    with pytest.raises(InputError, match="has no jf_mean of raw"):
+        check_expectations(recipe)
+
+
+def test_scores_survive_the_disk(tmp_path: Path) -> None:
+    rows, summary = write_scores(tmp_path, SCORES)
+    assert read_scores(rows) == SCORES
+    document = json.loads(summary.read_text())
+    assert document["means"]["raw"]["jf_mean"] == pytest.approx((0.6 + 0.4 + 0.5) / 3)
+    assert document["projections"] == {"raw": "", "mine": "p"}
+    assert document["provenance"]["weights_sha256"] == "w"
+
+
+def test_means_are_over_objects_not_over_videos() -> None:
+    raw, mine = mean_scores(SCORES)
+    assert (raw.tokens, raw.n_objects, raw.n_videos) == ("raw", 3, 2)
+    assert raw.j_mean == pytest.approx(0.3)
+    assert mine.jf_mean == pytest.approx(0.8)
+    assert [video for video, _ in sequence_means(SCORES)] == ["bmx", "dog"]
+    header, rows = score_table(SCORES)
+    assert len(rows) == 3 + 2
+    assert all(len(row) == len(header) for row in rows)
+
+
+def test_every_committed_recipe_is_readable() -> None:
+    folder = Path(__file__).parents[2] / "pipelines"
+    for path in folder.glob("*.toml"):
+        assert read_recipe(path).steps
+
+
+def test_a_file_in_the_way_of_scores_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        remove_scores(tmp_path / "runs" / "davis")
+
+
+@pytest.mark.parametrize("path", [".", ".."])
+def test_a_folder_is_no_file_to_write(path: str) -> None:
+    with pytest.raises(OutputError, match="there is a folder of that name"):
+        write_durably(Path(path), [b"x"])

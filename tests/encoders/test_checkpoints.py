@@ -1,0 +1,376 @@
+"""Files from strangers: every layout that is read, every kind of bad file and what is said about it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cosettle_cache.core.errors import CheckpointError, InputError
+from cosettle_cache.encoders import FAMILIES, load_backbone
+from cosettle_cache.encoders.checkpoints import adapter_tensors, read_checkpoint
+from cosettle_cache.encoders.convert import looks_like
+
+WIDTH, DEPTH, PATCH = 64, 2, 16
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Detected pickle protocol"),
+]
+
+
+def plain_vit(side=2, class_token=True, width=WIDTH):
+    """Return a state dict in the layout of MAE, DINO and iBOT (I-JEPA without CLS)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    state = {
+        "pos_embed": draw(1, side * side + class_token, width),
+        "patch_embed.proj.weight": draw(width, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": draw(width),
+        "norm.weight": 1 + draw(width),
+        "norm.bias": draw(width),
+    }
+    if class_token:
+        state["cls_token"] = draw(1, 1, width)
+    for block in range(DEPTH):
+        for norm in ("norm1", "norm2"):
+            state |= {
+                f"blocks.{block}.{norm}.weight": 1 + draw(width),
+                f"blocks.{block}.{norm}.bias": draw(width),
+            }
+        for name, rows, cols in (
+            ("attn.qkv", 3 * width, width),
+            ("attn.proj", width, width),
+            ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
+        ):
+            state |= {
+                f"blocks.{block}.{name}.weight": draw(rows, cols),
+                f"blocks.{block}.{name}.bias": draw(rows),
+            }
+    return state
+
+
+def sine_vit(**sizes):
+    """Return a plain ViT whose positions are pairs of sine and cosine (MAE, MoCo v3, I-JEPA)."""
+    state = plain_vit(**sizes)
+    angles = torch.linspace(0, 9, state["pos_embed"].shape[1] * WIDTH // 2).view(1, -1, WIDTH // 2)
+    return state | {"pos_embed": torch.cat([angles.sin(), angles.cos()], -1)}
+
+
+def clip_tower():
+    """Return a CLIP state dict: visual tower, and a stump of the text tower."""
+    bare = plain_vit()
+    bare.pop("patch_embed.proj.bias")
+    bare |= {f"norm_pre.{leaf}": bare[f"norm.{leaf}"] + 0.1 for leaf in ("weight", "bias")}
+    bare |= {"cls_token": bare["cls_token"][0, 0], "pos_embed": bare["pos_embed"][0]}
+    state = {}
+    for name, tensor in bare.items():
+        for published, timm_name in FAMILIES["clip"].renames:
+            name = name.replace(timm_name, published)  # noqa: PLW2901
+        state[f"visual.{name}"] = tensor
+    text = {"positional_embedding": torch.zeros(8, 8), "text_projection": torch.zeros(8, 8)}
+    return state | text | {"visual.proj": torch.zeros(WIDTH, 8), "logit_scale": torch.zeros(())}
+
+
+def layouts():
+    """Return (family, document) for the layouts in which the families were published."""
+    bare, sines, nothing = plain_vit(), sine_vit(), torch.zeros(1)
+    scales = {
+        f"blocks.{block}.{name}.gamma": torch.ones(WIDTH) for block in (0, 1) for name in ("ls1", "ls2")
+    }
+    registers = bare | scales | {"register_tokens": torch.zeros(1, 4, WIDTH), "mask_token": nothing}
+    chunked = {name.replace("blocks.", "blocks.0."): tensor for name, tensor in registers.items()}
+    adapter = {"adapter.adapter.adapter_linear.weight": torch.zeros(WIDTH, WIDTH)}
+    moco = prefixed("momentum_encoder.", sines | {"head.0.weight": nothing})
+    moco |= prefixed("base_encoder.", sines)
+    teacher = prefixed("backbone.", bare) | {"head.mlp.0.bias": nothing}
+    return {
+        "mae": ("mae", {"model": sines}),
+        "mae pretraining": ("mae", {"model": sines | {"mask_token": nothing, "decoder_norm.bias": nothing}}),
+        "mae of the authors, data parallel": ("mae", {"model": prefixed("module.", sines | adapter)}),
+        "ijepa": ("ijepa", {"encoder": prefixed("module.", sine_vit(class_token=False)), "epoch": 800}),
+        "clip": ("clip", clip_tower()),
+        "blip": ("blip", {"model": prefixed("visual_encoder.", plain_vit(24)) | {"temp": nothing}}),
+        "blip of the authors": ("blip", {"model": plain_vit(14) | adapter}),
+        "mocov3": ("mocov3", {"state_dict": prefixed("module.", moco | {"predictor.0.weight": nothing})}),
+        "dino": ("dino", bare),
+        "dino training": ("dino", {"teacher": prefixed("module.", teacher), "student": {}}),
+        "ibot": ("ibot", {"state_dict": bare, "args": argparse.Namespace(arch="vit_base")}),
+        "dinov2": ("dinov2", {"teacher": prefixed("backbone.", registers) | {"dino_head.b": nothing}}),
+        "dinov2 in chunks": ("dinov2", {"teacher": prefixed("backbone.", chunked)}),
+        "dinov2 without registers": ("dinov2", bare | scales),
+    }
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def encode(backbone):
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    return backbone.encode(images)
+
+
+def scripted(state):
+    """Return a scripted module whose state dict has these names (nothing else of CLIP's code is needed)."""
+
+    class Node(nn.Module):
+        def forward(self, x):
+            return x
+
+    root = Node()
+    for name, tensor in state.items():
+        *parents, leaf = name.split(".")
+        node = root
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, Node())
+            node = node._modules[parent]
+        node.register_parameter(leaf, nn.Parameter(tensor.clone(), requires_grad=False))
+    return torch.jit.script(root)
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_every_published_layout_loads(tmp_path, layout):
+    family, document = layouts()[layout]
+    torch.save(document, tmp_path / "file.pth")
+    backbone = load_backbone(family, weights=tmp_path / "file.pth")
+    assert (backbone.dim, backbone.patch, backbone.family) == (WIDTH, PATCH, family)
+    assert encode(backbone).isfinite().all()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_the_same_tensors_give_the_same_tokens_in_every_format(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(plain_vit(), path)
+    else:
+        torch.save(plain_vit(), path, _use_new_zipfile_serialization=suffix == ".pth")
+    torch.save({"model": plain_vit()}, tmp_path / "wrapped.pth")
+    tokens = encode(load_backbone("dino", weights=path))
+    assert torch.equal(tokens, encode(load_backbone("ibot", weights=tmp_path / "wrapped.pth")))
+
+
+@pytest.mark.parametrize(("family", "file"), [("mae", "dino"), ("dino", "mae"), ("ibot", "mocov3")])
+def test_equal_layouts_are_told_apart_by_their_positions(tmp_path, family, file):
+    vit = plain_vit() if file == "dino" else sine_vit()
+    torch.save({"model": {name: tensor.half() for name, tensor in vit.items()}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=f"is not a checkpoint of the {family} family") as caught:
+        load_backbone(family, weights=tmp_path / "file.pth")
+    assert file in caught.value.found
+
+
+def test_a_torchscript_archive_gives_its_state_dict_without_running(tmp_path):
+    state = clip_tower() | {"visual.ln_post.bias": torch.arange(WIDTH).half()}
+    scripted(state).save(str(tmp_path / "clip.pt"))
+    found = read_checkpoint(tmp_path / "clip.pt")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    torch.save(state, tmp_path / "clip.pth")
+    first, second = (load_backbone("clip", weights=tmp_path / name) for name in ("clip.pt", "clip.pth"))
+    assert torch.equal(encode(first), encode(second))
+
+
+def test_clips_layout_in_a_torchscript_archive_gives_the_released_tokens(golden, tmp_path):
+    path = golden("backbones/clip/base.pth")
+    scripted(read_checkpoint(path)).save(str(tmp_path / "clip.pt"))
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    tokens = [load_backbone("clip", weights=file).encode(images) for file in (path, tmp_path / "clip.pt")]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "visual.", "module.visual."])
+def test_the_authors_projection_gets_canonical_names(tmp_path, prefix):
+    tensors = {
+        f"{prefix}adapter.adapter.adapter_linear1.weight": torch.ones(2, 2).half(),
+        f"{prefix}adapter.adapter.adapter_layer_norm1.bias": torch.ones(2),
+        "cls_token": torch.zeros(1),
+    }
+    torch.save({"model": tensors, "args": argparse.Namespace(lr=1.0)}, tmp_path / "ours.pth")
+    found = adapter_tensors(tmp_path / "ours.pth")
+    assert found.keys() == {"adapter_linear1.weight", "adapter_layer_norm1.bias"}
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+
+
+def test_a_file_without_a_projection(tmp_path):
+    torch.save(plain_vit(), tmp_path / "base.pth")
+    with pytest.raises(CheckpointError, match="no projection"):
+        adapter_tensors(tmp_path / "base.pth")
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize("write", ["zip", "legacy", "pickle"])
+def test_a_pickled_object_is_refused_and_never_run(tmp_path, write):
+    mark, path = tmp_path / "ran", tmp_path / "evil.pth"
+    document = {"model": plain_vit(), "extra": Evil(mark)}
+    if write == "pickle":
+        path.write_bytes(pickle.dumps(Evil(mark)))
+    else:
+        torch.save(document, path, _use_new_zipfile_serialization=write == "zip")
+    with pytest.raises(CheckpointError, match=r"posix\.system.*nothing was executed"):
+        read_checkpoint(path)
+    assert not mark.exists()
+
+
+def test_a_pickled_model_is_refused_by_its_class(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / "model.pth")
+    assert caught.value.found == "torch.nn.modules.linear.Linear"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("kept", [0, 5, 60, 0.5, 0.999])
+def test_truncated_files(tmp_path, suffix, kept):
+    whole = tmp_path / f"whole{suffix}"
+    if suffix == ".safetensors":
+        save_file(plain_vit(), whole)
+    elif suffix == ".pt":
+        scripted(plain_vit()).save(str(whole))
+    else:
+        torch.save(plain_vit(), whole)
+    data = whole.read_bytes()
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    with pytest.raises(CheckpointError):
+        read_checkpoint(cut)
+
+
+@pytest.mark.parametrize(
+    "text", ["<!DOCTYPE html>\n<html>", "version https://git-lfs.github.com/spec/v1\noid", "é" * 400]
+)
+@pytest.mark.parametrize("name", ["page.pth", "page.safetensors"])
+def test_a_text_file_named_like_a_checkpoint(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match="text file"):
+        read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("document", [[1, 2], {"epoch": 3}, {}, torch.zeros(2)])
+def test_files_that_hold_no_state_dict(tmp_path, document):
+    torch.save(document, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="not a state dict"):
+        read_checkpoint(tmp_path / "other.pth")
+
+
+def test_missing_file_and_folder(tmp_path):
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(CheckpointError, match="not a file"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "looks"),
+    [
+        ("mae", "clip", "clip"),
+        ("mae", "blip", "blip"),
+        ("clip", "mae", "plain ViT"),
+        ("ijepa", "mae", "plain ViT"),
+        ("mae", "ijepa", "ijepa"),
+        ("dino", "mocov3", "mocov3"),
+        ("mae", "dinov2", "dinov2"),
+        ("dinov2", "mae", "plain ViT"),
+    ],
+)
+def test_another_family_is_recognised(tmp_path, family, layout, looks):
+    torch.save(layouts()[layout][1], tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=f"looks like.*{looks}"):
+        load_backbone(family, weights=tmp_path / "file.pth")
+
+
+def test_what_else_files_look_like():
+    assert (
+        looks_like(["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]) == "a language model"
+    )
+    assert looks_like(["conv1.weight", "layer1.0.conv1.weight"]) == "a convolutional network"
+    assert "transformers" in looks_like(["vit.encoder.layer.0.attention.attention.query.weight"])
+    assert "projection alone" in looks_like(["adapter.adapter.adapter_linear.weight"])
+    assert looks_like(["a", "b"]) == "no known encoder"
+
+
+def test_a_language_model(tmp_path):
+    save_file(
+        {"model.embed_tokens.weight": torch.zeros(4, 4), "lm_head.weight": torch.zeros(4, 4)},
+        tmp_path / "lm.safetensors",
+    )
+    for name in ("mae", "mae_b", "timm/test_vit"):
+        with pytest.raises(CheckpointError, match="language model"):
+            load_backbone(name, weights=tmp_path / "lm.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: state.pop("blocks.1.attn.proj.bias"), "missing: blocks.1.attn.proj.bias"),
+        (lambda state: state.pop("pos_embed"), "missing: pos_embed"),
+        (lambda state: state.update({"blocks.0.surprise": torch.zeros(1)}), "left over: blocks.0.surprise"),
+        (lambda state: state.update({"norm.bias": torch.zeros(3)}), "norm.bias: wanted 64, found 3"),
+        (
+            lambda state: state.update({"pos_embed": torch.zeros(1, 7, WIDTH)}),
+            "pos_embed: wanted a square number",
+        ),
+    ],
+)
+def test_misfits_are_named(tmp_path, change, named):
+    state = plain_vit()
+    change(state)
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone("dino", weights=tmp_path / "file.pth")
+    assert any(named in line for line in caught.value.details), caught.value.lines()
+
+
+def test_missing_tensors_are_named_as_the_file_would(tmp_path):
+    state = clip_tower()
+    del state["visual.transformer.resblocks.1.attn.in_proj_weight"]
+    torch.save(state, tmp_path / "clip.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone("clip", weights=tmp_path / "clip.pth")
+    assert caught.value.details == ("missing: visual.transformer.resblocks.1.attn.in_proj_weight",)
+
+
+def test_a_small_file_under_a_published_name(tmp_path):
+    torch.save({"model": plain_vit()}, tmp_path / "small.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone("mae_b", weights=tmp_path / "small.pth")
+    assert caught.value.hint == "--backbone mae takes the sizes from the file"
+
+
+def test_heads_of_odd_widths(tmp_path):
+    torch.save(plain_vit(width=96), tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone("dino", weights=tmp_path / "odd.pth")
+    assert "--heads" in caught.value.hint
+    assert load_backbone("dino", weights=tmp_path / "odd.pth", heads=3).dim == 96
+    with pytest.raises(InputError):
+        load_backbone("dino", weights=tmp_path / "odd.pth", heads=5)
+
+
+def test_timm_files_are_strict(tmp_path):
+    import timm
+
+    state = timm.create_model("test_vit").state_dict()
+    for change in (lambda s: s.pop("norm.bias"), lambda s: s.update({"extra": torch.zeros(1)})):
+        changed = dict(state)
+        change(changed)
+        torch.save(changed, tmp_path / "file.pth")
+        with pytest.raises(CheckpointError) as caught:
+            load_backbone("timm/test_vit", weights=tmp_path / "file.pth")
+        assert caught.value.details

@@ -1,0 +1,289 @@
+"""Stage one on real files with a tiny seeded encoder: parity, resume, failures, full disks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pytest
+import torch
+from extract_cases import make_clips, manifest_of, tree
+from PIL import Image
+
+from cosettle_cache.cli import run_command
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import FingerprintError
+from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.types import Manifest
+from cosettle_cache.encoders import Backbone, load_backbone
+from cosettle_cache.extraction.images import make_views
+from cosettle_cache.extraction.jobs import PlanSummary, note_plan
+from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
+from cosettle_cache.store import FeatureStore, StoreWriter, open_store
+from cosettle_cache.store.plan import Plan, make_plan
+from cosettle_cache.videos.frames import read_frame
+from cosettle_cache.videos.manifest import write_manifest
+
+PAIRS = PairsSettings(n_views=2, size=64)
+FRAMES = FramesSettings(size="48x64", n_shifted=1)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone("timm/test_vit", weights="random")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six short clips, one of them portrait."""
+    return make_clips(tmp_path_factory.mktemp("extract") / "clips", 6)
+
+
+@pytest.fixture
+def own_clips(clips: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    for path in clips.rglob("*.jpg"):
+        target = tmp_path / "clips" / path.relative_to(clips)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return tmp_path / "clips"
+
+
+def plan_of(manifest: Manifest, settings: PairsSettings | FramesSettings, slot: int = 12) -> Plan:
+    return make_plan(manifest, settings, patch=16, dim=64, slot_encodings=slot)
+
+
+def run(
+    root: Path,
+    out: Path,
+    backbone: Backbone,
+    settings: PairsSettings | FramesSettings = PAIRS,
+    manifest: Manifest | None = None,
+    stop: Event | None = None,
+    note: Callable[[str], object] = print,
+    retry_failed: bool = False,
+) -> ExtractReport:
+    manifest = manifest or manifest_of(root)
+    plan = plan_of(manifest, settings)
+    with closing(writer_of(plan, manifest, out, backbone)) as writer:
+        return extract(
+            plan,
+            manifest,
+            root,
+            backbone,
+            writer,
+            batch_size=5,
+            retry_failed=retry_failed,
+            stop=stop,
+            note=note,
+        )
+
+
+def writer_of(plan: Plan, manifest: Manifest, out: Path, backbone: Backbone) -> StoreWriter:
+    fingerprint = make_fingerprint(backbone, plan, manifest)
+    return StoreWriter.create_or_resume(out, plan.arrays, fingerprint, manifest, {"name": backbone.name})
+
+
+def one_by_one(root: Path, store: FeatureStore, plan: Plan, backbone: Backbone, slot: int) -> torch.Tensor:
+    """The oracle: decode, prepare and encode each encoding of a slot alone."""
+    videos = {video.video_id: video for video in store.manifest}
+    tokens = []
+    for encoding in plan.slot(slot).encodings:
+        video = videos[encoding.video_id]
+        views = make_views(plan, *plan.recipe.image_size(video), backbone.mean, backbone.std)
+        (view,) = views.prepare(read_frame(video, root, encoding.frame), [encoding])
+        tokens.append(backbone.encode(view[None], encoding.shift)[0])
+    return torch.stack(tokens)
+
+
+def test_pairs_equal_the_encoder_one_by_one(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    report = run(clips, tmp_path / "s.zarr", backbone)
+    assert (report.failures, report.n_encodings, report.interrupted) == ({}, 6 * 2 * 3, False)
+    store = open_store(tmp_path / "s.zarr")
+    plan = plan_of(store.manifest, PAIRS)
+    stored = np.concatenate(list(store.samples(store.sample_ids)))
+    wanted = torch.cat([one_by_one(clips, store, plan, backbone, i) for i in range(plan.n_slots)])
+    assert np.abs(stored - wanted.numpy()).max() < 5e-3
+
+
+def test_frames_equal_the_encoder_one_by_one(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "s.zarr", backbone, FRAMES)
+    store = open_store(tmp_path / "s.zarr")
+    assert len(store.video_ids) == 6
+    plan = plan_of(store.manifest, FRAMES)
+    wanted = one_by_one(clips, store, plan, backbone, 0)[:9]
+    assert np.abs(store.tokens("clip0") - wanted.numpy()).max() < 5e-3
+    assert [frame.shape for frame in store.iter_tokens("clip3")] == [(3, 4, 64)] * 9
+
+
+def test_the_shift_moves_tokens(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "s.zarr", backbone)
+    store = open_store(tmp_path / "s.zarr")
+    plain, _, shifted = store.samples(store.sample_ids[:1])[0].astype(np.float32)
+    assert np.abs(plain - shifted).mean() > 1e-3
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "straight.zarr", backbone)
+    stop = Event()
+    stop.set()
+    first = run(clips, tmp_path / "stopped.zarr", backbone, stop=stop)
+    assert (first.n_slots, first.interrupted) == (1, True)
+    assert open_store(tmp_path / "stopped.zarr").slot_states()["done"] == 1
+    second = run(clips, tmp_path / "stopped.zarr", backbone)
+    assert (second.n_slots_before, second.interrupted) == (1, False)
+    assert tree(tmp_path / "straight.zarr") == tree(tmp_path / "stopped.zarr")
+    third = run(clips, tmp_path / "stopped.zarr", backbone)
+    assert (third.n_slots, third.n_encodings) == (0, 0)
+
+
+def test_two_extractions_at_once_share_the_slots(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "straight.zarr", backbone)
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(run, clips, tmp_path / "shared.zarr", backbone) for _ in range(3)]
+        reports = [future.result() for future in runs]
+    plan = plan_of(manifest_of(clips), PAIRS)
+    assert sum(report.n_slots for report in reports) == plan.n_slots
+    assert sum(report.n_encodings for report in reports) == plan.n_encodings
+    assert not any(report.interrupted for report in reports)
+    for report in reports:
+        assert report.n_slots_before + report.n_slots_elsewhere + report.n_slots == plan.n_slots
+    assert tree(tmp_path / "straight.zarr") == tree(tmp_path / "shared.zarr")
+
+
+@pytest.mark.parametrize("ending", ["released", "committed", "stopped"])
+def test_a_held_slot_is_waited_for(clips: Path, tmp_path: Path, backbone: Backbone, ending: str) -> None:
+    run(clips, tmp_path / "straight.zarr", backbone)
+    manifest, out = manifest_of(clips), tmp_path / "held.zarr"
+    plan = plan_of(manifest, PAIRS)
+    notes: list[str] = []
+    stop, noted = Event(), Event()
+
+    def note(text: str) -> None:
+        notes.append(text)
+        noted.set()
+
+    with ThreadPoolExecutor(1) as threads, closing(writer_of(plan, manifest, out, backbone)) as holder:
+        assert holder.claim(1)
+        future = threads.submit(run, clips, out, backbone, stop=stop, note=note)
+        assert noted.wait(600)
+        if ending == "stopped":
+            stop.set()
+            future.result(600)
+        elif ending == "committed":
+            shard = holder.new_shard(plan.slot(1))
+            samples = open_store(tmp_path / "straight.zarr").samples(range(4, 8))
+            shard.tokens[:] = samples.reshape(shard.tokens.shape)
+            holder.commit(plan.slot(1), shard, {})
+    report = future.result()
+    wanted = {"released": (0, 0), "committed": (1, 0), "stopped": (0, 1)}[ending]
+    assert (report.n_slots_elsewhere, int(report.interrupted)) == wanted
+    assert report.n_slots == plan.n_slots - sum(wanted)
+    assert len(notes) == 1
+    if ending != "stopped":
+        assert tree(tmp_path / "straight.zarr") == tree(out)
+
+
+def test_an_interrupted_extraction_gives_its_claims_back(
+    clips: Path, tmp_path: Path, backbone: Backbone
+) -> None:
+    manifest = manifest_of(clips)
+    plan = plan_of(manifest, PAIRS)
+    stop = Event()
+    stop.set()
+    with closing(writer_of(plan, manifest, tmp_path / "s.zarr", backbone)) as writer:
+        extract(plan, manifest, clips, backbone, writer, batch_size=5, stop=stop)
+        assert all(writer.claim(index) for index in writer.todo())
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def resize(path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(path)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, resize, Path.unlink])
+def test_a_bad_video_is_named_and_costs_only_itself(
+    own_clips: Path, tmp_path: Path, backbone: Backbone, damage: Callable[[Path], None]
+) -> None:
+    manifest = manifest_of(own_clips)
+    for path in (own_clips / "clip2").iterdir():
+        if path.name != "0.jpg":
+            damage(path)
+    report = run(own_clips, tmp_path / "s.zarr", backbone, FRAMES, manifest)
+    assert list(report.failures) == ["clip2"]
+    assert report.failures["clip2"].startswith("clip2")
+    store = open_store(tmp_path / "s.zarr")
+    assert "clip2" not in store.video_ids
+    assert len(store.video_ids) == 5
+    assert "clip2" in store.failures
+    assert store.slot_states()["failed"] > 0
+    assert np.isfinite(store.tokens("clip4")).all()
+
+
+def test_overflow_is_a_failure_not_an_infinity(clips: Path, tmp_path: Path) -> None:
+    loud = load_backbone("timm/test_vit", weights="random", seed=1)
+    for parameter in loud._body.vit.norm.parameters():
+        parameter.data.mul_(1e6).add_(1e6)
+    report = run(clips, tmp_path / "s.zarr", loud)
+    assert set(report.failures) == {f"clip{i}" for i in range(6)}
+    assert "float16" in report.failures["clip0"]
+    assert len(open_store(tmp_path / "s.zarr").sample_ids) == 0
+
+
+def test_other_settings_never_resume(clips: Path, tmp_path: Path, backbone: Backbone) -> None:
+    run(clips, tmp_path / "s.zarr", backbone)
+    with pytest.raises(FingerprintError) as caught:
+        run(clips, tmp_path / "s.zarr", backbone, PairsSettings(n_views=2, size=64, seed=5))
+    assert any("plan.seed" in line for line in caught.value.details)
+    with pytest.raises(FingerprintError) as caught:
+        run(clips, tmp_path / "s.zarr", load_backbone("timm/test_vit", weights="random", seed=7))
+    assert any("weights_sha256" in line for line in caught.value.details)
+
+
+def command(clips: Path, out: Path) -> list[str]:
+    words = "extract --backbone timm/test_vit --weights random --views 2 --size 64 --slot-encodings 6 --quiet"
+    places = ["--manifest", str(clips.parent / "m.parquet"), "--data-root", str(clips), "--out", str(out)]
+    return [*words.split(), "--batch", "2", *places]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_loses_nothing(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_manifest(clips.parent / "m.parquet", manifest_of(clips))
+    assert run_command(command(clips, tmp_path / "straight.zarr")) == 0
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        assert run_command(command(clips, disk / "s.zarr")) == 3
+        assert "no space left on the device" in capsys.readouterr().err
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert run_command(command(clips, disk / "s.zarr")) == 0
+        assert tree(disk / "s.zarr") == tree(tmp_path / "straight.zarr")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_store_that_will_not_fit_is_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "s.zarr")
+    small = PlanSummary("mae_b", "pairs", 1, 3, ("14x14",), "float16", "none", 1, (3,), 10**12, 10**9, out)
+    note_plan(small, Talk(quiet=True))
+    assert "will not fit: 1.00 TB wanted, 1.0 GB free" in capsys.readouterr().err
+    note_plan(replace(small, bytes_free=10**13), Talk(quiet=True))
+    note_plan(replace(small, out=str(tmp_path)), Talk(quiet=True))
+    assert not capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""Neighbour lists on disk: reuse equals a fresh run, and lists of anything else are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from propagation_cases import clips, single_thread
+
+from cosettle_cache.core.errors import FingerprintError, InputError
+from cosettle_cache.core.tables import write_json
+from cosettle_cache.core.types import Grid
+from cosettle_cache.propagation.neighbor_files import (
+    NeighborsKey,
+    load_neighbors,
+    neighbor_writer,
+    save_neighbors,
+)
+from cosettle_cache.propagation.propagator import carry_labels, find_neighbors, propagate
+from cosettle_cache.propagation.protocols import make_protocol
+
+PROTOCOL = make_protocol(top_k=3, n_context=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with single_thread():
+        yield
+
+
+def make_key(protocol=PROTOCOL, **changed):
+    fields = {"video_id": "dog", "tokens": "store 1, raw", "n_frames": 4, "grid": Grid(3, 5), **changed}
+    return NeighborsKey.of(protocol, **fields)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tokens = torch.randn(4, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    save_neighbors(tmp_path / "dog.parquet", make_key(), find_neighbors(tokens, PROTOCOL))
+    return tmp_path / "dog.parquet", tokens
+
+
+@settings(max_examples=40, deadline=None)
+@given(clips())
+def test_reuse_with_other_labels_and_temperature_equals_a_fresh_run(tmp_path_factory, clip):
+    path = tmp_path_factory.mktemp("neighbors") / "clip.parquet"
+    key = make_key(clip.protocol, n_frames=len(clip.tokens), grid=clip.grid)
+    save_neighbors(path, key, find_neighbors(clip.tokens, clip.protocol))
+    other = replace(clip.protocol, temperature=0.3)
+    labels = clip.first_labels.flip(0).sqrt()
+    reused = torch.stack(list(carry_labels(load_neighbors(path, key), labels, other)))
+    assert torch.equal(reused, propagate(clip.tokens, labels, other))
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"tokens": "store 2, raw"}, "tokens: wanted store 2, raw, found store 1, raw"),
+        ({"video_id": "cat"}, "video_id: wanted cat, found dog"),
+        ({"grid": Grid(5, 3)}, "grid: wanted 5x3, found 3x5"),
+        ({"n_frames": 5}, "n_frames: wanted 5, found 4"),
+        ({"protocol": replace(PROTOCOL, radius=2.0)}, "radius: wanted 2.0, found 20.0"),
+        ({"protocol": replace(PROTOCOL, keep_ties=True)}, "keep_ties: wanted True, found False"),
+    ],
+)
+def test_lists_of_other_tokens_or_another_search_are_refused(saved, changed, line):
+    with pytest.raises(FingerprintError) as caught:
+        load_neighbors(saved[0], make_key(**changed))
+    assert caught.value.details == (line,)
+
+
+def test_what_comes_after_the_search_may_differ(saved):
+    protocol = replace(PROTOCOL, temperature=0.1, norm_mask=True, label_encoding="nearest", name="mine")
+    assert len(list(load_neighbors(saved[0], make_key(protocol)))) == 3
+
+
+def test_an_incomplete_file_never_gets_its_name(tmp_path, saved):
+    lists = list(load_neighbors(saved[0], make_key()))
+    path = tmp_path / "other.parquet"
+    with pytest.raises(InputError, match="not complete"), neighbor_writer(path, make_key()) as write:
+        write(lists[0])
+    assert [file.name for file in tmp_path.iterdir()] == ["dog.parquet"]
+
+
+def test_files_that_hold_no_neighbours_are_refused(tmp_path, saved):
+    with pytest.raises(InputError, match="does not exist"):
+        load_neighbors(tmp_path / "none.parquet", make_key())
+    write_json(tmp_path / "json.parquet", {})
+    with pytest.raises(InputError, match="not a readable table"):
+        load_neighbors(tmp_path / "json.parquet", make_key())
+
+
+def test_labels_of_another_grid_are_refused(saved):
+    with pytest.raises(InputError, match="not on the labels' grid"):
+        list(carry_labels(load_neighbors(saved[0], make_key()), torch.rand(3, 4, 2), PROTOCOL))

@@ -1,0 +1,191 @@
+"""The report as a file: what stands in it, that nothing in it is markup by accident, its size, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from propagation_cases import single_thread
+from report_cases import EVIL, EVIL_KIND, PLAIN, Made, Page, make_runs, write_analysis_table, write_journal
+
+from cosettle_cache.cli import run_command
+from cosettle_cache.metrics.results import mean_scores, read_scores, write_scores
+from cosettle_cache.report.axes import make_axis
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with single_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_runs(tmp_path_factory.mktemp("report"))
+
+
+def write(out: Path, *arguments: object) -> Page:
+    line = ["report", *map(str, arguments), "--out", str(out), "--quiet"]
+    assert run_command(line) == 0
+    return Page(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def page(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    out = tmp_path_factory.mktemp("page") / "r.html"
+    return write(out, made.scored, made.trained, made.swept)
+
+
+def test_sections_appear_where_their_data_are(page: Page, made: Made, tmp_path: Path) -> None:
+    assert page.headings == ["scores-0", "overlays-0", "curves-0", "curves-1", "provenance"]
+    alone = write(tmp_path / "t.html", made.trained)
+    assert alone.headings == ["curves-0", "provenance"]
+    assert alone.documents.keys() == {"data-curves-0"}
+
+
+def test_names_are_text_and_never_markup(page: Page) -> None:
+    assert EVIL in page.text
+    assert not {"b", "i"} & set(page.tags)
+    assert ("aria-label", f"Frame of {EVIL}") in page.attributes
+
+
+def test_what_scripts_read_cannot_end_their_element(made: Made, tmp_path: Path) -> None:
+    swept = tmp_path / "swept"
+    write_journal(swept / "a<b", 5)
+    shutil.move(swept / "a<b", swept / "<!--<script>")
+    (swept / "sweep.json").write_text("{}")
+    scored = tmp_path / "scored"
+    rows = [replace(row, tokens=EVIL_KIND) for row in read_scores(made.scored / "scores.parquet")]
+    write_scores(scored, rows)
+    page = write(tmp_path / "r.html", swept, scored)
+    assert page.documents["data-curves-0"][0]["series"][0]["name"] == "<!--<script>"
+    assert EVIL_KIND in page.text
+    assert page.tags.count("script") == page.source.count("</script>")
+    assert "i" not in page.tags
+
+
+def test_nothing_is_fetched(page: Page) -> None:
+    sources = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action")]
+    assert all(value.startswith(("data:image/webp;base64,", "#")) for value in sources)
+    assert "@import" not in page.source and "url(" not in page.source
+    policy = next(value for _, value in page.attributes if "default-src" in value)
+    assert policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
+
+
+def test_the_table_says_what_the_rows_say(page: Page, made: Made) -> None:
+    for mean in mean_scores(read_scores(made.scored / "scores.parquet")):
+        assert f"{100 * mean.main:.1f}" in page.texts
+    assert "★" in page.text and ("▲" in page.text or "▼" in page.text or "± 0.0" in page.text)
+
+
+def test_long_curves_are_averaged_and_gaps_are_kept(page: Page) -> None:
+    panels = page.documents["data-curves-1"]
+    total = panels[0]["series"]
+    assert [item["name"] for item in total] == ["weight=1", "weight=3"]
+    assert len(total[0]["steps"]) == 300
+    assert total[0]["values"][1] is None, "the mean over a step that is not finite is no number"
+    assert [panel["title"] for panel in panels][-4:] == [
+        f"{name}, held-out clips" for name in ("cycle accuracy", "margin D", "D inter", "D intra")
+    ]
+    shapes = [value for name, value in page.attributes if name in ("d", "x1", "y1", "data-high")]
+    assert shapes and not any("nan" in value for value in shapes)
+
+
+def test_the_size_is_bounded_and_said(made: Made, tmp_path: Path) -> None:
+    page = write(tmp_path / "r.html", made.scored, "--max-frames", 2)
+    assert [len(item) for item in page.documents["data-overlay-0-0"]["pictures"]] == [2, 2]
+    assert page.documents["data-overlay-0-0"]["names"] == ["frame 0", "frame 5"]
+    assert "img" not in write(tmp_path / "n.html", made.scored, "--videos", 0).tags
+    said = re.search(r"This file: ([\d.]+) kB", page.text)
+    assert said and float(said[1]) == pytest.approx((tmp_path / "r.html").stat().st_size / 1000, abs=0.2)
+
+
+def test_masks_are_drawn_where_no_overlay_was(made: Made, tmp_path: Path) -> None:
+    assert page_videos(write(tmp_path / "a.html", made.scored)) == 1
+    drawn = ["--features", made.store, "--data-root", made.data_root]
+    both = write(tmp_path / "b.html", made.scored, *drawn)
+    assert page_videos(both) == 2
+    assert PLAIN in both.text
+
+
+def page_videos(page: Page) -> int:
+    return sum(name.startswith("data-overlay") for name in page.documents)
+
+
+def test_several_runs_are_put_side_by_side(made: Made, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    rows = read_scores(made.scored / "scores.parquet")
+    write_scores(other, [replace(row, backbone="large") for row in rows], complete=False)
+    page = write(tmp_path / "r.html", made.scored, other, made.scored)
+    assert page.headings[0] == "overview"
+    assert page.text.count("Not complete.") == 1
+    assert sum(heading.startswith("scores-") for heading in page.headings) == 2
+
+
+def test_the_plane_has_a_point_per_encoder_and_kind_of_tokens(tmp_path: Path) -> None:
+    one, two = write_analysis_table(tmp_path / "one"), write_analysis_table(tmp_path / "two", "large <ViT>")
+    page = write(tmp_path / "r.html", one, two)
+    assert page.headings == ["trade-off", "provenance"]
+    assert page.text.count("large <ViT> mine: D inter 0.6000, D intra 0.2500, D 0.5250") == 2
+    assert page.text.count("▲ +0.0850") == 8, "two projections of two encoders under two definitions"
+    places = [value for name, value in page.attributes if name == "class" and value == "label"]
+    assert len(places) >= 4
+
+
+def test_a_table_of_something_else_is_no_analysis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.table({"tokens": ["raw"]}), tmp_path / "a/analysis.parquet")
+    assert run_command(["report", str(tmp_path / "a"), "--out", str(tmp_path / "r.html")]) == 3
+    assert "is not a table of analyze" in capsys.readouterr().err
+
+
+def test_json_and_dry_run(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["report", str(made.scored), str(made.trained), "--out", str(tmp_path / "r.html")]
+    assert run_command([*line, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["runs"]["propagated"]["scores"] == {"videos": 2, "tokens": ["raw", "mine"]}
+    assert not (tmp_path / "r.html").exists()
+    assert run_command([*line, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["bytes"] == (tmp_path / "r.html").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent", "is not a folder"),
+        ("empty", "an empty folder"),
+        ("projections", "--projection"),
+        ("parent", "report {root}/parent/trained"),
+        ("broken", "is not a journal of training"),
+        ("torn", "is not a readable table"),
+    ],
+)
+def test_a_folder_without_a_run_is_one_clear_error(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    for folder in ("empty", "projections", "parent", "broken", "torn"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(made.projection, tmp_path / "projections/projection.safetensors")
+    shutil.copytree(made.trained, tmp_path / "parent/trained")
+    (tmp_path / "broken/metrics.jsonl").write_text('{"step": 1')
+    (tmp_path / "torn/scores.parquet").write_bytes(b"PAR1")
+    assert run_command(["report", str(tmp_path / name), "--out", str(tmp_path / "r.html")]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said.format(root=tmp_path) in error
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_axes_have_round_ticks_inside() -> None:
+    for values in ([0.1, 0.9], [5.0], [-3.0, 1e6], [1e-6, 2e-6], [], [float("nan"), 2.0]):
+        axis = make_axis(values)
+        assert axis.low < axis.high
+        assert 2 <= len(axis.ticks) <= 6
+        assert all(0 <= axis.share(tick) <= 1 for tick in axis.ticks)
+        assert len({axis.label(tick) for tick in axis.ticks}) == len(axis.ticks)

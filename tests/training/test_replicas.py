@@ -1,0 +1,63 @@
+"""Two processes with gloo: the same parameters as one process with the same global batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import SMALL, make_store
+
+from cosettle_cache.heads.projection import load_projection
+from cosettle_cache.store import open_store
+from cosettle_cache.training.replicas import join_replicas
+from cosettle_cache.training.run_state import read_figures
+from cosettle_cache.training.sweep import Axis
+from cosettle_cache.training.train import train
+
+AXES = (Axis("separability_weight", (0.02, "auto")),)
+RUN = replace(SMALL, batch_size=4, accumulate=2, epochs=2, validation=0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(rank: int, port: int) -> dict[str, str]:
+    """What torchrun gives its processes."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+
+
+def train_as(variables: dict[str, str], folder: Path) -> None:
+    os.environ |= variables
+    torch.set_num_threads(1)
+    with join_replicas("cpu") as (replicas, device):
+        assert (replicas.rank, replicas.count) == (int(variables["RANK"]), 2)
+        store = open_store(folder / "store.zarr")
+        train(store, RUN, folder / "two", sweep=AXES, device=device, replicas=replicas)
+
+
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, port = make_store(tmp_path, n_videos=23), free_port()
+    second = get_context("spawn").Process(target=train_as, args=(environment(1, port), tmp_path))
+    second.start()
+    train(store, RUN, tmp_path / "one", sweep=AXES)
+    for name, value in environment(0, port).items():
+        monkeypatch.setenv(name, value)
+    train_as(environment(0, port), tmp_path)
+    second.join(60)
+    assert second.exitcode == 0
+    for member in ("separability_weight=0.02", "separability_weight=auto"):
+        one, two = tmp_path / "one" / member, tmp_path / "two" / member
+        wanted, found = (load_projection(folder / "projection.safetensors") for folder in (one, two))
+        for name, tensor in wanted.state_dict().items():
+            assert (tensor - found.state_dict()[name]).abs().max() <= 1e-5, name
+        lines = zip(*(read_figures(folder / "metrics.jsonl") for folder in (one, two)), strict=True)
+        assert all(abs(a.total - b.total) <= 1e-4 * abs(a.total) for a, b in lines)

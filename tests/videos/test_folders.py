@@ -1,0 +1,151 @@
+"""Kinetics-like and plain folders of real tiny clips: order, ids, classes, and named failures."""
+
+from __future__ import annotations
+
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.types import MediaKind
+from cosettle_cache.videos import build_manifest
+from cosettle_cache.videos.folder import build_folder_manifest
+from cosettle_cache.videos.kinetics import build_kinetics_manifest
+from cosettle_cache.videos.manifest import manifest_from_table, manifest_table
+
+
+def make_frames(folder: Path, n_frames: int = 3, size: tuple[int, int] = (8, 12)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(n_frames):
+        Image.fromarray(np.full((*size, 3), index, np.uint8)).save(folder / f"{index}.jpg")
+
+
+def make_file(path: Path, n_frames: int = 5) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(10))
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for index in range(n_frames):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), 20 * index, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_kinetics_rows(tmp_path):
+    root = tmp_path / "k400"
+    make_frames(root / "yoga" / "clip10")
+    make_frames(root / "yoga" / "clip2")
+    make_file(root / "archery" / "a.b.mp4")
+    result = build_kinetics_manifest(root, tmp_path, split="train")
+    assert not result.failures
+    rows = [(v.video_id, v.media, v.class_name, v.media_kind, v.n_frames) for v in result.manifest]
+    assert rows == [
+        ("archery/a.b", "k400/archery/a.b.mp4", "archery", MediaKind.FILE, 5),
+        ("yoga/clip2", "k400/yoga/clip2", "yoga", MediaKind.FRAMES, 3),
+        ("yoga/clip10", "k400/yoga/clip10", "yoga", MediaKind.FRAMES, 3),
+    ]
+    file, folder = result.manifest.videos[:2]
+    assert (file.height, file.width, file.fps) == (16, 32, 10.0)
+    assert (folder.height, folder.width, folder.fps) == (8, 12, None)
+    assert {(v.dataset, v.split) for v in result.manifest} == {("kinetics", "train")}
+
+
+def test_kinetics_class_without_clips_is_a_failure(tmp_path):
+    make_frames(tmp_path / "yoga" / "a")
+    (tmp_path / "archery").mkdir()
+    result = build_kinetics_manifest(tmp_path, tmp_path)
+    assert [v.video_id for v in result.manifest] == ["yoga/a"]
+    assert "holds no frames" in result.failures["archery"]
+
+
+def test_folder_finds_clips_at_any_depth(tmp_path):
+    make_file(tmp_path / "clip10.mp4")
+    make_file(tmp_path / "clip2.mp4")
+    make_frames(tmp_path / "deep" / "er" / "frames")
+    Image.new("RGB", (4, 4)).save(tmp_path / "contact_sheet.png")
+    (tmp_path / "notes.txt").write_text("about these clips")
+    (tmp_path / ".cache").mkdir()
+    result = build_folder_manifest(tmp_path, tmp_path)
+    assert [v.video_id for v in result.manifest] == ["clip2", "clip10", "deep/er/frames"]
+    assert not result.failures
+
+
+def test_names_keep_their_suffix_where_they_would_collide(tmp_path):
+    make_file(tmp_path / "a.mp4")
+    make_file(tmp_path / "a.mkv")
+    make_frames(tmp_path / "b")
+    make_file(tmp_path / "b.avi")
+    make_file(tmp_path / "c.mp4")
+    result = build_folder_manifest(tmp_path, tmp_path)
+    assert sorted(v.video_id for v in result.manifest) == ["a.mkv", "a.mp4", "b", "b.avi", "c"]
+
+
+def test_one_folder_of_frames_is_one_clip(tmp_path):
+    make_frames(tmp_path / "mine")
+    (video,) = build_folder_manifest(tmp_path / "mine", tmp_path).manifest
+    assert (video.video_id, video.media) == ("mine", "mine")
+
+
+def test_every_bad_clip_is_named(tmp_path):
+    make_file(tmp_path / "good.mp4", n_frames=12)
+    (tmp_path / "zero.mp4").touch()
+    (tmp_path / "noise.mp4").write_bytes(b"no video at all" * 10)
+    (tmp_path / "empty").mkdir()
+    make_frames(tmp_path / "mixed")
+    Image.new("RGB", (5, 5)).save(tmp_path / "mixed" / "9.jpg")
+    make_frames(tmp_path / "colon:name")
+    result = build_folder_manifest(tmp_path, tmp_path)
+    assert [v.video_id for v in result.manifest] == ["good"]
+    reasons = {
+        "zero.mp4": "is empty",
+        "noise.mp4": "cannot be decoded",
+        "empty": "holds no frames",
+        "mixed": "mixes frame sizes",
+        "colon:name": "cannot stand in a manifest",
+    }
+    assert result.failures.keys() == reasons.keys()
+    for media, reason in reasons.items():
+        assert reason in result.failures[media]
+
+
+def test_no_good_clip_at_all_is_an_error(tmp_path):
+    (tmp_path / "zero.mp4").touch()
+    with pytest.raises(InputError, match="no usable clip") as caught:
+        build_folder_manifest(tmp_path, tmp_path)
+    assert caught.value.details[0].startswith("zero.mp4: ")
+    with pytest.raises(InputError, match="not a folder"):
+        build_kinetics_manifest(tmp_path / "missing", tmp_path)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(InputError, match="holds no clips"):
+        build_kinetics_manifest(tmp_path / "bare", tmp_path)
+
+
+def test_rows_survive_a_manifest_file(tmp_path):
+    make_file(tmp_path / "a.mp4")
+    make_frames(tmp_path / "b")
+    manifest = build_manifest("folder", tmp_path, tmp_path, split="train").manifest
+    assert manifest_from_table(manifest_table(manifest)) == manifest
+
+
+@pytest.mark.data
+def test_real_kinetics_folder(shared_data):
+    root = shared_data("kinetics400_tiny_frames")
+    result = build_kinetics_manifest(root, root.parent)
+    assert (len(result.manifest), len(result.failures)) == (30, 0)
+    assert len({v.class_name for v in result.manifest}) == 2
+    assert {v.n_frames for v in result.manifest} == {3}
+
+
+@pytest.mark.data
+def test_real_clips(shared_data, tmp_path):
+    source = shared_data("clips/misc")
+    for name in ("bird.mkv", "imageio-binaries-newtonscradle.gif"):
+        shutil.copy(source / name, tmp_path)
+    result = build_folder_manifest(tmp_path, tmp_path)
+    assert not result.failures
+    assert all(v.n_frames > 1 and v.height > 1 for v in result.manifest)
