@@ -30,7 +30,7 @@ import psutil
 import torch
 from store_bench import make_writer
 
-from cosettle_cache.analysis.analyze import analyze_store, plan_analysis
+from cosettle_cache.analysis.run import analyze_store, plan_analysis
 from cosettle_cache.core.cluster import connect
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.settings import FramesSettings

@@ -32,10 +32,10 @@ from cosettle_cache.core.console import Talk
 from cosettle_cache.core.settings import FramesSettings
 from cosettle_cache.core.types import Manifest, Score
 from cosettle_cache.extraction.jobs import StoreJob, find_weights, run_job
-from cosettle_cache.metrics.results import mean_scores, sequence_means
+from cosettle_cache.metrics.rows import mean_scores, sequence_means
 from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
-from cosettle_cache.search.affinity import unit_tokens
+from cosettle_cache.search.masked import unit_tokens
 from cosettle_cache.store import FeatureStore, StoreWriter, open_store, spec_version
 from cosettle_cache.store._int8 import dequantize, quantize, stored_width
 from cosettle_cache.store.plan import make_plan

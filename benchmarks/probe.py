@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosettle_cache.analysis.probe.selection import Labelled
-from cosettle_cache.analysis.probe.video_tasks import VideoTask, retrieve, vote
+from cosettle_cache.analysis.probe.videos import Labelled, VideoTask, retrieve, vote
 from cosettle_cache.core.settings import ProbeSettings
 from cosettle_cache.core.types import MediaKind, Video
 

@@ -36,8 +36,7 @@ from cosettle_cache.core.console import Talk
 from cosettle_cache.core.types import EvalProtocol, Grid
 from cosettle_cache.propagation.propagator import Propagator
 from cosettle_cache.propagation.protocols import make_protocol
-from cosettle_cache.search.affinity import in_window
-from cosettle_cache.search.slabs import make_slabs
+from cosettle_cache.search.masked import in_window, make_slabs
 
 CLIP_LENGTHS = (30, 150)
 #: Columns of `shooting`, for 55 of the other clips.

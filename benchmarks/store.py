@@ -48,9 +48,16 @@ from cosettle_cache.core.settings import FramesSettings
 from cosettle_cache.core.types import Manifest, MediaKind, Video
 from cosettle_cache.store import FeatureStore, Shard, open_store
 from cosettle_cache.store.plan import make_plan
-from cosettle_cache.training.feeding import BatchRing, EpochOrder, ShuffleShards, make_portions, make_steps
+from cosettle_cache.training.batches import (
+    BatchRing,
+    EpochOrder,
+    ShuffleShards,
+    Windows,
+    make_portions,
+    make_steps,
+    warmed,
+)
 from cosettle_cache.training.samples import PairsSamples
-from cosettle_cache.training.warming import Windows, warmed
 
 THREADS = min(4, os.cpu_count() or 1)
 #: Samples of the two stores whose reading and writing must take the same memory.

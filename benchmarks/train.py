@@ -35,7 +35,7 @@ from cosettle_cache.encoders import load_backbone
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.store import FeatureStore, open_store
 from cosettle_cache.store.plan import make_plan
-from cosettle_cache.training.feeding import Batch, BatchRing, Ids, Portion, SampleSource, Step
+from cosettle_cache.training.batches import Batch, BatchRing, Ids, Portion, SampleSource, Step
 from cosettle_cache.training.learner import Learner, Trainer
 from cosettle_cache.training.losses import LossTerms, transfer_loss
 from cosettle_cache.training.objective import Originals

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from cosettle_cache.core.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -24,13 +23,4 @@ _HOMES = {
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that `import cosettle_cache` costs nothing and the command line answers at once.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'cosettle_cache' has no attribute '{name}'")
-    return getattr(import_module(f"cosettle_cache.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -14,8 +14,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from cosettle_cache.analysis.definitions import Definition
-from cosettle_cache.analysis.spread import Distances, Spread, diameters, effective_rank, scaled
+from cosettle_cache.analysis.definitions import (
+    Definition,
+    Distances,
+    Spread,
+    diameters,
+    effective_rank,
+    scaled,
+)
 
 #: Float16 or float32; converted a few places at a time.
 Middles = Float[Tensor, "clip place dim"]

@@ -3,39 +3,245 @@
 A feature store and the frames it was made from go in; PNGs and films come out. The components are those of a
 whole video, or of the whole store, so that a colour keeps its meaning from frame to frame. Nothing grows with
 the length of a video.
+
+Principal components of tokens as colours: the first three become red, green and blue.
+
+Tokens come in frame by frame, several times over; a painter comes out that gives every token its colour. All
+sums are float64, nothing grows with the number of frames, and equal tokens give equal colours.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from cosettle_cache.analysis.components import FOREGROUNDS, Painter, align_signs, fit_painter
 from cosettle_cache.analysis.pooling import check_frames_plan
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError, OutputError, RemoteError, UsageError
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.pictures.pca import FILMS, write_pictures
+from cosettle_cache.pictures.drawing import FILMS, write_pictures
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import Image8, iter_frames
+
+#: Red, green, blue.
+N_COMPONENTS = 3
+#: A component's darkest and brightest shade: a few odd tokens shall not make the others pale.
+PERCENTILES = (1.0, 99.0)
+#: Percentiles are read from counts in bins over so many standard deviations on either side of the mean.
+_REACH, _BINS = 8.0, 4096
+
+Tokens = Float[Tensor, "row col dim"]
+#: Which side of the first component is drawn: `none` draws all tokens, `auto` takes that of the middle.
+FOREGROUNDS = ("none", "auto", "high", "low")
+
+#: Gives the frames of a video (or of all videos) anew with every call.
+Frames = Callable[[], Iterable[Tokens]]
+Colours = UInt8[np.ndarray, "row col 3"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Components:
+    """The directions (columns) in which unit tokens vary most, around their mean.
+
+    `spreads` are standard deviations, `shares` shares of the whole variance.
+    """
+
+    mean: Float64[Tensor, " dim"]
+    basis: Float64[Tensor, "dim component"]
+    spreads: Float64[Tensor, " component"]
+    shares: Float64[Tensor, " component"]
+
+    def apply(self, tokens: Float[Tensor, "*token dim"]) -> Float64[Tensor, "*token component"]:
+        """Return the components of tokens in standard deviations."""
+        centred = normalize(tokens.double(), dim=-1) - self.mean
+        return centred @ self.basis / self.spreads.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+class Moments:
+    """Sums over unit tokens, from which components follow."""
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self.n_tokens = 0
+        self._sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._products = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, tokens: Float[Tensor, "token dim"]) -> None:
+        """Count tokens in."""
+        unit = normalize(tokens.double(), dim=-1)
+        self.n_tokens += len(unit)
+        self._sum += unit.sum(dim=0)
+        self._products += unit.T @ unit
+
+    def components(self) -> Components:
+        """Return the first three; each points where its largest weight is positive, so signs are settled."""
+        if len(self._sum) < N_COMPONENTS:
+            raise InputError("these tokens have too few channels", wanted=N_COMPONENTS, found=len(self._sum))
+        mean = self._sum / self.n_tokens
+        covariance = self._products / self.n_tokens - torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        basis = vectors[:, -N_COMPONENTS:].flip(1)
+        strongest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+        values = values.clamp(min=0)
+        first = values[-N_COMPONENTS:].flip(0)
+        total = values.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return Components(mean, basis * strongest.sign(), first.sqrt(), first / total)
+
+
+class Histogram:
+    """Counts of components in bins, from which percentiles are read to 1/256 of a standard deviation."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((N_COMPONENTS, _BINS), np.int64)
+
+    def add(self, values: Float64[Tensor, "token component"]) -> None:
+        """Count tokens in; what lies beyond the reach counts at its end."""
+        bins = ((values + _REACH) * (_BINS / (2 * _REACH))).floor().clamp(0, _BINS - 1).long()
+        for number, column in enumerate(bins.T.cpu()):
+            self.counts[number] += np.bincount(column.numpy(), minlength=_BINS)
+
+    def percentile(self, percent: float) -> Float64[np.ndarray, " component"]:
+        """Return the middle of the bin below or in which so many percent of the tokens lie."""
+        shares = self.counts.cumsum(axis=1) / self.counts.sum(axis=1, keepdims=True)
+        return np.asarray(_centres()[(shares < percent / 100).sum(axis=1)])
+
+    def split(self) -> float:
+        """Return the value that parts the first component best into two groups (Otsu's)."""
+        counts, centres = self.counts[0].astype(np.float64), _centres()
+        below = counts.cumsum()
+        sums = (counts * centres).cumsum()
+        above = below[-1] - below
+        with np.errstate(divide="ignore", invalid="ignore"):
+            between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+        # Empty bins between two groups are all as good: the middle of them.
+        best = np.flatnonzero(np.nan_to_num(between) >= np.nanmax(np.nan_to_num(between)) * (1 - 1e-12))
+        return float(centres[best].mean() + _REACH / _BINS)
+
+
+def _centres() -> Float64[np.ndarray, " bin"]:
+    return (np.arange(_BINS) + 0.5) * (2 * _REACH / _BINS) - _REACH
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Foreground:
+    """Which tokens are drawn at all: those on one side of a split of the first component."""
+
+    components: Components
+    split: float
+    above: bool
+
+    def mask(self, tokens: Float[Tensor, "*token dim"]) -> Bool[Tensor, "*token"]:
+        """Say which tokens lie on the foreground's side."""
+        first = self.components.apply(tokens)[..., 0]
+        return (first > self.split) == self.above
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Painter:
+    """Gives tokens colours: components between `low` and `high` become 0 to 255, background is black."""
+
+    components: Components
+    low: Float64[np.ndarray, " component"]
+    high: Float64[np.ndarray, " component"]
+    foreground: Foreground | None = None
+
+    def paint(self, tokens: Tokens) -> Colours:
+        """Return the colour of every token of a frame."""
+        values = self.components.apply(tokens).cpu().numpy()
+        width = np.where(self.high > self.low, self.high - self.low, 1.0)
+        colours: Colours = np.round(255 * np.clip((values - self.low) / width, 0, 1)).astype(np.uint8)
+        if self.foreground is not None:
+            colours[~self.foreground.mask(tokens).cpu().numpy()] = 0
+        return colours
+
+
+def align_signs(painter: Painter, reference: Painter, pairs: Iterable[tuple[Tokens, Tokens]]) -> Painter:
+    """Return `painter` with every component turned so that it goes up where that of `reference` does.
+
+    `pairs` are the same frames in the reference's and in the painter's own kind of tokens. The sign of a
+    component means nothing; turned like this, colours of two kinds can be compared.
+    """
+    agreement = sum(
+        (reference.components.apply(one) * painter.components.apply(other)).sum(dim=(0, 1))
+        for one, other in pairs
+    )
+    assert isinstance(agreement, Tensor)
+    signs = torch.where(agreement < 0, -1.0, 1.0).double()
+    components = replace(painter.components, basis=painter.components.basis * signs)
+    up = signs.cpu().numpy() > 0
+    low, high = np.where(up, painter.low, -painter.high), np.where(up, painter.high, -painter.low)
+    return replace(painter, components=components, low=low, high=high)
+
+
+def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
+    """Return the painter of all frames together, after two passes over them; four with a `foreground`.
+
+    With one the first component over all tokens is split in two (Otsu); the `high` or the `low` side is the
+    foreground, or (`auto`) the one that the middle of the frames has more of than the whole; the colours are
+    those of the foreground's own components. Raises `InputError` when there are no tokens, or none in the
+    foreground.
+    """
+    side = None if foreground == "none" else _find_foreground(frames, foreground)
+    components = _fit(frames, side)
+    histogram = Histogram()
+    for tokens in frames():
+        histogram.add(components.apply(_chosen(tokens, side)))
+    low, high = (histogram.percentile(percent) for percent in PERCENTILES)
+    return Painter(components, low, high, side)
+
+
+def _fit(frames: Frames, side: Foreground | None) -> Components:
+    moments: Moments | None = None
+    for tokens in frames():
+        moments = moments or Moments(tokens.shape[-1], tokens.device)
+        moments.add(_chosen(tokens, side))
+    if moments is None or not moments.n_tokens:
+        raise InputError(
+            "there are no tokens to draw", wanted="a video, with a foreground where that is asked"
+        )
+    return moments.components()
+
+
+def _find_foreground(frames: Frames, which: str) -> Foreground:
+    components, histogram, middle = _fit(frames, None), Histogram(), Histogram()
+    for tokens in frames():
+        values = components.apply(tokens)
+        histogram.add(values.flatten(0, 1))
+        middle.add(_middle(values).flatten(0, 1))
+    split = histogram.split()
+    upper = _centres() > split
+    inside, everywhere = (
+        (item.counts[0] * upper).sum() / item.counts[0].sum() for item in (middle, histogram)
+    )
+    above = which == "high" or (which == "auto" and bool(inside > everywhere))
+    return Foreground(components, split, above)
+
+
+def _middle(values: Float64[Tensor, "row col component"]) -> Float64[Tensor, "_ _ component"]:
+    """Return the middle half of the rows and columns."""
+    rows, cols, _ = values.shape
+    return values[rows // 4 : rows - rows // 4, cols // 4 : cols - cols // 4]
+
+
+def _chosen(tokens: Tokens, side: Foreground | None) -> Float[Tensor, "token dim"]:
+    return tokens.flatten(0, 1) if side is None else tokens[side.mask(tokens)]
+
 
 #: Whose tokens share their components.
 PER = ("video", "store")
 #: The frame's panel, so no projection may be called so.
 FRAME = "frame"
-
-Colours = UInt8[np.ndarray, "row col 3"]
 
 
 @dataclass(frozen=True, slots=True)

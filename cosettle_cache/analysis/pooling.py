@@ -16,7 +16,7 @@ from torch import Tensor
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import PlanKind
 from cosettle_cache.heads.kinds import TokenKind
-from cosettle_cache.search.affinity import unit_tokens
+from cosettle_cache.search.masked import unit_tokens
 from cosettle_cache.store import FeatureStore
 
 #: Tokens in memory at a time; 100 MB in float32 at ViT-B width.

@@ -20,12 +20,15 @@ from cosettle_cache.analysis.definitions import (
     WALK_WINDOW,
     WALKS,
     Definition,
+    Distances,
+    Spread,
+    diameters,
+    scaled,
 )
-from cosettle_cache.analysis.spread import Distances, Spread, diameters, scaled
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.search.affinity import unit_tokens
+from cosettle_cache.metrics.cycle import cycle_accuracy, cycle_transition, pool_tokens
 from cosettle_cache.search.correspondence import find_correspondence
-from cosettle_cache.training.losses import cycle_accuracy, cycle_transition, pool_tokens
+from cosettle_cache.search.masked import unit_tokens
 
 Block = Float32[Tensor, "frame row col dim"]
 Tokens = Float32[Tensor, "pair token dim"]

@@ -9,26 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cosettle_cache.cli import (
-    analyze,
-    backbones,
-    demo,
-    export,
-    extract,
-    manifest,
-    pca,
-    probe,
-    projection,
-    propagate,
-    protocols,
-    report,
-    run,
-    score,
-    store,
-    track,
-    train,
-)
-from cosettle_cache.cli.entry import exits
+from cosettle_cache.cli import analyze, extract, lists, manifest, propagate, recipes, report, store, train
+from cosettle_cache.cli.options import exits
 
 # Before any OpenMP runtime loads: waiting threads sleep instead of spinning. On a machine of one's own it
 # costs nothing measurable; beside one other busy process spinning made propagation over five times slower.
@@ -81,22 +63,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.add_typer(manifest.app, name="manifest")
-app.command()(exits(backbones.backbones))
+app.command()(exits(lists.backbones))
 app.command()(exits(extract.extract))
 app.command()(exits(train.train))
-app.command()(exits(protocols.protocols))
+app.command()(exits(lists.protocols))
 app.command()(exits(propagate.propagate))
-app.command()(exits(track.track))
-app.command()(exits(pca.pca))
-app.command()(exits(score.score))
+app.command()(exits(propagate.track))
+app.command()(exits(analyze.pca))
+app.command()(exits(propagate.score))
 app.command()(exits(analyze.analyze))
 app.command()(exits(report.report))
-app.command()(exits(probe.probe))
-app.add_typer(export.app, name="export")
-app.add_typer(projection.app, name="projection")
+app.command()(exits(analyze.probe))
+app.add_typer(analyze.app, name="export")
+app.add_typer(train.app, name="projection")
 app.add_typer(store.app, name="store")
-app.command()(exits(run.run))
-app.command()(exits(demo.demo))
+app.command()(exits(recipes.run))
+app.command()(exits(recipes.demo))
 
 
 def main() -> None:

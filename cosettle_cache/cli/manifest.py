@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cosettle_cache.cli.entry import exits
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
+from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, exits
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
 from cosettle_cache.core.types import Video

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
-from threading import Event
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.errors import CosettleError, ExitCode, UsageError
 from cosettle_cache.core.settings import DATA_ROOT_VARIABLE
 
 if TYPE_CHECKING:
-    from cosettle_cache.core.handing import Run
+    from cosettle_cache.core.parallel import Run
     from cosettle_cache.store import FeatureStore
 
 DataRoot = Annotated[
@@ -84,23 +84,6 @@ def store_title(path: str) -> str:
     return PurePosixPath(path.rstrip("/")).stem
 
 
-def pick_device(device: str | None) -> str:
-    """Return the device asked for, or the best one at hand; raise `UsageError` for one that is not there."""
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    if device is None:
-        return "cuda" if has_cuda else "cpu"
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UsageError(f"there is no device {device!r}", wanted="cpu, cuda or cuda:NUMBER", found=device)
-    if kind == "cuda" and (not has_cuda or int(number or 0) >= torch.cuda.device_count()):
-        raise UsageError(
-            f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"
-        )
-    return device
-
-
 def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
     """Return folders by name; those of one name by their parent's too."""
     names = [folder.absolute().name for folder in folders]
@@ -123,20 +106,68 @@ def hand_out(workers: int, scheduler: str | None, talk: Talk) -> Iterator[Run | 
         yield cluster.run
 
 
-@contextmanager
-def interruptible(talk: Talk, unit: str) -> Iterator[Event]:
-    """Yield an event that the first Ctrl-C sets; the second one interrupts at once."""
-    stop = Event()
+def exits(command: Callable[..., int | None]) -> Callable[..., None]:
+    """Make a typer command of a function: settings become options, results and known errors exit codes.
 
-    def handle(number: int, frame: FrameType | None) -> Any:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        talk.warn(f"finishing the {unit} in hand; Ctrl-C again stops at once")
+    A parameter whose type is a settings class is replaced by one option per field that `setting` made, and
+     `command` is called with the object.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    classes = {p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)}
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    @functools.wraps(command)
+    def wrapped(*given: Any, **values: Any) -> None:
+        raise typer.Exit(_run(lambda: command(*given, **_settings(classes, values))))
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.name in classes:
+            parameters += _options(classes[parameter.name])
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
+
+
+def _options(settings: Any) -> Iterator[inspect.Parameter]:
+    kinds: dict[str, Any] = get_type_hints(settings)
+    for item in fields(settings):
+        option = dict(item.metadata)
+        if "help" not in option:
+            continue
+        names, choices, parse = option.pop("names", ()), option.pop("choices", ()), option.pop("parse", None)
+        kind, default = kinds[item.name], cast(Any, item.default)
+        if choices:
+            kind = Literal[tuple(choices)]
+        elif parse is not None:
+            kind, default = (list[str], []) if isinstance(default, tuple) else (str, str(default))
+        elif get_origin(kind) is tuple:
+            kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[misc]
+        annotation = Annotated[kind, typer.Option(*names, **option)]  # type: ignore[valid-type]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        yield inspect.Parameter(item.name, keyword, default=default, annotation=annotation)
+
+
+def _settings(classes: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with the options of each settings class made into an object of it."""
+    for name, settings in classes.items():
+        typed: dict[str, Any] = {}
+        for item in fields(settings):
+            if item.name in values:
+                value = values.pop(item.name)
+                parse = item.metadata.get("parse") or (tuple if isinstance(value, list) else None)
+                typed[item.name] = value if parse is None else parse(value)
+        values[name] = settings(**typed)
+    return values
+
+
+def _run(command: Callable[[], int | None]) -> int:
     try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return int(command() or ExitCode.DONE)
+    except CosettleError as error:
+        Talk().error(error)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        Talk().warn("interrupted")
+        return int(ExitCode.INTERRUPTED)

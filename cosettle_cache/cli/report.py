@@ -20,7 +20,6 @@ from cosettle_cache.cli.options import (
 )
 from cosettle_cache.core.console import Talk, human_bytes
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
-from cosettle_cache.heads.heads import load_heads
 
 if TYPE_CHECKING:
     from cosettle_cache.report import Media, Runs, Tokens
@@ -89,6 +88,8 @@ def _explored(
             raise UsageError("--projection shows projected tokens", wanted="--features with the raw ones")
         return Media({}, Path()), None
     store = open_features(features, None, DEFAULT_CACHE_SIZE)
+    from cosettle_cache.heads.kinds import load_heads
+
     tokens = make_tokens(store, load_heads(projections, store))
     media = Media({video.video_id: video for video in store.manifest}, media_root(store.manifest, data_root))
     return media, tokens

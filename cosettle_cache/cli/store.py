@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.entry import exits
-from cosettle_cache.cli.options import DryRun, Json, Quiet, interruptible
-from cosettle_cache.core.console import Talk, human_bytes
+from cosettle_cache.cli.options import DryRun, Json, Quiet, exits
+from cosettle_cache.core.console import Talk, human_bytes, interruptible
 from cosettle_cache.core.errors import ExitCode
 
 if TYPE_CHECKING:

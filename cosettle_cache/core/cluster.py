@@ -357,3 +357,20 @@ def _no_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def pick_device(device: str | None) -> str:
+    """Return the device asked for, or the best one at hand; raise `UsageError` for one that is not there."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if has_cuda else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UsageError(f"there is no device {device!r}", wanted="cpu, cuda or cuda:NUMBER", found=device)
+    if kind == "cuda" and (not has_cuda or int(number or 0) >= torch.cuda.device_count()):
+        raise UsageError(
+            f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"
+        )
+    return device

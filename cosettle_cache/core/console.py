@@ -6,10 +6,14 @@ On a terminal progress is a bar; elsewhere it is one plain line at the start, ev
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Event
+from types import FrameType
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -195,3 +199,22 @@ def _figures(figures: dict[str, float]) -> str:
 
 def _no_color() -> bool:
     return bool(os.environ.get("NO_COLOR"))
+
+
+@contextmanager
+def interruptible(talk: Talk, unit: str) -> Iterator[Event]:
+    """Yield an event that the first Ctrl-C sets; the second one interrupts at once."""
+    stop = Event()
+
+    def handle(number: int, frame: FrameType | None) -> Any:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        talk.warn(f"finishing the {unit} in hand; Ctrl-C again stops at once")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

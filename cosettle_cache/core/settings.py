@@ -1,6 +1,8 @@
 """Settings of the rooms and the digests that identify them; no defaults live anywhere else.
 
-A settings object is frozen and plain, so it can be printed, compared and written beside a result.
+A settings object is frozen and plain, so it can be printed, compared and written beside a result. A field
+made by `setting` is also an option of the command line (`cli.options.exits` makes it): default, help and
+unit stand here and nowhere else.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +19,21 @@ from typing import Any, Literal
 #: Environment variable that names the data root when `--data-root` is absent.
 DATA_ROOT_VARIABLE = "COSETTLE_DATA"
 
+#: A size rule that fits any patch of 16, for frames whose own size does not.
+FITTING_SIZE = "short:480/16"
+
 #: Packages whose versions can move a number; recorded with every store and score.
 VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillow", "av")
+
+
+def setting(default: Any, help: str, **option: Any) -> Any:
+    """Return a dataclass field that is also an option: its default, and one line of help that names the unit.
+
+    `option` may hold `names` (a tuple such as ("--batch",), where the option is not called like the field),
+    `choices` (the words allowed), `parse` (text, or a list of texts, to value) and what `typer.Option` takes
+    (`min`, `max`, `metavar`).
+    """
+    return field(default=default, metadata={"help": help, **option})
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +229,39 @@ def cache_folder() -> Path:
     """Return the folder for generated and downloaded files (`$XDG_CACHE_HOME/cosettle-cache`)."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "cosettle-cache"
+
+
+#: ImageNet's deviation of the red channel, which `red_std` stands in for, and those of green and blue.
+IMAGENET_RED_STD = 0.229
+
+
+_IMAGENET_OTHER_STD = (0.224, 0.225)
+
+
+def replace_red_std(encoder_std: tuple[float, float, float], red_std: float) -> tuple[float, float, float]:
+    """Return `encoder_std` with another red deviation in place of ImageNet's, and any other as it is."""
+    red, *others = encoder_std
+    # A red that was replaced before is known by its neighbours.
+    return (red_std if tuple(others) == _IMAGENET_OTHER_STD else red, *others)  # type: ignore[return-value]
+
+
+def differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Return one line per key in which two origins differ."""
+    keys = sorted(wanted.keys() | found.keys())
+    pairs = [(key, wanted.get(key, "(absent)"), found.get(key, "(absent)")) for key in keys]
+    return [f"{key}: wanted {a}, found {b}" for key, a, b in pairs if a != b]
+
+
+def flat_text(document: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a nested document as text by dotted key."""
+    flat: dict[str, str] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat |= flat_text(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+#: Which queries a benchmark asks, and so which frames count (see `scored_frames`).
+QUERY_MODES = ("first", "strided")

@@ -6,18 +6,14 @@ one class. Importing the package costs nothing: torch and timm come in when an e
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cosettle_cache.encoders.families import FAMILIES, Family
-from cosettle_cache.encoders.registry import BACKBONES, BackboneInfo, NamedBackbone
+from cosettle_cache.core.lazy import lazy_names
+from cosettle_cache.encoders.registry import BACKBONES, FAMILIES, BackboneInfo, Family, NamedBackbone
 
 if TYPE_CHECKING:
-    from cosettle_cache.encoders.describing import describe_backbone
-    from cosettle_cache.encoders.encoder import Backbone
-    from cosettle_cache.encoders.loading import load_backbone
-
-_HOMES = {"Backbone": "encoder", "describe_backbone": "describing", "load_backbone": "loading"}
+    from cosettle_cache.encoders.load import describe_backbone, load_backbone
+    from cosettle_cache.encoders.vit import Backbone
 
 __all__ = [
     "BACKBONES",
@@ -30,8 +26,6 @@ __all__ = [
     "load_backbone",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__, {"Backbone": "vit", "describe_backbone": "load", "load_backbone": "load"}
+)

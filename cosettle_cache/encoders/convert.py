@@ -15,8 +15,7 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.types import Grid
-from cosettle_cache.encoders.families import FAMILIES, Family
-from cosettle_cache.encoders.registry import BACKBONES, Architecture
+from cosettle_cache.encoders.registry import BACKBONES, FAMILIES, Architecture, Family
 
 #: The authors' projection lies beside the encoder in their files.
 _PROJECTION = re.compile(r"(^|\.)adapter\.")

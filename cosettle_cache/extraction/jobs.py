@@ -1,8 +1,12 @@
-"""Store jobs: everything that `extract`, and `propagate` on its way, need to fill a store."""
+"""Store jobs: everything that `extract`, and `propagate` on its way, need to fill a store.
+
+A store made on the way, for commands that were given none: by which encoder, at which size, where.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosettle_cache.cli.options import interruptible, pick_device
-from cosettle_cache.core.console import Talk, human_bytes, human_seconds
+from cosettle_cache.core.cluster import pick_device
+from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.settings import FramesSettings, PairsSettings, digest
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.find import Data
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from cosettle_cache.encoders import Backbone
     from cosettle_cache.extraction.run import ExtractReport, ExtractSpec
     from cosettle_cache.store import StoreWriter
+
 
 MAX_DECODE_THREADS = 4
 
@@ -225,7 +230,7 @@ def _spec(job: StoreJob) -> ExtractSpec:
     """Return what workers need, with absolute paths: they may have been started anywhere."""
     from cosettle_cache.core.cluster import share_of_cores
     from cosettle_cache.extraction.run import ExtractSpec
-    from cosettle_cache.store.storage import is_url
+    from cosettle_cache.store._local import is_url
 
     is_file = job.weights is not None and Path(job.weights).is_file()
     threads = min(MAX_DECODE_THREADS, share_of_cores(job.workers)) if job.workers else None
@@ -284,9 +289,73 @@ def _writer(job: StoreJob, plan: Plan, backbone: Backbone) -> StoreWriter:
 
 def _bytes_free(out: str) -> int | None:
     """Return the free bytes where a local store would go."""
-    from cosettle_cache.store.storage import is_url
+    from cosettle_cache.store._local import is_url
 
     if is_url(out):
         return None
     anchor = next(path for path in Path(out).absolute().parents if path.exists())
     return shutil.disk_usage(anchor).free
+
+
+#: Where `extract` leaves its result when nothing else is said.
+DEFAULT_STORE = Path("store.zarr")
+DEFAULT_BACKBONE = "mae_b"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreWish:
+    """The frames store that a task needs, as far as it was said; `red_std` as in `StoreJob`."""
+
+    task: str
+    size: str
+    backbone: str | None
+    weights: str | None
+    data_root: Path | None
+    device: str | None
+    precision: str
+    workers: int = 0
+    scheduler: str | None = None
+    red_std: float | None = None
+
+
+def make_store(wish: StoreWish, data: Data, talk: Talk) -> tuple[str, dict[str, str]]:
+    """Return the path of the store of `data`, filled if it is not there yet, and what failed on the way.
+
+    Raises `KeyboardInterrupt` when filling it was interrupted.
+    """
+    from cosettle_cache.videos.manifest import manifest_digest
+
+    backbone, weights, heads = _encoder(wish, talk)
+    # The same task with other videos, weights or normalisation is another store.
+    mark = digest([manifest_digest(data.manifest), weights, heads, wish.red_std])[:8]
+    name = re.sub("[/:]", "-", f"{wish.task}-{backbone}-{wish.size}-{mark}.zarr")
+    talk.note(f"no --features given: encoding {data.origin} with {backbone} into {name}")
+    job = StoreJob(
+        data,
+        backbone,
+        weights,
+        FramesSettings(size=wish.size),
+        str(Path(name).absolute()) if wish.workers or wish.scheduler else name,
+        device=wish.device,
+        precision=wish.precision,
+        heads=heads,
+        workers=wish.workers,
+        scheduler=wish.scheduler,
+        red_std=wish.red_std,
+    )
+    report = run_job(job, talk)
+    if report.interrupted:
+        raise KeyboardInterrupt
+    return job.out, {**data.failures, **report.failures}
+
+
+def _encoder(wish: StoreWish, talk: Talk) -> tuple[str, str | None, int | None]:
+    """Return name, weights and heads: as asked for, of the store `extract` leaves, or the default."""
+    from cosettle_cache.store import open_store
+
+    if wish.backbone is not None or not DEFAULT_STORE.exists():
+        return wish.backbone or DEFAULT_BACKBONE, find_weights(wish.weights, wish.data_root), None
+    encoder = open_store(DEFAULT_STORE).encoder
+    talk.note(f"encoder of {DEFAULT_STORE}: {encoder['name']}, weights {encoder['weights_argument']}")
+    weights = find_weights(wish.weights or encoder["weights_argument"], wish.data_root)
+    return encoder["name"], weights, encoder["heads_argument"]

@@ -24,8 +24,8 @@ from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.settings import FramesSettings, PairsSettings, package_versions
 from cosettle_cache.core.types import Fingerprint, Manifest, Video
 from cosettle_cache.encoders import Backbone, load_backbone
-from cosettle_cache.extraction.filling import Clock, FilledSlot, Filler
 from cosettle_cache.extraction.images import views_rule
+from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
 from cosettle_cache.store import StoreWriter, open_store, spec_version
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.manifest import manifest_digest

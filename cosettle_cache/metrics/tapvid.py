@@ -12,12 +12,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
 from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.settings import QUERY_MODES
 
 #: Distances in pixels that count as near, and the size of picture that they are pixels of.
 THRESHOLDS = (1, 2, 4, 8, 16)
 SIZE = 256
-#: Which queries a benchmark asks, and so which frames count (see `scored_frames`).
-QUERY_MODES = ("first", "strided")
 
 Points = Float[np.ndarray, "query frame 2"]
 # Shapes of predictions are checked by hand: a wrong one is an input error, not a bug.

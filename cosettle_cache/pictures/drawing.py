@@ -1,18 +1,33 @@
 """Labels drawn on one frame: masks as veils with outlines, joints as a skeleton, titled panels side by side.
 
 Pure: images and labels go in, images come out. Colours are for the eye only; files of masks keep their own.
+
+The pictures of one video: every kind of tokens by itself, and all side by side with what was given.
+
+Frames and each kind's labels come in, one frame after the other; films and stills go out. Nothing is kept
+beyond the frame in hand.
+
+Tokens in colours beside the frame that they are of: one PNG per frame and kind of tokens, and a film.
+
+Frames and the colours of their tokens go in one after the other; nothing is kept beyond the frame in hand.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import cache
+from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from cosettle_cache.core.files import make_folder, output_errors
+from cosettle_cache.pictures.film import Film, Movie
 
 # Sizes differ by design: a canvas is larger than its frame, a panel smaller.
 Image8 = UInt8[np.ndarray, "_ _ 3"]
@@ -168,3 +183,115 @@ def _strip(title: str, width: int) -> Image8:
         title = title[:-2].rstrip() + "…"
     draw.text((10, 17), title, _TEXT, font, anchor="lm")
     return np.asarray(strip)
+
+
+#: Name of the film that shows all kinds; no kind bears it.
+SIDE_BY_SIDE = "side_by_side"
+#: Title of the panel of annotations, and of the first one where later frames have none.
+TRUTH, GIVEN = "truth", "frame 0, as given"
+
+_Labels = TypeVar("_Labels")
+#: Draws labels, in pixels of the frame, on a frame that was enlarged by a whole factor.
+Draw = Callable[[Image8, _Labels, int], Image8]
+
+
+def write_overlays(
+    images: Iterable[Image8],
+    kinds: Mapping[str, Iterable[_Labels]],
+    draw: Draw[_Labels],
+    *,
+    truth: Iterable[_Labels | None],
+    n_frames: int,
+    fps: float | None,
+    folder: Path,
+) -> None:
+    """Write `folder/KIND.mp4` of every kind and `folder/side_by_side.mp4`, and four PNG stills of each.
+
+    `kinds` are the labels by kind of tokens, `truth` the annotations, None for frames without; the first has
+    one. Small frames are enlarged. Raises `OutputError` when something cannot be written.
+    """
+    make_folder(folder)
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(Film(folder, name, n_frames, fps)) for name in (*kinds, SIDE_BY_SIDE)
+        }
+        given: Image8 | None = None
+        for image, annotation, *labels in zip(images, truth, *kinds.values(), strict=True):
+            scale = canvas_scale(*image.shape[:2])
+            canvas = enlarge(image, scale)
+            panels = {name: draw(canvas, label, scale) for name, label in zip(kinds, labels, strict=True)}
+            for name, panel in panels.items():
+                writers[name].add(panel)
+            if annotation is not None:
+                true = draw(canvas, annotation, scale)
+                given = true if given is None else given
+                panels = {TRUTH: true, **panels}
+            elif given is not None:
+                panels = {GIVEN: given, **panels}
+            writers[SIDE_BY_SIDE].add(side_by_side(panels))
+
+
+Colours = UInt8[np.ndarray, "row col 3"]
+AnyImage = UInt8[np.ndarray, "_ _ 3"]
+
+#: Films: by the suffix of their name.
+FILMS = ("mp4", "webp", "none")
+#: Height of a caption as a share of the frame's, at least so many pixels.
+_CAPTION, _LEAST_CAPTION = 0.06, 16
+
+
+def enlarge_tokens(colours: Colours, height: int, width: int) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Return every token as the rectangle of pixels that it stands for."""
+    return cv2.resize(colours, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def beside_frame(panels: Mapping[str, AnyImage]) -> AnyImage:
+    """Return pictures of one size in a row, each under its name."""
+    height = next(iter(panels.values())).shape[0]
+    drawn = [_captioned(panel, name) for name, panel in panels.items()]
+    gap = np.full((drawn[0].shape[0], _GAP, 3), 255, np.uint8)
+    row = [part for panel in drawn for part in (panel, gap)][:-1]
+    assert all(part.shape[0] == drawn[0].shape[0] >= height for part in row)
+    return np.concatenate(row, axis=1)
+
+
+def write_pictures(
+    frames: Iterable[tuple[str, Image8, Mapping[str, Colours]]],
+    fps: float | None,
+    folder: Path,
+    *,
+    film: str = "mp4",
+    stills: bool = True,
+) -> None:
+    """Write, per frame (name, image, colours by kind of tokens), `folder/KIND/NAME.png`, and `folder.mp4`.
+
+    A film shows the frame and all kinds beside each other. Raises `OutputError` when they cannot be written.
+    """
+    make_folder(folder)
+    path = folder.with_name(f"{folder.name}.{film}")
+    with Movie(path, fps) if film != "none" else nullcontext() as running:
+        for name, image, colours in frames:
+            height, width = image.shape[:2]
+            panels = {kind: enlarge_tokens(item, height, width) for kind, item in colours.items()}
+            if stills:
+                _write_stills(folder, name, panels)
+            if running is not None:
+                running.add(beside_frame({"frame": image, **panels}))
+
+
+def _write_stills(folder: Path, name: str, panels: Mapping[str, AnyImage]) -> None:
+    for kind, panel in panels.items():
+        path = make_folder(folder / kind) / f"{name}.png"
+        with output_errors(path):
+            Image.fromarray(panel).save(path)
+
+
+def _captioned(panel: AnyImage, name: str) -> AnyImage:
+    size = max(_LEAST_CAPTION, round(panel.shape[0] * _CAPTION))
+    strip = np.full((size, panel.shape[1], 3), 255, np.uint8)
+    scale = size / 32
+    place = (round(size / 4), round(size * 0.75))
+    cv2.putText(
+        strip, name, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), max(1, round(scale)), cv2.LINE_AA
+    )
+    return np.concatenate([strip, panel])

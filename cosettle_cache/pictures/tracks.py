@@ -17,7 +17,7 @@ from matplotlib import colormaps
 
 from cosettle_cache.pictures.film import write_film
 from cosettle_cache.videos.frames import Image8
-from cosettle_cache.videos.point_tracks import PointTracks
+from cosettle_cache.videos.tapvid import PointTracks
 
 #: Frames that a tail goes back.
 TAIL = 10

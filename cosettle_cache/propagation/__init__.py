@@ -7,24 +7,24 @@ video, and a video that is finished is not done again.
 
 from __future__ import annotations
 
-from cosettle_cache.propagation.checks import check_store
-from cosettle_cache.propagation.folder import RunFolder
-from cosettle_cache.propagation.propagator import Propagator, propagate
-from cosettle_cache.propagation.report import PropagationReport, StageSeconds
-from cosettle_cache.propagation.run import OVERLAYS, propagate_store
-from cosettle_cache.propagation.tasks import BENCHMARKS, Benchmark
-from cosettle_cache.propagation.tasks.base import Drawing
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "BENCHMARKS",
-    "OVERLAYS",
-    "Benchmark",
-    "Drawing",
-    "PropagationReport",
-    "Propagator",
-    "RunFolder",
-    "StageSeconds",
-    "check_store",
-    "propagate",
-    "propagate_store",
-]
+from cosettle_cache.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cosettle_cache.propagation.propagator import Propagator, propagate
+    from cosettle_cache.propagation.run import OVERLAYS, propagate_store
+    from cosettle_cache.propagation.video import PropagationReport
+
+__all__ = ["OVERLAYS", "PropagationReport", "Propagator", "propagate", "propagate_store"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "OVERLAYS": "run",
+        "PropagationReport": "video",
+        "Propagator": "propagator",
+        "propagate": "propagator",
+        "propagate_store": "run",
+    },
+)

@@ -8,10 +8,9 @@ from cosettle_cache.core.types import EvalProtocol, LabelKind, Video
 from cosettle_cache.propagation.context import check_candidates
 from cosettle_cache.propagation.labels import Size
 from cosettle_cache.propagation.protocols import check_protocol, image_std
-from cosettle_cache.search.search import Ranker
-from cosettle_cache.search.slabs import SearchSize
+from cosettle_cache.search.masked import Ranker, SearchSize
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.videos.sizes import resolve_size
+from cosettle_cache.videos.frames import resolve_size
 
 _FLOAT_BYTES = 4
 

@@ -15,13 +15,12 @@ from typing import Any
 
 from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.core.files import make_folder, output_errors
-from cosettle_cache.core.settings import digest, package_versions
+from cosettle_cache.core.settings import differing, digest, flat_text, package_versions
 from cosettle_cache.core.tables import read_json, write_json
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
-from cosettle_cache.pictures.overlays import SIDE_BY_SIDE
+from cosettle_cache.pictures.drawing import SIDE_BY_SIDE
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.training.run_state import differing, flat_text
 
 #: Of the marks below; raised when they change.
 VERSION = 1

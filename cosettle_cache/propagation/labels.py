@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor
 
 from cosettle_cache.core.types import Grid
-from cosettle_cache.videos.index_png import sample_mask
+from cosettle_cache.videos.masks import sample_mask
 
 Mask = UInt8[np.ndarray, "height width"]
 Size = tuple[int, int]

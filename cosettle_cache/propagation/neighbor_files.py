@@ -22,7 +22,7 @@ from torch import Tensor
 from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.core.tables import open_table, stream_table
 from cosettle_cache.core.types import EvalProtocol, Grid
-from cosettle_cache.propagation.neighbors import Neighbors
+from cosettle_cache.propagation.context import Neighbors
 from cosettle_cache.propagation.protocols import search_json
 
 #: Of the file layout below; raised when that changes.

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.settings import IMAGENET_RED_STD, replace_red_std
 from cosettle_cache.core.types import EvalProtocol
-from cosettle_cache.videos.sizes import resolve_size
 
 #: Fields that are one of a few words.
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -28,9 +28,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 #: Fields that decide which neighbours a query has among given tokens; labels and weights come after.
 SEARCH_FIELDS = ("top_k", "keep_ties", "n_context", "radius", "window", "mask_first", "first_frame_copies")
 
-#: ImageNet's deviation of the red channel, which `red_std` stands in for, and those of green and blue.
-IMAGENET_RED_STD = 0.229
-_IMAGENET_OTHER_STD = (0.224, 0.225)
 
 _T = TypeVar("_T")
 
@@ -158,6 +155,8 @@ def check_protocol(protocol: EvalProtocol) -> None:
         _check(math.isfinite(value) and value > 0, key, "a positive number", value)
     for key, words in CHOICES.items():
         _check(getattr(protocol, key) in words, key, " or ".join(words), getattr(protocol, key))
+    from cosettle_cache.videos.frames import resolve_size  # decoders come with it, and `--help` passes here
+
     resolve_size(protocol.size, 480, 854)
 
 
@@ -167,13 +166,6 @@ def image_std(protocol: EvalProtocol, encoder_std: tuple[float, float, float]) -
     An encoder with statistics of its own keeps them: the slip that `red_std` repeats is one in ImageNet's.
     """
     return replace_red_std(encoder_std, protocol.red_std)
-
-
-def replace_red_std(encoder_std: tuple[float, float, float], red_std: float) -> tuple[float, float, float]:
-    """Return `encoder_std` with another red deviation in place of ImageNet's, and any other as it is."""
-    red, *others = encoder_std
-    # A red that was replaced before is known by its neighbours.
-    return (red_std if tuple(others) == _IMAGENET_OTHER_STD else red, *others)  # type: ignore[return-value]
 
 
 def search_json(protocol: EvalProtocol) -> dict[str, object]:

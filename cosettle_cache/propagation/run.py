@@ -6,6 +6,7 @@ disk, beside the propagation or, by workers, after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,17 +18,24 @@ import torch
 
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
-from cosettle_cache.core.handing import Run
+from cosettle_cache.core.parallel import Run
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
+from cosettle_cache.metrics.rows import Mean, _common, mean_scores, sequence_means
 from cosettle_cache.propagation.checks import check_labels, check_memory, check_store
 from cosettle_cache.propagation.folder import RESERVED, RunFolder, run_origin
-from cosettle_cache.propagation.report import PropagationReport, StageSeconds, VideoReport, peak_memory_bytes
 from cosettle_cache.propagation.tasks import find_benchmark
-from cosettle_cache.propagation.video import draw_video, propagate_video
-from cosettle_cache.propagation.work import VideoWork
-from cosettle_cache.search.search import make_ranker
+from cosettle_cache.propagation.video import (
+    PropagationReport,
+    StageSeconds,
+    VideoReport,
+    VideoWork,
+    draw_video,
+    peak_memory_bytes,
+    propagate_video,
+)
+from cosettle_cache.search.masked import make_ranker
 from cosettle_cache.store import FeatureStore
 
 OVERLAYS = ("none", "first", "all")
@@ -202,3 +210,18 @@ class _Run:
     def _add_drawing(self, number: int, failure: str | None) -> None:
         if failure is not None:
             self.failures[number] = failure
+
+
+def write_score_chart(path: Path, scores: Sequence[Score]) -> None:
+    """Draw the main figure of every sequence by kind of tokens into the PNG `path`; no file without rows."""
+    from cosettle_cache.pictures.charts import write_chart
+
+    means = mean_scores(scores)
+    if means:
+        by_sequence = {video_id: _main_percent(of_video) for video_id, of_video in sequence_means(scores)}
+        title = f"{_common(scores, 'dataset')}, protocol {_common(scores, 'protocol')}"
+        write_chart(path, title, f"{means[0].main_name}, percent", by_sequence, _main_percent(means))
+
+
+def _main_percent(means: Sequence[Mean]) -> dict[str, float]:
+    return {mean.tokens: math.nan if mean.main is None else 100 * mean.main for mean in means}

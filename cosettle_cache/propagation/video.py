@@ -2,29 +2,251 @@
 
 The only place that reads the store. A video is a unit of work for this process or for any other that has
 the store, the data and the output folder at hand.
+
+Where the neighbours of a video's frames come from: a search, or the lists that an earlier one kept.
+
+A kind of tokens goes in; out comes a function that takes the tokens of the next frame and returns its
+neighbours. Neighbours do not depend on labels, so lists serve other labels, temperatures and tasks.
+
+Everything that propagating the videos of a run takes, as one value that can be sent to other processes.
+
+What a propagation says about itself: per video, and per run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cosettle_cache.core.errors import CosettleError, DamagedStoreError, InputError
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.core.settings import package_versions
-from cosettle_cache.core.types import Score, Video
+from cosettle_cache.core.settings import digest, package_versions
+from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
+from cosettle_cache.propagation.checks import input_size
+from cosettle_cache.propagation.context import ContextSearch, Neighbors
+from cosettle_cache.propagation.folder import RunFolder
+from cosettle_cache.propagation.neighbor_files import NeighborsKey, load_neighbors, neighbor_writer
 from cosettle_cache.propagation.propagator import LabelCarrier, check_length
-from cosettle_cache.propagation.report import StageSeconds, VideoReport, peak_memory_bytes
-from cosettle_cache.propagation.searching import Source, Tokens, open_source
 from cosettle_cache.propagation.tasks import find_benchmark
-from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Subject
-from cosettle_cache.propagation.work import VideoWork
+from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
+from cosettle_cache.store import FeatureStore
+
+
+@dataclass(frozen=True, slots=True)
+class VideoWork:
+    """What a run is about; pickling it sends settings and paths only.
+
+    `device` None is the worker's choice. `memory_limit` bounds the search of all kinds together, in bytes;
+    `neighbors` is the folder where neighbour lists are kept and looked for.
+    """
+
+    store: FeatureStore
+    data_root: Path
+    protocol: EvalProtocol
+    folder: RunFolder
+    task: str
+    kinds: tuple[TokenKind, ...]
+    search: str
+    device: str | None
+    memory_limit: int | None
+    neighbors: Path | None
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        """The manifest; videos go by their number in it."""
+        return self.store.manifest.videos
+
+    @property
+    def search_bytes(self) -> int | None:
+        """The bytes that the search of one kind of tokens may take."""
+        return None if self.memory_limit is None else self.memory_limit // len(self.kinds)
+
+    def check_places(self) -> None:
+        """Raise `InputError` on a machine that does not see the data or the output under the run's paths."""
+        for path, what in ((self.data_root, "the data root"), (self.folder.progress, "the output folder")):
+            if not path.is_dir():
+                raise InputError(
+                    f"{path} is not a folder on {platform.node()}",
+                    wanted=f"{what} under the same path on every worker",
+                )
+
+    def setting(self, number: int) -> Setting:
+        """Return what labels and maps of a video depend on."""
+        video = self.videos[number]
+        size = input_size(self.protocol.size, video)
+        return Setting(self.protocol, size, self.store.grid(video.video_id), number)
+
+    def torch_device(self) -> torch.device:
+        """Return where to compute."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+Tokens = Float[Tensor, "row col dim"]
+#: Takes the tokens of the next frame and returns its neighbours, None for the first frame.
+FindNeighbors = Callable[[Tokens | None], Neighbors | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Neighbours frame by frame; with `kept` ones no tokens are needed."""
+
+    find: FindNeighbors
+    kept: bool = False
+
+
+def open_source(
+    work: VideoWork, kind: TokenKind, number: int, labels_bytes: int, open_files: ExitStack
+) -> Source:
+    """Return the neighbours of one kind of tokens; lists that are to be kept are open in `open_files`."""
+    if work.neighbors is None:
+        return Source(_search(work, kind, number, labels_bytes))
+    key = _key(work, kind, number)
+    path = _path(work.neighbors, key)
+    kept = _load(path, key)
+    if kept is not None:
+        lists = chain([None], kept)
+        return Source(lambda tokens: next(lists), kept=True)
+    write = open_files.enter_context(neighbor_writer(path, key))
+    return Source(partial(_find_and_keep, _search(work, kind, number, labels_bytes), write))
+
+
+def _search(work: VideoWork, kind: TokenKind, number: int, labels_bytes: int) -> FindNeighbors:
+    device, grid = work.torch_device(), work.setting(number).grid
+    search = ContextSearch(
+        grid,
+        work.store.arrays[0].n_channels,
+        work.protocol,
+        device=device,
+        search=work.search,
+        memory_limit=work.search_bytes,
+        labels_bytes=labels_bytes,
+    )
+    there = kind.on(device)
+
+    def find(tokens: Tokens | None) -> Neighbors | None:
+        assert tokens is not None
+        return search.step(there.apply(tokens))
+
+    return find
+
+
+def _find_and_keep(
+    find: FindNeighbors, write: Callable[[Neighbors], None], tokens: Tokens | None
+) -> Neighbors | None:
+    found = find(tokens)
+    if found is not None:
+        write(found)
+    return found
+
+
+def _key(work: VideoWork, kind: TokenKind, number: int) -> NeighborsKey:
+    video: Video = work.videos[number]
+    return NeighborsKey.of(
+        work.protocol,
+        video_id=video.video_id,
+        tokens=digest([work.store.fingerprint.to_json(), kind.sha256]),
+        n_frames=video.n_frames,
+        grid=work.setting(number).grid,
+    )
+
+
+def _path(folder: Path, key: NeighborsKey) -> Path:
+    """Return the file of a video's lists; tokens and searches have folders of their own."""
+    return folder / digest([key.tokens, dict(key.search)])[:16] / f"{key.video_id}.parquet"
+
+
+def _load(path: Path, key: NeighborsKey) -> Iterator[Neighbors] | None:
+    """Return kept lists; None where there are none, or none that can be used: then they are made anew."""
+    try:
+        return load_neighbors(path, key)
+    except InputError:
+        return None
+
+
+@dataclass(slots=True)
+class StageSeconds:
+    """Seconds of the calling thread per stage, and of the whole run; overlays are drawn beside it.
+
+    Over several workers all but `total` are sums.
+    """
+
+    read: float = 0.0
+    propagate: float = 0.0
+    write: float = 0.0
+    score: float = 0.0
+    wait_overlays: float = 0.0
+    total: float = 0.0
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to `stage`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, stage, getattr(self, stage) + time.perf_counter() - started)
+
+    def add(self, other: StageSeconds) -> None:
+        """Add the stages of another clock."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+
+@dataclass(frozen=True, slots=True)
+class VideoReport:
+    """What became of one video; `failure` says why there is nothing else.
+
+    `n_reused` counts the kinds of tokens whose neighbours had been kept.
+    """
+
+    n_frames: int = 0
+    scores: tuple[Score, ...] = ()
+    failure: str | None = None
+    n_reused: int = 0
+    seconds: StageSeconds = field(default_factory=StageSeconds)
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PropagationReport:
+    """What one run of `propagate_store` did, and what earlier runs in the same folder had done.
+
+    `scores` has the rows of every finished video that could be scored, in the manifest's order; `failures`
+    maps video ids to reasons. `n_frames` counts the frames of this run once, however many projections shared
+    them, `n_videos_before` the videos that were there already, `n_reused` the neighbour lists of videos that
+    were read instead of searched. `error` is what ended the run early (no space left, say, or an object store
+    that does not answer); what was finished until then is kept.
+    """
+
+    scores: tuple[Score, ...]
+    n_frames: int
+    failures: Mapping[str, str]
+    seconds: StageSeconds
+    peak_memory_bytes: int
+    interrupted: bool
+    error: CosettleError | None = None
+    n_videos_before: int = 0
+    n_reused: int = 0
+
+
+def peak_memory_bytes() -> int:
+    """Return the most resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def propagate_video(

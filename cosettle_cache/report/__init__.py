@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosettle_cache.core.files import make_folder, write_durably
-from cosettle_cache.report.curves import curves_section
 from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
-from cosettle_cache.report.media import Media, Shown
 from cosettle_cache.report.overlays import overlay_section
-from cosettle_cache.report.page import assemble, encode
-from cosettle_cache.report.plane import plane_section
-from cosettle_cache.report.provenance import provenance_section
+from cosettle_cache.report.page import Media, Shown, assemble, encode
 from cosettle_cache.report.runs import Runs, holds_run, read_runs
-from cosettle_cache.report.scores import overview_section, score_section
+from cosettle_cache.report.sections import (
+    curves_section,
+    overview_section,
+    plane_section,
+    provenance_section,
+    score_section,
+)
 
 __all__ = [
     "Limits",

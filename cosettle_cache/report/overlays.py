@@ -15,14 +15,11 @@ from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.pictures.drawing import draw_mask
-from cosettle_cache.report.elements import data_element, element
-from cosettle_cache.report.images import data_uri, spread
-from cosettle_cache.report.marks import swatch
-from cosettle_cache.report.media import Media, Shown
+from cosettle_cache.report.page import Media, Shown, data_element, data_uri, element, slider, spread
 from cosettle_cache.report.runs import ScoreRun
-from cosettle_cache.report.slider import slider
+from cosettle_cache.report.sections import swatch
 from cosettle_cache.videos.frames import Image8, iter_frames, natural_key, probe
-from cosettle_cache.videos.index_png import read_mask, sample_mask
+from cosettle_cache.videos.masks import read_mask, sample_mask
 
 #: Where `propagate` and `track` put their videos, and what they are called.
 FOLDERS, SUFFIX = ("overlays", "pictures"), ".mp4"

@@ -15,8 +15,8 @@ from cosettle_cache.analysis.files import ANALYSIS_FILE, PROVENANCE
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.tables import read_json, read_table
 from cosettle_cache.core.types import Score
-from cosettle_cache.metrics.results import SCORES_FILE, SUMMARY_FILE, read_scores
-from cosettle_cache.training.run_state import (
+from cosettle_cache.metrics.rows import SCORES_FILE, SUMMARY_FILE, read_scores
+from cosettle_cache.training.log import (
     RunFiles,
     StepFigures,
     ValidationFigures,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.types import Grid
 
 Frames = Float[Tensor, "pair token dim"]
 Matched = tuple[Float[Tensor, "pair kept dim"], Float[Tensor, "pair kept dim"]]
@@ -56,3 +58,17 @@ def _take(tokens: Tensor, index: Tensor) -> Tensor:
     rows = index + tokens.shape[1] * torch.arange(len(tokens), device=tokens.device)[:, None]
     taken = tokens.flatten(0, 1).index_select(0, rows.flatten())
     return taken.reshape(*index.shape, tokens.shape[-1])
+
+
+def choose_places(grids: list[Grid], at_most: int = 14) -> Grid:
+    """Return how many rows and columns of places all grids have, up to `at_most` (the released grid) each."""
+    rows, cols = min(grid.rows for grid in grids), min(grid.cols for grid in grids)
+    return Grid(min(rows, at_most), min(cols, at_most))
+
+
+def place_index(grid: Grid, places: Grid) -> Int64[np.ndarray, " place"]:
+    """Return the tokens of `grid`, counted row by row, at evenly spaced places; all if the two are equal."""
+    rows = (2 * np.arange(places.rows) + 1) * grid.rows // (2 * places.rows)
+    cols = (2 * np.arange(places.cols) + 1) * grid.cols // (2 * places.cols)
+    index: Int64[np.ndarray, " place"] = (rows[:, None] * grid.cols + cols).ravel()
+    return index

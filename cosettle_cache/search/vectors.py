@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.search.search import Ranker, make_ranker
+from cosettle_cache.search.masked import Ranker, make_ranker
 
 #: Keys fetched beyond those wanted, so that close ones can be put in order in float64.
 _SPARE_KEYS = 8

@@ -5,13 +5,21 @@
 `docs/store.md` is the format.
 """
 
-from cosettle_cache.store.copy import CopyPlan, CopyReport, copy_store, plan_copy
-from cosettle_cache.store.damage import Damage
+from cosettle_cache.store.check import VerifyReport, verify_store
 from cosettle_cache.store.format import SPEC_VERSION, SlotState, spec_version
-from cosettle_cache.store.info import ArraySummary, StoreSummary, store_summary
+from cosettle_cache.store.index import Damage
 from cosettle_cache.store.reader import FeatureStore, open_store
-from cosettle_cache.store.repair import RepairReport, repair_store
-from cosettle_cache.store.verify import VerifyReport, verify_store
+from cosettle_cache.store.upkeep import (
+    ArraySummary,
+    CopyPlan,
+    CopyReport,
+    RepairReport,
+    StoreSummary,
+    copy_store,
+    plan_copy,
+    repair_store,
+    store_summary,
+)
 from cosettle_cache.store.writer import Shard, StoreWriter
 
 __all__ = [

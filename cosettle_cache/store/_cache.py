@@ -20,9 +20,8 @@ from typing import Any
 
 from cosettle_cache.core.errors import OutputError
 from cosettle_cache.core.files import make_folder, output_errors, write_durably
-from cosettle_cache.store.locks import is_temporary
-from cosettle_cache.store.objects import ObjectStorage
-from cosettle_cache.store.storage import LocalFile, RangeFile
+from cosettle_cache.store._local import LocalFile, RangeFile, is_temporary
+from cosettle_cache.store.remote import ObjectStorage
 
 #: Bytes of shards kept when the caller does not say.
 DEFAULT_CACHE_BYTES = 20 * 10**9

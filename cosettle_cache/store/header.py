@@ -15,6 +15,7 @@ from typing import Any
 from cosettle_cache.core.errors import DamagedStoreError, FingerprintError, InputError
 from cosettle_cache.core.settings import digest
 from cosettle_cache.core.types import ArrayLayout, Difference, Fingerprint, Grid
+from cosettle_cache.store._local import ReadStorage, is_store
 from cosettle_cache.store.format import (
     CODECS,
     DTYPES,
@@ -24,7 +25,6 @@ from cosettle_cache.store.format import (
     array_folder,
     spec_version,
 )
-from cosettle_cache.store.storage import ReadStorage, is_store
 
 ATTRIBUTE = "cosettle_cache"
 AXES = ("encoding", "row", "col", "channel")

@@ -27,7 +27,7 @@ from cosettle_cache.core.types import (
     Slot,
     Video,
 )
-from cosettle_cache.videos.sizes import check_grid, resolve_size
+from cosettle_cache.videos.frames import check_grid, resolve_size
 
 #: A shard of this size is large enough to read at disk speed and small enough to lose; see docs/store.md.
 SLOT_BYTES = 64 * 2**20

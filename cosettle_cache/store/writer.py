@@ -18,6 +18,15 @@ from jaxtyping import Float16
 from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.core.files import Buffer, output_errors
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Manifest, Slot
+from cosettle_cache.store._local import (
+    SlotClaims,
+    Storage,
+    WriterLock,
+    is_store,
+    is_temporary,
+    is_url,
+    open_storage,
+)
 from cosettle_cache.store._shards import ShardEncoder
 from cosettle_cache.store.create import create_store, remove_dead_builds, restore_manifest
 from cosettle_cache.store.format import (
@@ -32,9 +41,7 @@ from cosettle_cache.store.format import (
     part_folder,
 )
 from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
-from cosettle_cache.store.locks import SlotClaims, WriterLock, is_temporary
-from cosettle_cache.store.parts import ShardFacts, committed_shards, encode_part, read_part
-from cosettle_cache.store.storage import Storage, is_store, is_url, open_storage
+from cosettle_cache.store.index import ShardFacts, committed_shards, encode_part, read_part
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from cosettle_cache.core.settings import TrainSettings
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.training.feeding import Batch, Step
+from cosettle_cache.training.batches import ALONE, Batch, Replicas, Step
+from cosettle_cache.training.log import StepFigures
 from cosettle_cache.training.losses import LossTerms
 from cosettle_cache.training.objective import Originals, fast_transfer_loss
-from cosettle_cache.training.replicas import ALONE, Replicas
-from cosettle_cache.training.run_state import StepFigures
 from cosettle_cache.training.samples import walk_of
 
 #: Bytes of float32 tokens that go through the objective at a time; gradients add up over the parts of a

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -18,12 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_cache.core.errors import UsageError
-
-#: Added to a cycle's probabilities before the logarithm (released code).
-PROBABILITY_FLOOR = 1e-6
-
-#: Views of a sample in the order in which the released walk visits them.
-RELEASED_WALK = (0, 1, 2)
+from cosettle_cache.metrics.cycle import (
+    PROBABILITY_FLOOR,
+    RELEASED_WALK,
+    _starts,
+    cycle_accuracy,
+    cycle_transition,
+    pool_tokens,
+)
 
 TokenMap = Callable[[Tensor], Tensor]
 
@@ -90,54 +90,6 @@ def make_terms(
     """Return the objective of both losses, and the figures of the transition beside it."""
     total = cycle + separability_weight * separability
     return LossTerms(total, cycle, separability, *_monitor(transition))
-
-
-def check_window(rows: int, cols: int, window: int) -> None:
-    """Raise `UsageError` unless `window` by `window` tokens tile the grid."""
-    if window < 1 or rows % window or cols % window:
-        raise UsageError(
-            "the pooling window does not divide the grid of tokens",
-            wanted="a window that divides both rows and columns",
-            found=f"window {window} on a grid of {rows}x{cols}",
-        )
-
-
-def pool_tokens(
-    tokens: Float[Tensor, "n view row col dim"], window: int
-) -> Float[Tensor, "n view pooled dim"]:
-    """Return the means of `window` by `window` tokens, in row-major order, without normalising them again."""
-    n, view, row, col, dim = tokens.shape
-    check_window(row, col, window)
-    images = tokens.flatten(0, 1).permute(0, 3, 1, 2)  # tokens in their order are images with channels last
-    means: Tensor = F.avg_pool2d(images, window)
-    return means.permute(0, 2, 3, 1).reshape(n, view, -1, dim)
-
-
-def check_walk(walk: Sequence[int], n_views: int) -> None:
-    """Raise `UsageError` unless `walk` makes at least one step and stays among `n_views` views."""
-    if len(walk) < 2 or not all(0 <= view < n_views for view in walk):
-        raise UsageError(
-            "the walk does not fit the samples",
-            wanted=f"two or more views out of 0 to {n_views - 1}",
-            found=" ".join(map(str, walk)) or "no views",
-        )
-
-
-def cycle_transition(
-    tokens: Float[Tensor, "n view token dim"], temperature: float, walk: Sequence[int] = RELEASED_WALK
-) -> Float[Tensor, "n token token"]:
-    """Return the row-stochastic walk through the views: the product of softmax(A / t) over its steps.
-
-    As released: plain a -> plain b -> shifted a.
-    """
-    check_walk(walk, tokens.shape[1])
-    stops = [tokens[:, view] for view in walk]
-    steps = [_step(start, end, temperature) for start, end in pairwise(stops)]
-    return reduce(torch.matmul, steps)
-
-
-def _step(start: Tensor, end: Tensor, temperature: float) -> Tensor:
-    return (start @ end.mT / temperature).softmax(-1)
 
 
 def cycle_loss(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
@@ -244,11 +196,6 @@ def find_regularizer(name: str, reduction: str = "released") -> SeparabilityLoss
     return losses[name]
 
 
-def cycle_accuracy(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
-    """Return the share of walks that most probably end where they started."""
-    return (transition.argmax(-1).flatten() == _starts(transition)).float().mean()
-
-
 def identity_cosine(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
     """Return the cosine of the flattened batch of transitions with as many identity matrices."""
     n, token, _ = transition.shape
@@ -260,8 +207,3 @@ def identity_cosine(transition: Float[Tensor, "n token token"]) -> Float[Tensor,
 def return_probability(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
     """Return the mean probability that a walk ends where it started (chance: one over the tokens)."""
     return transition.diagonal(dim1=1, dim2=2).mean()
-
-
-def _starts(transition: Tensor) -> Tensor:
-    n, token, _ = transition.shape
-    return torch.arange(token, device=transition.device).repeat(n)

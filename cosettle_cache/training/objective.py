@@ -16,15 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_cache.training.losses import (
-    RELEASED_WALK,
-    LossTerms,
-    cycle_transition,
-    find_reduction,
-    find_regularizer,
-    make_terms,
-    pool_tokens,
-)
+from cosettle_cache.metrics.cycle import RELEASED_WALK, cycle_transition, pool_tokens
+from cosettle_cache.training.losses import LossTerms, find_reduction, find_regularizer, make_terms
 
 #: Shortest length that a token is divided by, as in `torch.nn.functional.normalize`.
 _SHORTEST = 1e-12

@@ -22,7 +22,7 @@ from cosettle_cache.core.settings import TrainSettings
 from cosettle_cache.core.types import ArrayLayout, PlanKind
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.store.plan import choose_pair
-from cosettle_cache.training.feeding import Ids
+from cosettle_cache.training.batches import Ids
 
 #: What must be equal for tokens of several stores to lie in one space.
 ENCODER_KEYS = ("backbone", "weights_sha256", "token_rule", "position_rule", "preprocessing")

@@ -2,6 +2,11 @@
 
 Sums over pairs of frames come in, from anywhere and in any grouping; eigenvectors, the matrix of a threshold,
 and the distances that the theory predicts for it go out. All in float64; nothing touches disk.
+
+Distances within and between videos as they are after a projection, for many thresholds at once.
+
+Unit tokens and an eigenbasis with its gains come in, distances per gain go out. The length of a projected
+token and its product with another are sums over directions weighted with gains: one rotation serves all.
 """
 
 from __future__ import annotations
@@ -9,10 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int64
+import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.types import Grid
 
 Matrix = Float64[np.ndarray, "dim dim"]
 Directions = Float64[np.ndarray, " direction"]
@@ -159,15 +165,43 @@ def _diagonal(matrix: Matrix, basis: Matrix) -> Directions:
     return diagonal
 
 
-def choose_places(grids: list[Grid], at_most: int = 14) -> Grid:
-    """Return how many rows and columns of places all grids have, up to `at_most` (the released grid) each."""
-    rows, cols = min(grid.rows for grid in grids), min(grid.cols for grid in grids)
-    return Grid(min(rows, at_most), min(cols, at_most))
+Basis = Float64[Tensor, "dim direction"]
+Gains = Float64[Tensor, "gain direction"]
+
+#: Below this length a projected token counts as gone.
+_SHORTEST = 1e-12
 
 
-def place_index(grid: Grid, places: Grid) -> Int64[np.ndarray, " place"]:
-    """Return the tokens of `grid`, counted row by row, at evenly spaced places; all if the two are equal."""
-    rows = (2 * np.arange(places.rows) + 1) * grid.rows // (2 * places.rows)
-    cols = (2 * np.arange(places.cols) + 1) * grid.cols // (2 * places.cols)
-    index: Int64[np.ndarray, " place"] = (rows[:, None] * grid.cols + cols).ravel()
-    return index
+def intra_distances(
+    first: Float64[Tensor, "pair token dim"],
+    second: Float64[Tensor, "pair token dim"],
+    basis: Basis,
+    gains: Gains,
+) -> Float64[Tensor, "pair gain"]:
+    """Return the mean distance of corresponding projected unit tokens, in diameters of the unit sphere."""
+    first, second = first @ basis, second @ basis
+    lengths = _lengths(first, gains) * _lengths(second, gains)
+    return _half_chord(((first * second) @ gains.T) / lengths).mean(1)
+
+
+def inter_distances(
+    tokens: Float64[Tensor, "video place dim"], basis: Basis, gains: Gains
+) -> Float64[Tensor, " gain"]:
+    """Return the mean distance of projected unit tokens at one place over all pairs of videos and places."""
+    rotated = (tokens @ basis).transpose(0, 1)
+    first, second = torch.triu_indices(len(tokens), len(tokens), 1).unbind()
+    means = []
+    for gain in gains:
+        scaled = rotated * gain.sqrt()
+        scaled = scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(_SHORTEST)
+        means.append(_half_chord((scaled @ scaled.mT)[:, first, second]).mean())
+    return torch.stack(means)
+
+
+def _lengths(rotated: Tensor, gains: Gains) -> Tensor:
+    return (rotated.square() @ gains.T).sqrt().clamp_min(_SHORTEST)
+
+
+def _half_chord(cosine: Tensor) -> Tensor:
+    """Return half the distance of two unit vectors with this cosine."""
+    return ((1 - cosine) / 2).clamp_min(0).sqrt()

@@ -11,16 +11,20 @@ from typing import Any
 
 from cosettle_cache.core.errors import UsageError
 from cosettle_cache.videos.build import BuildResult
-from cosettle_cache.videos.classes import (
+from cosettle_cache.videos.davis import (
+    DavisSequence,
+    build_davis_manifest,
+    build_masks_manifest,
+    open_sequence,
+)
+from cosettle_cache.videos.folders import (
     build_classes_manifest,
+    build_folder_manifest,
     build_hmdb51_manifest,
+    build_kinetics_manifest,
     build_ucf101_manifest,
 )
-from cosettle_cache.videos.davis import DavisSequence, build_davis_manifest, open_sequence
-from cosettle_cache.videos.folder import build_folder_manifest
 from cosettle_cache.videos.jhmdb import JointSequence, build_jhmdb_manifest, open_joints
-from cosettle_cache.videos.kinetics import build_kinetics_manifest
-from cosettle_cache.videos.masks_old import build_masks_manifest
 from cosettle_cache.videos.sprites import build_sprites_manifest
 from cosettle_cache.videos.tapvid import build_tapvid_manifest
 from cosettle_cache.videos.vip import PartSequence, build_vip_manifest, open_parts

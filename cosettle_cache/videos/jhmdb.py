@@ -23,7 +23,7 @@ from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import Grid, LabelKind, Video
 from cosettle_cache.videos.build import BuildResult, Clip, Source, build, entries, subfolders
 from cosettle_cache.videos.lists import Listed, locate, read_list
-from cosettle_cache.videos.mask_files import check_numbers, frame_stems
+from cosettle_cache.videos.masks import check_numbers, frame_stems
 from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
 #: The joints in the order of `pos_img`.

@@ -15,11 +15,11 @@ import pyarrow as pa
 from jaxtyping import Float64, Int64
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
+from cosettle_cache.core.settings import QUERY_MODES
 from cosettle_cache.core.tables import read_table
 from cosettle_cache.core.types import LabelKind, Manifest, Video
-from cosettle_cache.metrics.tapvid import QUERY_MODES
-from cosettle_cache.videos.point_tracks import PointTracks, read_shares
 from cosettle_cache.videos.sprites import read_settings
+from cosettle_cache.videos.tapvid import PointTracks, read_shares
 
 __all__ = ["PointTracks", "Queries", "open_tracks", "read_queries", "sample_queries"]
 

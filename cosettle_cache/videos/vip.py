@@ -15,9 +15,8 @@ import numpy as np
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.types import LabelKind, Video
 from cosettle_cache.videos.build import BuildResult, Clip, Source, build, subfolders
-from cosettle_cache.videos.index_png import Mask
 from cosettle_cache.videos.lists import Listed, locate, read_list
-from cosettle_cache.videos.mask_files import MaskFiles, open_mask_files
+from cosettle_cache.videos.masks import Mask, MaskFiles, open_mask_files
 
 #: Class of every value in `Category_ids`.
 PARTS = (

@@ -14,7 +14,7 @@ from PIL import Image
 from propagation_cases import make_squares
 from store_cases import Case
 
-from cosettle_cache.analysis.components import Histogram, align_signs, fit_painter
+from cosettle_cache.analysis.pca import Histogram, align_signs, fit_painter
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.settings import FramesSettings, PairsSettings

@@ -12,9 +12,9 @@ from probe_cases import DIM, labelled_case, write_frame_labels
 from store_cases import frames_case, pairs_case
 
 from cosettle_cache.analysis.pooling import FramePooler
-from cosettle_cache.analysis.probe.classifiers import ask_folds, stratified_folds
+from cosettle_cache.analysis.probe import read_probe_scores
 from cosettle_cache.analysis.probe.order import spread
-from cosettle_cache.analysis.probe.probe_results import read_probe_scores
+from cosettle_cache.analysis.probe.videos import ask_folds, stratified_folds
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.tables import read_table

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from store_cases import Case, frames_case, pairs_case
 
 from cosettle_cache import trade_off
-from cosettle_cache.analysis.analyze import analyze_store, plan_analysis
 from cosettle_cache.analysis.between import block_pairs
+from cosettle_cache.analysis.definitions import effective_rank
 from cosettle_cache.analysis.files import AnalysisReport
-from cosettle_cache.analysis.spread import effective_rank
+from cosettle_cache.analysis.run import analyze_store, plan_analysis
 from cosettle_cache.analysis.trade_off import TradeOff
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.handing import one_by_one
+from cosettle_cache.core.parallel import one_by_one
 from cosettle_cache.core.tables import read_json, read_table
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.store import FeatureStore, open_store
@@ -213,7 +213,7 @@ def in_another_process(unit: Callable[[Any], Any], items: Iterable[Any]) -> Iter
 def test_whoever_works_the_figures_are_the_same(
     store: FeatureStore, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cosettle_cache.analysis.analyze.BLOCK_BYTES", 2 * 4 * 16 * 8)
+    monkeypatch.setattr("cosettle_cache.analysis.run.BLOCK_BYTES", 2 * 4 * 16 * 8)
     alone, spread = analyze(store), analyze(store, run=run)
     assert alone.measured == spread.measured
 
@@ -222,8 +222,8 @@ def test_blocks_and_held_clips_do_not_move_figures(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = analyze(store)
-    monkeypatch.setattr("cosettle_cache.analysis.clips.HELD_BYTES", 0)
-    monkeypatch.setattr("cosettle_cache.analysis.analyze.BLOCK_BYTES", 0)
+    monkeypatch.setattr("cosettle_cache.analysis.run.HELD_BYTES", 0)
+    monkeypatch.setattr("cosettle_cache.analysis.run.BLOCK_BYTES", 0)
     monkeypatch.setattr("cosettle_cache.analysis.within.BLOCK_TOKENS", 3 * 16)
     pieces = analyze(store)
     for one, other in zip(whole.measured, pieces.measured, strict=True):

@@ -20,7 +20,7 @@ from PIL import Image
 from cosettle_cache.cli import app, run_command
 from cosettle_cache.cli.reference import reference
 from cosettle_cache.heads.projection import Projection, save_projection
-from cosettle_cache.metrics.results import read_scores
+from cosettle_cache.metrics.rows import read_scores
 from cosettle_cache.store import open_store
 from cosettle_cache.videos.davis import write_mask
 

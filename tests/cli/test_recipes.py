@@ -12,7 +12,7 @@ from cosettle_cache.cli.recipes import check_expectations, read_recipe
 from cosettle_cache.core.errors import InputError, OutputError
 from cosettle_cache.core.files import write_durably
 from cosettle_cache.core.types import Score
-from cosettle_cache.metrics.results import (
+from cosettle_cache.metrics.rows import (
     mean_scores,
     read_scores,
     remove_scores,

@@ -19,12 +19,11 @@ from timm.models.eva import Eva
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Grid, PositionShift
 from cosettle_cache.encoders import BACKBONES, FAMILIES, describe_backbone, load_backbone
-from cosettle_cache.encoders.body import VitBody
 from cosettle_cache.encoders.checkpoints import read_checkpoint
 from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
-from cosettle_cache.encoders.families import PositionResize
-from cosettle_cache.encoders.positions import Positions, enlarged_length
-from cosettle_cache.encoders.published import make_vit, vit_from_file
+from cosettle_cache.encoders.load import make_vit, vit_from_file
+from cosettle_cache.encoders.registry import PositionResize
+from cosettle_cache.encoders.vit import Positions, VitBody, enlarged_length
 from cosettle_cache.heads.projection import load_projection
 from cosettle_cache.training.losses import transfer_loss
 

@@ -17,7 +17,7 @@ CONTENT = b"weights of nobody" * 100
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 FETCH = """
 import sys
-from cosettle_cache.encoders.hub import fetch
+from cosettle_cache.encoders.load import fetch
 from cosettle_cache.encoders.registry import Source
 from cosettle_cache.core.errors import CheckpointError
 try:

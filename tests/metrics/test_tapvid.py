@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.metrics import count_tracks
 from cosettle_cache.metrics.tapvid import THRESHOLDS
-from cosettle_cache.videos.point_tracks import PointTracks
 from cosettle_cache.videos.queries import sample_queries
+from cosettle_cache.videos.tapvid import PointTracks
 
 
 def test_values_by_hand() -> None:

@@ -20,11 +20,11 @@ from cosettle_cache.core.cluster import connect
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.metrics.results import read_scores
+from cosettle_cache.metrics.rows import read_scores
 from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import open_store
-from cosettle_cache.videos.index_png import read_mask, write_mask
+from cosettle_cache.videos.masks import read_mask, write_mask
 
 NAMES = ("apple", "bear", "cat", "dog")
 PROTOCOL = make_protocol(size="native", top_k=1)

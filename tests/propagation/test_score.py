@@ -13,9 +13,9 @@ from PIL import Image
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.metrics import davis_j_and_f, mean_iou, pck, strict_pck
-from cosettle_cache.metrics.results import mean_scores, read_scores, score_table, write_rows
-from cosettle_cache.videos.index_png import read_mask, write_mask
+from cosettle_cache.metrics.rows import mean_scores, read_scores, score_table, write_rows
 from cosettle_cache.videos.jhmdb import write_predicted_joints
+from cosettle_cache.videos.masks import read_mask, write_mask
 
 SIZE = (24, 32)
 

@@ -18,15 +18,15 @@ from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.settings import FramesSettings
 from cosettle_cache.core.types import Grid, Manifest
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.metrics.results import mean_scores, read_scores
+from cosettle_cache.metrics.rows import mean_scores, read_scores
 from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
-from cosettle_cache.propagation.scoring import find_problems, score_predictions
+from cosettle_cache.propagation.score import find_problems, score_predictions
 from cosettle_cache.store import FeatureStore, open_store
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.videos import build_manifest
-from cosettle_cache.videos.index_png import read_mask, write_mask
 from cosettle_cache.videos.jhmdb import read_predicted_joints
+from cosettle_cache.videos.masks import read_mask, write_mask
 
 GRID, SIZE = Grid(4, 6), "64x96"
 #: Fields of a row that say where it comes from, not what it is worth.

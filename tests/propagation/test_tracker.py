@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.settings import TrackSettings
-from cosettle_cache.propagation.tracker import Tracker, locate, sample_tokens
+from cosettle_cache.propagation.track import Tracker, locate, sample_tokens
 
 
 def shifted(tokens: torch.Tensor, right: int) -> torch.Tensor:

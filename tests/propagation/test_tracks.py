@@ -17,7 +17,7 @@ from store_cases import PATCH, Case
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.settings import FramesSettings, SpritesSettings, TrackSettings
-from cosettle_cache.metrics.results import read_scores
+from cosettle_cache.metrics.rows import read_scores
 from cosettle_cache.propagation.track import track_store
 from cosettle_cache.store import open_store
 from cosettle_cache.store.plan import make_plan

@@ -15,8 +15,8 @@ from propagation_cases import single_thread
 from report_cases import EVIL, EVIL_KIND, PLAIN, Made, Page, make_runs, write_analysis_table, write_journal
 
 from cosettle_cache.cli import run_command
-from cosettle_cache.metrics.results import mean_scores, read_scores, write_scores
-from cosettle_cache.report.axes import make_axis
+from cosettle_cache.metrics.rows import mean_scores, read_scores, write_scores
+from cosettle_cache.report.sections import make_axis
 
 
 @pytest.fixture(autouse=True, scope="module")

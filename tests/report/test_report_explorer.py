@@ -18,7 +18,7 @@ from cosettle_cache.cli import run_command
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection, save_projection
-from cosettle_cache.report.explored import (
+from cosettle_cache.report.explorer import (
     COSINE_STEPS,
     MAX_FRAMES,
     STEP,

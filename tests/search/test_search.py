@@ -15,16 +15,19 @@ from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.propagation.context import ContextSearch, Queue
 from cosettle_cache.propagation.protocols import make_protocol
-from cosettle_cache.search.search import (
+from cosettle_cache.search.masked import (
+    SLAB_COLS,
     FaissRanker,
     RoughKeys,
     RoughRanker,
+    SearchSize,
     TorchRanker,
     _rough_error,
+    make_open_slabs,
     make_ranker,
+    make_slabs,
     rounding_error,
 )
-from cosettle_cache.search.slabs import SLAB_COLS, SearchSize, make_open_slabs, make_slabs
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import CosettleError, DamagedStoreError, ExitCode
 from cosettle_cache.store import open_store
 from cosettle_cache.store.format import BytesError
-from cosettle_cache.store.sealed import unseal
+from cosettle_cache.store.index import unseal
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:

@@ -12,7 +12,7 @@ from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.settings import FramesSettings, PairsSettings
 from cosettle_cache.core.types import Manifest, MediaKind, Role, Video
 from cosettle_cache.store.plan import choose_crop, choose_pair, make_plan
-from cosettle_cache.videos.sizes import resolve_size
+from cosettle_cache.videos.frames import resolve_size
 
 
 def make_manifest(lengths: list[int], sizes: list[tuple[int, int]]) -> Manifest:

@@ -31,7 +31,7 @@ from remote_cases import (
     write_store,
 )
 from store_cases import crash_case, folder_bytes, frames_case, pairs_case
-from test_store_crash import small_disk  # noqa: F401
+from test_crash import small_disk  # noqa: F401
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.cli.options import parse_bytes
@@ -50,10 +50,10 @@ from cosettle_cache.extraction.run import extract, make_fingerprint
 from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import StoreWriter, copy_store, open_store, verify_store
+from cosettle_cache.store._local import open_storage
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.store.reader import FeatureStore
-from cosettle_cache.store.storage import open_storage
-from cosettle_cache.training.train import train
+from cosettle_cache.training.run import train
 
 
 @pytest.fixture(scope="module")

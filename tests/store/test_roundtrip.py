@@ -255,7 +255,7 @@ def test_pickled_and_shared_between_threads(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cosettle_cache.store.handles.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("cosettle_cache.store._chunks.MAX_OPEN_SHARDS", 2)
     case = frames_case(slot_encodings=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)

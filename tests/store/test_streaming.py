@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from forking import forked
 
-from cosettle_cache.store import streaming
-from cosettle_cache.store.streaming import NEAR_STRETCHES, AtHand, Fill, NearReading, stream_far
-from cosettle_cache.store.stretches import Stretch
+from cosettle_cache.store import _chunks as streaming
+from cosettle_cache.store._chunks import NEAR_STRETCHES, AtHand, Fill, NearReading, Stretch, stream_far
 
 N = 60
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from cosettle_cache.videos.index_png import write_mask
+from cosettle_cache.videos.masks import write_mask
 
 SIZE = (24, 32)
 N_JOINTS = 15

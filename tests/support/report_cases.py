@@ -13,11 +13,11 @@ from propagation_cases import make_squares
 from cosettle_cache.analysis.files import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
 from cosettle_cache.core.tables import make_table, write_table
 from cosettle_cache.heads.projection import Projection, save_projection
-from cosettle_cache.metrics.results import write_scores
+from cosettle_cache.metrics.rows import write_scores
 from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import open_store
-from cosettle_cache.training.run_state import FiguresLog, RunFiles, StepFigures, ValidationFigures
+from cosettle_cache.training.log import FiguresLog, RunFiles, StepFigures, ValidationFigures
 
 #: Names that would be markup if anybody pasted them.
 EVIL = 'one <b>&amp; "two"'

@@ -21,13 +21,12 @@ from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import PositionShift
 from cosettle_cache.encoders import load_backbone
 from cosettle_cache.heads.projection import Projection, load_projection
+from cosettle_cache.metrics.cycle import cycle_transition, pool_tokens
 from cosettle_cache.training.losses import (
     REDUCTIONS,
     cosine_separability,
-    cycle_transition,
     find_regularizer,
     kl_separability,
-    pool_tokens,
     token_mean_kl_separability,
     transfer_loss,
 )

@@ -14,10 +14,10 @@ from test_train import SMALL, make_store
 
 from cosettle_cache.heads.projection import load_projection
 from cosettle_cache.store import open_store
-from cosettle_cache.training.replicas import join_replicas
-from cosettle_cache.training.run_state import read_figures
-from cosettle_cache.training.sweep import Axis
-from cosettle_cache.training.train import train
+from cosettle_cache.training.batches import join_replicas
+from cosettle_cache.training.log import read_figures
+from cosettle_cache.training.plan import Axis
+from cosettle_cache.training.run import train
 
 AXES = (Axis("separability_weight", (0.02, "auto")),)
 RUN = replace(SMALL, batch_size=4, accumulate=2, epochs=2, validation=0.2)

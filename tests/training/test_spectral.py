@@ -23,23 +23,16 @@ from store_cases import Case, frames_case, pairs_case
 
 from cosettle_cache.core.console import SILENT
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.handing import one_by_one
+from cosettle_cache.core.parallel import one_by_one
 from cosettle_cache.core.settings import SpectralSettings
 from cosettle_cache.core.tables import read_table
 from cosettle_cache.core.types import Grid, Role, Slot
 from cosettle_cache.heads.projection import load_projection, projection_sha256, read_provenance
-from cosettle_cache.search.correspondence import match_nearest
+from cosettle_cache.search.correspondence import choose_places, match_nearest, place_index
 from cosettle_cache.store import FeatureStore, open_store
 from cosettle_cache.training.frame_pairs import FramePairs, list_pairs
-from cosettle_cache.training.gathering import GatherUnit, gather
-from cosettle_cache.training.spectral import SpectralReport, choose_held_out, fit_spectral
-from cosettle_cache.training.spectrum import (
-    SpectralStatistics,
-    Spectrum,
-    choose_places,
-    make_spectrum,
-    place_index,
-)
+from cosettle_cache.training.spectral import GatherUnit, SpectralReport, choose_held_out, fit_spectral, gather
+from cosettle_cache.training.spectrum import SpectralStatistics, Spectrum, make_spectrum
 
 Pair = tuple[str, np.ndarray, np.ndarray]
 

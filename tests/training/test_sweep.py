@@ -22,13 +22,18 @@ from test_train import SMALL, After, make_store
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError, UsageError
 from cosettle_cache.heads.projection import Projection, load_projection
 from cosettle_cache.store import open_store
-from cosettle_cache.training.feeding import Batch, Portion, Step
+from cosettle_cache.training.batches import Batch, Portion, Step
 from cosettle_cache.training.learner import Learner, Trainer
+from cosettle_cache.training.log import (
+    comparison,
+    read_checkpoint,
+    read_figures,
+    read_validation,
+    write_checkpoint,
+)
 from cosettle_cache.training.losses import transfer_loss
-from cosettle_cache.training.run_state import read_checkpoint, read_figures, read_validation, write_checkpoint
-from cosettle_cache.training.sweep import SWEEPABLE, Axis, make_members, parse_axis
-from cosettle_cache.training.train import make_train_plan, train
-from cosettle_cache.training.train_report import comparison
+from cosettle_cache.training.plan import SWEEPABLE, Axis, make_members, parse_axis
+from cosettle_cache.training.run import make_train_plan, train
 from cosettle_cache.training.validate import token_distances
 
 AXES = (Axis("temperature", (0.1,)), Axis("head", ("linear", "mlp2")))

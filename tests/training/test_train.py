@@ -24,7 +24,7 @@ from cosettle_cache.core.settings import TrainSettings
 from cosettle_cache.core.types import Slot
 from cosettle_cache.heads.projection import Projection, load_projection, projection_sha256, read_provenance
 from cosettle_cache.store import open_store
-from cosettle_cache.training.feeding import (
+from cosettle_cache.training.batches import (
     Batch,
     BatchRing,
     EpochOrder,
@@ -35,8 +35,8 @@ from cosettle_cache.training.feeding import (
     make_steps,
 )
 from cosettle_cache.training.learner import Learner, Trainer, learning_rate
-from cosettle_cache.training.run_state import read_figures
-from cosettle_cache.training.train import TrainReport, make_train_plan, train
+from cosettle_cache.training.log import read_figures
+from cosettle_cache.training.run import TrainReport, make_train_plan, train
 
 SMALL = TrainSettings(epochs=3, batch_size=3, base_lr=0.3, checkpoint_every=2, separability_weight=0.02)
 

@@ -15,10 +15,19 @@ from remote_cases import check_samples
 from store_cases import frames_case, pairs_case
 
 from cosettle_cache.store import open_store
-from cosettle_cache.store.storage import LocalFile
-from cosettle_cache.training.feeding import EpochOrder, Ids, Portion, ShuffleShards, make_portions, make_steps
-from cosettle_cache.training.replicas import Replicas
-from cosettle_cache.training.warming import Windows, by_window, warmed
+from cosettle_cache.store._local import LocalFile
+from cosettle_cache.training.batches import (
+    EpochOrder,
+    Ids,
+    Portion,
+    Replicas,
+    ShuffleShards,
+    Windows,
+    by_window,
+    make_portions,
+    make_steps,
+    warmed,
+)
 
 
 def make_stream(

@@ -12,8 +12,8 @@ from PIL import Image
 from cosettle_cache.core.errors import InputError, MediaError
 from cosettle_cache.core.types import LabelKind
 from cosettle_cache.videos import build_manifest, open_joints, open_parts, open_sequence
-from cosettle_cache.videos.index_png import write_mask
 from cosettle_cache.videos.jhmdb import read_joints, read_predicted_joints, write_predicted_joints
+from cosettle_cache.videos.masks import write_mask
 from cosettle_cache.videos.sprites import SpritesSettings, ensure_sprites
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_datasets_folders import make_file, make_frames
+from test_folders import make_file, make_frames
 
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.videos import build_manifest

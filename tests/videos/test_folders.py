@@ -14,8 +14,7 @@ from PIL import Image
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import MediaKind
 from cosettle_cache.videos import build_manifest
-from cosettle_cache.videos.folder import build_folder_manifest
-from cosettle_cache.videos.kinetics import build_kinetics_manifest
+from cosettle_cache.videos.folders import build_folder_manifest, build_kinetics_manifest
 from cosettle_cache.videos.manifest import manifest_from_table, manifest_table
 
 

@@ -18,10 +18,8 @@ from cosettle_cache.core.settings import cache_folder
 from cosettle_cache.videos import build_manifest, open_sequence
 from cosettle_cache.videos.davis import read_mask
 from cosettle_cache.videos.sprites import SpritesSettings, ensure_sprites
-from cosettle_cache.videos.sprites.creatures import KINDS
-from cosettle_cache.videos.sprites.drawing import Canvas, Piece, move, stretch, turn
+from cosettle_cache.videos.sprites.figures import KINDS, Canvas, Piece, move, plain, stretch, turn
 from cosettle_cache.videos.sprites.scenes import draw_scene, render
-from cosettle_cache.videos.sprites.textures import plain
 
 TINY = SpritesSettings(n_train=2, n_val=2, train_frames=3, val_frames=4, height=64, width=96)
 

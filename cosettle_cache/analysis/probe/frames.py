@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from cosettle_cache.analysis.probe.classifiers import fit_and_ask
 from cosettle_cache.analysis.probe.outcome import Figure, Outcome, VideoAnswer
-from cosettle_cache.analysis.probe.selection import missing_videos
-from cosettle_cache.analysis.probe.video_tasks import convergence_warnings
+from cosettle_cache.analysis.probe.videos import convergence_warnings, fit_and_ask, missing_videos
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.settings import ProbeSettings, digest
 from cosettle_cache.metrics.segments import OVERLAPS, SegmentCounts, count_segments

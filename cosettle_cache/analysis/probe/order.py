@@ -12,10 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from cosettle_cache.analysis.probe.classifiers import Answer, Fold, ask_folds, stratified_folds
 from cosettle_cache.analysis.probe.outcome import Figure, Outcome, mean_figure
-from cosettle_cache.analysis.probe.selection import check_folds, class_sizes
-from cosettle_cache.analysis.probe.video_tasks import VideoTask, convergence_warnings, fold_protocol
+from cosettle_cache.analysis.probe.videos import (
+    Answer,
+    Fold,
+    VideoTask,
+    ask_folds,
+    check_folds,
+    class_sizes,
+    convergence_warnings,
+    fold_protocol,
+    stratified_folds,
+)
 from cosettle_cache.core.errors import InputError
 
 #: Frames of a video at most where nobody says how many.

@@ -16,8 +16,7 @@ from jaxtyping import Float32
 from cosettle_cache.core.files import make_folder, write_durably
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics.rows import clip_row
-from cosettle_cache.pictures.drawing import draw_joints
-from cosettle_cache.pictures.overlays import write_overlays
+from cosettle_cache.pictures.drawing import draw_joints, write_overlays
 from cosettle_cache.propagation.labels import decode_keypoints, encode_keypoints
 from cosettle_cache.propagation.propagator import LabelMap
 from cosettle_cache.propagation.tasks.base import Drawing, Setting

@@ -17,8 +17,7 @@ from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics import DavisScorer
 from cosettle_cache.metrics.rows import object_rows
-from cosettle_cache.pictures.drawing import draw_mask
-from cosettle_cache.pictures.overlays import write_overlays
+from cosettle_cache.pictures.drawing import draw_mask, write_overlays
 from cosettle_cache.propagation.labels import (
     FirstLabels,
     Mask,
@@ -32,8 +31,7 @@ from cosettle_cache.propagation.propagator import LabelMap
 from cosettle_cache.propagation.tasks.base import Drawing, Setting
 from cosettle_cache.videos.davis import DavisSequence, open_sequence
 from cosettle_cache.videos.frames import iter_frames
-from cosettle_cache.videos.index_png import read_mask, sample_mask, write_mask
-from cosettle_cache.videos.mask_files import frame_stems
+from cosettle_cache.videos.masks import frame_stems, read_mask, sample_mask, write_mask
 
 
 @dataclass(frozen=True, slots=True)

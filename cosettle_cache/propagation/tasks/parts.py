@@ -20,7 +20,7 @@ from cosettle_cache.propagation.labels import FirstLabels, Mask, Size
 from cosettle_cache.propagation.propagator import LabelMap
 from cosettle_cache.propagation.tasks.base import Drawing, Setting
 from cosettle_cache.propagation.tasks.masks import MaskRules, draw_index_maps
-from cosettle_cache.videos.index_png import sample_mask, write_mask
+from cosettle_cache.videos.masks import sample_mask, write_mask
 from cosettle_cache.videos.vip import PARTS, PartSequence, open_parts
 
 #: What the released scripts call a frame's map.

@@ -12,18 +12,23 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 from numpy.random import Generator, default_rng
 
-from cosettle_cache.videos.sprites.creatures import KINDS, Creature, Joints, Kind, Pose
-from cosettle_cache.videos.sprites.drawing import (
+from cosettle_cache.videos.sprites.figures import (
+    KINDS,
     Canvas,
+    Creature,
+    Joints,
+    Kind,
+    Picture,
     Piece,
     Placement,
+    Pose,
+    background_texture,
     move,
     stretch,
     transform,
     turn,
     warp,
 )
-from cosettle_cache.videos.sprites.textures import Picture, background_texture
 
 #: Every object shows at least this share of the frame's pixels at the start, and of its own.
 MIN_SHARE_OF_FRAME, MIN_SHARE_OF_OBJECT = 0.006, 0.5

@@ -16,10 +16,10 @@ from numpy.random import Generator, default_rng
 
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.settings import SpritesSettings
-from cosettle_cache.videos.point_tracks import PointTracks
-from cosettle_cache.videos.sprites.drawing import Placement, transform
+from cosettle_cache.videos.sprites.figures import Placement, transform
 from cosettle_cache.videos.sprites.scenes import Scene, background_look, draw_scene, poses, render
 from cosettle_cache.videos.sprites.write import CASTS, plan_split
+from cosettle_cache.videos.tapvid import PointTracks
 
 #: Points on each object, and on the background.
 POINTS_PER_OBJECT = 12

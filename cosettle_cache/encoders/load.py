@@ -1,0 +1,491 @@
+"""Encoders of the eight families: rows of the registry, and files of a family at any size.
+
+A name and where its weights are come in; a `Backbone` goes out.
+
+The door to loaded encoders: a name, and where its weights are, to a frozen encoder on its device.
+
+Any ViT of timm as `timm/<model id>`: built and, for the published weights, loaded by timm itself.
+
+The images are normalised with the model's own mean and std, tokens equal timm's `forward_features`, and other
+sizes follow timm's own position resampling.
+
+What is known of an encoder before its weights are loaded; nothing is downloaded.
+
+Names of the table need no torch, files of a family no timm, so that planning and `--dry-run` answer at once.
+
+Published weights: from the hub client's cache, the hub or the publisher's address; fails within seconds.
+
+A source of the registry comes in, the path of a file goes out. `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and
+the proxy variables are respected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cosettle_cache.core.errors import CheckpointError, InputError, UsageError
+from cosettle_cache.core.files import output_errors, sha256_file, write_durably
+from cosettle_cache.core.settings import cache_folder, replace_red_std
+from cosettle_cache.core.types import Grid
+from cosettle_cache.encoders.checkpoints import read_checkpoint
+from cosettle_cache.encoders.convert import (
+    EncoderFile,
+    check_positions,
+    check_tensors,
+    file_grid,
+    infer_architecture,
+    listing,
+    looks_like,
+    name_lines,
+    sort_tensors,
+)
+from cosettle_cache.encoders.registry import (
+    BACKBONES,
+    RANDOM,
+    TIMM_PREFIX,
+    Architecture,
+    BackboneInfo,
+    Family,
+    PositionResize,
+    Source,
+    family_of,
+    make_info,
+    sizeless,
+)
+from cosettle_cache.encoders.vit import (
+    PRECISIONS,
+    SHIFT_RULE,
+    Backbone,
+    VitBody,
+    Weights,
+    file_weights,
+    random_weights,
+    seeded,
+)
+
+
+def describe_backbone(
+    name: str, *, weights: str | Path | None = None, heads: int | None = None
+) -> BackboneInfo:
+    """Return the sizes and the normalisation of an encoder.
+
+    The table or timm knows them; for a family's name they come from the shapes in the weights file.
+    """
+    if name.startswith(TIMM_PREFIX):
+        check_no_heads(name, heads)
+        return _describe_timm(name)
+    family = family_of(name)
+    if name in BACKBONES:
+        return make_info(name, family, BACKBONES[name].architecture)
+    if weights is None or str(weights) == RANDOM:
+        raise sizeless(name)
+    return _describe_file(name, weights, heads)
+
+
+def check_no_heads(name: str, heads: int | None) -> None:
+    """Raise `UsageError` when heads are given for an encoder that has its own."""
+    if heads is not None:
+        raise UsageError(f"{name} has its own number of heads", wanted="no --heads", found=heads)
+
+
+def _describe_timm(name: str) -> BackboneInfo:
+
+    return describe(name)
+
+
+def _describe_file(name: str, weights: str | Path, heads: int | None) -> BackboneInfo:
+    from cosettle_cache.encoders.checkpoints import read_checkpoint
+    from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
+
+    family = family_of(name)
+    file = sort_tensors(str(weights), family, read_checkpoint(weights))
+    return make_info(name, family, infer_architecture(file, heads))
+
+
+#: Seconds to wait for the first answer of a server; the hub client alone would retry for half a minute.
+PROBE_TIMEOUT_S = 4.0
+#: Seconds without a byte after which a download is given up.
+STALL_TIMEOUT_S = 60.0
+
+
+def fetch(name: str, source: Source) -> Path:
+    """Return the local file of a published encoder, downloading it where it is not cached yet."""
+    if source.hub_id:
+        return _from_hub(name, source)
+    if not source.url:
+        raise _unreachable(name, source, "no public address is known for it")
+    path = _from_url(name, source)
+    if source.sha256 and sha256_file(path) != source.sha256:
+        raise CheckpointError(
+            f"{path} is not the published file",
+            wanted=f"sha256 {source.sha256}",
+            found=f"sha256 {sha256_file(path)}",
+            hint=f"remove it and try again, or download {source.url} by hand",
+        )
+    return path
+
+
+def _from_hub(name: str, source: Source) -> Path:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cached = huggingface_hub.try_to_load_from_cache(source.hub_id, source.file)
+    if isinstance(cached, str):
+        return Path(cached)
+    _check_online(name, source, constants.ENDPOINT)
+    try:
+        return Path(huggingface_hub.hf_hub_download(source.hub_id, source.file))
+    except Exception as error:
+        # The client's own, its transport's and the system's errors all mean that the file is not here.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _unreachable(name, source, reason) from error
+
+
+def _from_url(name: str, source: Source) -> Path:
+    path = cache_folder() / "weights" / name / source.file
+    if path.is_file():
+        return path
+    _check_online(name, source, source.url)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(source.url, timeout=STALL_TIMEOUT_S) as response:  # noqa: S310
+            write_durably(path, _body(response))
+    except (OSError, EOFError) as error:
+        raise _unreachable(name, source, str(error)) from error
+    return path
+
+
+def _body(response: Any) -> Iterator[bytes]:
+    """Yield the body of a response; a connection that ends early is an error, not a short file."""
+    expected, received = response.headers.get("Content-Length"), 0
+    while chunk := response.read(1 << 20):
+        received += len(chunk)
+        yield chunk
+    if expected is not None and received != int(expected):
+        raise EOFError(f"the connection ended after {received:,} of {int(expected):,} bytes")
+
+
+def _check_online(name: str, source: Source, address: str) -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise _unreachable(name, source, "HF_HUB_OFFLINE is set and the file is not in the cache")
+    request: Any = urllib.request.Request(address, method="HEAD")  # noqa: S310  (addresses of our table)
+    try:
+        urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S).close()  # noqa: S310
+    except urllib.error.HTTPError:
+        pass  # an answer, if not a friendly one: the server is there
+    except (OSError, ValueError) as error:
+        raise _unreachable(name, source, f"{address} cannot be reached ({error})") from error
+
+
+def _unreachable(name: str, source: Source, reason: str) -> CheckpointError:
+    where = f"download {_address(source)} by hand, then " if source.hub_id or source.url else ""
+    return CheckpointError(
+        f"the published weights of {name} cannot be fetched: {reason}",
+        wanted=str(source),
+        hint=f"{where}--weights FILE | --weights random",
+    )
+
+
+def _address(source: Source) -> str:
+    if not source.hub_id:
+        return source.url
+    import huggingface_hub
+
+    return huggingface_hub.hf_hub_url(source.hub_id, source.file)
+
+
+def load_published(
+    name: str, weights: str | Path | None, device: torch.device, precision: str, seed: int, heads: int | None
+) -> Backbone:
+    """Return an encoder of the registry, or of a family with its sizes from the file."""
+    family = family_of(name)
+    if str(weights) == RANDOM:
+        architecture, vit, record = _random(name, family, seed)
+    else:
+        path = _fetched(name) if weights is None else Path(weights)
+        file = sort_tensors(str(path), family, read_checkpoint(path))
+        architecture = _architecture(name, file, heads)
+        vit = vit_from_file(file, architecture)
+        record = file_weights(path, str(BACKBONES[name].source) if weights is None else None)
+    body = VitBody(vit.eval().requires_grad_(False).to(device), family.resize, family.final_norm)
+    return Backbone(
+        make_info(name, family, architecture),
+        body,
+        record,
+        token_rule=f"{family.token_rule}; {architecture.heads} heads",
+        position_rule=_position_rule(family),
+        device=device,
+        precision=precision,
+    )
+
+
+def make_vit(family: Family, architecture: Architecture) -> VisionTransformer:
+    """Return a timm VisionTransformer of these sizes; the position of CLS is folded into the CLS token."""
+    size = architecture
+    return VisionTransformer(
+        img_size=(size.grid.rows * size.patch, size.grid.cols * size.patch),
+        patch_size=size.patch,
+        num_classes=0,
+        global_pool="",
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        mlp_ratio=size.hidden / size.width,
+        init_values=1e-5 if size.layer_scale else None,
+        class_token=family.class_token,
+        no_embed_class=True,
+        reg_tokens=size.registers,
+        pre_norm=family.pre_norm,
+        norm_layer=partial(nn.LayerNorm, eps=family.norm_eps),
+        act_layer=family.activation,
+        dynamic_img_size=True,
+    )
+
+
+def vit_from_file(file: EncoderFile, architecture: Architecture) -> VisionTransformer:
+    """Return the encoder with the file's weights in float32, after every tensor was accounted for."""
+    with torch.device("meta"):
+        vit = make_vit(file.family, architecture)
+    shapes = {name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
+    in_file = file_grid(file) if "pos_embed" in file.tensors else architecture.grid
+    expected = in_file if file.family.file_pixels else architecture.grid
+    n_positions = expected.n_tokens + int(file.family.class_token)
+    check_tensors(file, shapes | {"pos_embed": (1, n_positions, architecture.width)})
+    check_positions(file)
+    state = {name: file.tensors[name].to(torch.float32, copy=True) for name in shapes}
+    state |= _folded(file, state, architecture)
+    vit.load_state_dict({name: state[name].reshape(shape) for name, shape in shapes.items()}, assign=True)
+    return vit
+
+
+def _folded(file: EncoderFile, state: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Return the CLS token with its position added, and the patch positions at the encoder's grid.
+
+    A family with a fixed image size gets its positions resized here, bicubic without antialias as its loader
+    does (BLIP: 24x24 to 14x14).
+    """
+    positions = state["pos_embed"].reshape(-1, architecture.width)
+    folded: dict[str, Tensor] = {}
+    if file.family.class_token:
+        folded["cls_token"] = state["cls_token"].reshape(1, 1, -1) + positions[0]
+        positions = positions[1:]
+    own, grid = file_grid(file), architecture.grid
+    if own != grid:
+        planes = positions.T.reshape(1, architecture.width, own.rows, own.cols)
+        resized = F.interpolate(planes, size=(grid.rows, grid.cols), mode="bicubic", align_corners=False)
+        positions = resized[0].flatten(1).T
+    return folded | {"pos_embed": positions.contiguous()}
+
+
+def _random(name: str, family: Family, seed: int) -> tuple[Architecture, VisionTransformer, Weights]:
+    if name not in BACKBONES:
+        raise sizeless(name)
+    architecture = BACKBONES[name].architecture
+    vit = seeded(seed, partial(make_vit, family, architecture))
+    return architecture, vit, random_weights(name, seed, vit)
+
+
+def _position_rule(family: Family) -> str:
+    at_load = f"the file's brought to {family.file_pixels} px; " if family.file_pixels else ""
+    return f"{at_load}{family.resize}; {SHIFT_RULE}"
+
+
+def _fetched(name: str) -> Path:
+    if name not in BACKBONES:
+        raise sizeless(name)
+    return fetch(name, BACKBONES[name].source)
+
+
+def _architecture(name: str, file: EncoderFile, heads: int | None) -> Architecture:
+    if name not in BACKBONES:
+        return infer_architecture(file, heads)
+    if heads not in {None, BACKBONES[name].architecture.heads}:
+        raise UsageError(
+            f"{name} has its own number of heads",
+            wanted=BACKBONES[name].architecture.heads,
+            found=heads,
+            hint=f"--backbone {BACKBONES[name].family.name} takes the sizes from the file",
+        )
+    return BACKBONES[name].architecture
+
+
+def load_timm(
+    name: str, weights: str | Path | None, device: torch.device, precision: str, seed: int
+) -> Backbone:
+    """Return timm's model with published weights (None), random ones, or those of a file in timm's layout."""
+    model_id = name.removeprefix(TIMM_PREFIX)
+    info = describe(name)
+    if str(weights) == RANDOM:
+        vit = seeded(seed, partial(_create, model_id))
+        record = random_weights(name, seed, vit)
+    elif weights is None:
+        vit, record = _pretrained(name, model_id)
+    else:
+        vit = _create(model_id)
+        load_strictly(vit, Path(weights))  # names a file that cannot be read
+        record = file_weights(Path(weights))
+    body = VitBody(vit.eval().requires_grad_(False).to(device), PositionResize.ANTIALIAS)
+    return Backbone(
+        info,
+        body,
+        record,
+        token_rule="patch tokens of timm's forward_features",  # noqa: S106
+        position_rule=_timm_position_rule(body),
+        device=device,
+        precision=precision,
+    )
+
+
+def describe(name: str) -> BackboneInfo:
+    """Return what timm knows of a model; it is built without memory (meta device), nothing is downloaded."""
+    model = _outline(name)
+    config = model.pretrained_cfg
+    rows, cols = model.patch_embed.grid_size
+    patch, _ = model.patch_embed.patch_size
+    mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
+    assert len(mean) == len(std) == 3
+    return BackboneInfo(name, "timm", model.embed_dim, patch, Grid(rows, cols), mean, std)
+
+
+def _timm_position_rule(body: VitBody) -> str:
+    rules = [f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}"] if body.positions else []
+    if body.rotary:
+        rules.append("rotary, timm's coordinates; shift: coordinates refined by (1 + ratio), cropped")
+    return "; ".join(rules) or "none"
+
+
+def load_strictly(vit: VisionTransformer | Eva, path: Path) -> None:
+    """Load a state dict in timm's layout; only a classifier's tensors may be left over."""
+    tensors = {name.removeprefix("module."): tensor for name, tensor in read_checkpoint(path).items()}
+    wanted, classifier = vit.state_dict(), {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    missing = [name for name in wanted if name not in tensors]
+    left_over = [name for name in tensors if name not in wanted and name not in classifier]
+    misshapen = [
+        f"{name}: wanted {tuple(tensor.shape)}, found {tuple(tensors[name].shape)}"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if missing or left_over or misshapen:
+        raise CheckpointError(
+            f"{path} does not fit the timm model: it looks like {looks_like(tensors)}",
+            wanted="timm's own layout of the model, every tensor",
+            found=listing(tensors),
+            details=name_lines(missing, left_over, misshapen),
+        )
+    state: dict[str, Tensor] = {name: tensors[name].float() for name in wanted}
+    vit.load_state_dict(state)
+
+
+def _outline(name: str) -> Any:
+    """Return the model without memory for its weights, after checking that it is a ViT of square patches."""
+    model_id = name.removeprefix(TIMM_PREFIX)
+    _check_known(model_id)
+    with torch.device("meta"):
+        model = timm.create_model(model_id, pretrained=False, num_classes=0)
+    if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, PatchEmbed):
+        raise UsageError(
+            f"{name} is not a Vision Transformer with one grid of patch tokens",
+            wanted="a model of timm's VisionTransformer or Eva class",
+            found=type(model).__name__,
+            hint="python -c 'import timm; print(timm.list_models(\"vit_*\"))'",
+        )
+    return model
+
+
+def _create(model_id: str, **options: Any) -> Any:
+    return timm.create_model(model_id, num_classes=0, dynamic_img_size=True, **options)
+
+
+def _pretrained(name: str, model_id: str) -> tuple[Any, Weights]:
+    config = timm.get_pretrained_cfg(model_id)
+    source = _source(name, config)
+    path = fetch(name, source)
+    # timm converts and resamples the file as it does for its own downloads.
+    vit = _create(model_id, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    return vit, file_weights(path, str(source))
+
+
+def _source(name: str, config: Any) -> Source:
+    licence = config.license or "see the model card"
+    if config.hf_hub_id:
+        return Source(config.hf_hub_filename or "model.safetensors", licence, hub_id=config.hf_hub_id)
+    if config.url:
+        return Source(config.url.rsplit("/", maxsplit=1)[-1], licence, url=config.url)
+    raise CheckpointError(
+        f"timm publishes no weights for {name}",
+        wanted="a model id with a pretrained tag",
+        hint="--weights FILE | --weights random",
+    )
+
+
+def _check_known(model_id: str) -> None:
+    if timm.is_model(model_id):
+        return
+    close = difflib.get_close_matches(model_id, timm.list_models("*vit*"), n=1)
+    raise UsageError(
+        f"timm knows no model {model_id!r}",
+        wanted="a model id of timm",
+        found=model_id,
+        hint=f"did you mean {TIMM_PREFIX}{close[0]}?" if close else None,
+    )
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+    seed: int = 0,
+    heads: int | None = None,
+    compiled: bool = False,
+    red_std: float | None = None,
+) -> Backbone:
+    """Return a frozen encoder.
+
+    `name` is a row of the table, a family with a weights file of any size, or `timm/<model id>`. `weights`:
+    None for the published ones (cached), "random" for random ones from `seed`, or a file. `heads` is for
+    files of a family whose width does not give the number of heads. `compiled` puts the blocks through
+    torch.compile. `red_std` replaces ImageNet's red deviation, which some protocols have otherwise, where the
+    encoder normalises with that.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
+    where = _device(device)
+    if name.startswith(TIMM_PREFIX):
+        check_no_heads(name, heads)
+        backbone = load_timm(name, weights, where, precision, seed)
+    else:
+        backbone = load_published(name, weights, where, precision, seed, heads)
+    if red_std is not None:
+        backbone.std = replace_red_std(backbone.std, red_std)
+    if compiled:
+        backbone.compile_blocks()
+    return backbone
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError("unknown device", wanted="cpu, cuda or cuda:N", found=name) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is available", wanted=name, found="cpu only", hint="--device cpu")
+    return device

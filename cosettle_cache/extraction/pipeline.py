@@ -1,0 +1,311 @@
+"""Filling slots: decode threads, the encoder and the disk work side by side.
+
+Numbers of slots go in, committed slots come out in order. A batch never crosses a slot, so the bytes of a
+slot do not depend on where a run started, nor on which process fills it.
+
+Prepared images on their way to the encoder: each distinct view once per batch, copied one batch ahead.
+
+On a GPU the copy comes from pinned memory on a stream of its own, so that it overlaps with the batch before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from pathlib import Path
+from threading import Event, Lock
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cosettle_cache.core.errors import MediaError
+from cosettle_cache.core.types import Encoding, MediaKind, PositionShift, Slot, Video
+from cosettle_cache.encoders import Backbone
+from cosettle_cache.extraction.images import View, Views, make_views
+from cosettle_cache.store import Shard, StoreWriter
+from cosettle_cache.store.plan import Plan
+from cosettle_cache.videos.frames import FrameReader
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """One encoding's view and its position in the slot; encodings with equal pixels share the view."""
+
+    position: int
+    encoding: Encoding
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A batch on the device: distinct views, and for every image the number of its view and its shift."""
+
+    images: Sequence[PreparedImage]
+    pixels: Float[Tensor, "view 3 height width"]
+    views: Sequence[tuple[int, PositionShift | None]]
+
+
+class Uploader:
+    """Brings batches to one device, one ahead of whoever consumes them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+
+    def ahead(self, batches: Iterable[Sequence[PreparedImage]]) -> Iterator[Upload]:
+        """Yield the batches in order; the next one is already under way when one is yielded."""
+        waiting: Upload | None = None
+        for batch in batches:
+            upload = self._upload(batch)
+            if waiting is not None:
+                yield self._arrived(waiting)
+            waiting = upload
+        if waiting is not None:
+            yield self._arrived(waiting)
+
+    def _upload(self, batch: Sequence[PreparedImage]) -> Upload:
+        distinct = {id(image.view): image.view for image in batch}
+        number = {key: place for place, key in enumerate(distinct)}
+        pixels = torch.stack(list(distinct.values()))
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                pixels = pixels.pin_memory().to(self._device, non_blocking=True)
+        return Upload(batch, pixels, [(number[id(image.view)], image.encoding.shift) for image in batch])
+
+    def _arrived(self, upload: Upload) -> Upload:
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            upload.pixels.record_stream(current)
+        return upload
+
+
+#: Frames per decode task of a frame folder: small enough to spread over threads.
+FRAMES_PER_TASK = 4
+#: Prepared images waiting for the encoder, in batches; bounds the memory of the decode threads.
+BATCHES_AHEAD = 3
+#: Finished slots waiting for the disk; one more is being filled meanwhile.
+MAX_PENDING_COMMITS = 1
+NOT_FINITE = "its tokens do not fit float16 (overflow or not a number)"
+
+
+@dataclass(frozen=True, slots=True)
+class FilledSlot:
+    """A slot that was committed: how many encodings went through the encoder, and videos with reasons."""
+
+    index: int
+    n_encodings: int
+    failures: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by stage; the threads of one stage add up."""
+
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    lock: Lock = field(default_factory=Lock)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the stage `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({name: time.perf_counter() - started})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds by stage, of another clock say."""
+        with self.lock:
+            for name, value in seconds.items():
+                self.seconds[name] += value
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Encodings of one video in one slot to prepare together, by frame: (position in the slot, encoding)."""
+
+    slot: Slot
+    reader: FrameReader
+    views: Views
+    frames: Mapping[int, Sequence[tuple[int, Encoding]]]
+
+    @property
+    def n_encodings(self) -> int:
+        return sum(len(items) for items in self.frames.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A slot whose tokens are complete and not yet on disk."""
+
+    slot: Slot
+    shard: Shard
+    n_encodings: int
+    failures: Mapping[str, str]
+
+
+Images = list[PreparedImage] | MediaError
+Prepared = tuple[_Task, Future[Images]]
+
+
+@dataclass(frozen=True, slots=True)
+class Filler:
+    """One encoder and one store, with what lies between. Threads may share it: they take turns encoding.
+
+    `encoded` hears of every batch. Stages on the `clock`: `decode` and `write` are thread time, `encode` and
+    `wait_images` belong to whoever has the turn, `wait_writer` is time without a free slot buffer.
+    """
+
+    plan: Plan
+    videos: Mapping[str, Video]
+    data_root: Path
+    backbone: Backbone
+    writer: StoreWriter
+    decoders: ThreadPoolExecutor
+    batch_size: int = 16
+    encoded: Callable[[int], object] = lambda n_images: None
+    clock: Clock = field(default_factory=Clock)
+    turn: Lock = field(default_factory=Lock)
+
+    def fill(self, slots: Iterable[int], stop: Event) -> Iterator[FilledSlot]:
+        """Yield each of `slots` when it is committed; `stop` ends after the slot in hand.
+
+        Raises `OutputError` when the store cannot be written; committed slots stay.
+        """
+        commits: deque[Future[FilledSlot]] = deque()
+        with ThreadPoolExecutor(1, "write") as writers, closing(self._encode_slots(slots)) as encoded:
+            for item in encoded:
+                commits.append(writers.submit(self._commit, item))
+                yield from self._settle(commits, MAX_PENDING_COMMITS)
+                if stop.is_set():
+                    break
+            yield from self._settle(commits, 0)
+
+    def fill_one(self, index: int) -> FilledSlot:
+        """Fill one slot; while it is written, another thread has the encoder."""
+        (encoded,) = self._encode_slots([index])
+        return self._commit(encoded)
+
+    def _settle(self, commits: deque[Future[FilledSlot]], pending: int) -> Iterator[FilledSlot]:
+        while len(commits) > pending:
+            with self.clock.stage("wait_writer"):
+                filled = commits.popleft().result()
+            yield filled
+
+    def _commit(self, encoded: _Encoded) -> FilledSlot:
+        with self.clock.stage("write"):
+            self.writer.commit(encoded.slot, encoded.shard, encoded.failures)
+        return FilledSlot(encoded.slot.index, encoded.n_encodings, encoded.failures)
+
+    def _encode_slots(self, slots: Iterable[int]) -> Generator[_Encoded, None, None]:
+        with closing(self._ahead(self._tasks(slots))) as prepared:
+            # Before the turn comes, the first images of a slot are under way.
+            for _, results in groupby(prepared, key=lambda result: result[0].slot.index):
+                with self.turn:
+                    encoded = self._encode_slot(results)
+                yield encoded
+
+    def _tasks(self, slots: Iterable[int]) -> Iterator[_Task]:
+        reader: FrameReader | None = None
+        for index in slots:
+            slot = self.plan.slot(index)
+            positions = enumerate(slot.encodings)
+            for video_id, items in groupby(positions, key=lambda item: item[1].video_id):
+                video = self.videos[video_id]
+                if reader is None or reader.video is not video:
+                    reader = FrameReader(video, self.data_root)
+                yield from self._video_tasks(slot, reader, list(items))
+
+    def _video_tasks(
+        self, slot: Slot, reader: FrameReader, items: Sequence[tuple[int, Encoding]]
+    ) -> Iterator[_Task]:
+        size = self.plan.recipe.image_size(reader.video)
+        views = make_views(self.plan, *size, self.backbone.mean, self.backbone.std)
+        by_frame: dict[int, list[tuple[int, Encoding]]] = {}
+        for position, encoding in items:
+            by_frame.setdefault(encoding.frame, []).append((position, encoding))
+        frames = sorted(by_frame)
+        # A video file is decoded forwards by one task; the frames of a folder are independent.
+        step = FRAMES_PER_TASK if reader.video.media_kind is MediaKind.FRAMES else len(frames)
+        for start in range(0, len(frames), step):
+            yield _Task(
+                slot, reader, views, {frame: by_frame[frame] for frame in frames[start : start + step]}
+            )
+
+    def _ahead(self, tasks: Iterable[_Task]) -> Generator[Prepared, None, None]:
+        """Prepare tasks in threads, yield them in order, hold a bounded number of images."""
+        pending: deque[Prepared] = deque()
+        n_pending = 0
+        try:
+            for task in tasks:
+                pending.append((task, self.decoders.submit(self._prepare, task)))
+                n_pending += task.n_encodings
+                while n_pending > BATCHES_AHEAD * self.batch_size and len(pending) > 1:
+                    n_pending -= pending[0][0].n_encodings
+                    yield pending.popleft()
+            while pending:
+                yield pending.popleft()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+    def _prepare(self, task: _Task) -> Images:
+        images: list[PreparedImage] = []
+        try:
+            with self.clock.stage("decode"):
+                decoded = task.reader.read(list(task.frames))
+                for items, image in zip(task.frames.values(), decoded, strict=True):
+                    views = task.views.prepare(image, [encoding for _, encoding in items])
+                    images += [PreparedImage(*item, view) for item, view in zip(items, views, strict=True)]
+        except MediaError as error:
+            return error
+        return images
+
+    def _encode_slot(self, results: Iterator[Prepared]) -> _Encoded:
+        first = next(results)
+        slot = first[0].slot
+        shard = self.writer.new_shard(slot)
+        failures: dict[str, str] = {}
+        n_encodings = 0
+        for upload in Uploader(self.backbone.device).ahead(self._batches(first, results, failures)):
+            self._encode(upload, shard, failures)
+            n_encodings += len(upload.images)
+            self.encoded(len(upload.images))
+        return _Encoded(slot, shard, n_encodings, failures)
+
+    def _batches(
+        self, first: Prepared, others: Iterator[Prepared], failures: dict[str, str]
+    ) -> Iterator[list[PreparedImage]]:
+        batch: list[PreparedImage] = []
+        for task, future in chain([first], others):
+            with self.clock.stage("wait_images"):
+                images = future.result()
+            if isinstance(images, MediaError):
+                # Without the data root: it is not the same everywhere, and the reason is kept.
+                reason = images.summary.removeprefix(f"{self.data_root}/")
+                failures[task.reader.video.video_id] = reason
+                continue
+            for image in images:
+                batch.append(image)
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+        if batch:
+            yield batch
+
+    def _encode(self, upload: Upload, shard: Shard, failures: dict[str, str]) -> None:
+        with self.clock.stage("encode"):
+            half = self.backbone.encode_views(upload.pixels, upload.views).to(torch.float16)
+            finite = half.isfinite().flatten(1).all(dim=1).tolist()
+            shard.tokens[[image.position for image in upload.images]] = half.cpu().numpy()
+        for image, is_finite in zip(upload.images, finite, strict=True):
+            if not is_finite:
+                failures[image.encoding.video_id] = NOT_FINITE

@@ -1,0 +1,451 @@
+"""Exact ranking: the keys nearest to each query inside a spatial window, by FAISS, torch, or bfloat16 first.
+
+A slab of queries and the block of keys that their windows reach come in; the k largest dot products and where
+they are come out. No affinity matrix of a whole frame exists at any time. The only door to FAISS.
+
+Slabs: a frame's queries cut into neighbouring columns, and the block of keys that their windows reach.
+
+A grid and a window go in; slices and masks come out, and how wide slabs may be within a memory limit.
+
+Pure tensor functions between tokens and weights: unit tokens, spatial windows, transitions.
+
+Tokens and neighbour lists come in, tensors of the same device go out; nothing is kept.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from threading import Barrier
+
+import torch
+from jaxtyping import BFloat16, Bool, Float, Float32, Int, Int64
+from torch import Tensor
+
+from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.types import EvalProtocol, Grid
+
+
+def unit_tokens(tokens: Float[Tensor, "*shape dim"]) -> Float32[Tensor, "*shape dim"]:
+    """Return tokens of length one in float32, so that dot products are cosines; zeros stay zeros."""
+    return torch.nn.functional.normalize(tokens.float(), dim=-1)
+
+
+def window_reach(shape: str, radius: float) -> int:
+    """Return how many rows or columns away from a query its window still reaches."""
+    return math.floor(radius) if shape == "square" else math.ceil(radius) - 1
+
+
+def in_window(
+    row_distance: Int[Tensor, "*shape"], col_distance: Int[Tensor, "*shape"], shape: str, radius: float
+) -> Bool[Tensor, "*shape"]:
+    """Say which displacements lie inside the window.
+
+    A `disc` is open, its rim outside (videowalk and T-CORE); a `square` includes its rim (DINO).
+    """
+    if shape == "square":
+        return torch.maximum(row_distance.abs(), col_distance.abs()) <= radius
+    return row_distance.square() + col_distance.square() < radius * radius
+
+
+def transition(
+    similarity: Float[Tensor, "query k"], count: Int[Tensor, "query k"], temperature: float
+) -> Float[Tensor, "query k"]:
+    """Return weights that sum to one over k: a softmax in which every neighbour stands `count` times.
+
+    Entries of count 0 get weight 0 whatever their similarity.
+    """
+    logits = (similarity / temperature).masked_fill(count == 0, -torch.inf)
+    return torch.softmax(logits + count.clamp(min=1).log(), dim=-1)
+
+
+#: Query columns that are ranked together: few enough that their common window stays narrow, many enough for
+#: a fast matrix product (at 30x55 tokens 4 to 9 are equally fast, 2 and 14 slower).
+SLAB_COLS = 5
+
+_FLOAT_BYTES = 4
+#: Of similarity and index of a neighbour, over-fetched, sorted and merged.
+_NEIGHBOR_BYTES = 200
+#: Of candidates that are multiplied exactly at a time.
+_GATHERED_BYTES = 2**22
+
+Blocked = Bool[Tensor, "query position"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Neighbouring query columns and the key positions, column by column, that their windows reach."""
+
+    query_cols: slice
+    positions: slice
+    blocked: Blocked
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSize:
+    """What decides the memory of a search.
+
+    `n_parallel` slabs are ranked side by side; labels are kept beside, and keys in bfloat16 where `rough`.
+    """
+
+    grid: Grid
+    dim: int
+    protocol: EvalProtocol
+    n_parallel: int
+    labels_bytes: int = 0
+    rough: bool = False
+
+    def needed_bytes(self, slab_cols: int) -> int:
+        """Return the most bytes of tensors that a search with slabs of so many columns holds.
+
+        First frame and queue; the frame in hand, three times while it is normalised and turned; of every
+        slab that is ranked similarities and mask; the neighbours; the labels.
+        """
+        frame = _FLOAT_BYTES * self.grid.n_tokens * self.dim
+        reach = 2 * window_reach(self.protocol.window, self.protocol.radius)
+        reached = self.grid.rows * min(slab_cols + reach, self.grid.cols)
+        keys = max(reached * self.protocol.n_context, self.grid.n_tokens)
+        queries = self.grid.rows * min(slab_cols, self.grid.cols)
+        masks = self.grid.n_tokens * reached
+        found = _NEIGHBOR_BYTES * self.grid.n_tokens * self.protocol.top_k
+        slabs = self.n_parallel * _FLOAT_BYTES * queries * keys
+        kept = (self.protocol.n_context + 4) * frame
+        if self.rough:
+            kept += (self.protocol.n_context + 2) * frame // 2 + self.n_parallel * _GATHERED_BYTES
+        return kept + slabs + masks + found + self.labels_bytes
+
+    def slab_cols(self, memory_limit: int | None) -> int:
+        """Return the widest slabs that fit; raise `UsageError` with the least limit when none do."""
+        if memory_limit is None:
+            return SLAB_COLS
+        for cols in range(SLAB_COLS, 0, -1):
+            if self.needed_bytes(cols) <= memory_limit:
+                return cols
+        raise UsageError(
+            f"{self.protocol.name} on {self.grid} tokens of {self.dim} channels needs more memory",
+            wanted=f"at least {self.needed_bytes(1)} bytes",
+            found=memory_limit,
+            hint="a larger --memory-limit, or a smaller n_context",
+        )
+
+
+def make_slabs(
+    grid: Grid, protocol: EvalProtocol, device: torch.device, slab_cols: int = SLAB_COLS
+) -> list[Slab]:
+    """Return slabs that cover every query once, with the protocol's window; a window is never empty."""
+    reach = window_reach(protocol.window, protocol.radius)
+    slabs = []
+    for cols in _slab_cols(grid, slab_cols):
+        keys = slice(max(cols.start - reach, 0), min(cols.stop + reach, grid.cols))
+        row, col = _displacements(grid, cols, keys, device)
+        blocked = ~in_window(row, col, protocol.window, protocol.radius)
+        positions = slice(keys.start * grid.rows, keys.stop * grid.rows)
+        slabs.append(Slab(cols, positions, blocked if blocked.any() else None))
+    return slabs
+
+
+def make_open_slabs(grid: Grid, slab_cols: int = SLAB_COLS) -> list[Slab]:
+    """Return slabs that cover every query once and reach every position."""
+    return [Slab(cols, slice(0, grid.n_tokens), None) for cols in _slab_cols(grid, slab_cols)]
+
+
+def _slab_cols(grid: Grid, slab_cols: int) -> list[slice]:
+    return [slice(col, min(col + slab_cols, grid.cols)) for col in range(0, grid.cols, slab_cols)]
+
+
+def _displacements(
+    grid: Grid, queries: slice, keys: slice, device: torch.device
+) -> tuple[Int[Tensor, "query position"], Int[Tensor, "query position"]]:
+    query_col, query_row = _cells(grid, queries, device)
+    key_col, key_row = _cells(grid, keys, device)
+    return key_row - query_row[:, None], key_col - query_col[:, None]
+
+
+def _cells(
+    grid: Grid, cols: slice, device: torch.device
+) -> tuple[Int[Tensor, " cell"], Int[Tensor, " cell"]]:
+    col = torch.arange(cols.start, cols.stop, device=device).repeat_interleave(grid.rows)
+    row = torch.arange(grid.rows, device=device).repeat(cols.stop - cols.start)
+    return col, row
+
+
+SEARCHES = ("auto", "bf16", "faiss", "torch")
+
+#: Keys per matrix product on a CPU: MKL runs 2,000 at a time a fifth faster than 30,000 at once.
+CPU_KEYS = 2048
+
+#: What numbers of keys per product are rounded up to.
+_KEY_STEP = 256
+
+#: Floats of keys that are gathered at a time.
+_PAIR_FLOATS = 2**19
+
+Queries = Float32[Tensor, "query dim"]
+Keys = Float32[Tensor, "position frame dim"]
+Similarities = Float32[Tensor, "query k"]
+KeyIndex = Int64[Tensor, "query k"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoughKeys:
+    """Unit keys rounded to bfloat16, for rankers that are `rough`: no key was moved farther than `error`."""
+
+    keys: BFloat16[Tensor, "position frame dim"]
+    error: float
+
+
+Job = Callable[[Slab], tuple[Similarities, KeyIndex]]
+
+
+class TorchRanker:
+    """Matrix product, mask, top-k, in one scratch buffer that every call uses again."""
+
+    #: Slabs that are ranked side by side.
+    n_parallel = 1
+    rough = False
+
+    def __init__(self) -> None:
+        self._scratch = torch.empty(0)
+
+    def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
+        """Return `job(slab)` of every slab in order, one after the other: torch has its own threads."""
+        return map(job, slabs)
+
+    def rank(
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+    ) -> tuple[Similarities, KeyIndex]:
+        """Return the k largest dot products with keys that are not blocked, and each key's flat index.
+
+        Rows with fewer than k such keys end in minus infinity. `k` is at most the number of keys.
+        """
+        flat = keys.flatten(0, 1)
+        scores = _fill_products(queries, flat, self._matrix(len(queries), len(flat), queries.device))
+        if blocked is not None:
+            scores.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
+        values, index = scores.topk(k)
+        return values, index
+
+    def _matrix(self, n_rows: int, n_cols: int, device: torch.device) -> Float32[Tensor, "query key"]:
+        if self._scratch.numel() < n_rows * n_cols or self._scratch.device != device:
+            self._scratch = torch.empty(n_rows * n_cols, device=device)
+        return self._scratch[: n_rows * n_cols].view(n_rows, n_cols)
+
+
+class FaissRanker:
+    """FAISS without a mask over more than k keys, then certified: k survivors of the mask are the exact k.
+
+    FAISS knows no cheap selector per query. Queries with fewer than k survivors are ranked by `TorchRanker`.
+    """
+
+    #: Keys fetched per neighbour wanted: on ViT-Tiny tokens of DAVIS one query in 20,000 is left uncertain.
+    overfetch = 3
+    rough = False
+
+    def __init__(self) -> None:
+        import faiss
+
+        # FAISS 1.15 takes its slow path below 128,000 floats of queries, which a slab of a small encoder
+        # stays under; 20 is what it was before. Speed is all this decides.
+        faiss.cvar.distance_compute_blas_threshold = 20
+
+    @property
+    def n_parallel(self) -> int:
+        """Slabs that are ranked side by side: as many as torch has threads."""
+        return torch.get_num_threads()
+
+    def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
+        """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
+        return _faiss_threads(self.n_parallel).map(job, slabs)
+
+    def rank(
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+    ) -> tuple[Similarities, KeyIndex]:
+        """See `TorchRanker.rank`; any number of threads may be inside."""
+        if blocked is None:
+            return _faiss_knn(queries, keys, k)
+        n_keys = keys.shape[0] * keys.shape[1]
+        n_fetched = min(self.overfetch * k, n_keys)
+        fetched, fetched_index = _faiss_knn(queries, keys, n_fetched)
+        hidden = blocked.gather(1, fetched_index // keys.shape[1])
+        values, order = fetched.masked_fill(hidden, -torch.inf).topk(k)
+        index = fetched_index.gather(1, order)
+        uncertain = values[:, -1].isneginf()
+        if n_fetched < n_keys and uncertain.any():
+            again = TorchRanker().rank(queries[uncertain], keys, blocked[uncertain], k)
+            values[uncertain], index[uncertain] = again
+        return values, index
+
+
+@cache
+def _faiss_threads(n_threads: int) -> ThreadPoolExecutor:
+    """Return the threads that rank slabs, each with FAISS on one core.
+
+    The threads inside FAISS wait for each other, spinning, many times per slab: on a busy machine that costs
+    several times the search itself. Whole slabs side by side need not wait.
+    """
+    import faiss
+
+    return ThreadPoolExecutor(n_threads, "search", initializer=lambda: faiss.omp_set_num_threads(1))
+
+
+def _faiss_knn(queries: Queries, keys: Keys, k: int) -> tuple[Similarities, KeyIndex]:
+    import faiss
+
+    flat = keys.flatten(0, 1).numpy()
+    values, index = faiss.knn(queries.numpy(), flat, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(values), torch.from_numpy(index)
+
+
+#: Half a unit in the last place of bfloat16: what rounding to it moves a number by at most, in shares.
+_ROUGH = 2.0**-8
+#: Twice what a number gains or loses at most when another is added to it in float32, in shares.
+_ADDITION = 2.0**-23
+
+
+class RoughRanker:
+    """Products in bfloat16 name more than k candidates, exact ones rank them, a bound certifies the rest.
+
+    A product of unit tokens in bfloat16 is off by at most both roundings and that of the result (sums are in
+    float32). A key that is no candidate has at most the last candidate's product and that bound; where the
+    k-th exact product is above, nothing is missed. Other queries look at all keys that may reach it. On CPUs
+    only: a GPU may add up parts in bfloat16, which the bound does not cover.
+    """
+
+    #: Candidates per neighbour wanted: few more queries are certified with twice as many.
+    overfetch = 5
+    rough = True
+
+    @property
+    def n_parallel(self) -> int:
+        """Slabs that are ranked side by side: as many as torch has threads."""
+        return torch.get_num_threads()
+
+    def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
+        """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
+        if self.n_parallel == 1:
+            return map(job, slabs)
+        return _torch_threads(self.n_parallel).map(job, slabs)
+
+    def rank(
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+    ) -> tuple[Similarities, KeyIndex]:
+        """See `TorchRanker.rank`; any number of threads may be inside."""
+        n_keys, n_candidates = keys.shape[0] * keys.shape[1], self.overfetch * k
+        if rough is None or 4 * n_candidates > n_keys:
+            return TorchRanker().rank(queries, keys, blocked, k)
+        rounded = queries.bfloat16()
+        products = _fill_products(rounded, rough.keys.flatten(0, 1), rounded.new_empty(len(queries), n_keys))
+        if blocked is not None:
+            products.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
+        candidates, index = products.topk(n_candidates)
+        values = exact_products(queries, keys.flatten(0, 1), index).masked_fill(
+            candidates.isneginf(), -torch.inf
+        )
+        values, order = values.topk(k)
+        index = index.gather(1, order)
+        # Of a key that is no candidate the rough product is at most the last candidate's.
+        last = candidates[:, -1].float()
+        error = _rough_error(queries, rounded, rough.error)
+        uncertain = (values[:, -1] < last + error + _ROUGH * last.abs()).nonzero()[:, 0]
+        if len(uncertain) > len(queries) // 4:
+            hidden = None if blocked is None else blocked[uncertain]
+            again = TorchRanker().rank(queries[uncertain], keys, hidden, k)
+            values[uncertain], index[uncertain] = again
+        else:
+            least = values[:, -1] - error - _ROUGH
+            for row in uncertain.tolist():
+                near = (products[row] >= least[row]).nonzero()[:, 0]
+                best = (keys.flatten(0, 1)[near] @ queries[row]).topk(k)
+                values[row], index[row] = best.values, near[best.indices]
+        return values, index
+
+
+def _fill_products(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
+    """Write the dot products into `out` and return it; on a CPU a few keys at a time, which it packs anew."""
+    at_once = CPU_KEYS if queries.device.type == "cpu" else len(keys)
+    for start in range(0, len(keys), at_once):
+        stop = min(start + at_once, len(keys))
+        # Shapes that recur: code for a product in bfloat16 is made, and kept, once per shape.
+        first = max(0, stop - -(-(stop - start) // _KEY_STEP) * _KEY_STEP)
+        torch.mm(queries, keys[first:stop].T, out=out[:, first:stop])
+    return out
+
+
+def rounding_error(tokens: Float32[Tensor, "*shape dim"], rounded: Tensor) -> Float32[Tensor, "*shape"]:
+    """Return how far tokens lie from their roundings."""
+    distance: Tensor = torch.linalg.vector_norm(tokens - rounded.float(), dim=-1)
+    return distance
+
+
+def _rough_error(
+    queries: Queries, rounded: BFloat16[Tensor, "query dim"], of_keys: float
+) -> Float32[Tensor, " query"]:
+    """Return how far the sum of rounded products may lie from the exact one, before it is rounded itself."""
+    of_queries = rounding_error(queries, rounded)
+    return of_queries + of_keys * (1 + of_queries) + queries.shape[1] * _ADDITION
+
+
+def exact_products(queries: Queries, keys: Float32[Tensor, "key dim"], index: KeyIndex) -> Similarities:
+    """Return the dot products with the keys at `index`, a few megabytes of keys at a time."""
+    at_once = max(1, _PAIR_FLOATS // (index.shape[1] * keys.shape[1]))
+    starts = (slice(start, start + at_once) for start in range(0, len(queries), at_once))
+    return torch.cat([torch.bmm(keys[index[part]], queries[part, :, None])[..., 0] for part in starts])
+
+
+@cache
+def _torch_threads(n_threads: int) -> ThreadPoolExecutor:
+    """Return the threads that rank slabs, each with torch on one core; see `_faiss_threads`."""
+    started = Barrier(n_threads + 1)
+    before = torch.get_num_threads()
+
+    def start() -> None:
+        # A thread's first question sets its number to the common one, so it comes before.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(n_threads, "search", initializer=start)
+    for _ in range(n_threads):
+        pool.submit(started.wait)
+    started.wait()
+    started.wait()
+    # The number is a thread's own; but the last one set is what threads to come begin with.
+    torch.set_num_threads(before)
+    return pool
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    """Say whether a CPU multiplies bfloat16 in hardware; without, its products are slower than exact ones."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cpu" and native
+
+
+#: Ranks keys for queries: the searches have one interface.
+Ranker = TorchRanker | FaissRanker | RoughRanker
+
+
+def make_ranker(search: str, device: torch.device) -> Ranker:
+    """Return the ranker named `auto`, `bf16`, `faiss` or `torch`; all give the same neighbours.
+
+    `auto` is bfloat16 first on a CPU that has it, else FAISS on a CPU where it is installed, because it fuses
+    the product with the ranking (ratios in docs/benchmarks), and torch otherwise. Raises `UsageError` for a
+    search that cannot run here.
+    """
+    if search not in SEARCHES:
+        raise UsageError(f"there is no search {search!r}", wanted=", ".join(SEARCHES), found=search)
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    if search == "faiss" and not has_faiss:
+        raise UsageError(
+            "faiss is not installed", hint="pip install 'cosettle-cache[cpu]', or --search torch"
+        )
+    if search in ("bf16", "faiss") and device.type != "cpu":
+        raise UsageError(f"{search} searches on the CPU only", found=str(device), hint="--search torch")
+    if search == "bf16" or (search == "auto" and _has_fast_bfloat16(device)):
+        return RoughRanker()
+    use_faiss = search == "faiss" or (search == "auto" and has_faiss and device.type == "cpu")
+    return FaissRanker() if use_faiss else TorchRanker()

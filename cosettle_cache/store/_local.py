@@ -1,0 +1,419 @@
+"""Storage: a place that holds a store's files by name, on a local disk or behind the URL of an object store.
+
+In come names with forward slashes; out go bytes. A name holds a whole file or none, whatever dies meanwhile.
+
+Knowing whether other writers live and which slots they hold: locks that die with their process.
+
+Writers share a lock; whoever gets it alone may remove what dead writers left behind. A slot in work is a
+locked byte of a file: byte `i` for slot `i`.
+
+Values computed when first asked for, in stores that may be forked at any moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from cosettle_cache.core.errors import OutputError
+from cosettle_cache.core.files import Buffer, output_errors, sync, unfilled, write_durably
+from cosettle_cache.store.format import ROOT_METADATA
+
+if TYPE_CHECKING:
+    from functools import cached_property
+else:
+
+    class cached_property(functools.cached_property):  # noqa: N801
+        """As in the standard library, without the lock that Python 3.11 holds while it computes.
+
+        A child forked at that moment would wait for it for ever. Two threads may compute a value twice.
+        """
+
+        def __get__(self, instance, owner=None):
+            """Return the value, computed unless it is there."""
+            if instance is None:
+                return self
+            if self.attrname not in instance.__dict__:
+                instance.__dict__[self.attrname] = self.func(instance)
+            return instance.__dict__[self.attrname]
+
+
+#: A local disk serves this many readers at once without getting slower.
+_LOCAL_READERS = min(4, os.cpu_count() or 1)
+
+#: Bytes of a local file that are read rather than hinted at.
+_WORTH_READING_BYTES = 4 * 2**20
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+@runtime_checkable
+class RangeFile(Protocol):
+    """A file open for reads at any offset, from any number of threads; closed when it is collected."""
+
+    def size(self) -> int:
+        """Return the bytes of the file."""
+
+    def read_tail(self, length: int) -> bytes:
+        """Return the last `length` bytes, or all where there are fewer."""
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
+
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` as far as that needs no waiting; return the bytes read."""
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Start fetching bytes that will be read soon, where that is possible."""
+
+    def warm(self, offset: int, n_bytes: int) -> None:
+        """Have bytes in the page cache, where there is one."""
+
+
+@runtime_checkable
+class ReadStorage(Protocol):
+    """Where a store is read from; names are relative to it, absent files raise `FileNotFoundError`."""
+
+    @property
+    def path(self) -> str:
+        """What people call the place: a local path or a URL."""
+
+    @property
+    def local(self) -> Path | None:
+        """The folder on this machine, where there is one (locks need it)."""
+
+    @property
+    def n_readers(self) -> int:
+        """How many reads at once are worth while."""
+
+    @property
+    def stretch_bytes(self) -> int:
+        """How many neighbouring bytes are worth one read; 0 where a read costs nothing of its own."""
+
+    @property
+    def room(self) -> int:
+        """How many bytes of what was read stay at hand, in memory or in a cache; 0 where nothing does."""
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+
+    def open(self, name: str) -> RangeFile:
+        """Open a file for reads at any offset."""
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+
+    def exists(self, name: str) -> bool:
+        """Say whether there is a file of that name."""
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names directly in `folder`; an absent one is an error only where folders exist."""
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """Yield name and bytes of every file below the store."""
+
+    def forget(self, name: str) -> None:
+        """Drop what is kept of a file whose bytes turned out wrong, so that it is read from its place."""
+
+    def zarr_store(self) -> Any:
+        """Return what `zarr.open` takes, read-only."""
+
+
+@runtime_checkable
+class Storage(ReadStorage, Protocol):
+    """Where a store is written to."""
+
+    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
+        """Write a file durably, whole or not at all; raise `OutputError` when that is impossible."""
+
+    def delete(self, name: str) -> None:
+        """Remove a file for good, if it is there."""
+
+
+def is_url(path: str | Path) -> bool:
+    """Say whether `path` is the URL of an object store."""
+    return bool(_URL.match(str(path)))
+
+
+def open_storage(path: str | Path) -> Storage:
+    """Return the place called `path`, a local path or a URL such as `s3://bucket/store.zarr`."""
+    if not is_url(path):
+        return LocalStorage(Path(path))
+    from cosettle_cache.store.remote import ObjectStorage
+
+    return ObjectStorage(str(path))
+
+
+class LocalStorage:
+    """A folder of the local file system."""
+
+    n_readers = _LOCAL_READERS
+    stretch_bytes = 0
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+    def __init__(self, root: Path) -> None:
+        self.local: Path = root
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (LocalStorage, (self.local.absolute(),))
+
+    @property
+    def path(self) -> str:
+        """The folder."""
+        return str(self.local)
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file."""
+        return (self.local / name).read_bytes()
+
+    def open(self, name: str) -> RangeFile:
+        """Open a file for reads at any offset."""
+        return LocalFile(self.local / name)
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+        return (self.local / name).stat().st_size
+
+    def exists(self, name: str) -> bool:
+        """Say whether there is a file of that name; False, not an error, where looking is forbidden."""
+        return os.path.isfile(self.local / name)  # noqa: PTH113
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names in `folder`."""
+        # Thrice as fast as Path.iterdir on 100,000 parts.
+        return os.listdir(self.local / folder)  # noqa: PTH208
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """Yield name and bytes of every file below the store."""
+        for item in sorted(self.local.rglob("*")):
+            if item.is_file():
+                yield item.relative_to(self.local).as_posix(), item.stat().st_size
+
+    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
+        """Write a file under a temporary name, flush it, rename it, flush the folder."""
+        write_durably(self.local / name, pieces)
+
+    def delete(self, name: str) -> None:
+        """Remove a file and flush the folder, if it is there."""
+        path = self.local / name
+        with output_errors(path):
+            if path.exists():
+                path.unlink(missing_ok=True)
+                sync(path.parent)
+
+    def forget(self, name: str) -> None:
+        """Nothing is kept."""
+
+    def zarr_store(self) -> Any:
+        """Return Zarr's own store for the folder."""
+        from zarr.storage import LocalStore
+
+        return LocalStore(self.local, read_only=True)
+
+
+class LocalFile:
+    """A local file; reads are single system calls straight into the caller's memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def size(self) -> int:
+        """Return the bytes of the file."""
+        return os.fstat(self._descriptor).st_size
+
+    def read_tail(self, length: int) -> bytes:
+        """Return the last bytes."""
+        return os.pread(self._descriptor, length, max(0, self.size() - length))
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` from `offset` on."""
+        wanted = sum(map(len, buffers))
+        n_read = os.preadv(self._descriptor, buffers, offset)
+        if 0 < n_read < wanted:
+            return n_read + self.read(unfilled(buffers, n_read), offset + n_read)
+        return n_read
+
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` from the page cache, up to the first page that it does not hold."""
+        try:
+            return os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT)
+        except OSError:
+            return 0  # nothing there, or something wrong: the read that waits will tell
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Let the kernel fetch them into the page cache."""
+        os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+
+    def warm(self, offset: int, n_bytes: int) -> None:
+        """Let the kernel read bytes in order, to nowhere: twice as fast as a hint, if it is much."""
+        if n_bytes < _WORTH_READING_BYTES:
+            self.prefetch(offset, n_bytes)
+            return
+        with open(os.devnull, "wb", buffering=0) as nowhere:  # noqa: PTH123
+            while n_bytes and (n_read := os.sendfile(nowhere.fileno(), self._descriptor, offset, n_bytes)):
+                offset, n_bytes = offset + n_read, n_bytes - n_read
+
+
+def is_store(storage: ReadStorage) -> bool:
+    """Say whether the place holds a Zarr v3 node of any kind."""
+    return storage.exists(ROOT_METADATA)
+
+
+#: What `files.temporary_name` makes.
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+
+
+class WriterLock:
+    """A shared lock on a file or folder, held until `close` or the end of the process."""
+
+    def __init__(self, path: Path) -> None:
+        # Locks of network file systems need a descriptor that can write; folders cannot have one.
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        self.alone = self._try_alone()
+
+    def share(self) -> None:
+        """Let other writers in; call it once the work that needs to be alone is done."""
+        if self.alone:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            self.alone = False
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _try_alone(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            return False
+        except OSError:
+            return False  # a file system without locks: nobody is ever known to be alone
+        return True
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Keep writers out, which lock the file `path`; raise `OutputError` at once when one is there.
+
+    Without the file there is no writer, and on a file system without locks nobody knows.
+    """
+    if not path.is_file():
+        yield
+        return
+    with output_errors(path):
+        descriptor = os.open(path, os.O_RDWR)
+    try:
+        _lock_alone(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_alone(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holders = ", ".join(map(str, _lock_holders(descriptor)))
+        raise OutputError(
+            f"{path.parents[1]} is being written by another process",
+            found=f"process {holders}" if holders else None,
+            hint="wait until it has ended, or end it; what it has committed stays",
+        ) from error
+    except OSError:
+        return
+
+
+def _lock_holders(descriptor: int) -> list[int]:
+    """Return the processes of this machine with a lock on an open file, where the system lists them."""
+    status = os.fstat(descriptor)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return []
+    return sorted({int(row[4]) for row in rows if device in row and "FLOCK" in row and int(row[4]) > 0})
+
+
+class SlotClaims:
+    """Slots held by one writer through locked bytes of `path`; every writer has a descriptor of its own.
+
+    Locks belong to the open file, so two writers of one process exclude each other as well. On a file system
+    without locks every claim succeeds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDWR)
+        self._held: set[int] = set()
+        self._lock = Lock()
+
+    def take(self, slot: int) -> bool:
+        """Hold `slot` if nobody does, at once; say whether it is held now and was not before."""
+        with self._lock:
+            if slot in self._held or not self._set(fcntl.F_WRLCK, slot):
+                return False
+            self._held.add(slot)
+            return True
+
+    def release(self, slot: int) -> None:
+        """Give `slot` back, if it is held."""
+        with self._lock:
+            if slot in self._held:
+                self._held.discard(slot)
+                self._set(fcntl.F_UNLCK, slot)
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _set(self, kind: int, slot: int) -> bool:
+        request = struct.pack(_FLOCK, kind, os.SEEK_SET, slot, 1, 0)
+        try:
+            fcntl.fcntl(self._descriptor, _SET_LOCK, request)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            if error.errno not in (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        return True
+
+
+#: The kernel's `struct flock`: type, whence, start, length, process.
+_FLOCK = "hhqqi4x"
+
+#: Locks of the open file; where there are none (outside Linux), locks of the process.
+_SET_LOCK = getattr(fcntl, "F_OFD_SETLK", fcntl.F_SETLK)
+
+
+def is_temporary(path: Path) -> bool:
+    """Say whether `path` has a name that only unfinished writes have."""
+    return TEMPORARY.fullmatch(path.name) is not None
+
+
+__all__ = ["cached_property"]

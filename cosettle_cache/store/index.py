@@ -1,0 +1,315 @@
+"""Index parts: one small sealed Parquet file per slot, whose presence commits the slot.
+
+In come a slot and what failed in it; out go the bytes of its part, and back. One row per encoding.
+
+Sealed tables: Parquet files that carry a checksum of themselves, so that any flipped byte is found.
+
+The seal is a file-metadata entry whose eight hex digits are the CRC-32C of the whole file computed with these
+digits as zeros; to every other reader it is an ordinary Parquet file.
+
+The catalog: what a store's index says about videos and samples, derived from its outline once.
+
+In comes the outline of the committed slots; out go failures, rows of plain encodings, and samples.
+
+What is wrong with a store: one `Damage` per file and reason, with the encodings that it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+from awscrt.checksums import crc32c
+from jaxtyping import Int64
+
+from cosettle_cache.core.errors import DamagedStoreError
+from cosettle_cache.core.tables import encode_parquet, make_table, read_metadata, with_metadata
+from cosettle_cache.core.types import ArrayLayout, Encoding, Role, Slot
+from cosettle_cache.store._local import ReadStorage, cached_property
+from cosettle_cache.store.format import PART_SUFFIX, BytesError, SlotPlace, part_folder
+
+SEAL_KEY = "seal"
+_MARK = b"file-crc32c="
+_DIGITS = 8
+_BLANK = _MARK + b"0" * _DIGITS
+
+
+def seal(table: pa.Table) -> bytes:
+    """Return `table` as a sealed Parquet file; equal tables give equal bytes."""
+    blank = encode_parquet(with_metadata(table, {**read_metadata(table), SEAL_KEY: _BLANK.decode()}))
+    start = _digits_start(blank)
+    return blank[:start] + b"%08x" % crc32c(blank) + blank[start + _DIGITS :]
+
+
+def unseal(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the table of a sealed file, without the seal, or some columns of it.
+
+    Raises `BytesError` when any byte has changed.
+    """
+    start = _digits_start(data)
+    blank = data[:start] + b"0" * _DIGITS + data[start + _DIGITS :]
+    if data[start : start + _DIGITS] != b"%08x" % crc32c(blank):
+        raise BytesError("its checksum does not match")
+    try:
+        # Thrice as fast as `read_table`, which looks for data sets: a store has thousands of small parts.
+        file = pa.parquet.ParquetFile(pa.BufferReader(data))
+        table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise BytesError(f"it is not Parquet ({error})") from error
+    metadata = {key: value for key, value in read_metadata(table).items() if key != SEAL_KEY}
+    return with_metadata(table, metadata)
+
+
+def _digits_start(data: bytes) -> int:
+    # The metadata is near the end of the file, after any video id or statistic that could look like the mark.
+    mark = data.rfind(_MARK)
+    if mark < 0 or mark + len(_BLANK) > len(data):
+        raise BytesError("it has no seal")
+    return mark + len(_MARK)
+
+
+#: Columns of the index; `error` says why an encoding is absent and is null where it is present.
+SCHEMA = pa.schema(
+    [
+        pa.field("array", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("slot", pa.int64(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("frame", pa.int64(), nullable=False),
+        pa.field("view", pa.int32(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("crop_top", pa.int32()),
+        pa.field("crop_left", pa.int32()),
+        pa.field("crop_height", pa.int32()),
+        pa.field("crop_width", pa.int32()),
+        pa.field("flip", pa.bool_(), nullable=False),
+        pa.field("shift_ratio", pa.float64()),
+        pa.field("shift_row", pa.int32()),
+        pa.field("shift_col", pa.int32()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+#: Version that index parts state; they are the same in both versions of the format.
+_PART_VERSION = "1"
+
+
+#: What finds videos and samples and names failures: a third of the rows of a pairs plan, half the columns.
+OUTLINE = pa.schema(
+    [SCHEMA.field(name) for name in ("array", "row", "slot", "video_id", "frame", "view", "role", "error")]
+)
+_OUTLINED_ROLES = pa.array([str(Role.A), str(Role.PLAIN)])
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFacts:
+    """What an index part says of the shard it commits; `chunks_checksum` is None in the oldest stores."""
+
+    n_bytes: int
+    chunks_checksum: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One index part: its rows, the shard it commits, and how many encodings failed."""
+
+    table: pa.Table
+    shard: ShardFacts
+    n_failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRows:
+    """Encodings of one video in one slot: their frames, ascending, and their rows in the array."""
+
+    video_id: str
+    frames: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.video_id}: frames {_spans(self.frames)} (rows {_spans(self.rows)})"
+
+
+def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> bytes:
+    """Return the index part of `slot`; `errors` has one entry per encoding, None where it is present."""
+    rows = [
+        {"array": str(slot.grid), "row": slot.start + number, "slot": slot.index, "error": error}
+        | _encoding_columns(encoding)
+        for number, (encoding, error) in enumerate(zip(slot.encodings, errors, strict=True))
+    ]
+    metadata = {
+        "spec_version": _PART_VERSION,
+        "shard_bytes": str(shard.n_bytes),
+        "chunks_crc32c": f"{shard.chunks_checksum or 0:08x}",
+        "n_failed": str(sum(error is not None for error in errors)),
+    }
+    return seal(with_metadata(make_table(rows, SCHEMA), metadata))
+
+
+def read_part(storage: ReadStorage, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
+    """Read an index part, or some columns of it; `row` and `slot` must be among them.
+
+    Raises `BytesError` when it is unreadable, damaged, or another slot's.
+    """
+    try:
+        data = storage.read(place.part_name)
+    except OSError as error:
+        raise BytesError(f"it cannot be read ({error.strerror or 'absent'})") from error
+    return decode_part(data, place, columns)
+
+
+def decode_part(data: bytes, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
+    """Return the index part that `data` holds; raise `BytesError` unless it is the part of `place`."""
+    table = unseal(data, columns)
+    metadata = read_metadata(table)
+    wanted = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
+    if not table.schema.equals(wanted) or not {"shard_bytes", "n_failed"} <= metadata.keys():
+        raise BytesError("its columns are not those of an index part")
+    if not np.array_equal(table["row"], place.rows) or (table["slot"].to_numpy() != place.index).any():
+        raise BytesError("its rows are those of another slot")
+    checksum = metadata.get("chunks_crc32c")
+    facts = ShardFacts(int(metadata["shard_bytes"]), None if checksum is None else int(checksum, 16))
+    return Part(table, facts, int(metadata["n_failed"]))
+
+
+def outline(table: pa.Table) -> pa.Table:
+    """Return the first encoding of every sample, every plain encoding, and everything that failed."""
+    wanted = pc.or_(pc.is_in(table["role"], _OUTLINED_ROLES), pc.is_valid(table["error"]))
+    return table.filter(wanted)
+
+
+def committed_shards(storage: ReadStorage, layout: ArrayLayout) -> list[int]:
+    """Return the shards of an array that have an index part, in order: one folder listing."""
+    folder = part_folder(layout.grid)
+    try:
+        names = storage.names(folder)
+    except OSError as error:
+        raise DamagedStoreError(
+            f"the index folder {folder} of {storage.path} cannot be read: {error.strerror}"
+        ) from error
+    shards = (_shard_of(name) for name in names)
+    return sorted(shard for shard in shards if 0 <= shard < layout.n_slots)
+
+
+def video_rows(table: pa.Table) -> list[VideoRows]:
+    """Return which encodings of which videos are in `table`, rows of an index."""
+    columns = table.select(["video_id", "row", "frame"]).to_pylist()
+    found = []
+    for video_id, group in groupby(columns, key=lambda item: item["video_id"]):
+        items = list(group)
+        frames = tuple(sorted({item["frame"] for item in items}))
+        found.append(VideoRows(video_id, frames, tuple(item["row"] for item in items)))
+    return found
+
+
+def describe_rows(table: pa.Table) -> list[str]:
+    """Return one line per video: which of its encodings are in `table`."""
+    return [str(video) for video in video_rows(table)]
+
+
+def _shard_of(name: str) -> int:
+    """Return the shard that an index part of this name commits; -1 for any other file."""
+    stem = name.removesuffix(PART_SUFFIX)
+    # Exactly as `SlotPlace.part_name` writes it: other names are not part of the store.
+    return int(stem) if stem.isdecimal() and f"{int(stem):06d}{PART_SUFFIX}" == name else -1
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as `3 to 5, 9`."""
+    # Neighbours differ from their place in the list by the same number.
+    groups = (list(group) for _, group in groupby(enumerate(numbers), key=lambda item: item[1] - item[0]))
+    ends = ((group[0][1], group[-1][1]) for group in groups)
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ends)
+
+
+def _encoding_columns(encoding: Encoding) -> dict[str, Any]:
+    return dict(_columns(encoding))
+
+
+def _columns(encoding: Encoding) -> Iterator[tuple[str, Any]]:
+    for name in ("video_id", "frame", "view", "flip"):
+        yield name, getattr(encoding, name)
+    yield "role", str(encoding.role)
+    for name in ("top", "left", "height", "width"):
+        yield f"crop_{name}", getattr(encoding.crop, name, None)
+    for name in ("ratio", "row", "col"):
+        yield f"shift_{name}", getattr(encoding.shift, name, None)
+
+
+class Catalog:
+    """Views of the index's outline; each is computed when first asked for."""
+
+    def __init__(self, outline: pa.Table, arrays: tuple[ArrayLayout, ...]) -> None:
+        self._outline = outline
+        self._arrays = {str(layout.grid): number for number, layout in enumerate(arrays)}
+        self._chunk_encodings = arrays[0].chunk_encodings if arrays else 1
+
+    @cached_property
+    def failures(self) -> dict[str, str]:
+        """Reason by video id; the first one where encodings of a video give several."""
+        failed = self._failed.select(["video_id", "error"]).to_pydict()
+        pairs = list(zip(failed["video_id"], failed["error"], strict=True))
+        return dict(reversed(pairs)) if pairs else {}
+
+    @cached_property
+    def failed_slots(self) -> frozenset[int]:
+        """Slots that list failed encodings."""
+        return frozenset(pc.unique(self._failed["slot"]).to_pylist())
+
+    @cached_property
+    def n_present(self) -> dict[str, int]:
+        """Number of samples, or of plain encodings in a frames plan, by video id."""
+        counts = self._present.group_by("video_id").aggregate([([], "count_all")])
+        return dict(zip(counts["video_id"].to_pylist(), counts["count_all"].to_pylist(), strict=True))
+
+    @cached_property
+    def plain_rows(self) -> dict[str, tuple[int, Int64[np.ndarray, " frame"]]]:
+        """Array number and rows, in frame order, of each video's plain encodings."""
+        table = self._present.sort_by([("video_id", "ascending"), ("frame", "ascending")])
+        rows = table["row"].to_numpy()
+        videos, starts = np.unique(table["video_id"].to_numpy(), return_index=True)
+        arrays = [self._arrays[table["array"][int(start)].as_py()] for start in starts]
+        pieces = zip(arrays, np.split(rows, starts[1:]), strict=True)
+        return dict(zip(map(str, videos), pieces, strict=True))
+
+    @cached_property
+    def sample_ids(self) -> Int64[np.ndarray, " n"]:
+        """Ids of the samples that exist, ascending."""
+        return np.asarray(self.sample_table["sample"], np.int64)
+
+    @cached_property
+    def sample_table(self) -> pa.Table:
+        """Columns `sample`, `video_id`, `view`, one row per sample that exists."""
+        samples = pc.divide(self._present["row"], self._chunk_encodings)
+        columns = {"sample": samples, "video_id": self._present["video_id"], "view": self._present["view"]}
+        return pa.table(columns).combine_chunks()
+
+    @cached_property
+    def _failed(self) -> pa.Table:
+        return self._outline.filter(pc.is_valid(self._outline["error"]))
+
+    @cached_property
+    def _present(self) -> pa.Table:
+        return self._outline.filter(pc.is_null(self._outline["error"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One damaged file; `slot` and `encodings` where it holds tokens or says which there are."""
+
+    file: str
+    reason: str
+    slot: int | None = None
+    encodings: tuple[VideoRows, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Return it for people: the file and what is wrong, then a line per video."""
+        where = "" if self.slot is None else f" (slot {self.slot})"
+        return [f"{self.file}{where}: {self.reason}", *(f"  {video}" for video in self.encodings)]

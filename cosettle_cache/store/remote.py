@@ -1,0 +1,343 @@
+"""Object stores (S3 and what speaks it, Google Cloud, Azure) as a storage, through obstore.
+
+A put is atomic, so nothing needs a temporary name. Credentials and endpoints come from the usual environment
+variables of each service. An object store cannot be used across a fork: processes are spawned.
+
+What Zarr reads a store behind a URL through: our own reads, with their errors, retries and copies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ClassVar
+from urllib.parse import quote
+
+import obstore
+from obstore import exceptions
+from obstore.store import AzureStore, GCSStore, S3Store, from_url
+from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import Buffer as ZarrBuffer
+from zarr.core.buffer import BufferPrototype
+from zarr.storage import ObjectStore, WrapperStore
+
+from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError
+from cosettle_cache.core.files import Buffer
+from cosettle_cache.store._local import RangeFile, ReadStorage, cached_property
+
+#: Requests in flight; a request takes tens of milliseconds and moves a few tens of MB/s.
+_PARALLEL_REQUESTS = 16
+
+#: Neighbouring bytes asked for at once: enough that a request is mostly transfer, few enough to spread.
+_STRETCH_BYTES = 4 * 2**20
+
+#: Until a store has answered once, its address or network may be wrong: say so within seconds.
+_HASTY = {
+    "max_retries": 5,
+    "retry_timeout": timedelta(seconds=10),
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=3), "base": 2},
+}
+
+#: Afterwards a failure is an outage or a store that is too busy, and is waited out for about two minutes.
+_PATIENT = {
+    "max_retries": 60,
+    "retry_timeout": timedelta(seconds=120),
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+
+_REFUSALS = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+
+
+class ObjectStorage:
+    """The objects below one URL; pickling keeps the URL, never the connection."""
+
+    local = None
+    n_readers = _PARALLEL_REQUESTS
+    stretch_bytes = _STRETCH_BYTES
+    room = 0
+
+    #: The process whose threads carry the requests: a forked child has none of them and would wait for ever.
+    _process: ClassVar[int | None] = None
+
+    def __init__(self, url: str) -> None:
+        self.path = url.rstrip("/")
+        self._answered = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (ObjectStorage, (self.path,))
+
+    def read(self, name: str) -> bytes:
+        """Return a whole object."""
+        with self._reading(name):
+            return bytes(obstore.get(self._client, name).bytes())
+
+    def read_range(self, name: str, start: int, length: int, tag: str | None = None) -> memoryview:
+        """Return bytes of an object, fewer at its end; with `tag` only of the state that it names.
+
+        Raises `StaleObjectError` when the object is in another state.
+        """
+        with self._reading(name):
+            try:
+                options: Any = {"range": (start, start + length)} | ({"if_match": tag} if tag else {})
+                return memoryview(obstore.get(self._client, name, options=options).bytes())
+            except exceptions.GenericError as error:
+                if not _is_about_the_range(error):
+                    raise
+                return memoryview(b"")
+
+    def read_tail(self, name: str, length: int) -> bytes:
+        """Return the last `length` bytes of an object, or all where there are fewer."""
+        with self._reading(name):
+            try:
+                options: Any = {"range": {"suffix": length}}
+                return bytes(obstore.get(self._client, name, options=options).bytes())
+            except (exceptions.NotSupportedError, exceptions.GenericError) as error:
+                if not _is_about_the_range(error):
+                    raise
+        # Azure has no ranges from the end, and an empty object has no range at all.
+        size = self.size(name)
+        start = max(0, size - length)
+        return bytes(self.read_range(name, start, size - start)) if size else b""
+
+    def open(self, name: str) -> RangeFile:
+        """Return an object, nothing of it asked for yet; every read is one request."""
+        return ObjectFile(self, name)
+
+    def size(self, name: str) -> int:
+        """Return the bytes of an object."""
+        return self.state(name)[0]
+
+    def state(self, name: str) -> tuple[int, str]:
+        """Return the bytes of an object, and the tag that changes with its content."""
+        with self._reading(name):
+            head = obstore.head(self._client, name)
+            return int(head["size"]), str(head["e_tag"])
+
+    def exists(self, name: str) -> bool:
+        """Say whether there is an object of that name."""
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the objects directly below `folder`; none where there are none."""
+        with self._reading(folder):
+            listed = obstore.list_with_delimiter(self._client, folder)
+            return [str(item["path"]).rpartition("/")[2] for item in listed["objects"]]
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """Yield name and bytes of every object below the URL."""
+        with self._reading(""):
+            for batch in obstore.list(self._client):
+                yield from ((str(item["path"]), int(item["size"])) for item in batch)
+
+    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
+        """Put one object, whole or not at all."""
+        with self._writing(name):
+            obstore.put(self._client, name, b"".join(pieces))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put an object unless there is one of that name; say whether it was put.
+
+        Where the service cannot do that, the object is put in any case.
+        """
+        with self._writing(name):
+            try:
+                obstore.put(self._client, name, data, mode="create")
+            except exceptions.AlreadyExistsError:
+                return False
+            except exceptions.NotSupportedError:
+                obstore.put(self._client, name, data)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        with self._writing(name):
+            try:
+                obstore.delete(self._client, name)
+            except FileNotFoundError:
+                return
+
+    def forget(self, name: str) -> None:
+        """Nothing is kept."""
+
+    def zarr_store(self) -> Any:
+        """Return a Zarr store over the same objects."""
+        return self.zarr_view(self)
+
+    def zarr_view(self, storage: ReadStorage) -> Any:
+        """Return a Zarr store that reads through `storage`, which is this one or a cache of it."""
+        from zarr.storage import ObjectStore
+
+        return ZarrView(ObjectStore(self._client, read_only=True), storage)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Turn what the service says into our errors; an absent object stays `FileNotFoundError`."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._answered = True
+            raise
+        except exceptions.PreconditionError as error:
+            raise StaleObjectError(f"{self._url(name)} has changed") from error
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error(RemoteError, f"{self._url(name)} cannot be read", error) from error
+        self._answered = True
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (exceptions.BaseError, OSError) as error:
+            raise self._error(OutputError, f"{self._url(name)} cannot be written", error) from error
+        self._answered = True
+
+    def _url(self, name: str) -> str:
+        return f"{self.path}/{name}".rstrip("/")
+
+    def _error(self, kind: type[CosettleError], what: str, error: BaseException) -> CosettleError:
+        if " 404 " in _line(error):
+            return kind(f"{what}: there is no such bucket", hint="create it first, or mend the URL")
+        if isinstance(error, _REFUSALS):
+            return kind(f"{what}: access is refused", found=_line(error), hint=_CREDENTIALS_HINT)
+        if "HTTP error" in _line(error):
+            reason = "the object store does not answer" + (" any more" if self._answered else "")
+            return kind(f"{what}: {reason}", found=_line(error), hint=_ENDPOINT_HINT)
+        return kind(what, found=_line(error), hint=_CREDENTIALS_HINT)
+
+    @property
+    def _client(self) -> Any:
+        if ObjectStorage._process is None:
+            ObjectStorage._process = os.getpid()
+        if os.getpid() != ObjectStorage._process:
+            raise UsageError(
+                f"{self.path} cannot be read or written in this process: it was forked from one that uses "
+                "object stores",
+                wanted="processes that are spawned",
+                hint="multiprocessing.get_context('spawn'); a DataLoader takes it as multiprocessing_context",
+            )
+        return self._patient if self._answered else self._hasty
+
+    @cached_property
+    def _hasty(self) -> Any:
+        return _connect(self.path, _HASTY)
+
+    @cached_property
+    def _patient(self) -> Any:
+        return _connect(self.path, _PATIENT)
+
+
+class StaleObjectError(OSError):
+    """An object is not in the state that was asked for."""
+
+
+class ObjectFile:
+    """An object; of its bytes nothing is kept, so every read is a request."""
+
+    def __init__(self, storage: ObjectStorage, name: str) -> None:
+        self._storage, self._name = storage, name
+
+    def size(self) -> int:
+        """Return the bytes of the object."""
+        return self._storage.size(self._name)
+
+    def read_tail(self, length: int) -> bytes:
+        """Return the last bytes with one request."""
+        return self._storage.read_tail(self._name, length)
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` from `offset` on with one request."""
+        data = self._storage.read_range(self._name, offset, sum(map(len, buffers)))
+        rest = data
+        for buffer in buffers:
+            n_bytes = min(len(buffer), len(rest))
+            buffer[:n_bytes] = rest[:n_bytes]
+            rest = rest[n_bytes:]
+        return len(data)
+
+    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Nothing is at hand without a request."""
+        return 0
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Nothing is kept."""
+
+    def warm(self, offset: int, n_bytes: int) -> None:
+        """Nothing is kept."""
+
+
+_SERVICES = (S3Store, GCSStore, AzureStore)
+_WANTED_URL = "a folder, or a URL such as s3://bucket/store.zarr, gs://... or az://..."
+_CREDENTIALS_HINT = "check the service's environment variables (S3: AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
+_ENDPOINT_HINT = "check the network, and the address if it is your own (S3: AWS_ENDPOINT_URL)"
+
+
+def _connect(url: str, retries: dict[str, Any]) -> Any:
+    """Return the client of a URL; whatever stands after the scheme is taken as it is, spaces and all."""
+    scheme, _, rest = url.partition("://")
+    literal = url if scheme.startswith("http") else f"{scheme}://{quote(rest, safe='/@:')}"
+    try:
+        client = from_url(literal, retry_config=retries)  # type: ignore[call-overload]
+    except (exceptions.BaseError, ValueError) as error:
+        raise UsageError(f"{url} cannot hold a store", wanted=_WANTED_URL, found=_line(error)) from error
+    if not isinstance(client, _SERVICES):
+        found = f"{scheme}://, which is no object store that can list what it holds"
+        raise UsageError(f"{url} cannot hold a store", wanted=_WANTED_URL, found=found)
+    return client
+
+
+def _is_about_the_range(error: exceptions.BaseError) -> bool:
+    line = _line(error)
+    return isinstance(error, exceptions.NotSupportedError) or "non-partial" in line or " 416 " in line
+
+
+def _line(error: BaseException) -> str:
+    """Return the first line of a message of obstore, without the service's XML."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line.partition(": <?xml")[0].removeprefix("Generic ")[:240]
+
+
+class ZarrView(WrapperStore[ObjectStore[Any]]):
+    """The objects of a storage; metadata comes from the object store, chunks through the storage's files."""
+
+    def __init__(self, store: ObjectStore[Any], storage: ReadStorage) -> None:
+        super().__init__(store)
+        self._storage = storage
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> ZarrBuffer | None:
+        """Return bytes of an object, None when there is none."""
+        try:
+            data = await asyncio.to_thread(_read, self._storage, key, byte_range)
+        except FileNotFoundError:
+            return None
+        return prototype.buffer.from_bytes(data)
+
+    async def get_ranges(
+        self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: BufferPrototype, **_: Any
+    ) -> AsyncIterator[Sequence[tuple[int, ZarrBuffer | None]]]:
+        """Yield `(number, bytes)` of each range; newer Zarrs ask so, and would pass by `get`."""
+        for number, byte_range in enumerate(byte_ranges):
+            found = await self.get(key, prototype, byte_range)
+            if found is None:
+                raise FileNotFoundError(key)
+            yield [(number, found)]
+
+
+def _read(storage: ReadStorage, key: str, byte_range: ByteRequest | None) -> bytes:
+    if byte_range is None:
+        return storage.read(key)
+    if isinstance(byte_range, SuffixByteRequest):
+        return storage.open(key).read_tail(byte_range.suffix)
+    if not isinstance(byte_range, RangeByteRequest):
+        raise NotImplementedError(f"Zarr asks for {byte_range}")
+    data = bytearray(byte_range.end - byte_range.start)
+    n_read = storage.open(key).read([memoryview(data)], byte_range.start)
+    return bytes(data[:n_read])

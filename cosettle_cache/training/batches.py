@@ -1,0 +1,365 @@
+"""Feeding: which samples an epoch visits in which order, and a ring of batch buffers that one thread fills.
+
+Sample ids go in; batches of float16 tokens in reused buffers come out, read while the last one is in use.
+
+Warming: a window of shards is read into the page cache in one go, before samples are drawn from it.
+
+Portions of a shard-shuffled order go in and come out unchanged, each once its windows are warm. While a
+window is in use the next one is read, in the order of the disk: so shuffled samples come at its best speed.
+
+Replicas: the processes of one training run, started by torchrun, one per GPU (or core group).
+
+Each works on its share of every batch; sums of gradients and figures go out to all. A process on its own is
+one replica, and then nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import TracebackType
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float16
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ids = NDArray[np.int64]
+
+#: Batches of sample ids of an epoch; the same for the same epoch, whenever it is asked.
+EpochBatches = Callable[[int], Sequence[Ids]]
+
+#: Returns the ids of an epoch in the order of visiting, drawn from the generator alone.
+Shuffle = Callable[[Ids, np.random.Generator], Ids]
+
+#: Returns the part of a step's ids that this process works on.
+Shares = Callable[[Ids], Ids]
+
+#: One buffer in use, one ready, one being filled.
+N_BUFFERS = 3
+
+
+@runtime_checkable
+class SampleSource(Protocol):
+    """Where samples come from; a pairs `FeatureStore` is one."""
+
+    def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
+        """Fill `out` `[n view row col dim]` with the samples `ids`."""
+
+
+def shuffle_samples(ids: Ids, generator: np.random.Generator) -> Ids:
+    """Return the ids in any order."""
+    return generator.permutation(ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ShuffleShards:
+    """Shards in random order, samples shuffled within every `window` shards that follow each other.
+
+    Reads stay within a few shards at a time: for object stores and spinning disks.
+    """
+
+    slots_of: Callable[[Ids], Ids]
+    window: int
+
+    def __call__(self, ids: Ids, generator: np.random.Generator) -> Ids:
+        """Return the ids in such an order."""
+        windows = self.windows(ids, generator)
+        shuffled = generator.permutation(len(ids))
+        return ids[shuffled[np.argsort(windows[shuffled], kind="stable")]]
+
+    def windows(self, ids: Ids, generator: np.random.Generator) -> Ids:
+        """Return the number of the window in which each sample is visited, from a fresh generator."""
+        _, shard = np.unique(self.slots_of(ids), return_inverse=True)
+        windows: Ids = generator.permutation(shard.max() + 1)[shard] // self.window
+        return windows
+
+
+@dataclass(frozen=True, slots=True)
+class EpochOrder:
+    """The batches of an epoch: every training sample once, in an order of seed and epoch.
+
+    `held_out` marks samples that are left out after shuffling, so that all others keep their order. A
+    remainder that fills no batch is dropped, unless there is no full batch at all. `arrange` may reorder the
+    samples within a batch (to read each store in one go).
+    """
+
+    ids_of: Callable[[int], Ids]
+    batch_size: int
+    seed: int
+    shuffle: Shuffle = shuffle_samples
+    held_out: Callable[[Ids], NDArray[np.bool_]] | None = None
+    arrange: Callable[[Ids], Ids] | None = None
+
+    def __call__(self, epoch: int) -> Sequence[Ids]:
+        """Return the batches of an epoch; none when every sample is held out."""
+        ids = self.visited(epoch)
+        n_batches = len(ids) // self.batch_size
+        if not len(ids):
+            return []
+        batches = np.split(ids[: n_batches * self.batch_size], n_batches) if n_batches else [ids]
+        return [self.arrange(batch) for batch in batches] if self.arrange else batches
+
+    def generator(self, epoch: int) -> np.random.Generator:
+        """Return what the order of an epoch is drawn from."""
+        return np.random.default_rng((self.seed, epoch))
+
+    def visited(self, epoch: int) -> Ids:
+        """Return the training samples of an epoch in their order, a remainder included."""
+        ids = self.shuffle(self.ids_of(epoch), self.generator(epoch))
+        return ids if self.held_out is None else ids[~self.held_out(ids)]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step: its number from 0, its epoch, its place in epochs and fractions, its samples."""
+
+    number: int
+    epoch: int
+    position: float
+    ends_epoch: bool
+    ids: Ids
+
+
+def make_steps(batches: EpochBatches, epochs: int, start: int = 0) -> Iterator[Step]:
+    """Yield the steps of a run from number `start` on, so that a resumed run sees what the whole run saw."""
+    first = 0
+    for epoch in range(epochs):
+        of_epoch = batches(epoch)
+        for number, ids in enumerate(of_epoch):
+            if first + number >= start:
+                position = epoch + number / len(of_epoch)
+                yield Step(first + number, epoch, position, number + 1 == len(of_epoch), ids)
+        first += len(of_epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What is read in one go: samples of a step, and whether they are its last."""
+
+    step: Step
+    ids: Ids
+    ends_step: bool
+
+
+def make_portions(
+    steps: Iterable[Step], n_portions: int = 1, share: Shares | None = None
+) -> Iterator[Portion]:
+    """Yield every step in `n_portions` parts of nearly equal size; `share` picks this process's ids."""
+    for step in steps:
+        parts = np.array_split(step.ids if share is None else share(step.ids), n_portions)
+        for number, ids in enumerate(parts):
+            yield Portion(step, ids, number + 1 == n_portions)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The samples of a portion; they lie in a ring buffer and are valid until the next batch is asked for."""
+
+    portion: Portion
+    samples: Float16[Tensor, "n view row col dim"]
+
+
+class BatchRing:
+    """Iterates over the batches of `portions`, reading ahead in one thread into `N_BUFFERS` reused buffers.
+
+    `capacity` is the largest portion, `pin` puts the buffers in page-locked memory for copies to a GPU. Use
+    as a context manager; `waited_s` counts the seconds that the consumer stood still for data.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        portions: Iterable[Portion],
+        sample_shape: tuple[int, int, int, int],
+        capacity: int,
+        *,
+        pin: bool = False,
+    ) -> None:
+        self.waited_s = 0.0
+        self._source, self._portions = source, portions
+        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[Tensor, Batch] | BaseException | None] = queue.SimpleQueue()
+        for _ in range(N_BUFFERS):
+            self._free.put(_make_buffer((capacity, *sample_shape), pin))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
+
+    def __enter__(self) -> BatchRing:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._free.put(torch.empty(0))  # wakes the thread where it waits for a buffer
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            asked = time.perf_counter()
+            item = self._ready.get()
+            self.waited_s += time.perf_counter() - asked
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            buffer, batch = item
+            yield batch
+            self._free.put(buffer)
+
+    def _fill(self) -> None:
+        try:
+            for portion in self._portions:
+                buffer = self._free.get()
+                if self._closed.is_set():
+                    return
+                samples = buffer[: len(portion.ids)]
+                if len(portion.ids):
+                    self._source.read_into(portion.ids, samples.numpy())
+                self._ready.put((buffer, Batch(portion, samples)))
+            self._ready.put(None)
+        except BaseException as error:
+            self._ready.put(error)  # raised again where the batch is asked for
+
+
+def _make_buffer(shape: tuple[int, ...], pin: bool) -> Float16[Tensor, "n view row col dim"]:
+    """Return uninitialised memory; NumPy's comes in huge pages: four times as fast to touch first."""
+    if pin:
+        return torch.empty(shape, dtype=torch.float16, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, np.float16))
+
+
+#: Reads samples into the page cache.
+Warm = Callable[[Ids], None]
+
+
+class Windows:
+    """The windows of an order that shuffles shards, numbered as they are visited."""
+
+    def __init__(self, order: EpochOrder, shuffle: ShuffleShards) -> None:
+        self._order, self._shuffle = order, shuffle
+        self._of_epoch = lru_cache(2)(self._number)
+
+    def __call__(self, portion: Portion) -> Ids:
+        """Return the window of each sample of a portion."""
+        ids, windows = self._of_epoch(portion.step.epoch)
+        found: Ids = windows[np.searchsorted(ids, portion.ids)]
+        return found
+
+    def _number(self, epoch: int) -> tuple[Ids, Ids]:
+        ids = self._order.ids_of(epoch)
+        windows = self._shuffle.windows(ids, self._order.generator(epoch))
+        ascending = np.argsort(ids)
+        return ids[ascending], windows[ascending]
+
+
+def warmed(portions: Iterable[Portion], windows: Windows, warm: Warm) -> Iterator[Portion]:
+    """Yield the portions when their windows are warm; raise what `warm` raises."""
+    pool = ThreadPoolExecutor(1, "warm")
+    ahead: tuple[Future[None], list[Portion]] | None = None
+    try:
+        for ids, complete in by_window(portions, windows):
+            before, ahead = ahead, (pool.submit(warm, ids), complete)
+            yield from _when_warm(before)
+        yield from _when_warm(ahead)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _when_warm(window: tuple[Future[None], list[Portion]] | None) -> Iterator[Portion]:
+    if window is not None:
+        future, portions = window
+        future.result()
+        yield from portions
+
+
+def by_window(portions: Iterable[Portion], windows: Windows) -> Iterator[tuple[Ids, list[Portion]]]:
+    """Yield the samples of each window, and the portions for which it is the last that they need."""
+    current: tuple[int, int] | None = None
+    nothing = np.empty(0, np.int64)  # a process's share of a small batch may be empty
+    ids, complete = [nothing], list[Portion]()
+    for portion in portions:
+        numbers = windows(portion)
+        for number in np.unique(numbers).tolist():
+            window = (portion.step.epoch, number)
+            if current not in (None, window):
+                yield np.concatenate(ids), complete
+                ids, complete = [nothing], []
+            current = window
+            ids.append(portion.ids[numbers == number])
+        complete.append(portion)
+    yield np.concatenate(ids), complete
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """This process's number and how many there are; the first one writes files and reports."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def share(self, ids: Ids) -> Ids:
+        """Return this process's part of a step's ids; parts differ by at most one in length."""
+        return np.array_split(ids, self.count)[self.rank]
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over the processes, in one exchange."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Return whether the flag is set in any process."""
+        if self.count == 1:
+            return flag
+        total = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(total)
+        return bool(total.item())
+
+    def wait(self) -> None:
+        """Return once all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+ALONE = Replicas()
+
+
+@contextmanager
+def join_replicas(device: str) -> Iterator[tuple[Replicas, str]]:
+    """Join the processes that torchrun started; yield this one's place and its device.
+
+    Without torchrun's environment this process is alone. `cuda` becomes the GPU of the local rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield Replicas(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,370 @@
+"""What a training run leaves on disk while it goes: one line of figures per step, and a checkpoint.
+
+Both together are the state of the run: a checkpoint knows how many bytes of figures came before it, so that
+a resumed run continues both where it was taken. Nothing in a checkpoint is executed when it is read.
+
+What a training run did: of every member its figures and its projection, and the members side by side.
+
+Reports come in from the room, lines and tables go out: for people, as JSON, and as one Parquet of all curves.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
+from cosettle_cache.core.files import output_errors, write_durably
+from cosettle_cache.core.settings import differing
+from cosettle_cache.core.tables import make_table
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """Where the results of a run lie, or of one member of a sweep."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """What a stopped run goes on from, with all its members."""
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def metrics(self) -> Path:
+        """One line of figures per step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """One line of figures per epoch, on the held-out clips."""
+        return self.folder / "validation.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """The picture of the figures."""
+        return self.folder / "curves.png"
+
+    @property
+    def projection(self) -> Path:
+        """The result; there once the run is complete."""
+        return self.folder / "projection.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """The report as JSON."""
+        return self.folder / "train.json"
+
+    @property
+    def scalars(self) -> Path:
+        """The folder for TensorBoard."""
+        return self.folder / "tensorboard"
+
+    @property
+    def table(self) -> Path:
+        """The figures of every step of every member of a sweep."""
+        return self.folder / "curves.parquet"
+
+    @property
+    def comparison(self) -> Path:
+        """The members of a sweep side by side, as JSON."""
+        return self.folder / "sweep.json"
+
+    def member(self, name: str) -> RunFiles:
+        """Return the files of a member of a sweep; without a name, these."""
+        return RunFiles(self.folder / name)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, so that nothing of it passes for this one's."""
+        names = (
+            "checkpoint",
+            "metrics",
+            "validation",
+            "curves",
+            "projection",
+            "report",
+            "table",
+            "comparison",
+        )
+        for path in [*(getattr(self, name) for name in names), *self.scalars.glob("events.*")]:
+            with output_errors(path):
+                path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """One line of `metrics.jsonl`: the loss terms of one step (before its update), and its learning rate.
+
+    `separability_weight` is the weight that the step used, `gradient_norm` the length of the gradient before
+    clipping.
+    """
+
+    step: int
+    epoch: int
+    lr: float
+    total: float
+    cycle: float
+    separability: float
+    cycle_accuracy: float
+    identity_cosine: float
+    return_probability: float
+    separability_weight: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationFigures:
+    """One line of `validation.jsonl`: held-out clips after step `step`, the last of `epoch`.
+
+    Distances are between unit tokens at the same place of the grid, in diameters of the unit sphere (0 to 1):
+    `inter_distance` of different clips, `intra_distance` of two frames of one; `margin` is the paper's D, the
+    first less 0.3 times the second (PROTOCOLS 5.3).
+    """
+
+    step: int
+    epoch: int
+    cycle: float
+    separability: float
+    cycle_accuracy: float
+    inter_distance: float
+    intra_distance: float
+    margin: float
+
+
+class FiguresLog:
+    """Lines of figures, open for appending after the first `n_bytes`; what came later is cut off."""
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        self._path = path
+        with output_errors(path):
+            self._file = path.open("ab")
+            found = self._file.seek(0, os.SEEK_END)
+            if found >= n_bytes:
+                self._file.truncate(n_bytes)
+        if found < n_bytes:
+            self._file.close()
+            raise InputError(
+                f"{path} is shorter than when the checkpoint was taken",
+                wanted=f"{n_bytes} bytes or more",
+                found=f"{found} bytes",
+                hint="choose another folder with --out, or remove this one to start over",
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def append(self, figures: StepFigures | ValidationFigures) -> None:
+        """Write one line."""
+        with output_errors(self._path):
+            self._file.write((json.dumps(asdict(figures)) + "\n").encode())
+            self._file.flush()
+
+    def sync(self) -> int:
+        """Wait until every line is safely on disk; return the bytes written."""
+        with output_errors(self._path):
+            os.fdatasync(self._file.fileno())
+            return self._file.seek(0, os.SEEK_END)
+
+
+def figure_columns(figures: Sequence[StepFigures]) -> dict[str, list[float]]:
+    """Return the figures of steps by name."""
+    return {item.name: [float(getattr(step, item.name)) for step in figures] for item in fields(StepFigures)}
+
+
+def read_figures(path: Path) -> list[StepFigures]:
+    """Return the figures of every step in `metrics.jsonl`."""
+    return [StepFigures(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def read_validation(path: Path) -> list[ValidationFigures]:
+    """Return the figures of every epoch in `validation.jsonl`; none where there is no such file."""
+    text = path.read_text() if path.exists() else ""
+    return [ValidationFigures(**json.loads(line)) for line in text.splitlines()]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything that the next step depends on.
+
+    `step` counts the steps done; `origin` is what decides the run (settings, stores), flat, by dotted key;
+    `n_bytes` the lengths of each member's `metrics.jsonl` and `validation.jsonl` at that moment; `learners`
+    the state of each member.
+    """
+
+    step: int
+    origin: Mapping[str, str]
+    n_bytes: Sequence[tuple[int, int]]
+    learners: Sequence[dict[str, Any]]
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` so that the name always holds a whole one."""
+    document = {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
+    buffer = io.BytesIO()
+    torch.save(document, buffer)
+    write_durably(path, [buffer.getbuffer()])
+
+
+#: What torch's restricted reader meets in a damaged file, or in one that holds something else.
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU; raise `CheckpointError` when it is damaged or none of ours."""
+    try:
+        data = io.BytesIO(path.read_bytes())
+        return Checkpoint(**torch.load(data, map_location="cpu", weights_only=True))
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of a training run",
+            found=(str(error) or type(error).__name__).splitlines()[0][:120],
+            hint="choose another folder with --out, or remove this one to start over",
+        ) from error
+
+
+def check_origin(path: Path, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise `FingerprintError` listing every key in which a checkpoint's origin differs from this run's."""
+    if details := differing(wanted, found):
+        raise FingerprintError(
+            f"{path} was made with other settings or on another store",
+            details=details,
+            hint="choose another folder with --out, or remove this one to start over",
+        )
+
+
+_ARROW_TYPES = {"int": pa.int64(), "float": pa.float64()}
+CURVES_SCHEMA = pa.schema(
+    [("member", pa.string()), *((item.name, _ARROW_TYPES[str(item.type)]) for item in fields(StepFigures))]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MemberReport:
+    """One projection of a run: figures of its first and last step, and of its first and last validation.
+
+    `projection_sha256` is empty until the run is complete, or when the member diverged at `diverged_at`.
+    """
+
+    name: str
+    folder: Path
+    first: StepFigures | None
+    last: StepFigures | None
+    first_validation: ValidationFigures | None
+    last_validation: ValidationFigures | None
+    diverged_at: int | None
+    projection_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a run did. `steps`, `samples`, `read_bytes`, `seconds` are this call's; the rest the whole run's.
+
+    `waiting_share` is the share of `seconds` without a batch to work on.
+    """
+
+    folder: Path
+    epochs: int
+    steps: int
+    steps_before: int
+    samples: int
+    read_bytes: int
+    seconds: float
+    waiting_share: float
+    interrupted: bool
+    members: tuple[MemberReport, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples per second of this call."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def first(self) -> StepFigures | None:
+        """Figures of the first member's first step, before any update."""
+        return self.members[0].first
+
+    @property
+    def last(self) -> StepFigures | None:
+        """Figures of the first member's last step."""
+        return self.members[0].last
+
+    @property
+    def projection_sha256(self) -> str:
+        """Digest of the first member's projection."""
+        return self.members[0].projection_sha256
+
+    @property
+    def diverged(self) -> tuple[MemberReport, ...]:
+        """Members that could not be trained to the end."""
+        return tuple(member for member in self.members if member.diverged_at is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        members = [asdict(member) | {"folder": str(member.folder)} for member in self.members]
+        return asdict(self) | {
+            "folder": str(self.folder),
+            "samples_per_s": self.samples_per_s,
+            "members": members,
+            "warnings": list(self.warnings),
+        }
+
+
+def report_member(files: RunFiles, name: str, diverged_at: int | None, sha256: str) -> MemberReport:
+    """Return the report of a member from what it wrote."""
+    figures = read_figures(files.metrics) if files.metrics.exists() else []
+    validation = read_validation(files.validation)
+    return MemberReport(
+        name=name,
+        folder=files.folder,
+        first=figures[0] if figures else None,
+        last=figures[-1] if figures else None,
+        first_validation=validation[0] if validation else None,
+        last_validation=validation[-1] if validation else None,
+        diverged_at=diverged_at,
+        projection_sha256=sha256,
+    )
+
+
+def curves_table(figures: Mapping[str, Sequence[StepFigures]]) -> pa.Table:
+    """Return the figures of every step of every member, members in order."""
+    rows = [{"member": name, **asdict(item)} for name, items in figures.items() for item in items]
+    return make_table(rows, CURVES_SCHEMA)
+
+
+def comparison(members: Sequence[MemberReport]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the table of members, the best first.
+
+    The best has the largest margin on held-out clips, or without them the highest cycle accuracy.
+    """
+    validated = any(member.last_validation for member in members)
+    header = ["member", "loss", "cycle", "separability", "weight", "cycle accuracy"]
+    header += ["held-out cycle accuracy", "held-out margin"] if validated else []
+    return header, [_row(member, validated) for member in sorted(members, key=_rank)]
+
+
+def _rank(member: MemberReport) -> tuple[bool, float]:
+    if member.diverged_at is not None or member.last is None:
+        return True, 0.0
+    return False, -(member.last_validation.margin if member.last_validation else member.last.cycle_accuracy)
+
+
+def _row(member: MemberReport, validated: bool) -> list[str]:
+    if member.diverged_at is not None:
+        return [member.name, f"diverged at step {member.diverged_at}", *[""] * (6 if validated else 4)]
+    last, held_out = member.last, member.last_validation
+    names = ("total", "cycle", "separability", "separability_weight", "cycle_accuracy")
+    cells = [f"{getattr(last, name):.4g}" if last else "" for name in names]
+    if validated:
+        cells += [f"{held_out.cycle_accuracy:.4f}", f"{held_out.margin:.4f}"] if held_out else ["", ""]
+    return [member.name, *cells]

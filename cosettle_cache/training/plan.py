@@ -1,0 +1,358 @@
+"""What a training run will do, before it does it: the stream of batches, its size, what is worth a warning.
+
+Stores, settings and the axes of a sweep go in; a plan and a stream come out, or the error that the run would
+meet.
+
+Sweeps: which settings are trained at the same time from one stream of batches.
+
+Base settings and axes (`temperature=0.02,0.03`) go in; one member per combination comes out. A run of one
+projection is a sweep without axes: it has one member, whose results lie in the run's own folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.settings import TrainSettings, digest, flat_text, settings_json
+from cosettle_cache.core.types import Grid
+from cosettle_cache.heads.projection import check_trainable, released_init
+from cosettle_cache.metrics.cycle import check_window
+from cosettle_cache.store import FeatureStore, SlotState
+from cosettle_cache.training.batches import (
+    EpochOrder,
+    Portion,
+    Replicas,
+    ShuffleShards,
+    Windows,
+    make_portions,
+    make_steps,
+    shuffle_samples,
+    warmed,
+)
+from cosettle_cache.training.learner import PRECISIONS
+from cosettle_cache.training.losses import find_regularizer
+from cosettle_cache.training.samples import JoinedSamples, make_samples
+from cosettle_cache.training.validate import HeldOut
+
+Value = str | int | float
+
+#: Settings that decide the stream of batches or how it is worked through: all members share them.
+STREAM_SETTINGS = frozenset(
+    {
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "precision",
+        "seed",
+        "order",
+        "shard_window",
+        "validation",
+        "palindrome",
+        "gap",
+        "checkpoint_every",
+    }
+)
+
+#: Type of every setting, and those that may differ between the members of a sweep.
+_KINDS: dict[str, Callable[[str], Value]] = {
+    name: type(value) for name, value in settings_json(TrainSettings()).items()
+}
+SWEEPABLE = tuple(name for name in _KINDS if name not in STREAM_SETTINGS)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A setting and the values that it takes."""
+
+    name: str
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One combination: its name (a folder; empty without axes) and its complete settings."""
+
+    name: str
+    settings: TrainSettings
+
+
+def parse_axis(text: str) -> Axis:
+    """Return the axis written as `name=value,value`; raise `UsageError` when it means nothing."""
+    name, _, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    _check_name(name)
+    parsed = tuple(_parse_value(name, value.strip()) for value in values.split(","))
+    if len(set(parsed)) < len(parsed):
+        raise UsageError(f"the sweep over {name} names a value twice", found=values)
+    return Axis(name, parsed)
+
+
+def make_members(settings: TrainSettings, axes: Sequence[Axis]) -> tuple[Member, ...]:
+    """Return all combinations of the axes' values, the last axis fastest."""
+    names = [axis.name for axis in axes]
+    if len(set(names)) < len(names):
+        raise UsageError("a setting is swept twice", found=", ".join(names))
+    changes: list[dict[str, Any]] = [
+        dict(zip(names, values, strict=True)) for values in product(*(axis.values for axis in axes))
+    ]
+    return tuple(Member(_name(change), replace(settings, **change)) for change in changes)
+
+
+def _name(change: dict[str, Value]) -> str:
+    return ",".join(f"{name}={_text(value)}" for name, value in change.items())
+
+
+def _text(value: Value) -> str:
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _check_name(name: str) -> None:
+    if name in STREAM_SETTINGS:
+        raise UsageError(
+            f"{name} cannot be swept: all members of a sweep learn from the same batches",
+            wanted=", ".join(SWEEPABLE),
+            found=name,
+            hint="train once per value, each with its own --out",
+        )
+    if name not in SWEEPABLE:
+        close = difflib.get_close_matches(name, SWEEPABLE, n=1)
+        hint = f"did you mean {close[0]}?" if close else None
+        raise UsageError(
+            "a sweep over an unknown setting", wanted=", ".join(SWEEPABLE), found=name, hint=hint
+        )
+
+
+def _parse_value(name: str, text: str) -> Value:
+    kind = _KINDS[name]
+    if kind is str or (name == "separability_weight" and text == "auto"):
+        return text
+    try:
+        value: Value = kind(text)
+    except ValueError as error:
+        raise UsageError(
+            f"{name} cannot be {text!r}", wanted=f"{kind.__name__} values", found=text
+        ) from error
+    return value
+
+
+#: Tokens of a sample over channels in the released setting: what the default separability weight is made for.
+RELEASED_TOKENS_PER_DIM = 588 / 768
+
+#: How an epoch is shuffled: all samples, or shards and then samples within a window of shards.
+ORDERS = ("samples", "shards")
+
+#: Numbers of the objective and the optimiser that are never negative, and what they stay below.
+_BOUNDS = {
+    **dict.fromkeys(("separability_weight", "gradient_ratio", "base_lr", "min_lr"), math.inf),
+    **dict.fromkeys(("weight_decay", "clip_gradient", "warmup_epochs", "temperature"), math.inf),
+    **dict.fromkeys(("beta1", "beta2"), 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The samples of some stores in the order of a run; `held_out` clips stay outside of it."""
+
+    stores: tuple[FeatureStore, ...]
+    settings: TrainSettings
+    samples: JoinedSamples
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """Which samples validation keeps for itself."""
+        return HeldOut(self.samples, self.settings.validation, self.settings.seed)
+
+    @cached_property
+    def shuffle_shards(self) -> ShuffleShards | None:
+        """The order by shards, if that was asked for."""
+        if self.settings.order != "shards":
+            return None
+        return ShuffleShards(self.samples.slots, self.settings.shard_window)
+
+    @cached_property
+    def order(self) -> EpochOrder:
+        """The batches of every epoch."""
+        return EpochOrder(
+            self.samples.epoch_ids,
+            self.settings.step_samples,
+            self.settings.seed,
+            self.shuffle_shards or shuffle_samples,
+            self.held_out if self.settings.validation else None,
+            self.samples.arrange if len(self.stores) > 1 else None,
+        )
+
+    def portions(self, start: int, replicas: Replicas) -> Iterator[Portion]:
+        """Yield this process's reads from step `start` on."""
+        steps = make_steps(self.order, self.settings.epochs, start)
+        portions = make_portions(steps, self.settings.accumulate, replicas.share)
+        if self.shuffle_shards is None:
+            return portions
+        return warmed(portions, Windows(self.order, self.shuffle_shards), self.samples.warm)
+
+    def capacity(self, replicas: Replicas) -> int:
+        """Return the size of the largest portion."""
+        share = math.ceil(max(map(len, self.order(0))) / replicas.count)
+        return math.ceil(share / self.settings.accumulate)
+
+    def origin(self, members: Sequence[Member]) -> dict[str, str]:
+        """Return what decides the parameters of a run; how often it saves does not."""
+        settings = {member.name or "settings": settings_json(member.settings) for member in members}
+        for document in settings.values():
+            del document["checkpoint_every"]
+        stores = {
+            f"store{number or ''}": store.fingerprint.to_json() for number, store in enumerate(self.stores)
+        }
+        return flat_text({**settings, **stores, "samples": self._samples_json()})
+
+    def _samples_json(self) -> dict[str, Any]:
+        """Return what says which samples the stores hold: they may have been half-written."""
+        rounds = [self.samples.epoch_ids(epoch) for epoch in range(self.samples.n_rounds)]
+        clips = self.samples.videos(rounds[0])
+        return {"n": sum(map(len, rounds)), "digest": digest([clips, [ids.tolist() for ids in rounds]])}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """What a run will do; `n_dropped` counts samples that fill no batch in the epochs that pass them by.
+
+    `batch_size` is samples per step, `read_bytes` the tokens of all samples, read once for all members.
+    """
+
+    members: tuple[str, ...]
+    n_clips: int
+    n_held_out: int
+    n_views: int
+    epochs: int
+    batch_size: int
+    n_steps: int
+    n_samples: int
+    n_dropped: int
+    grid: Grid
+    sample_shape: tuple[int, int, int, int]
+    lr: float
+    init: str
+    read_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def dim(self) -> int:
+        """Channels of a token."""
+        return self.sample_shape[-1]
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of a sample's tokens."""
+        return self.read_bytes // max(self.n_samples, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        lists = {name: list(getattr(self, name)) for name in ("members", "sample_shape", "warnings")}
+        return asdict(self) | {"grid": str(self.grid)} | lists
+
+
+def make_stream(stores: Sequence[FeatureStore], settings: TrainSettings) -> Stream:
+    """Return the stream of a run; raise what `make_samples` raises."""
+    return Stream(tuple(stores), settings, make_samples(stores, settings))
+
+
+def make_train_plan(
+    stores: FeatureStore | Sequence[FeatureStore], settings: TrainSettings, sweep: Sequence[Axis] = ()
+) -> TrainPlan:
+    """Return what `train` would do; raise what it would raise before its first step."""
+    stores = [stores] if isinstance(stores, FeatureStore) else stores
+    return plan_stream(make_stream(stores, settings), make_members(settings, sweep))
+
+
+def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:
+    """Return the plan of training `members` on `stream`."""
+    _check_stream_settings(stream.settings)
+    _, rows, cols, dim = shape = stream.samples.shape
+    for member in members:
+        _check_objective(member.settings, rows, cols)
+    epochs = range(stream.settings.epochs)
+    sizes = [[len(ids) for ids in stream.order(epoch)] for epoch in epochs]
+    if not all(sizes):
+        raise InputError("validation holds out every clip of this store", hint="lower --validation")
+    n_samples = sum(map(sum, sizes))
+    visited = sum(len(stream.order.visited(epoch)) for epoch in epochs)
+    return TrainPlan(
+        members=tuple(member.name for member in members),
+        n_clips=max(len(stream.samples.epoch_ids(epoch)) for epoch in epochs),
+        n_held_out=len(stream.held_out.ids) if stream.settings.validation else 0,
+        n_views=stream.samples.n_rounds,
+        epochs=stream.settings.epochs,
+        batch_size=max(map(max, sizes)),
+        n_steps=sum(map(len, sizes)),
+        n_samples=n_samples,
+        n_dropped=visited - n_samples,
+        grid=Grid(rows, cols),
+        sample_shape=shape,
+        lr=stream.settings.lr,
+        init=released_init(stream.stores[0].fingerprint.backbone),
+        read_bytes=n_samples * shape[0] * rows * cols * dim * 2,
+        warnings=tuple(_warnings(stream, members)),
+    )
+
+
+def _check_stream_settings(settings: TrainSettings) -> None:
+    if settings.order not in ORDERS:
+        raise UsageError("unknown order", wanted=" or ".join(ORDERS), found=settings.order)
+    if settings.precision not in PRECISIONS:
+        raise UsageError("unknown precision", wanted=" or ".join(PRECISIONS), found=settings.precision)
+    if not 0 <= settings.validation < 1:
+        raise UsageError("validation is a share of the clips", wanted="0 to 1", found=settings.validation)
+    if settings.palindrome < 2:
+        raise UsageError("a walk visits two frames or more", wanted="2 or more", found=settings.palindrome)
+
+
+def _check_objective(settings: TrainSettings, rows: int, cols: int) -> None:
+    check_trainable(settings.head)
+    find_regularizer(settings.regularizer, settings.reduction)
+    check_window(rows, cols, settings.window)
+    if not settings.temperature > 0:
+        raise UsageError("the temperature divides cosines", wanted="above 0", found=settings.temperature)
+    for name, bound in _BOUNDS.items():
+        value = getattr(settings, name)
+        if value != "auto" and not (math.isfinite(value) and 0 <= value < bound):
+            wanted = "a number, 0 or above" if math.isinf(bound) else f"a number from 0 to below {bound:g}"
+            raise UsageError(f"no such {name}", wanted=wanted, found=value)
+
+
+def _warnings(stream: Stream, members: Sequence[Member]) -> Iterator[str]:
+    settings = stream.settings
+    yield from dict.fromkeys(w for member in members for w in _weight_warnings(stream, member.settings))
+    smallest = min(len(stream.order.visited(epoch)) for epoch in range(settings.epochs))
+    if smallest < settings.step_samples:
+        yield (
+            f"a view set has {smallest} samples, fewer than the batch of {settings.step_samples}: each is "
+            f"one step, {settings.epochs} steps in all, at the learning rate of the full batch"
+        )
+    for warmup in sorted({member.settings.warmup_epochs for member in members}):
+        if settings.epochs <= warmup:
+            yield f"the warm-up of {warmup:g} epochs is never left in {settings.epochs} epochs"
+    if settings.validation and len(stream.held_out.ids) < 2:
+        yield f"validation holds out {len(stream.held_out.ids)} clips, too few to compare with each other"
+    for store in stream.stores:
+        states = store.slot_states()
+        todo, failed = states.get(SlotState.TODO, 0), states.get(SlotState.FAILED, 0)
+        if todo or failed:
+            yield f"the store is not complete: {todo} slots to do, {failed} with failed clips"
+
+
+def _weight_warnings(stream: Stream, settings: TrainSettings) -> Iterator[str]:
+    views, rows, cols, dim = stream.samples.shape
+    ratio = views * rows * cols / dim / RELEASED_TOKENS_PER_DIM
+    weight = settings.separability_weight
+    released = settings.regularizer == "kl" and settings.reduction == "released"
+    if released and weight != "auto" and abs(ratio - 1) > 0.01:
+        yield (
+            f"the separability weight acts {ratio:.3g} times as strongly on these tokens as on the released "
+            f"588 of 768 channels; {weight / ratio:.3g} would act as {weight:.3g} did there"
+        )
