@@ -9,7 +9,19 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cosettle_cache.cli import analyze, extract, lists, manifest, propagate, recipes, report, store, train
+from cosettle_cache.cli import (
+    analyze,
+    extract,
+    lists,
+    manifest,
+    propagate,
+    recipes,
+    report,
+    score,
+    store,
+    track,
+    train,
+)
 from cosettle_cache.cli.options import exits
 
 # Before any OpenMP runtime loads: waiting threads sleep instead of spinning. On a machine of one's own it
@@ -68,9 +80,9 @@ app.command()(exits(extract.extract))
 app.command()(exits(train.train))
 app.command()(exits(lists.protocols))
 app.command()(exits(propagate.propagate))
-app.command()(exits(propagate.track))
+app.command()(exits(track.track))
 app.command()(exits(analyze.pca))
-app.command()(exits(propagate.score))
+app.command()(exits(score.score))
 app.command()(exits(analyze.analyze))
 app.command()(exits(report.report))
 app.command()(exits(analyze.probe))

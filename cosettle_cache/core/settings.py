@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from cosettle_cache.core.types import Fingerprint, Provenance
+
 #: Environment variable that names the data root when `--data-root` is absent.
 DATA_ROOT_VARIABLE = "COSETTLE_DATA"
 
@@ -216,6 +218,21 @@ def settings_json(
 def package_versions(*others: str) -> dict[str, str]:
     """Return the versions of the packages that can move a number, and of `others`."""
     return {name: _version(name) for name in (*VERSIONED_PACKAGES, *others)}
+
+
+def make_provenance(
+    stage: str, dataset: str, fingerprint: Fingerprint, projection_sha256: str = ""
+) -> Provenance:
+    """Return where the figures of `stage` (the name of a command) on a store's tokens come from."""
+    versions = {"extract": dict(fingerprint.versions), stage: package_versions()}
+    return Provenance(
+        dataset,
+        fingerprint.manifest_digest,
+        fingerprint.backbone,
+        fingerprint.weights_sha256,
+        projection_sha256,
+        json.dumps(versions, sort_keys=True),
+    )
 
 
 def _version(name: str) -> str:

@@ -292,6 +292,22 @@ class EvalProtocol:
 
 
 @dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a figure comes from, made by `core.settings.make_provenance`; every row of a table carries it.
+
+    The encoder's fields are empty where nobody knows how predictions were made, `projection_sha256` where
+    tokens are raw.
+    """
+
+    dataset: str
+    manifest_digest: str
+    backbone: str
+    weights_sha256: str
+    projection_sha256: str
+    versions_json: str
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """One scored thing under one protocol: an object (J&F), a clip's parts (mIoU), joints (PCK), points (AJ).
 
