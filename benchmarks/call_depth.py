@@ -2,9 +2,9 @@
 
     python benchmarks/call_depth.py
 
-Runs `extract`, `train` and `propagate` on the built-in clips with a random encoder in a temporary folder, and
-prints for each the calls on the stack when the encoder, the loss, and the writer of the first PNG are entered.
-Frames of other packages and comprehensions are not counted.
+Runs `extract`, `train` and `propagate` on the built-in clips with a random encoder in a temporary folder. For
+each it prints the calls on the stack when the encoder, the loss or the writer of the first PNG is entered;
+other packages' functions and comprehensions are not counted.
 """
 
 from __future__ import annotations
