@@ -110,14 +110,22 @@ def exits(command: Callable[..., int | None]) -> Callable[..., None]:
     """Make a typer command of a function: settings become options, results and known errors exit codes.
 
     A parameter whose type is a settings class is replaced by one option per field that `setting` made, and
-     `command` is called with the object.
+    `command` is called with the object.
     """
     signature = inspect.signature(command, eval_str=True)
     classes = {p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)}
 
     @functools.wraps(command)
     def wrapped(*given: Any, **values: Any) -> None:
-        raise typer.Exit(_run(lambda: command(*given, **_settings(classes, values))))
+        try:
+            code = int(command(*given, **_settings(classes, values)) or ExitCode.DONE)
+        except CosettleError as error:
+            Talk().error(error)
+            code = int(error.exit_code)
+        except KeyboardInterrupt:
+            Talk().warn("interrupted")
+            code = int(ExitCode.INTERRUPTED)
+        raise typer.Exit(code)
 
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
@@ -160,14 +168,3 @@ def _settings(classes: Mapping[str, Any], values: dict[str, Any]) -> dict[str, A
                 typed[item.name] = value if parse is None else parse(value)
         values[name] = settings(**typed)
     return values
-
-
-def _run(command: Callable[[], int | None]) -> int:
-    try:
-        return int(command() or ExitCode.DONE)
-    except CosettleError as error:
-        Talk().error(error)
-        return int(error.exit_code)
-    except KeyboardInterrupt:
-        Talk().warn("interrupted")
-        return int(ExitCode.INTERRUPTED)
