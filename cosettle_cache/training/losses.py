@@ -1,8 +1,8 @@
 """Co-Settle's objective: tokens and a projection in, named loss terms out.
 
-A sample is several encodings (views) of one clip, as released plain a, plain b, shifted a. Where the released
-code and the paper (arXiv 2603.26597) differ, both stand here as reductions (docs/training.md). The gradient in
-the projected tokens is written by hand, which takes fewer passes over them than automatic differentiation.
+A sample is several encodings (views) of one clip, as released plain a, plain b, shifted a. Where released
+code and paper (arXiv 2603.26597) differ, both stand here as reductions (docs/training.md). The gradient in
+the projected tokens is written by hand, in fewer passes over them than automatic differentiation takes.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def transfer_loss(
     return LossTerms(total, cycle, separability, *monitored)
 
 
-#: A separability loss: (unit projected tokens, tokens of the encoder, reduction) -> the loss; or the loss and a
-#: function that computes its gradient in the first as a new tensor, where that is cheaper than autograd.
+#: A separability loss: (unit projected tokens, tokens of the encoder, reduction) -> the loss; or, where that
+#: is cheaper than autograd, the loss and a function that computes its gradient in the first as a new tensor.
 Regularizer = Callable[[Tensor, Originals, str], Tensor | tuple[Tensor, Callable[[], Tensor]]]
 
 
@@ -211,7 +211,7 @@ class _Losses(torch.autograd.Function):
         return cycle.detach(), separability.detach(), transition
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, d_cycle: Tensor | None, d_separability: Tensor | None, _: None
     ) -> tuple[Tensor, None, None]:

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.encoders.checkpoints import read_checkpoint
+from cosettle_cache.heads import HEADS, check_trainable
 from cosettle_cache.heads.projection import (
-    HEADS,
     INITS,
     Projection,
-    check_trainable,
     describe_projection,
     export_projection,
     load_projection,
