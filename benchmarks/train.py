@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from cosettle_cache.training.objective import Originals
 from store_bench import make_writer
 
 from cosettle_cache.core.console import Talk
@@ -38,7 +39,6 @@ from cosettle_cache.store.plan import make_plan
 from cosettle_cache.training.batches import Batch, BatchRing, Ids, Portion, SampleSource, Step
 from cosettle_cache.training.learner import Learner, Trainer
 from cosettle_cache.training.losses import LossTerms, transfer_loss
-from cosettle_cache.training.objective import Originals
 from cosettle_cache.training.samples import make_samples
 
 SHAPE = (3, 14, 14, 768)

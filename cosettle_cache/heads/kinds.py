@@ -1,8 +1,6 @@
 """Kinds of tokens that are measured side by side: raw, and through each projection.
 
-Projections with names come in; what turns stored tokens into those of each kind goes out.
-
-Projections as commands take them: files, their names in tables, and whether they fit a store.
+Projections with names, or their files, come in; what turns stored tokens into those of each kind goes out.
 """
 
 from __future__ import annotations
@@ -19,14 +17,22 @@ from torch import Tensor
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError, UsageError
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.heads.projection import Projection, load_projection, projection_sha256, save_projection
+from cosettle_cache.heads.projection import (
+    Projection,
+    load_projection,
+    projection_sha256,
+    read_provenance,
+    save_projection,
+)
 
 if TYPE_CHECKING:
     from cosettle_cache.store import FeatureStore
 
-
 #: Name of the tokens as the encoder gave them, beside the projections' names.
 RAW = "raw"
+
+#: Where `train` leaves its result when nothing else is said.
+DEFAULT_PROJECTION = Path("runs/store/projection.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +103,12 @@ def make_kinds(
     return [TokenKind(RAW, None, ""), *heads]
 
 
-#: Where `train` leaves its result when nothing else is said.
-DEFAULT_PROJECTION = Path("runs/store/projection.safetensors")
-
-
 def load_heads(paths: Sequence[Path], store: FeatureStore) -> list[tuple[str, Projection]]:
     """Return name and projection of every file.
 
     Raises `CheckpointError` for what is none or of another width, `FingerprintError` for one of another
     encoder.
     """
-    from cosettle_cache.heads.projection import load_projection
-
     for path in paths:
         check_encoder(path, store)
     dim = store.arrays[0].n_channels
@@ -130,14 +130,13 @@ def default_projection(store: FeatureStore, talk: Talk) -> list[Path]:
 
 def check_encoder(path: Path, store: FeatureStore) -> None:
     """Raise `FingerprintError` when our own file says that it was trained on another encoder's tokens."""
-    from cosettle_cache.heads.projection import read_provenance
-
-    trained_on = read_provenance(path).get("weights_sha256", store.fingerprint.weights_sha256)
+    origin = read_provenance(path)
+    trained_on = origin.get("weights_sha256", store.fingerprint.weights_sha256)
     if trained_on != store.fingerprint.weights_sha256:
         raise FingerprintError(
             f"{path} was trained on tokens of another encoder than {store.path} holds",
             wanted=f"weights {store.fingerprint.weights_sha256[:12]} ({store.fingerprint.backbone})",
-            found=f"weights {trained_on[:12]} ({read_provenance(path).get('backbone', 'unknown')})",
+            found=f"weights {trained_on[:12]} ({origin.get('backbone', 'unknown')})",
         )
 
 

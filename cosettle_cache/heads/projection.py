@@ -1,4 +1,4 @@
-"""The heads: what they compute, how they start, how they lie on disk and what identifies them.
+"""Projections: what they compute, how they start, how they lie on disk and what identifies them.
 
 Tokens `[... dim]` go in and come out. Files are our own safetensors with provenance, or checkpoints of the
 authors, into whose layout a projection can also be exported.
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import write_durably
+from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head
 
 #: Key of the safetensors metadata under which our own files keep one JSON document. One key, because
 #: safetensors writes several in random order and equal projections shall give equal files.
@@ -32,52 +34,33 @@ METADATA_KEY = "cosettle-cache.projection.1"
 FORMATS = ("cosettle",)
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Linear maps with Tanh between them, Tanh after the last one if `final_tanh`, then LayerNorm.
-
-    A `bare` head is one matrix alone, without bias, Tanh or LayerNorm. It is computed, not trained.
-    """
-
-    n_linears: int
-    final_tanh: bool
-    bare: bool = False
-
-
-#: `linear`, `mlp2`, `mlp3` as released; `affine` is the paper's map, without Tanh (PROTOCOLS 7.1.5);
-#: `spectral` is the g(z) = Wz of the paper's analysis, in closed form (docs/objective.md).
-HEADS: Mapping[str, Head] = {
-    "linear": Head(1, final_tanh=True),
-    "affine": Head(1, final_tanh=False),
-    "mlp2": Head(2, final_tanh=False),
-    "mlp3": Head(3, final_tanh=False),
-    "spectral": Head(1, final_tanh=False, bare=True),
-}
-
-
-#: The heads of the authors' checkpoints, by the number of linear maps, which is all that tells them apart.
-AUTHORS_HEADS: Mapping[int, str] = {1: "linear", 2: "mlp2", 3: "mlp3"}
+#: Gives a linear map its first values.
+Init = Callable[[Any, Generator], None]
 
 
 class Projection(nn.Module):
     """A per-token map of `dim` channels to `dim` channels.
 
     The weights are drawn from `seed` alone by the rule named `init` (`released_init` knows a backbone's);
-    LayerNorm starts as the identity, and so does a bare head, which draws nothing.
+    LayerNorm starts as the identity, and so does a head in closed form, which draws nothing.
     """
 
     def __init__(self, dim: int, head: str = "linear", *, init: str = "trunc_normal", seed: int = 0) -> None:
         super().__init__()
         self.dim, self.head = dim, head
-        shape = find_head(head)
-        self._final_tanh = shape.final_tanh
-        linears = [_make_linear(dim, bias=not shape.bare) for _ in range(shape.n_linears)]
+        row = find_head(head)
+        self._final_tanh = row.final_tanh
+        # Built without values: PyTorch's own initialisation would draw from (and move) the global generator.
+        self.linears = nn.ModuleList(
+            nn.Linear(dim, dim, bias=not row.closed_form, device="meta").to_empty(device="cpu")
+            for _ in range(row.n_linears)
+        )
+        self.norm = nn.Identity() if row.closed_form else nn.LayerNorm(dim)
+        start: Init = _identity if row.closed_form else find_init(init)
         generator = torch.Generator().manual_seed(seed)
-        start = _init_identity if shape.bare else find_init(init)
-        for linear in linears:
-            start(linear, generator)
-        self.linears = nn.ModuleList(linears)
-        self.norm = nn.Identity() if shape.bare else nn.LayerNorm(dim)
+        with torch.no_grad():
+            for linear in self.linears:
+                start(linear, generator)
 
     def forward(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
         """Project every token on its own."""
@@ -97,70 +80,39 @@ def _map(linear: nn.Linear, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor
     That goes to oneDNN, which uses AVX-512 on any CPU that has it; the library behind `linear` does not on
     some, and takes twice as long.
     """
-    if not _is_convolved(tokens):
+    convolve = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and tokens.numel() > 0
+    if not convolve or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
         return F.linear(tokens, linear.weight, linear.bias)
     images = tokens.reshape(1, -1, 1, linear.in_features).permute(0, 3, 1, 2)
     mapped = F.conv2d(images, linear.weight[:, :, None, None], linear.bias)
     return mapped.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], linear.out_features)
 
 
-def _is_convolved(tokens: Tensor) -> bool:
-    is_plain = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and tokens.numel() > 0
-    return is_plain and bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
-
-
-def _make_linear(dim: int, *, bias: bool) -> nn.Linear:
-    # Built without values: PyTorch's own initialisation would draw from (and move) the global generator.
-    return nn.Linear(dim, dim, bias=bias, device="meta").to_empty(device="cpu")
-
-
-def find_head(name: str) -> Head:
-    """Return the head called `name`; raise `UsageError` when there is none."""
-    if name not in HEADS:
-        raise UsageError("unknown head", wanted=" or ".join(HEADS), found=name)
-    return HEADS[name]
-
-
-def check_trainable(name: str) -> None:
-    """Raise `UsageError` for an unknown head and for one that is computed instead of trained."""
-    if find_head(name).bare:
-        raise UsageError(
-            f"the head {name} is computed, not trained",
-            wanted=" or ".join(head for head, shape in HEADS.items() if not shape.bare),
-            found=name,
-            hint="cosettle-cache projection fit --features STORE computes it",
-        )
-
-
-@torch.no_grad()
-def _init_trunc_normal(linear: nn.Linear, generator: Generator) -> None:
+def _trunc_normal(linear: nn.Linear, generator: Generator) -> None:
     nn.init.trunc_normal_(linear.weight, std=0.02, generator=generator)
     nn.init.zeros_(linear.bias)
 
 
-@torch.no_grad()
-def _init_xavier_uniform(linear: nn.Linear, generator: Generator) -> None:
+def _xavier_uniform(linear: nn.Linear, generator: Generator) -> None:
     nn.init.xavier_uniform_(linear.weight, generator=generator)
     nn.init.zeros_(linear.bias)
 
 
-@torch.no_grad()
-def _init_pytorch(linear: nn.Linear, generator: Generator) -> None:
+def _pytorch(linear: nn.Linear, generator: Generator) -> None:
     bound = 1 / math.sqrt(linear.in_features)
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
     nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
 
 
-@torch.no_grad()
-def _init_identity(linear: nn.Linear, generator: Generator) -> None:
+def _identity(linear: nn.Linear, generator: Generator) -> None:
     nn.init.eye_(linear.weight)
 
 
 #: How a head can start: truncated normal (0.02), Xavier uniform, or PyTorch's own rule.
-INITS: Mapping[str, Callable[[nn.Linear, Generator], None]] = {
-    "trunc_normal": _init_trunc_normal,
-    "xavier_uniform": _init_xavier_uniform,
-    "pytorch": _init_pytorch,
+INITS: Mapping[str, Init] = {
+    "trunc_normal": _trunc_normal,
+    "xavier_uniform": _xavier_uniform,
+    "pytorch": _pytorch,
 }
 
 _INIT_BY_FAMILY = {"mae": "xavier_uniform", "mocov3": "xavier_uniform", "clip": "pytorch"}
@@ -172,7 +124,7 @@ def released_init(backbone: str) -> str:
     return _INIT_BY_FAMILY.get(family, "trunc_normal")
 
 
-def find_init(name: str) -> Callable[[nn.Linear, Generator], None]:
+def find_init(name: str) -> Init:
     """Return the initialisation called `name`; raise `UsageError` when there is none."""
     if name not in INITS:
         raise UsageError("unknown init", wanted=" or ".join(INITS), found=name)
@@ -188,15 +140,15 @@ def projection_sha256(projection: Projection) -> str:
     return sha.hexdigest()
 
 
-def save_projection(path: Path, projection: Projection, provenance: Mapping[str, str]) -> None:
+def save_projection(path: str | Path, projection: Projection, provenance: Mapping[str, str]) -> None:
     """Write our own file: float32 tensors, the head, and where they come from; equal inputs, equal bytes."""
     tensors = {name: tensor.float().cpu().contiguous() for name, tensor in projection.state_dict().items()}
     document = {"head": projection.head, "provenance": dict(provenance)}
     metadata = {METADATA_KEY: json.dumps(document, sort_keys=True)}
-    write_durably(path, [safetensors.torch.save(tensors, metadata)])
+    write_durably(Path(path), [safetensors.torch.save(tensors, metadata)])
 
 
-def load_projection(path: Path, *, dim: int | None = None) -> Projection:
+def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
     """Return the projection in our own file or in a checkpoint of the authors, on the CPU, ready for use.
 
     Raises `CheckpointError` when the file holds none, or one of another width than `dim` where that is given.
@@ -205,17 +157,25 @@ def load_projection(path: Path, *, dim: int | None = None) -> Projection:
     if document is None:
         head, tensors = _from_authors(path)
     else:
-        head, tensors = document.head, safetensors.torch.load_file(path)
-    projection = _assemble(path, head, tensors)
+        head, tensors = document["head"], safetensors.torch.load_file(path)
+    first = tensors.get("linears.0.weight")
+    if first is None or first.ndim != 2 or head not in HEADS:
+        raise CheckpointError(f"{path} holds no projection", wanted="a head and its linear maps", found=head)
+    projection = Projection(first.shape[1], head)
+    wanted = {name: tuple(tensor.shape) for name, tensor in projection.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        raise CheckpointError(f"{path} does not fit the {head} head", wanted=wanted, found=found)
     if dim is not None and projection.dim != dim:
         raise CheckpointError(f"{path} projects tokens of another width", wanted=dim, found=projection.dim)
+    projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return projection.eval()
 
 
-def read_provenance(path: Path) -> dict[str, str]:
+def read_provenance(path: str | Path) -> dict[str, str]:
     """Return what `save_projection` was told of the projection's origin; empty for the authors' files."""
     document = _read_document(path)
-    return {} if document is None else dict(document.provenance)
+    return {} if document is None else dict(document["provenance"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +201,7 @@ class ProjectionInfo:
     provenance: Mapping[str, str]
 
 
-def describe_projection(path: Path) -> ProjectionInfo:
+def describe_projection(path: str | Path) -> ProjectionInfo:
     """Return what is in our own file or in a checkpoint of the authors."""
     projection = load_projection(path)
     matrices = [item for item in projection.parameters() if item.ndim == 2]
@@ -264,7 +224,7 @@ def _singular_values(matrix: Tensor) -> SingularValues:
     return SingularValues(values[0].item(), values.median().item(), values[-1].item(), rank)
 
 
-def export_projection(path_in: Path, path_out: Path, format: str = "cosettle") -> None:
+def export_projection(path_in: str | Path, path_out: str | Path, format: str = "cosettle") -> None:
     """Write the projection of one file in another layout, the projection alone; the values stay bit for bit.
 
     `cosettle` is the authors' checkpoint: a dictionary whose `model` holds the tensors by their names. Raises
@@ -272,18 +232,18 @@ def export_projection(path_in: Path, path_out: Path, format: str = "cosettle") -
     """
     buffer = io.BytesIO()
     torch.save({"model": exported_tensors(path_in, format)}, buffer)
-    write_durably(path_out, [buffer.getbuffer()])
+    write_durably(Path(path_out), [buffer.getbuffer()])
 
 
-def exported_tensors(path: Path, format: str = "cosettle") -> dict[str, Tensor]:
+def exported_tensors(path: str | Path, format: str = "cosettle") -> dict[str, Tensor]:
     """Return the tensors that `export_projection` would write, by their names there."""
     if format not in FORMATS:
         raise UsageError(f"there is no layout {format!r}", wanted=" or ".join(FORMATS), found=format)
     projection = load_projection(path)
-    if projection.head not in AUTHORS_HEADS.values():
+    if not HEADS[projection.head].released:
         raise CheckpointError(
             f"{path} holds the head {projection.head}, which the authors' layout cannot tell from theirs",
-            wanted=" or ".join(AUTHORS_HEADS.values()),
+            wanted=" or ".join(RELEASED_HEADS.values()),
             found=projection.head,
             hint="load it with cosettle_cache.load_projection, or train one of these heads",
         )
@@ -296,45 +256,18 @@ def exported_tensors(path: Path, format: str = "cosettle") -> dict[str, Tensor]:
 
 
 def _authors_name(name: str, several: bool) -> str:
-    """The inverse of `_our_name`; a map that is alone has no number."""
+    """`linears.1.bias` is `adapter_linear2.bias`, `norm.bias` is `adapter_layer_norm1.bias`.
+
+    A linear map that is alone has no number.
+    """
     if name.startswith("norm."):
         return f"adapter_layer_norm1.{name.removeprefix('norm.')}"
     _, number, leaf = name.split(".")
     return f"adapter_linear{int(number) + 1 if several else ''}.{leaf}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Document:
-    head: str
-    provenance: Mapping[str, str]
-
-
-def _read_document(path: Path) -> _Document | None:
-    """Return what our own file says of itself, or None for any other file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist", wanted="a projection or a checkpoint")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except safetensors.SafetensorError:
-        return None
-    return None if text is None else _Document(**json.loads(text))
-
-
-def _from_authors(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return head and tensors under our names; one linear map means `linear`, which is what was released."""
-    from cosettle_cache.encoders.checkpoints import adapter_tensors
-
-    tensors = {_our_name(name): tensor for name, tensor in adapter_tensors(path).items()}
-    n_linears = sum(name.startswith("linears.") and name.endswith(".weight") for name in tensors)
-    head = AUTHORS_HEADS.get(n_linears)
-    if head is None:
-        raise CheckpointError(f"{path} holds no projection", wanted="one to three adapter_linear tensors")
-    return head, tensors
-
-
 def _our_name(name: str) -> str:
-    """`adapter_linear2.bias` is `linears.1.bias`, `adapter_layer_norm1.bias` is `norm.bias`."""
+    """Return the inverse of `_authors_name`."""
     module, _, leaf = name.rpartition(".")
     if module == "adapter_layer_norm1":
         return f"norm.{leaf}"
@@ -342,14 +275,24 @@ def _our_name(name: str) -> str:
     return f"linears.{int(number) - 1}.{leaf}" if number.isdigit() else name
 
 
-def _assemble(path: Path, head: str, tensors: Mapping[str, Tensor]) -> Projection:
-    first = tensors.get("linears.0.weight")
-    if first is None or first.ndim != 2 or head not in HEADS:
-        raise CheckpointError(f"{path} holds no projection", wanted="a head and its linear maps", found=head)
-    projection = Projection(first.shape[1], head)
-    wanted = {name: tuple(tensor.shape) for name, tensor in projection.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != found:
-        raise CheckpointError(f"{path} does not fit the {head} head", wanted=wanted, found=found)
-    projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return projection
+def _read_document(path: str | Path) -> Mapping[str, Any] | None:
+    """Return what our own file says of itself (`head`, `provenance`), or None for any other file."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} does not exist", wanted="a projection or a checkpoint")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except safetensors.SafetensorError:
+        return None
+    return None if text is None else json.loads(text)
+
+
+def _from_authors(path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Return head and tensors under our names; one linear map means `linear`, which is what was released."""
+    from cosettle_cache.encoders.checkpoints import adapter_tensors
+
+    tensors = {_our_name(name): tensor for name, tensor in adapter_tensors(Path(path)).items()}
+    n_linears = sum(name.startswith("linears.") and name.endswith(".weight") for name in tensors)
+    if n_linears not in RELEASED_HEADS:
+        raise CheckpointError(f"{path} holds no projection", wanted="one to three adapter_linear tensors")
+    return RELEASED_HEADS[n_linears], tensors

@@ -16,7 +16,6 @@ from cosettle_cache.core.errors import UsageError
 #: Added to a cycle's probabilities before the logarithm (released code).
 PROBABILITY_FLOOR = 1e-6
 
-
 #: Views of a sample in the order in which the released walk visits them.
 RELEASED_WALK = (0, 1, 2)
 
@@ -69,9 +68,29 @@ def _step(start: Tensor, end: Tensor, temperature: float) -> Tensor:
     return (start @ end.mT / temperature).softmax(-1)
 
 
+def cycle_loss(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
+    """Return the cross entropy of log(P + 1e-6) with the start of each walk, its mean over n * token walks.
+
+    As released (PROTOCOLS 7.1.2). Chance is ln(token).
+    """
+    return F.cross_entropy((transition + PROBABILITY_FLOOR).log().flatten(0, 1), _starts(transition))
+
+
 def cycle_accuracy(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
     """Return the share of walks that most probably end where they started."""
     return (transition.argmax(-1).flatten() == _starts(transition)).float().mean()
+
+
+def identity_cosine(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
+    """Return the cosine of the flattened batch of transitions with as many identity matrices."""
+    n, token, _ = transition.shape
+    trace = transition.diagonal(dim1=1, dim2=2).sum()
+    return trace / (transition.square().sum() * n * token).sqrt()
+
+
+def return_probability(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:
+    """Return the mean probability that a walk ends where it started (chance: one over the tokens)."""
+    return transition.diagonal(dim1=1, dim2=2).mean()
 
 
 def _starts(transition: Tensor) -> Tensor:

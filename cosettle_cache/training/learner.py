@@ -19,8 +19,7 @@ from cosettle_cache.core.settings import TrainSettings
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.training.batches import ALONE, Batch, Replicas, Step
 from cosettle_cache.training.log import StepFigures
-from cosettle_cache.training.losses import LossTerms
-from cosettle_cache.training.objective import Originals, fast_transfer_loss
+from cosettle_cache.training.losses import LossTerms, Originals, transfer_loss
 from cosettle_cache.training.samples import walk_of
 
 #: Bytes of float32 tokens that go through the objective at a time; gradients add up over the parts of a
@@ -125,8 +124,8 @@ class Learner:
     def terms(self, originals: Originals) -> LossTerms:
         """Return the objective of a part; with an automatic weight its parts alone count."""
         weight = 1.0 if self.settings.separability_weight == "auto" else self.settings.separability_weight
-        return fast_transfer_loss(
-            self.project(originals.tokens),
+        return transfer_loss(
+            self.project,
             originals,
             temperature=self.settings.temperature,
             separability_weight=weight,

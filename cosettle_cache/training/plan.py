@@ -22,7 +22,8 @@ from typing import Any
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.settings import TrainSettings, digest, flat_text, settings_json
 from cosettle_cache.core.types import Grid
-from cosettle_cache.heads.projection import check_trainable, released_init
+from cosettle_cache.heads import check_trainable
+from cosettle_cache.heads.projection import released_init
 from cosettle_cache.metrics.cycle import check_window
 from cosettle_cache.store import FeatureStore, SlotState
 from cosettle_cache.training.batches import (

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from cosettle_cache.training.batches import Ids
 from cosettle_cache.training.learner import Learner
 from cosettle_cache.training.log import ValidationFigures
-from cosettle_cache.training.objective import Originals
+from cosettle_cache.training.losses import Originals
 from cosettle_cache.training.samples import Samples
 
 #: Clips that are read and compared with each other at a time; distances are of pairs among them.

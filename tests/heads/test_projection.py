@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.encoders.checkpoints import read_checkpoint
+from cosettle_cache.heads import HEADS, check_trainable
 from cosettle_cache.heads.projection import (
-    HEADS,
     INITS,
     Projection,
-    check_trainable,
     describe_projection,
     export_projection,
     load_projection,
@@ -219,3 +219,16 @@ def test_description_of_a_file(tmp_path: Path) -> None:
     values = info.singular_values[0]
     assert (values.largest, values.smallest, values.rank) == (3.0, 0.0, 3)
     assert info.provenance == {"backbone": "dino_b"}
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5, 5), (0, 5)])
+def test_a_linear_map_as_a_convolution(shape: tuple[int, ...]) -> None:
+    head = Projection(5, "affine", init="pytorch")
+    tokens = torch.randn(*shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    linear = F.linear(tokens, head.linears[0].weight, head.linears[0].bias)
+    wanted = F.layer_norm(linear, (5,))
+    assert torch.allclose(head(tokens), wanted, atol=1e-6)
+    wanted_inputs = torch.autograd.grad(wanted.square().sum(), tokens)[0]
+    assert torch.allclose(
+        torch.autograd.grad(head(tokens).square().sum(), tokens)[0], wanted_inputs, atol=1e-5
+    )

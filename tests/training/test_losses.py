@@ -1,8 +1,9 @@
-"""The objective against a plain loop, and against the released code's values."""
+"""The objective against a plain loop, its plain definition and the released code's values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_losses import SEPARABILITIES, plain_transfer_loss
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, smooth_l1_loss
 
 from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import PositionShift
@@ -24,12 +26,18 @@ from cosettle_cache.heads.projection import Projection, load_projection
 from cosettle_cache.metrics.cycle import cycle_transition, pool_tokens
 from cosettle_cache.training.losses import (
     REDUCTIONS,
-    cosine_separability,
-    find_regularizer,
-    kl_separability,
-    token_mean_kl_separability,
+    REGULARIZERS,
+    LossTerms,
+    Originals,
     transfer_loss,
 )
+from cosettle_cache.training.samples import walk_of
+
+
+def separability(name: str, projected: Tensor, original: Tensor, reduction: str = "released") -> float:
+    """Return the separability loss of unit tokens."""
+    value, _ = REGULARIZERS[name](projected, Originals(original), reduction)
+    return value.item()
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -97,16 +105,6 @@ def test_cycle_accuracy_counts_walks_that_return() -> None:
     assert transfer_loss(lambda x: x, tokens, window=1).cycle_accuracy.item() == 0.0
 
 
-def test_kl_sums_over_tokens_and_is_nearly_a_cosine_distance() -> None:
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randn(2, 1, 3, 14, 14, 768, generator=generator, dtype=torch.float64)
-    first, second = torch.nn.functional.normalize(tokens, dim=-1)
-    cosine = (first * second).sum(-1).mean().item()
-    forward, backward = kl_separability(second, first).item(), kl_separability(first, second).item()
-    assert forward == pytest.approx(588 / 768 * (1 - cosine), rel=2e-3)
-    assert backward == pytest.approx(forward, rel=1e-3)
-
-
 def two_sides(dim: int = 768, side: int = 14) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randn(2, 2, 3, side, side, dim, generator=generator, dtype=torch.float64)
@@ -114,21 +112,28 @@ def two_sides(dim: int = 768, side: int = 14) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def test_kl_sums_over_tokens_and_is_nearly_a_cosine_distance() -> None:
+    first, second = two_sides()
+    cosine = (first * second).sum(-1).mean().item()
+    forward, backward = separability("kl", second, first), separability("kl", first, second)
+    assert forward == pytest.approx(588 / 768 * (1 - cosine), rel=2e-3)
+    assert backward == pytest.approx(forward, rel=1e-3)
+
+
 def test_the_cosine_regulariser_acts_as_strongly_as_the_kl_divergence() -> None:
     original, projected = two_sides()
     for reduction in REDUCTIONS:
-        kl, cosine = (find_regularizer(name, reduction) for name in ("kl", "cosine"))
-        assert cosine(projected, original).item() == pytest.approx(kl(projected, original).item(), rel=2e-3)
+        kl, cosine = (separability(name, projected, original, reduction) for name in ("kl", "cosine"))
+        assert cosine == pytest.approx(kl, rel=2e-3)
     distance = 1 - (projected * original).sum(-1).mean().item()
-    assert cosine_separability(projected, original).item() == pytest.approx(588 / 768 * distance, rel=1e-9)
-    mse = find_regularizer("mse")(projected, original).item()
-    assert mse == pytest.approx(2 / 768 * distance, rel=1e-9)
+    assert separability("cosine", projected, original) == pytest.approx(588 / 768 * distance, rel=1e-9)
+    assert separability("mse", projected, original) == pytest.approx(2 / 768 * distance, rel=1e-9)
 
 
 def test_the_papers_reduction_is_588_times_weaker_and_its_cycle_is_a_sum() -> None:
     original, projected = two_sides()
-    literal = token_mean_kl_separability(projected, original).item()
-    assert kl_separability(original, projected).item() == pytest.approx(588 * literal, rel=1e-9)
+    literal = separability("kl", projected, original, "token-mean")
+    assert separability("kl", original, projected) == pytest.approx(588 * literal, rel=1e-9)
     p, z = (softmax(side.numpy()) for side in (projected, original))
     assert literal == pytest.approx((p * np.log(p / z)).sum(-1).mean(), rel=1e-9)
     samples = torch.randn(2, 3, 4, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -205,10 +210,98 @@ def test_window_must_divide_the_grid(window: int) -> None:
 
 
 def test_unknown_regularizer_is_named() -> None:
-    with pytest.raises(UsageError, match="unknown regulariser"):
+    with pytest.raises(UsageError, match="unknown regulariser") as raised:
         transfer_loss(lambda x: x, torch.ones(1, 3, 2, 2, 2), regularizer="l1")
+    assert raised.value.wanted == " or ".join(REGULARIZERS)
     with pytest.raises(UsageError, match="unknown reduction"):
         transfer_loss(lambda x: x, torch.ones(1, 3, 2, 2, 2), reduction="mean")
+
+
+def gradients(loss: Tensor, projection: Projection, weight: float = 1.0) -> Tensor:
+    found = torch.autograd.grad(loss * weight, list(projection.parameters()), retain_graph=True)
+    return torch.cat([item.flatten() for item in found])
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture
+def smooth_l1() -> Iterator[str]:
+    """A regulariser of one's own: one function, whose gradient autograd finds, and one row."""
+
+    def loss(projected: Tensor, originals: Originals, reduction: str) -> Tensor:
+        return smooth_l1_loss(projected, originals.unit, beta=0.1)
+
+    REGULARIZERS["smooth-l1"] = loss
+    SEPARABILITIES["released"]["smooth-l1"] = lambda p, z: smooth_l1_loss(p, z, beta=0.1)
+    yield "smooth-l1"
+    for table in (REGULARIZERS, SEPARABILITIES["released"]):
+        del table["smooth-l1"]
+
+
+@pytest.mark.parametrize(("views", "window", "dim"), [(3, 2, 48), (4, 1, 8), (5, 4, 8)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+def test_values_and_gradients_are_those_of_the_definition(
+    regularizer: str, reduction: str, views: int, window: int, dim: int
+) -> None:
+    samples = torch.randn(3, views, 4, 8, dim, generator=torch.Generator().manual_seed(views))
+    check_definition(samples, regularizer=regularizer, reduction=reduction, window=window)
+
+
+def test_a_regulariser_is_one_function_and_one_row(smooth_l1: str) -> None:
+    samples = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    check_definition(samples, regularizer=smooth_l1)
+    samples.requires_grad_()
+    transfer_loss(Projection(8), samples, regularizer=smooth_l1).separability.backward()
+    assert samples.grad is not None and samples.grad.isfinite().all()
+
+
+def check_definition(samples: Tensor, **options: Any) -> None:
+    """Compare values, and gradients of each term on its own (as the automatic weight needs them)."""
+    head = Projection(samples.shape[-1], init="pytorch")
+    options |= {"walk": walk_of(samples.shape[1]), "temperature": 0.1}
+    wanted = plain_transfer_loss(head, samples, **options)
+    found = transfer_loss(head, samples, **options)
+    for field in fields(LossTerms):
+        a, b = getattr(wanted, field.name), getattr(found, field.name)
+        assert b.item() == pytest.approx(a.item(), rel=2e-5), field.name
+    for name in ("total", "cycle", "separability"):
+        a, b = getattr(wanted, name), getattr(found, name)
+        assert relative(gradients(b, head), gradients(a, head)) <= 2e-6, name
+    assert relative(gradients(found.total, head, 0.5), gradients(wanted.total, head) * 0.5) <= 2e-6
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_samples_may_have_gradients_too(regularizer: str, reduction: str) -> None:
+    samples = torch.randn(2, 3, 4, 4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    head = Projection(8, init="pytorch")
+    wanted, found = (
+        torch.autograd.grad(
+            loss(head, samples, regularizer=regularizer, reduction=reduction, temperature=0.1).total, samples
+        )[0]
+        for loss in (plain_transfer_loss, transfer_loss)
+    )
+    assert relative(found, wanted) <= 1e-5
+
+
+def test_originals_serve_every_head_alike() -> None:
+    samples = torch.randn(2, 3, 4, 4, 8, generator=torch.Generator().manual_seed(1))
+    shared, heads = Originals(samples), [Projection(8, init="pytorch", seed=seed) for seed in range(3)]
+    for regularizer in ("kl", "mse", "kl", "cosine", "kl"):
+        for head in heads:
+            alone, together = (
+                transfer_loss(head, item, regularizer=regularizer) for item in (samples, shared)
+            )
+            assert torch.equal(gradients(alone.total, head), gradients(together.total, head))
+
+
+def test_tokens_of_length_zero_have_finite_gradients() -> None:
+    projected = torch.zeros(1, 3, 2, 2, 4, requires_grad=True)
+    transfer_loss(lambda _: projected, torch.zeros(1, 3, 2, 2, 4)).total.backward()
+    assert projected.grad is not None and projected.grad.isfinite().all()
 
 
 def test_half_precision_samples_are_computed_in_float32() -> None:

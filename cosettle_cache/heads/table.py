@@ -1,0 +1,55 @@
+"""The heads by name: what each computes, and whether it is trained. Imports no torch: the command line reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cosettle_cache.core.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Linear maps with Tanh between them, Tanh after the last one if `final_tanh`, then LayerNorm.
+
+    It starts from random weights by the rule that the released code has for the backbone (`released_init`).
+    A head in `closed_form` is one matrix alone, without bias, Tanh or LayerNorm: it starts as the identity
+    and is computed, not trained. `released`: checkpoints of the authors may hold it.
+    """
+
+    n_linears: int
+    final_tanh: bool = False
+    closed_form: bool = False
+    released: bool = False
+
+
+#: `linear`, `mlp2`, `mlp3` as released; `affine` is the paper's map, without Tanh (PROTOCOLS 7.1.5);
+#: `spectral` is the g(z) = Wz of the paper's analysis (docs/training.md). In a checkpoint of the authors
+#: `n_linears` is all that tells the released ones apart.
+HEADS: Mapping[str, Head] = {
+    "linear": Head(1, final_tanh=True, released=True),
+    "affine": Head(1),
+    "mlp2": Head(2, released=True),
+    "mlp3": Head(3, released=True),
+    "spectral": Head(1, closed_form=True),
+}
+
+RELEASED_HEADS = {row.n_linears: name for name, row in HEADS.items() if row.released}
+
+
+def find_head(name: str) -> Head:
+    """Return the head called `name`; raise `UsageError` when there is none."""
+    if name not in HEADS:
+        raise UsageError("unknown head", wanted=" or ".join(HEADS), found=name)
+    return HEADS[name]
+
+
+def check_trainable(name: str) -> None:
+    """Raise `UsageError` for an unknown head and for one that is computed instead of trained."""
+    if find_head(name).closed_form:
+        raise UsageError(
+            f"the head {name} is computed, not trained",
+            wanted=" or ".join(head for head, row in HEADS.items() if not row.closed_form),
+            found=name,
+            hint="cosettle-cache projection fit --features STORE computes it",
+        )
