@@ -69,15 +69,6 @@ class ExportPlan:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What was written; `failures` has by id why a video was not."""
-
-    n_videos: int
-    n_vectors: int
-    failures: Mapping[str, str]
-
-
 def plan_export(store: FeatureStore, settings: ExportSettings) -> ExportPlan:
     """Return what `export_frames` will write, after every check that needs no tokens.
 
@@ -100,10 +91,11 @@ def plan_export(store: FeatureStore, settings: ExportSettings) -> ExportPlan:
 
 def export_frames(
     plan: ExportPlan, kind: TokenKind, out: Path, *, device: str = "cpu", progress: Progress = SILENT
-) -> ExportReport:
+) -> tuple[dict[str, int], dict[str, str]]:
     """Write the vectors of every complete video of the store, and `export.json` last.
 
-    A video that cannot be read is a named failure. Raises `OutputError` when the folder cannot be written.
+    Returns by id how many vectors were written, and why a video could not be read. Raises `OutputError` when
+    the folder cannot be written.
     """
     failures = missing_videos(plan.store, plan.n_frames)
     document = plan.to_json() | _origin(plan.store, kind)
@@ -120,7 +112,7 @@ def export_frames(
                 add(video_id, means, frames)
             lengths[video_id] = len(frames)
     write_json(out / REPORT_FILE, document | {"vectors": lengths, "failures": failures})
-    return ExportReport(len(lengths), sum(lengths.values()), failures)
+    return lengths, failures
 
 
 def _origin(store: FeatureStore, kind: TokenKind) -> dict[str, Any]:

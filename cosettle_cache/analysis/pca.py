@@ -69,44 +69,41 @@ class PcaReport:
     error: OutputError | RemoteError | None = None
 
 
+def plan_pca(store: FeatureStore, settings: PcaSettings, video_ids: Sequence[str] = ()) -> list[Video]:
+    """Return the rows of `video_ids`, or of all videos that are there, in the manifest's order.
+
+    Raises `InputError` for unknown videos and for stores of other plans, `UsageError` for settings.
+    """
+    check_choices(settings)
+    if settings.film == "none" and not settings.stills:
+        raise UsageError("neither stills nor a film: nothing would be drawn", wanted="one of them")
+    check_frames_plan(store, "pca")
+    for video_id in video_ids:
+        store.n_frames(video_id)
+    wanted = set(video_ids or store.video_ids)
+    return [video for video in store.manifest if video.video_id in wanted]
+
+
 def draw_store(
     store: FeatureStore,
+    videos: Sequence[Video],
+    settings: PcaSettings,
     data_root: Path,
     out: Path,
-    settings: PcaSettings,
     *,
-    videos: Sequence[str] = (),
     projections: Sequence[tuple[str, Projection]] = (),
     device: str = "cpu",
     progress: Progress = SILENT,
     stop: Event | None = None,
 ) -> PcaReport:
-    """Draw `videos` (default: all) of a frames store to `out/VIDEO/KIND/FRAME.png` and `out/VIDEO.mp4`.
+    """Draw `videos` of `plan_pca` to `out/VIDEO/KIND/FRAME.png` and `out/VIDEO.mp4`.
 
     A video that cannot be drawn is recorded in the report and does not end the run; setting `stop` ends it
-    after the video in hand. Raises `InputError` for unknown videos and for stores of other plans,
-    `UsageError` for settings.
+    after the video in hand.
     """
-    check_request(store, videos, settings)
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(FRAME,))
     drawing = _Drawing(store, data_root, out, kinds, settings, device, PcaReport())
-    return drawing.run({video.video_id: video for video in chosen_videos(store, videos)}, progress, stop)
-
-
-def check_request(store: FeatureStore, videos: Sequence[str], settings: PcaSettings) -> None:
-    """Raise what `draw_store` raises, before anything is drawn."""
-    check_choices(settings)
-    if settings.film == "none" and not settings.stills:
-        raise UsageError("neither stills nor a film: nothing would be drawn", wanted="one of them")
-    check_frames_plan(store, "pca")
-    for video_id in videos:
-        store.n_frames(video_id)
-
-
-def chosen_videos(store: FeatureStore, videos: Sequence[str]) -> list[Video]:
-    """Return the rows of `videos`, or of all that are there, in the manifest's order."""
-    wanted = set(videos or store.video_ids)
-    return [video for video in store.manifest if video.video_id in wanted]
+    return drawing.run({video.video_id: video for video in videos}, progress, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +119,10 @@ class _Drawing:
     report: PcaReport
 
     def run(self, videos: Mapping[str, Video], progress: Progress, stop: Event | None) -> PcaReport:
-        started, report = time.perf_counter(), self.report
+        started, report, common = time.perf_counter(), self.report, None
         try:
-            common = None
             if self.settings.per == "store":
-                common = self._fit(list(self.store.video_ids), "all videos")
+                common = self._fit(self.store.video_ids, "all videos")
             draw = partial(self._draw, videos, common)
             for _, n_frames in each_video(list(videos), draw, report.failures, progress, stop):
                 report.n_frames += n_frames
@@ -160,7 +156,8 @@ class _Drawing:
                 pairs = zip(self._tokens(video_ids, self.kinds[0]), frames(), strict=True)
                 painter = align_signs(painter, painters[0], pairs)
             painters.append(painter)
-            self.report.shares.append(KindShares(name, kind.name, tuple(painter.components.shares.tolist())))
+            shares = tuple(painter.components.shares.tolist())
+            self.report.shares.append(KindShares(name, kind.name, shares))
         return painters
 
     @torch.inference_mode()
@@ -198,36 +195,6 @@ class Components:
         """Return the components of tokens in standard deviations."""
         centred = normalize(tokens.double(), dim=-1) - self.mean
         return centred @ self.basis / self.spreads.clamp(min=torch.finfo(torch.float64).tiny)
-
-
-class Moments:
-    """Sums over unit tokens, from which components follow."""
-
-    def __init__(self, dim: int, device: torch.device) -> None:
-        self.n_tokens = 0
-        self._sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self._products = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-
-    def add(self, tokens: Float[Tensor, "token dim"]) -> None:
-        """Count tokens in."""
-        unit = normalize(tokens.double(), dim=-1)
-        self.n_tokens += len(unit)
-        self._sum += unit.sum(dim=0)
-        self._products += unit.T @ unit
-
-    def components(self) -> Components:
-        """Return the first three; each points where its largest weight is positive, so signs are settled."""
-        if len(self._sum) < N_COMPONENTS:
-            raise InputError("these tokens have too few channels", wanted=N_COMPONENTS, found=len(self._sum))
-        mean = self._sum / self.n_tokens
-        covariance = self._products / self.n_tokens - torch.outer(mean, mean)
-        values, vectors = torch.linalg.eigh(covariance)
-        basis = vectors[:, -N_COMPONENTS:].flip(1)
-        strongest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-        values = values.clamp(min=0)
-        first = values[-N_COMPONENTS:].flip(0)
-        total = values.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return Components(mean, basis * strongest.sign(), first.sqrt(), first / total)
 
 
 class Histogram:
@@ -333,15 +300,25 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
 
 
 def _fit(frames: Frames, side: Foreground | None) -> Components:
-    moments: Moments | None = None
+    """Return the first three; each points where its largest weight is positive, so signs are settled."""
+    n_tokens, summed, products = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for tokens in frames():
-        moments = moments or Moments(tokens.shape[-1], tokens.device)
-        moments.add(_chosen(tokens, side))
-    if moments is None or not moments.n_tokens:
-        raise InputError(
-            "there are no tokens to draw", wanted="a video, with a foreground where that is asked"
-        )
-    return moments.components()
+        unit = normalize(_chosen(tokens, side).double(), dim=-1)
+        n_tokens += len(unit)
+        summed, products = summed.to(unit.device) + unit.sum(dim=0), products.to(unit.device) + unit.T @ unit
+    if not n_tokens:
+        wanted = "a video, with a foreground where that is asked"
+        raise InputError("there are no tokens to draw", wanted=wanted)
+    if len(summed) < N_COMPONENTS:
+        raise InputError("these tokens have too few channels", wanted=N_COMPONENTS, found=len(summed))
+    mean = summed / n_tokens
+    values, vectors = torch.linalg.eigh(products / n_tokens - torch.outer(mean, mean))
+    basis = vectors[:, -N_COMPONENTS:].flip(1)
+    strongest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    values = values.clamp(min=0)
+    first = values[-N_COMPONENTS:].flip(0)
+    total = values.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return Components(mean, basis * strongest.sign(), first.sqrt(), first / total)
 
 
 def _find_foreground(frames: Frames, which: str) -> Foreground:

@@ -7,7 +7,7 @@ out. One pass reads every frame once; the middle frames are read again, in block
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -226,36 +226,34 @@ class _MeasureClips:
         return result
 
     def _measure(self, clip: Clip) -> tuple[_Figures, list[Float[Tensor, "1 place dim"]]]:
-        blocks = _open_clip(self.store, clip)
+        n_bytes = 2 * len(clip.rows) * clip.grid.n_tokens * self.store.arrays[0].n_channels
+        held = None if n_bytes > HELD_BYTES else _read(self.store, clip.grid, clip.rows)
         index = torch.from_numpy(place_index(clip.grid, self.places))
         figures, middles = [], []
         for kind in self.kinds:
-            of_kind, middle = measure_clip(blocks(kind), len(clip.rows), self.definitions)
+            blocks = _Blocks(self.store, clip, kind, held)
+            of_kind, middle = measure_clip(
+                blocks if held is None else list(blocks), len(clip.rows), self.definitions
+            )
             figures.append(of_kind)
             middles.append(middle.flatten(0, 1)[None, index])
         return tuple(figures), middles
 
 
-def _open_clip(store: FeatureStore, clip: Clip) -> Callable[[TokenKind], Iterable[Block]]:
-    """Return what gives the blocks of a clip, projected or not; the clip is read once if it can be held."""
-    if 2 * len(clip.rows) * clip.grid.n_tokens * store.arrays[0].n_channels > HELD_BYTES:
-        return lambda kind: _ReadBlocks(store, clip, kind)
-    tokens = _read(store, clip.grid, clip.rows)
-    parts = block_slices(len(clip.rows), clip.grid.n_tokens)
-    return lambda kind: [kind.apply(tokens[part].float()) for part in parts]
-
-
-@dataclass(frozen=True, slots=True)
-class _ReadBlocks:
-    """The blocks of a clip on disk, read anew in every pass."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Blocks:
+    """The blocks of a clip, projected or not; without `held` tokens read anew in every pass."""
 
     store: FeatureStore
     clip: Clip
     kind: TokenKind
+    held: Float[Tensor, "frame row col dim"] | None
 
     def __iter__(self) -> Iterator[Block]:
-        for part in block_slices(len(self.clip.rows), self.clip.grid.n_tokens):
-            yield self.kind.apply(_read(self.store, self.clip.grid, self.clip.rows[part]).float())
+        grid, rows = self.clip.grid, self.clip.rows
+        for part in block_slices(len(rows), grid.n_tokens):
+            tokens = _read(self.store, grid, rows[part]) if self.held is None else self.held[part]
+            yield self.kind.apply(tokens.float())
 
 
 def _read(

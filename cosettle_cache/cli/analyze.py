@@ -214,14 +214,14 @@ def frames(
             f"{store.path} holds one frame in {plan.every}: frame labels have to be thinned likewise "
             "(FACT cuts longer labels off without a word), or use --repeat"
         )
-    report = export_frames(plan, kind, folder, device=place, progress=talk.progress("export"))
+    lengths, failures = export_frames(plan, kind, folder, device=place, progress=talk.progress("export"))
+    n_vectors = sum(lengths.values())
     if as_json:
-        document = {"out": str(folder), "tokens": kind.name, "videos": report.n_videos}
-        _print_json(talk, document | {"vectors": report.n_vectors, "failures": dict(report.failures)})
+        document = {"out": str(folder), "tokens": kind.name, "videos": len(lengths)}
+        _print_json(talk, document | {"vectors": n_vectors, "failures": failures})
     else:
-        n_vectors = f"{report.n_vectors} vectors of {report.n_videos} videos"
-        talk.result(f"{folder}: {n_vectors}, {kind.name} tokens")
-    _check_clean(report.failures, f"{len(report.failures)} videos were not written")
+        talk.result(f"{folder}: {n_vectors} vectors of {len(lengths)} videos, {kind.name} tokens")
+    _check_clean(failures, f"{len(failures)} videos were not written")
 
 
 def pca(
@@ -242,18 +242,18 @@ def pca(
 
     Example: cosettle-cache pca --features davis.zarr --video dog --data-root /data
     """
-    from cosettle_cache.analysis.pca import check_request, chosen_videos, draw_store
+    from cosettle_cache.analysis.pca import draw_store, plan_pca
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.find import media_root
 
-    talk, store, names = Talk(quiet=quiet), open_features(features, cache_dir, cache_size), video or []
-    check_request(store, names, settings)
+    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
+    videos = plan_pca(store, settings, video or ())
     heads = load_heads(projection or (), store)
     root = media_root(store.manifest, data_root)
     folder = out or _folder("pca", store)
     if dry_run:
         document = {
-            "videos": [row.video_id for row in chosen_videos(store, names)],
+            "videos": [row.video_id for row in videos],
             "tokens": ["raw", *(name for name, _ in heads)],
             "settings": asdict(settings),
             "out": str(folder),
@@ -264,10 +264,10 @@ def pca(
     with interruptible(talk, "video") as stop:
         report = draw_store(
             store,
+            videos,
+            settings,
             root,
             folder,
-            settings,
-            videos=names,
             projections=heads,
             device=pick_device(device),
             progress=talk.progress("draw"),
@@ -278,7 +278,7 @@ def pca(
         raise report.error
     if report.interrupted:
         return int(ExitCode.INTERRUPTED)
-    failures = report.failures if names else {**store.failures, **report.failures}
+    failures = report.failures if video else {**store.failures, **report.failures}
     _check_clean(failures, f"{len(failures)} videos had failures")
     return int(ExitCode.DONE)
 

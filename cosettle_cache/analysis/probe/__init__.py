@@ -80,35 +80,18 @@ class ProbeTask:
         return getattr(import_module(f"{__name__}.{module}"), name)
 
 
-_ACCURACY = {"accuracy": "accuracy", "class_accuracy": "by class"}
 _RECALL = {"map": "mAP", "recall_at_1": "R@1", "recall_at_5": "R@5"}
+_CLASSES = {"accuracy": "accuracy", "class_accuracy": "by class"}
+_ORDER = {"accuracy": "accuracy"}
 _SEGMENTS = {"accuracy": "accuracy", "foreground_accuracy": "foreground", "edit": "edit"}
-_F1 = {"f1_10": "F1@10", "f1_25": "F1@25", "f1_50": "F1@50"}
+_SEGMENTS |= {"f1_10": "F1@10", "f1_25": "F1@25", "f1_50": "F1@50"}
 
+_ROWS = (
+    ProbeTask("retrieval", "rank of videos", _RECALL, "mean", "videos.retrieve", "videos.check_retrieval"),
+    ProbeTask("knn", "votes of near videos", _CLASSES, "mean", "videos.vote", "videos.check_knn"),
+    ProbeTask("linear", "a hyperplane", _CLASSES, "mean", "videos.fit_linear", "videos.check_linear"),
+    ProbeTask("order", "frames in time", _ORDER, "order", "order.tell_order", "order.check_order"),
+    ProbeTask("segments", "classes of frames", _SEGMENTS, "frames", "frames.segment"),
+)
 #: Every task by name.
-TASKS: Mapping[str, ProbeTask] = {
-    row.name: row
-    for row in (
-        ProbeTask(
-            "retrieval",
-            "rank of a class's videos",
-            _RECALL,
-            "mean",
-            "videos.retrieve",
-            "videos.check_retrieval",
-        ),
-        ProbeTask("knn", "votes of near videos", _ACCURACY, "mean", "videos.vote", "videos.check_knn"),
-        ProbeTask(
-            "linear", "logistic regression", _ACCURACY, "mean", "videos.fit_linear", "videos.check_linear"
-        ),
-        ProbeTask(
-            "order",
-            "of frames in time",
-            {"accuracy": "accuracy"},
-            "order",
-            "order.tell_order",
-            "order.check_order",
-        ),
-        ProbeTask("segments", "labels of frames", _SEGMENTS | _F1, "frames", "frames.segment"),
-    )
-}
+TASKS: Mapping[str, ProbeTask] = {row.name: row for row in _ROWS}

@@ -147,17 +147,6 @@ def select_videos(store: FeatureStore, settings: ProbeSettings, manifest: Manife
     return Labelled(kept, settings, left_out, missing_videos(store, wanted))
 
 
-def check_classes(labelled: Labelled, task: str) -> None:
-    """Raise `InputError` unless there are two classes to tell apart."""
-    if len(labelled.names) < 2:
-        raise InputError(
-            f"{task} tells classes apart, and all {len(labelled.videos)} videos are of one",
-            wanted="two classes or more",
-            found=labelled.names[0],
-            hint="--task order compares each class with its own reversal",
-        )
-
-
 def check_folds(labelled: Labelled, names: Collection[str]) -> None:
     """Raise `InputError` for an incomplete official split, or classes with fewer videos than folds."""
     settings = labelled.settings
@@ -179,9 +168,19 @@ def check_folds(labelled: Labelled, names: Collection[str]) -> None:
         )
 
 
+def _check_classes(labelled: Labelled, task: str) -> None:
+    if len(labelled.names) < 2:
+        raise InputError(
+            f"{task} tells classes apart, and all {len(labelled.videos)} videos are of one",
+            wanted="two classes or more",
+            found=labelled.names[0],
+            hint="--task order compares each class with its own reversal",
+        )
+
+
 def check_retrieval(labelled: Labelled) -> None:
     """Raise `InputError` unless there are two classes and a class with two videos."""
-    check_classes(labelled, "retrieval")
+    _check_classes(labelled, "retrieval")
     if max(labelled.sizes.values()) < 2:
         raise InputError(
             "no class has a second video to be found",
@@ -211,7 +210,7 @@ def retrieve(labelled: Labelled, means: Means) -> Outcome:
 
 def check_knn(labelled: Labelled) -> None:
     """Raise `InputError` unless there are two classes, and the official split if it is asked for."""
-    check_classes(labelled, "k-NN")
+    _check_classes(labelled, "k-NN")
     if labelled.settings.official:
         labelled.official()
 
@@ -251,7 +250,7 @@ def vote(labelled: Labelled, means: Means) -> Outcome:
 
 def check_linear(labelled: Labelled) -> None:
     """Raise `InputError` unless there are two classes with a video for every fold."""
-    check_classes(labelled, "the linear probe")
+    _check_classes(labelled, "the linear probe")
     check_folds(labelled, labelled.names)
 
 
