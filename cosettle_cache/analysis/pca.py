@@ -301,11 +301,15 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
 
 def _fit(frames: Frames, side: Foreground | None) -> Components:
     """Return the first three; each points where its largest weight is positive, so signs are settled."""
-    n_tokens, summed, products = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    n_tokens, summed, products = 0, torch.empty(0), torch.empty(0)
     for tokens in frames():
         unit = normalize(_chosen(tokens, side).double(), dim=-1)
+        if n_tokens:
+            summed += unit.sum(dim=0)
+            products += unit.T @ unit
+        else:
+            summed, products = unit.sum(dim=0), unit.T @ unit
         n_tokens += len(unit)
-        summed, products = summed.to(unit.device) + unit.sum(dim=0), products.to(unit.device) + unit.T @ unit
     if not n_tokens:
         wanted = "a video, with a foreground where that is asked"
         raise InputError("there are no tokens to draw", wanted=wanted)

@@ -13,6 +13,7 @@ from probe_cases import DIM, labelled_case, write_frame_labels
 from store_cases import frames_case, pairs_case
 
 from cosettle_cache.analysis.pooling import FramePooler
+from cosettle_cache.analysis.probe import TASKS
 from cosettle_cache.analysis.probe.linear import ask_folds, stratified_folds
 from cosettle_cache.analysis.probe.order import spread
 from cosettle_cache.cli import run_command
@@ -155,6 +156,13 @@ def test_classes_from_another_manifest() -> None:
     assert probe("--task", "linear", "--folds", 2) == 3
     assert probe("--task", "linear", "--folds", 2, "--manifest", "classes.parquet") == 0
     assert scores()["linear", "raw", "", "accuracy"].n_classes == 2
+
+
+def test_every_task_of_the_table_can_be_measured() -> None:
+    for name, task in TASKS.items():
+        assert task.name == name and task.help and task.metrics
+        assert callable(task.function(task.measure))
+        assert task.frame_labels or callable(task.function(task.check))
 
 
 BAD: list[tuple[Mapping[str | None, int], list[object], int, str]] = [

@@ -120,6 +120,13 @@ def walks(clip: np.ndarray) -> float:
     return float(np.mean(found))
 
 
+def test_arrays_and_tensors_give_the_same() -> None:
+    clips = [clip[:8] for clip in clip_arrays()]
+    found = trade_off(clips)
+    assert trade_off([torch.from_numpy(clip) for clip in clips]) == found
+    assert trade_off(np.stack(clips)) == trade_off(torch.from_numpy(np.stack(clips))) == found
+
+
 def test_clips_that_stand_still_have_no_intra_distance() -> None:
     clips = [np.repeat(clip[:1], 9, axis=0) for clip in clip_arrays()]
     found = trade_off(clips)

@@ -31,29 +31,28 @@ from cosettle_cache.videos.frame_labels import FrameLabels
 
 @dataclass(frozen=True, slots=True)
 class ProbePlan:
-    """What will be measured: tasks, videos with classes, videos with frame labels."""
+    """What will be measured: by task the videos that take part, with their classes or labels of frames."""
 
     store: FeatureStore
-    tasks: tuple[str, ...]
     settings: ProbeSettings
-    labelled: Labelled | None
-    segments: SegmentPlan | None
+    sources: Mapping[str, Labelled | SegmentPlan]
 
     @property
-    def sources(self) -> list[Labelled | SegmentPlan]:
-        """The sets of videos that there are."""
-        return [source for source in (self.labelled, self.segments) if source]
+    def labelled(self) -> Labelled | None:
+        """The videos with classes, which all tasks on classes share; None without such a task."""
+        return next((item for item in self.sources.values() if isinstance(item, Labelled)), None)
 
     @property
     def video_ids(self) -> tuple[str, ...]:
         """The videos that are read, in the order of the store."""
-        wanted = {video_id for source in self.sources for video_id in source.video_ids}
+        wanted = {video_id for source in self.sources.values() for video_id in source.video_ids}
         return tuple(video_id for video_id in self.store.video_ids if video_id in wanted)
 
     @property
     def incomplete(self) -> dict[str, str]:
         """By id why the store lacks videos that would take part: they failed, or are not extracted yet."""
-        return {video_id: reason for source in self.sources for video_id, reason in source.missing.items()}
+        missing = [source.missing for source in self.sources.values()]
+        return {video_id: reason for of_source in missing for video_id, reason in of_source.items()}
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -63,12 +62,13 @@ class ProbePlan:
     @property
     def order_frames(self) -> int:
         """The frames of each video that the order is told from; 0 without that task."""
-        return order_frames(self.labelled) if self.labelled and "order" in self.tasks else 0
+        order = self.sources.get("order")
+        return order_frames(order) if isinstance(order, Labelled) else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {
-            "tasks": list(self.tasks),
+            "tasks": list(self.sources),
             "videos": len(self.video_ids),
             "classes": self.labelled.names if self.labelled else [],
             "left_out": self.left_out,
@@ -79,12 +79,11 @@ class ProbePlan:
 
     def without(self, failed: Collection[str]) -> ProbePlan:
         """Return the plan without some videos; raise `InputError` where a task cannot use the others."""
-        labelled = self.labelled.without(failed) if self.labelled else None
-        segments = self.segments.without(failed) if self.segments else None
-        for name in self.tasks:
+        sources = {name: source.without(failed) for name, source in self.sources.items()}
+        for name, source in sources.items():
             if TASKS[name].check:
-                TASKS[name].function(TASKS[name].check)(labelled)
-        return replace(self, labelled=labelled, segments=segments)
+                TASKS[name].function(TASKS[name].check)(source)
+        return replace(self, sources=sources)
 
 
 def plan_probe(
@@ -105,22 +104,23 @@ def plan_probe(
         if name not in TASKS:
             raise UsageError(f"there is no task {name}", wanted=", ".join(TASKS), found=name)
     check_frames_plan(store, "probe")
-    of_frames = [name for name, task in TASKS.items() if task.frame_labels]
-    chosen = list(dict.fromkeys(tasks)) or [
-        name for name in TASKS if (name in of_frames) == (frame_labels is not None)
-    ]
-    labelled = segments = None
-    if set(chosen) - set(of_frames):
-        labelled = select_videos(store, settings, manifest)
-    if "order" in chosen and labelled:
+    with_labels = frame_labels is not None
+    chosen = list(tasks) or [name for name, task in TASKS.items() if task.frame_labels == with_labels]
+    sources: dict[str, Labelled | SegmentPlan] = {}
+    labelled = None
+    for name in chosen:
+        if TASKS[name].frame_labels:
+            if frame_labels is None:
+                hint = "--labels FOLDER with groundTruth/, mapping.txt"
+                raise UsageError(f"{name} needs frame labels", hint=hint)
+            sources[name] = plan_segments(store, frame_labels, settings)
+        else:
+            labelled = labelled or select_videos(store, settings, manifest)
+            sources[name] = labelled
+    if labelled and "order" in sources:
         n_stored = {video_id: store.n_frames(video_id) for video_id in labelled.video_ids}
-        labelled = replace(labelled, n_stored=n_stored)
-    if set(chosen) & set(of_frames):
-        if frame_labels is None:
-            hint = "--labels FOLDER with groundTruth/, mapping.txt"
-            raise UsageError("segments needs frame labels", hint=hint)
-        segments = plan_segments(store, frame_labels, settings)
-    return ProbePlan(store, tuple(chosen), settings, labelled, segments).without(())
+        sources["order"] = replace(labelled, n_stored=n_stored)
+    return ProbePlan(store, settings, sources).without(())
 
 
 def run_probe(
@@ -142,10 +142,8 @@ def run_probe(
     dataset = "; ".join(dict.fromkeys(video.dataset for video in store.manifest if video.dataset))
     packages = ("scikit-learn", "faiss-cpu")
     measured = []
-    for name in plan.tasks:
+    for name, source in plan.sources.items():
         task = TASKS[name]
-        source = plan.segments if task.frame_labels else plan.labelled
-        assert source is not None
         for number, kind in enumerate(kinds):
             of_kind: Any = {video_id: vectors[task.needs][video_id][number] for video_id in source.video_ids}
             if not task.frame_labels:
@@ -160,16 +158,16 @@ def _read(
     plan: ProbePlan, pooler: FramePooler, failures: dict[str, str], progress: Progress
 ) -> Mapping[str, dict[str, Float32[np.ndarray, "kind *frame dim"]]]:
     """Return what tasks need of every video (see `ProbeTask.needs`), by id, one layer per kind of tokens."""
-    labelled, segments = (
-        set(source.video_ids) if source else set() for source in (plan.labelled, plan.segments)
-    )
+    needed: dict[str, set[str]] = {"mean": set(), "order": set(), "frames": set()}
+    for name, source in plan.sources.items():
+        needed[TASKS[name].needs].update(source.video_ids)
     n_order = plan.order_frames
-    kept: dict[str, dict[str, Any]] = {"mean": {}, "order": {}, "frames": {}}
+    kept: dict[str, dict[str, Any]] = {needs: {} for needs in needed}
     for video_id, frames in each_video(plan.video_ids, pooler.pool, failures, progress):
-        if video_id in labelled:
+        if video_id in needed["mean"]:
             kept["mean"][video_id] = frames.mean(1)
-        if video_id in labelled and n_order:
+        if video_id in needed["order"]:
             kept["order"][video_id] = frames[:, spread(frames.shape[1], n_order)]
-        if video_id in segments:
+        if video_id in needed["frames"]:
             kept["frames"][video_id] = frames
     return kept
