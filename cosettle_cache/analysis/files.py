@@ -131,7 +131,7 @@ def summary_json(store: FeatureStore, report: AnalysisReport) -> dict[str, Any]:
         "definitions": {item.definition.name: item.definition.to_json() for item in report.measured},
         "projections": {item.tokens: item.projection_sha256 for item in report.measured},
         "left_out": report.left_out,
-        "provenance": {name: value for name, value in common.items() if name not in of_rows},
+        "provenance": {name: common[name] for name in PROVENANCE if name not in of_rows},
     }
 
 
