@@ -7,8 +7,7 @@ figures that distances within and between clips share (diameters, effective rank
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,10 +59,6 @@ class Definition:
     n_frames: int = 0
     batch_clips: int = 0
     gamma: float = MARGIN_GAMMA
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self) | {"percents": list(self.percents)}
 
     def fits(self, n_frames: int) -> bool:
         """Say whether a clip of so many frames can be measured."""

@@ -54,11 +54,6 @@ class AnalysisReport:
     places: Grid
     seconds: float
 
-    @property
-    def complete(self) -> bool:
-        """Whether every clip of the manifest was measured."""
-        return not self.left_out
-
 
 #: What stands beside every figure.
 PROVENANCE = (
@@ -75,19 +70,15 @@ PROVENANCE = (
 )
 
 
-_NAMES = ("video_id", "tokens", "definition")
-
-
 def _schema(names: Sequence[str], figures: type) -> pa.Schema:
     """Return the columns of a table: `names`, the fields of `figures`, and the provenance."""
-    known = {"n_videos": pa.int64(), "n_frames": pa.int64()}
-    texts = dict.fromkeys((*_NAMES, *PROVENANCE), pa.string())
-    columns = (*names, *(item.name for item in fields(figures)), *PROVENANCE)
-    return pa.schema([(name, (known | texts).get(name, pa.float64())) for name in columns])
+    numbers = [item.name for item in fields(figures)]
+    kinds = dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(("n_videos", "n_frames"), pa.int64())
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in (*names, *numbers, *PROVENANCE)])
 
 
 ANALYSIS_SCHEMA = _schema(("tokens", "definition"), TradeOff)
-VIDEOS_SCHEMA = _schema((*_NAMES, "n_frames"), ClipFigures)
+VIDEOS_SCHEMA = _schema(("video_id", "tokens", "definition", "n_frames"), ClipFigures)
 
 
 def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) -> None:
@@ -126,9 +117,9 @@ def summary_json(store: FeatureStore, report: AnalysisReport) -> dict[str, Any]:
     common = _provenance(store, report, report.measured[0])
     of_rows = ("definition_json", "projection_sha256")
     return {
-        "complete": report.complete,
+        "complete": not report.left_out,
         "figures": figures,
-        "definitions": {item.definition.name: item.definition.to_json() for item in report.measured},
+        "definitions": {item.definition.name: asdict(item.definition) for item in report.measured},
         "projections": {item.tokens: item.projection_sha256 for item in report.measured},
         "left_out": report.left_out,
         "provenance": {name: common[name] for name in PROVENANCE if name not in of_rows},
@@ -138,7 +129,7 @@ def summary_json(store: FeatureStore, report: AnalysisReport) -> dict[str, Any]:
 def _provenance(store: FeatureStore, report: AnalysisReport, item: Measured) -> dict[str, Any]:
     dataset = ", ".join(dict.fromkeys(video.dataset for video in store.manifest))
     return asdict(make_provenance("analyze", dataset, store.fingerprint, item.projection_sha256)) | {
-        "definition_json": json.dumps(item.definition.to_json(), sort_keys=True),
+        "definition_json": json.dumps(asdict(item.definition), sort_keys=True),
         "places": str(report.places),
         "plan_json": json.dumps(dict(store.fingerprint.plan), sort_keys=True),
         "store_digest": digest(store.fingerprint.to_json()),

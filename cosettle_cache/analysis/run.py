@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,7 +76,7 @@ class AnalysisPlan:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {
-            "definitions": [item.to_json() for item in self.definitions],
+            "definitions": [asdict(item) for item in self.definitions],
             "clips": len(self.clips),
             "frames": sum(len(clip.rows) for clip in self.clips),
             "places": str(self.places),
@@ -127,7 +127,7 @@ def analyze_store(
 ) -> AnalysisReport:
     """Measure every clip of `plan`, raw and through every projection.
 
-    `run` hands groups of clips to workers; figures and sums are put together in the order of the store, so
+    `run` distributes groups of clips to workers; figures and sums are put together in the order of the store, so
     that it does not matter whose work they are. A clip that cannot be read or holds tokens that are not
     finite is left out and named. Raises `UsageError` for projections of another width and `InputError` when
     fewer than two clips remain.
