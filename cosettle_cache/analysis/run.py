@@ -127,8 +127,8 @@ def analyze_store(
 ) -> AnalysisReport:
     """Measure every clip of `plan`, raw and through every projection.
 
-    `run` distributes groups of clips to workers; figures and sums are put together in the order of the store, so
-    that it does not matter whose work they are. A clip that cannot be read or holds tokens that are not
+    `run` distributes groups of clips to workers; figures and sums are put together in the order of the store,
+    so that it does not matter whose work they are. A clip that cannot be read or holds tokens that are not
     finite is left out and named. Raises `UsageError` for projections of another width and `InputError` when
     fewer than two clips remain.
     """
