@@ -33,7 +33,7 @@ from store_bench import make_writer
 from cosettle_cache.analysis.run import analyze_store, plan_analysis
 from cosettle_cache.core.cluster import connect
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.settings import FramesSettings
+from cosettle_cache.core.settings import AnalyzeSettings, FramesSettings
 from cosettle_cache.core.types import Manifest, MediaKind, Video
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.store import FeatureStore, open_store
@@ -134,7 +134,7 @@ def run_side(side: str, store: FeatureStore) -> dict[str, Any]:
 def run_analyze(store: FeatureStore, n_projections: int = 0, run: Any = None) -> dict[str, float]:
     dim = store.arrays[0].n_channels
     heads = [(f"head{number}", Projection(dim, seed=number)) for number in range(n_projections)]
-    report = analyze_store(store, plan_analysis(store, compat=True), heads, run=run)
+    report = analyze_store(store, plan_analysis(store, AnalyzeSettings(compat=True)), heads, run=run)
     total = report.measured[0].total
     names = ("inter_distance", "intra_distance", "effective_rank", "cycle_accuracy")
     sides = ("d_inter", "d_intra", "inter_diameter", "intra_diameter")

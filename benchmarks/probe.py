@@ -15,12 +15,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cosettle_cache.analysis.probe.videos import Labelled, VideoTask, retrieve, vote
+from cosettle_cache.analysis.probe.videos import Labelled, retrieve, vote
 from cosettle_cache.core.settings import ProbeSettings
 from cosettle_cache.core.types import MediaKind, Video
 
@@ -32,18 +33,18 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(2)
     vectors, classes = make_vectors(options.videos, options.dim, options.classes)
-    task = _task(classes)
+    labelled = _labelled(classes)
     queries = np.random.default_rng(1).choice(
         options.videos, min(options.plain, options.videos), replace=False
     )
     sides: dict[str, Callable[[], Figures | None]] = {
         "retrieval, faiss": lambda: _figures(
-            retrieve(VideoTask(task.labelled, task.settings, "faiss"), vectors)
+            retrieve(replace(labelled, settings=ProbeSettings(search="faiss")), vectors)
         ),
         "retrieval, torch": lambda: _figures(
-            retrieve(VideoTask(task.labelled, task.settings, "torch"), vectors)
+            retrieve(replace(labelled, settings=ProbeSettings(search="torch")), vectors)
         ),
-        "k-NN, faiss": lambda: _nothing(vote(VideoTask(task.labelled, task.settings, "faiss"), vectors)),
+        "k-NN, faiss": lambda: _nothing(vote(labelled, vectors)),
         "plain": lambda: plain(vectors, classes, queries),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -59,7 +60,7 @@ def main() -> None:
     of_cpu = {name: statistics.median(values) for name, values in cpu.items()}
     for values in (medians, of_cpu):
         values["plain"] *= options.videos / len(queries)
-    _report(options, medians, of_cpu, figures, _agreement(vectors, classes, queries, task))
+    _report(options, medians, of_cpu, figures, _agreement(vectors, classes, queries, labelled))
 
 
 def _options() -> argparse.Namespace:
@@ -85,12 +86,12 @@ def make_vectors(n_videos: int, dim: int, n_classes: int) -> tuple[np.ndarray, n
     return vectors.astype(np.float32), classes
 
 
-def _task(classes: np.ndarray) -> VideoTask:
+def _labelled(classes: np.ndarray) -> Labelled:
     videos = tuple(
         Video(f"{number}", f"{number}", MediaKind.FILE, 1, 1, 1, class_name=f"{name:03d}")
         for number, name in enumerate(classes.tolist())
     )
-    return VideoTask(Labelled(videos, {}), ProbeSettings())
+    return Labelled(videos, ProbeSettings(search="faiss"))
 
 
 def _figures(outcome: object) -> Figures:
@@ -119,9 +120,9 @@ def _plain_query(unit: np.ndarray, classes: np.ndarray, query: int) -> Figures:
     return (float(precision[hits].mean()), float(hits[0]), float(hits[:5].any()))
 
 
-def _agreement(vectors: np.ndarray, classes: np.ndarray, queries: np.ndarray, task: VideoTask) -> float:
+def _agreement(vectors: np.ndarray, classes: np.ndarray, queries: np.ndarray, labelled: Labelled) -> float:
     """Return the largest difference of a query's average precision between the two ways."""
-    answers = {int(answer.video_id): answer.value for answer in retrieve(task, vectors).answers}
+    answers = {int(answer.video_id): answer.value for answer in retrieve(labelled, vectors).answers}
     unit = _unit(vectors)
     return max(abs(answers[int(query)] - _plain_query(unit, classes, query)[0]) for query in queries[:200])
 

@@ -1,17 +1,13 @@
 """What the trade-off is measured by: the released metrics, the same with their quirks, and the paper's.
 
-A name goes in, a `Definition` with every choice in which the three differ comes out (PROTOCOLS 7.7).
-
-Radii, diameters and the effective rank: how far tokens spread, and in how many directions.
-
-Mean tokens and a definition come in; distances of tokens to their centres, and figures of them, go out.
+A name goes in, a `Definition` with every choice in which the three differ comes out (PROTOCOLS 7.7); the
+figures that distances within and between clips share (diameters, effective rank) stand beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +15,7 @@ from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
 from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.settings import MARGIN_GAMMA
 
 #: Frames cut off at either end before neighbouring frames are compared (released code).
 CUT_FRAMES = 3
@@ -28,11 +25,14 @@ FEWEST_FRAMES = 2 * CUT_FRAMES + 2
 WALKS = ((0.25, 0.40), (0.35, 0.50), (0.45, 0.60), (0.55, 0.70), (0.65, 0.80))
 #: Pooling window and temperature of the walks, those of the objective.
 WALK_WINDOW, WALK_TEMPERATURE = 2, 0.03
-#: The weight of D_intra in the margin D (PROTOCOLS 5.3).
-GAMMA = 0.3
 #: Added to a diameter before it divides (released code): a clip of one colour has none.
 SMALLEST_DIAMETER = 1e-8
-DRAW_SEED = 42
+#: Added to a share before its logarithm (released code).
+_SMALLEST_SHARE = 1e-12
+_DRAW_SEED = 42
+
+#: Of frames or clips to a centre: of every token, or one of all tokens together.
+Distances = Float32[np.ndarray, "_ _"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,7 @@ class Definition:
     n_drawn: int = 0
     n_frames: int = 0
     batch_clips: int = 0
-    gamma: float = GAMMA
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self) | {"percents": list(self.percents)}
+    gamma: float = MARGIN_GAMMA
 
     def fits(self, n_frames: int) -> bool:
         """Say whether a clip of so many frames can be measured."""
@@ -88,28 +84,18 @@ class Definition:
                 wanted=f"{self.n_drawn} tokens",
                 found=n_places,
             )
-        generator = torch.Generator().manual_seed(DRAW_SEED)
+        generator = torch.Generator().manual_seed(_DRAW_SEED)
         return torch.randperm(n_places, generator=generator)[: self.n_drawn]
 
+
+_RELEASED = Definition("released", "nearest", "token", (90, 95, 100), unit_walks=False)
 
 #: `released` are the authors' formulas over all tokens and clips; `compat` also samples, batches and skips as
 #: their script does; `paper` is what D.3.3 writes.
 DEFINITIONS: Mapping[str, Definition] = {
-    item.name: item
-    for item in (
-        Definition("released", "nearest", "token", (90, 95, 100), unit_walks=False),
-        Definition(
-            "compat",
-            "nearest",
-            "token",
-            (90, 95, 100),
-            unit_walks=False,
-            n_drawn=8,
-            n_frames=40,
-            batch_clips=32,
-        ),
-        Definition("paper", "position", "place", (100,), unit_walks=True),
-    )
+    "released": _RELEASED,
+    "compat": replace(_RELEASED, name="compat", n_drawn=8, n_frames=40, batch_clips=32),
+    "paper": Definition("paper", "position", "place", (100,), unit_walks=True),
 }
 
 
@@ -118,13 +104,6 @@ def find_definition(name: str) -> Definition:
     if name not in DEFINITIONS:
         raise UsageError("unknown definition", wanted=" or ".join(DEFINITIONS), found=name)
     return DEFINITIONS[name]
-
-
-#: Of frames or clips to a centre: of every token, or one of all tokens together.
-Distances = Float32[np.ndarray, "_ _"]
-
-#: Added to a share before its logarithm (released code).
-_SMALLEST_SHARE = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,9 +126,7 @@ class Spread:
         """Return how far the tokens of frames or of clips are away from the centre: tokens, or their mean."""
         chosen = tokens if self.drawn is None else tokens[:, self.drawn]
         found = torch.linalg.vector_norm(chosen - self.centre, dim=-1)
-        if self.averaged:
-            found = found.mean(-1, keepdim=True)
-        distances: Distances = found.numpy()
+        distances: Distances = (found.mean(-1, keepdim=True) if self.averaged else found).numpy()
         return distances
 
 
@@ -165,11 +142,6 @@ def diameters(distances: Distances, definition: Definition) -> dict[int, float]:
     else:
         radii = np.quantile(values, shares)
     return {percent: 2 * float(radius) for percent, radius in zip(definition.percents, radii, strict=True)}
-
-
-def scaled(distance: float, diameter: float) -> float:
-    """Return a distance in diameters."""
-    return distance / (diameter + SMALLEST_DIAMETER)
 
 
 def effective_rank(products: Float64[np.ndarray, "dim dim"]) -> float:

@@ -7,6 +7,7 @@ lists the columns.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import pyarrow as pa
 from cosettle_cache.analysis.definitions import Definition
 from cosettle_cache.analysis.trade_off import TradeOff
 from cosettle_cache.analysis.within import ClipFigures
-from cosettle_cache.core.settings import digest, package_versions
+from cosettle_cache.core.settings import digest, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
+from cosettle_cache.pictures.charts import PlanePoint, write_plane
 from cosettle_cache.store import FeatureStore
 
 #: One row per kind of tokens and definition; one row per clip besides; means and provenance; the plane.
@@ -52,11 +54,6 @@ class AnalysisReport:
     places: Grid
     seconds: float
 
-    @property
-    def complete(self) -> bool:
-        """Whether every clip of the manifest was measured."""
-        return not self.left_out
-
 
 #: What stands beside every figure.
 PROVENANCE = (
@@ -71,36 +68,39 @@ PROVENANCE = (
     "projection_sha256",
     "versions_json",
 )
-_COUNTS = ("n_videos", "n_frames")
-_TEXTS = [(name, pa.string()) for name in PROVENANCE]
 
 
-def _columns(figures: type) -> list[tuple[str, pa.DataType]]:
-    names = (item.name for item in fields(figures))
-    return [(name, pa.int64() if name in _COUNTS else pa.float64()) for name in names]
+def _schema(names: Sequence[str], figures: type) -> pa.Schema:
+    """Return the columns of a table: `names`, the fields of `figures`, and the provenance."""
+    numbers = [item.name for item in fields(figures)]
+    kinds = dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(("n_videos", "n_frames"), pa.int64())
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in (*names, *numbers, *PROVENANCE)])
 
 
-ANALYSIS_SCHEMA = pa.schema(
-    [("tokens", pa.string()), ("definition", pa.string()), *_columns(TradeOff), *_TEXTS]
-)
-VIDEOS_SCHEMA = pa.schema(
-    [
-        ("video_id", pa.string()),
-        ("tokens", pa.string()),
-        ("definition", pa.string()),
-        ("n_frames", pa.int64()),
-        *_columns(ClipFigures),
-        *_TEXTS,
-    ]
-)
+ANALYSIS_SCHEMA = _schema(("tokens", "definition"), TradeOff)
+VIDEOS_SCHEMA = _schema(("video_id", "tokens", "definition", "n_frames"), ClipFigures)
 
 
 def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) -> None:
-    """Write `analysis.parquet`, `analysis_videos.parquet` and `analysis.json` into `folder`."""
-    rows = [_row(item) | asdict(item.total) | _provenance(store, report, item) for item in report.measured]
+    """Write both tables, the summary, and the picture of distances within clips against those between."""
+    rows, video_rows = [], []
+    for item in report.measured:
+        names = {"tokens": item.tokens, "definition": item.definition.name}
+        common = names | _provenance(store, report, item)
+        rows.append(asdict(item.total) | common)
+        for video_id, n_frames, clip in zip(report.video_ids, report.n_frames, item.clips, strict=True):
+            video_rows.append({"video_id": video_id, "n_frames": n_frames} | asdict(clip) | common)
     write_table(folder / ANALYSIS_FILE, make_table(rows, ANALYSIS_SCHEMA))
-    write_table(folder / VIDEOS_FILE, make_table(_video_rows(store, report), VIDEOS_SCHEMA))
+    write_table(folder / VIDEOS_FILE, make_table(video_rows, VIDEOS_SCHEMA))
     write_json(folder / SUMMARY_FILE, summary_json(store, report))
+    definition, backbone = report.measured[0].definition, store.fingerprint.backbone
+    points = [
+        PlanePoint(backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
+        for item in report.measured
+        if item.definition == definition
+    ]
+    title = f"{definition.name}: {len(report.video_ids)} clips, distances in diameters (100 %)"
+    write_plane(folder / PLANE_FILE, points, gamma=definition.gamma, title=title)
 
 
 def remove_analysis(folder: Path) -> None:
@@ -115,45 +115,22 @@ def summary_json(store: FeatureStore, report: AnalysisReport) -> dict[str, Any]:
     for item in report.measured:
         figures.setdefault(item.definition.name, {})[item.tokens] = asdict(item.total)
     common = _provenance(store, report, report.measured[0])
+    of_rows = ("definition_json", "projection_sha256")
     return {
-        "complete": report.complete,
+        "complete": not report.left_out,
         "figures": figures,
-        "definitions": {item.definition.name: item.definition.to_json() for item in report.measured},
+        "definitions": {item.definition.name: asdict(item.definition) for item in report.measured},
         "projections": {item.tokens: item.projection_sha256 for item in report.measured},
         "left_out": report.left_out,
-        "provenance": {
-            name: value
-            for name, value in common.items()
-            if name not in ("definition_json", "projection_sha256")
-        },
+        "provenance": {name: common[name] for name in PROVENANCE if name not in of_rows},
     }
 
 
-def _row(item: Measured) -> dict[str, Any]:
-    return {"tokens": item.tokens, "definition": item.definition.name}
-
-
-def _video_rows(store: FeatureStore, report: AnalysisReport) -> list[dict[str, Any]]:
-    rows = []
-    for item in report.measured:
-        provenance = _provenance(store, report, item)
-        for video_id, n_frames, clip in zip(report.video_ids, report.n_frames, item.clips, strict=True):
-            rows.append({"video_id": video_id, "n_frames": n_frames} | _row(item) | asdict(clip) | provenance)
-    return rows
-
-
 def _provenance(store: FeatureStore, report: AnalysisReport, item: Measured) -> dict[str, Any]:
-    fingerprint = store.fingerprint
-    versions = {"extract": dict(fingerprint.versions), "analyze": package_versions()}
-    return {
-        "dataset": ", ".join(dict.fromkeys(video.dataset for video in store.manifest)),
-        "definition_json": json.dumps(item.definition.to_json(), sort_keys=True),
+    dataset = ", ".join(dict.fromkeys(video.dataset for video in store.manifest))
+    return asdict(make_provenance("analyze", dataset, store.fingerprint, item.projection_sha256)) | {
+        "definition_json": json.dumps(asdict(item.definition), sort_keys=True),
         "places": str(report.places),
-        "plan_json": json.dumps(dict(fingerprint.plan), sort_keys=True),
-        "manifest_digest": fingerprint.manifest_digest,
-        "store_digest": digest(fingerprint.to_json()),
-        "backbone": fingerprint.backbone,
-        "weights_sha256": fingerprint.weights_sha256,
-        "projection_sha256": item.projection_sha256,
-        "versions_json": json.dumps(versions, sort_keys=True),
+        "plan_json": json.dumps(dict(store.fingerprint.plan), sort_keys=True),
+        "store_digest": digest(store.fingerprint.to_json()),
     }

@@ -1,20 +1,15 @@
 """Pictures of stored tokens: their first three principal components as colours, raw and projected.
 
 A feature store and the frames it was made from go in; PNGs and films come out. The components are those of a
-whole video, or of the whole store, so that a colour keeps its meaning from frame to frame. Nothing grows with
-the length of a video.
-
-Principal components of tokens as colours: the first three become red, green and blue.
-
-Tokens come in frame by frame, several times over; a painter comes out that gives every token its colour. All
-sums are float64, nothing grows with the number of frames, and equal tokens give equal colours.
+whole video, or of the whole store, so that a colour keeps its meaning from frame to frame. Frames are read
+several times over and nothing grows with their number; sums are float64, equal tokens give equal colours.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -25,16 +20,19 @@ from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cosettle_cache.analysis.pooling import check_frames_plan
+from cosettle_cache.analysis.pooling import check_frames_plan, each_video
 from cosettle_cache.core.console import SILENT, Progress
-from cosettle_cache.core.errors import DamagedStoreError, InputError, OutputError, RemoteError, UsageError
+from cosettle_cache.core.errors import InputError, OutputError, RemoteError, UsageError
+from cosettle_cache.core.settings import PcaSettings, check_choices
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.pictures.drawing import FILMS, write_pictures
+from cosettle_cache.pictures.drawing import write_pictures
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import Image8, iter_frames
 
+#: The frame's panel, so no projection may be called so.
+FRAME = "frame"
 #: Red, green, blue.
 N_COMPONENTS = 3
 #: A component's darkest and brightest shade: a few odd tokens shall not make the others pale.
@@ -43,12 +41,142 @@ PERCENTILES = (1.0, 99.0)
 _REACH, _BINS = 8.0, 4096
 
 Tokens = Float[Tensor, "row col dim"]
-#: Which side of the first component is drawn: `none` draws all tokens, `auto` takes that of the middle.
-FOREGROUNDS = ("none", "auto", "high", "low")
-
+Spread = Float64[np.ndarray, " component"]
 #: Gives the frames of a video (or of all videos) anew with every call.
 Frames = Callable[[], Iterable[Tokens]]
 Colours = UInt8[np.ndarray, "row col 3"]
+
+
+@dataclass(frozen=True, slots=True)
+class KindShares:
+    """How much of the variance of one kind's unit tokens each of the three components holds."""
+
+    video_id: str
+    tokens: str
+    shares: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class PcaReport:
+    """What one run of `draw_store` did; `failures` maps video ids to reasons, `error` ended the run early."""
+
+    shares: list[KindShares] = field(default_factory=list)
+    n_videos: int = 0
+    n_frames: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    interrupted: bool = False
+    error: OutputError | RemoteError | None = None
+
+
+def plan_pca(store: FeatureStore, settings: PcaSettings, video_ids: Sequence[str] = ()) -> list[Video]:
+    """Return the rows of `video_ids`, or of all videos that are there, in the manifest's order.
+
+    Raises `InputError` for unknown videos and for stores of other plans, `UsageError` for settings.
+    """
+    check_choices(settings)
+    if settings.film == "none" and not settings.stills:
+        raise UsageError("neither stills nor a film: nothing would be drawn", wanted="one of them")
+    check_frames_plan(store, "pca")
+    for video_id in video_ids:
+        store.n_frames(video_id)
+    wanted = set(video_ids or store.video_ids)
+    return [video for video in store.manifest if video.video_id in wanted]
+
+
+def draw_store(
+    store: FeatureStore,
+    videos: Sequence[Video],
+    settings: PcaSettings,
+    data_root: Path,
+    out: Path,
+    *,
+    projections: Sequence[tuple[str, Projection]] = (),
+    device: str = "cpu",
+    progress: Progress = SILENT,
+    stop: Event | None = None,
+) -> PcaReport:
+    """Draw `videos` of `plan_pca` to `out/VIDEO/KIND/FRAME.png` and `out/VIDEO.mp4`.
+
+    A video that cannot be drawn is recorded in the report and does not end the run; setting `stop` ends it
+    after the video in hand.
+    """
+    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(FRAME,))
+    drawing = _Drawing(store, data_root, out, kinds, settings, device, PcaReport())
+    return drawing.run({video.video_id: video for video in videos}, progress, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """One call of `draw_store`: what it was given, and the report on it."""
+
+    store: FeatureStore
+    data_root: Path
+    out: Path
+    kinds: list[TokenKind]
+    settings: PcaSettings
+    device: str
+    report: PcaReport
+
+    def run(self, videos: Mapping[str, Video], progress: Progress, stop: Event | None) -> PcaReport:
+        started, report, common = time.perf_counter(), self.report, None
+        try:
+            if self.settings.per == "store":
+                common = self._fit(self.store.video_ids, "all videos")
+            draw = partial(self._draw, videos, common)
+            for _, n_frames in each_video(list(videos), draw, report.failures, progress, stop):
+                report.n_frames += n_frames
+        except (OutputError, RemoteError) as problem:
+            report.error = problem
+        report.interrupted = report.n_videos < len(videos) and report.error is None
+        report.seconds = time.perf_counter() - started
+        return report
+
+    def _draw(self, videos: Mapping[str, Video], common: list[Painter] | None, video_id: str) -> int:
+        """Draw one video and return the number of its frames."""
+        self.report.n_videos += 1
+        painters, video = common or self._fit([video_id], video_id), videos[video_id]
+        every = int(self.store.fingerprint.plan["every"])
+        frames = self._frames(video, painters, range(0, video.n_frames, every))
+        fps = video.fps / every if video.fps else None
+        film, stills = self.settings.film, self.settings.stills
+        write_pictures(frames, fps, self.out / video_id, film=film, stills=stills)
+        return self.store.n_frames(video_id)
+
+    def _fit(self, video_ids: Sequence[str], name: str) -> list[Painter]:
+        """Return the painter of each kind of tokens, all videos together, and note their shares.
+
+        Colours of projected tokens take their signs from the raw ones.
+        """
+        painters: list[Painter] = []
+        for kind in self.kinds:
+            frames = partial(self._tokens, video_ids, kind)
+            painter = fit_painter(frames, foreground=self.settings.foreground)
+            if painters:
+                pairs = zip(self._tokens(video_ids, self.kinds[0]), frames(), strict=True)
+                painter = align_signs(painter, painters[0], pairs)
+            painters.append(painter)
+            shares = tuple(painter.components.shares.tolist())
+            self.report.shares.append(KindShares(name, kind.name, shares))
+        return painters
+
+    @torch.inference_mode()
+    def _tokens(self, video_ids: Iterable[str], kind: TokenKind) -> Iterator[Tokens]:
+        for video_id in video_ids:
+            for frame in self.store.stream_tokens(video_id):
+                yield kind.apply(torch.from_numpy(frame).to(self.device).float())
+
+    def _frames(
+        self, video: Video, painters: Sequence[Painter], indices: range
+    ) -> Iterator[tuple[str, Image8, Mapping[str, Colours]]]:
+        images = iter_frames(video, self.data_root, indices)
+        tokens = self.store.stream_tokens(video.video_id)
+        for index, image, frame in zip(indices, images, tokens, strict=True):
+            raw = torch.from_numpy(frame).to(self.device).float()
+            with torch.inference_mode():
+                pairs = zip(self.kinds, painters, strict=True)
+                colours = {kind.name: painter.paint(kind.apply(raw)) for kind, painter in pairs}
+            yield f"{index:05d}", image, colours
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,36 +195,6 @@ class Components:
         """Return the components of tokens in standard deviations."""
         centred = normalize(tokens.double(), dim=-1) - self.mean
         return centred @ self.basis / self.spreads.clamp(min=torch.finfo(torch.float64).tiny)
-
-
-class Moments:
-    """Sums over unit tokens, from which components follow."""
-
-    def __init__(self, dim: int, device: torch.device) -> None:
-        self.n_tokens = 0
-        self._sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self._products = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-
-    def add(self, tokens: Float[Tensor, "token dim"]) -> None:
-        """Count tokens in."""
-        unit = normalize(tokens.double(), dim=-1)
-        self.n_tokens += len(unit)
-        self._sum += unit.sum(dim=0)
-        self._products += unit.T @ unit
-
-    def components(self) -> Components:
-        """Return the first three; each points where its largest weight is positive, so signs are settled."""
-        if len(self._sum) < N_COMPONENTS:
-            raise InputError("these tokens have too few channels", wanted=N_COMPONENTS, found=len(self._sum))
-        mean = self._sum / self.n_tokens
-        covariance = self._products / self.n_tokens - torch.outer(mean, mean)
-        values, vectors = torch.linalg.eigh(covariance)
-        basis = vectors[:, -N_COMPONENTS:].flip(1)
-        strongest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-        values = values.clamp(min=0)
-        first = values[-N_COMPONENTS:].flip(0)
-        total = values.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return Components(mean, basis * strongest.sign(), first.sqrt(), first / total)
 
 
 class Histogram:
@@ -202,23 +300,38 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
 
 
 def _fit(frames: Frames, side: Foreground | None) -> Components:
-    moments: Moments | None = None
+    """Return the first three; each points where its largest weight is positive, so signs are settled."""
+    n_tokens, summed, products = 0, torch.empty(0), torch.empty(0)
     for tokens in frames():
-        moments = moments or Moments(tokens.shape[-1], tokens.device)
-        moments.add(_chosen(tokens, side))
-    if moments is None or not moments.n_tokens:
-        raise InputError(
-            "there are no tokens to draw", wanted="a video, with a foreground where that is asked"
-        )
-    return moments.components()
+        unit = normalize(_chosen(tokens, side).double(), dim=-1)
+        if n_tokens:
+            summed += unit.sum(dim=0)
+            products += unit.T @ unit
+        else:
+            summed, products = unit.sum(dim=0), unit.T @ unit
+        n_tokens += len(unit)
+    if not n_tokens:
+        wanted = "a video, with a foreground where that is asked"
+        raise InputError("there are no tokens to draw", wanted=wanted)
+    if len(summed) < N_COMPONENTS:
+        raise InputError("these tokens have too few channels", wanted=N_COMPONENTS, found=len(summed))
+    mean = summed / n_tokens
+    values, vectors = torch.linalg.eigh(products / n_tokens - torch.outer(mean, mean))
+    basis = vectors[:, -N_COMPONENTS:].flip(1)
+    strongest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    values = values.clamp(min=0)
+    first = values[-N_COMPONENTS:].flip(0)
+    total = values.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return Components(mean, basis * strongest.sign(), first.sqrt(), first / total)
 
 
 def _find_foreground(frames: Frames, which: str) -> Foreground:
     components, histogram, middle = _fit(frames, None), Histogram(), Histogram()
     for tokens in frames():
-        values = components.apply(tokens)
+        values, (rows, cols, _) = components.apply(tokens), tokens.shape
         histogram.add(values.flatten(0, 1))
-        middle.add(_middle(values).flatten(0, 1))
+        # The middle half of the rows and columns.
+        middle.add(values[rows // 4 : rows - rows // 4, cols // 4 : cols - cols // 4].flatten(0, 1))
     split = histogram.split()
     upper = _centres() > split
     inside, everywhere = (
@@ -228,178 +341,5 @@ def _find_foreground(frames: Frames, which: str) -> Foreground:
     return Foreground(components, split, above)
 
 
-def _middle(values: Float64[Tensor, "row col component"]) -> Float64[Tensor, "_ _ component"]:
-    """Return the middle half of the rows and columns."""
-    rows, cols, _ = values.shape
-    return values[rows // 4 : rows - rows // 4, cols // 4 : cols - cols // 4]
-
-
 def _chosen(tokens: Tokens, side: Foreground | None) -> Float[Tensor, "token dim"]:
     return tokens.flatten(0, 1) if side is None else tokens[side.mask(tokens)]
-
-
-#: Whose tokens share their components.
-PER = ("video", "store")
-#: The frame's panel, so no projection may be called so.
-FRAME = "frame"
-
-
-@dataclass(frozen=True, slots=True)
-class PcaSettings:
-    """What is drawn: components `per` video or store, which `foreground`, which film, stills."""
-
-    per: str = "video"
-    foreground: str = "none"
-    film: str = "mp4"
-    stills: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class KindShares:
-    """How much of the variance of one kind's unit tokens each of the three components holds."""
-
-    video_id: str
-    tokens: str
-    shares: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PcaReport:
-    """What one run of `draw_store` did; `failures` maps video ids to reasons, `error` ended the run early."""
-
-    shares: tuple[KindShares, ...]
-    n_videos: int
-    n_frames: int
-    failures: Mapping[str, str]
-    seconds: float
-    interrupted: bool
-    error: OutputError | RemoteError | None = None
-
-
-def draw_store(
-    store: FeatureStore,
-    data_root: Path,
-    out: Path,
-    *,
-    videos: Sequence[str] = (),
-    projections: Sequence[tuple[str, Projection]] = (),
-    settings: PcaSettings | None = None,
-    device: str = "cpu",
-    progress: Progress = SILENT,
-    stop: Event | None = None,
-) -> PcaReport:
-    """Draw `videos` (default: all) of a frames store to `out/VIDEO/KIND/FRAME.png` and `out/VIDEO.mp4`.
-
-    A video that cannot be drawn is recorded in the report and does not end the run; setting `stop` ends it
-    after the video in hand. Raises `InputError` for unknown videos and for stores of other plans,
-    `UsageError` for settings.
-    """
-    settings = settings or PcaSettings()
-    check_request(store, videos, settings)
-    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(FRAME,))
-    run = _Run(store, data_root, out, kinds, settings, device, progress)
-    return run.draw(chosen_videos(store, videos), stop or Event())
-
-
-def check_request(store: FeatureStore, videos: Sequence[str], settings: PcaSettings) -> None:
-    """Raise what `draw_store` raises, before anything is drawn."""
-    choices = {"per": PER, "foreground": FOREGROUNDS, "film": FILMS}
-    for name, known in choices.items():
-        if getattr(settings, name) not in known:
-            found = getattr(settings, name)
-            raise UsageError(f"{found!r} says nothing about {name}", wanted=" or ".join(known), found=found)
-    if settings.film == "none" and not settings.stills:
-        raise UsageError("neither stills nor a film: nothing would be drawn", wanted="one of them")
-    check_frames_plan(store, "pca")
-    for video_id in videos:
-        store.n_frames(video_id)
-
-
-def chosen_videos(store: FeatureStore, videos: Sequence[str]) -> list[Video]:
-    """Return the rows of `videos`, or of all that are there, in the manifest's order."""
-    wanted = set(videos or store.video_ids)
-    return [video for video in store.manifest if video.video_id in wanted]
-
-
-@dataclass(slots=True)
-class _Run:
-    """One call of `draw_store`: what it was given, and what comes of it."""
-
-    store: FeatureStore
-    data_root: Path
-    out: Path
-    kinds: list[TokenKind]
-    settings: PcaSettings
-    device: str
-    progress: Progress
-
-    def draw(self, videos: Sequence[Video], stop: Event) -> PcaReport:
-        started, shares = time.perf_counter(), list[KindShares]()
-        failures: dict[str, str] = {}
-        n_videos = n_frames = 0
-        error: OutputError | RemoteError | None = None
-        self.progress.start(len(videos), "videos")
-        try:
-            common = self._common(shares) if self.settings.per == "store" else None
-            for video in videos:
-                if stop.is_set():
-                    break
-                n_videos += 1
-                try:
-                    self._draw_video(video, common or self._fit([video.video_id], video.video_id, shares))
-                    n_frames += self.store.n_frames(video.video_id)
-                except (InputError, DamagedStoreError) as problem:
-                    failures[video.video_id] = problem.summary
-                self.progress.advance()
-        except (OutputError, RemoteError) as problem:
-            error = problem
-        finally:
-            self.progress.finish()
-        interrupted = n_videos < len(videos) and error is None
-        seconds = time.perf_counter() - started
-        return PcaReport(tuple(shares), n_videos, n_frames, failures, seconds, interrupted, error)
-
-    def _common(self, shares: list[KindShares]) -> list[Painter]:
-        return self._fit(list(self.store.video_ids), "all videos", shares)
-
-    def _fit(self, video_ids: Sequence[str], name: str, shares: list[KindShares]) -> list[Painter]:
-        """Return the painter of each kind of tokens, all videos together, and note their shares.
-
-        Colours of projected tokens take their signs from the raw ones.
-        """
-        painters: list[Painter] = []
-        for kind in self.kinds:
-            frames = partial(self._tokens, video_ids, kind)
-            painter = fit_painter(frames, foreground=self.settings.foreground)
-            if painters:
-                pairs = zip(self._tokens(video_ids, self.kinds[0]), frames(), strict=True)
-                painter = align_signs(painter, painters[0], pairs)
-            painters.append(painter)
-            shares.append(KindShares(name, kind.name, tuple(painter.components.shares.tolist())))
-        return painters
-
-    @torch.inference_mode()
-    def _tokens(self, video_ids: Iterable[str], kind: TokenKind) -> Iterator[Float[Tensor, "row col dim"]]:
-        for video_id in video_ids:
-            for frame in self.store.stream_tokens(video_id):
-                yield kind.apply(torch.from_numpy(frame).to(self.device).float())
-
-    def _draw_video(self, video: Video, painters: Sequence[Painter]) -> None:
-        every = int(self.store.fingerprint.plan["every"])
-        frames = self._frames(video, painters, range(0, video.n_frames, every))
-        fps = video.fps / every if video.fps else None
-        write_pictures(
-            frames, fps, self.out / video.video_id, film=self.settings.film, stills=self.settings.stills
-        )
-
-    def _frames(
-        self, video: Video, painters: Sequence[Painter], indices: range
-    ) -> Iterator[tuple[str, Image8, Mapping[str, Colours]]]:
-        images = iter_frames(video, self.data_root, indices)
-        tokens = self.store.stream_tokens(video.video_id)
-        for index, image, frame in zip(indices, images, tokens, strict=True):
-            raw = torch.from_numpy(frame).to(self.device).float()
-            with torch.inference_mode():
-                pairs = zip(self.kinds, painters, strict=True)
-                colours = {kind.name: painter.paint(kind.apply(raw)) for kind, painter in pairs}
-            yield f"{index:05d}", image, colours

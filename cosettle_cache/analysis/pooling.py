@@ -1,19 +1,23 @@
-"""One vector per frame from stored tokens: the mean over the frame's tokens, raw and through projections.
+"""What every pass over the videos of a frames store shares: checks, one loop, and one vector per frame.
 
-A frames store and kinds of tokens come in; per video an array of frame vectors, one layer per kind, goes out.
-Every token is read once, however many projections there are, a few frames at a time.
+A frames store and kinds of tokens come in; per video an array of frame vectors (means over the tokens of each
+frame), one layer per kind, goes out. Every token is read once, a few frames at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from threading import Event
+from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32
+from jaxtyping import Float16, Float32
 from torch import Tensor
 
-from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.console import Progress
+from cosettle_cache.core.errors import DamagedStoreError, InputError
 from cosettle_cache.core.types import PlanKind
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.search.masked import unit_tokens
@@ -24,6 +28,7 @@ BATCH_TOKENS = 32 * 1024
 
 #: Frame vectors of one video, one layer per kind of tokens.
 FrameVectors = Float32[np.ndarray, "kind frame dim"]
+Result = TypeVar("Result")
 
 
 def check_frames_plan(store: FeatureStore, what: str) -> None:
@@ -37,6 +42,41 @@ def check_frames_plan(store: FeatureStore, what: str) -> None:
         )
 
 
+def missing_videos(
+    store: FeatureStore, video_ids: Iterable[str], pending: str = "not extracted yet"
+) -> dict[str, str]:
+    """Return by id why the store lacks tokens of these videos; those that are all there are left out."""
+    present, failures = set(store.video_ids), store.failures
+    return {name: failures.get(name, pending) for name in video_ids if name not in present}
+
+
+def each_video(
+    video_ids: Sequence[str],
+    do: Callable[[str], Result],
+    failures: MutableMapping[str, str],
+    progress: Progress,
+    stop: Event | None = None,
+) -> Iterator[tuple[str, Result]]:
+    """Yield (video id, `do(video id)`); of a video that cannot be read `failures` gets the reason.
+
+    Setting `stop` ends it after the video in hand.
+    """
+    progress.start(len(video_ids), "videos")
+    try:
+        for video_id in video_ids:
+            if stop is not None and stop.is_set():
+                break
+            try:
+                result = do(video_id)
+            except (InputError, DamagedStoreError) as error:
+                failures[video_id] = error.summary
+            else:
+                yield video_id, result
+            progress.advance()
+    finally:
+        progress.finish()
+
+
 @dataclass(frozen=True, slots=True)
 class FramePooler:
     """Reads videos and averages their tokens frame by frame.
@@ -46,7 +86,7 @@ class FramePooler:
     """
 
     store: FeatureStore
-    kinds: tuple[TokenKind, ...]
+    kinds: Sequence[TokenKind]
     unit: bool = False
     device: str = "cpu"
 
@@ -61,13 +101,11 @@ class FramePooler:
         out = np.empty((len(self.kinds), n_frames, dim), np.float32)
         size = min(max(1, BATCH_TOKENS // grid.n_tokens), n_frames)
         buffer = np.empty((size, grid.rows, grid.cols, dim), np.float16)
-        filled = 0
-        for number, frame in enumerate(self.store.stream_tokens(video_id), start=1):
-            buffer[filled] = frame
-            filled += 1
-            if filled == size or number == n_frames:
-                out[:, number - filled : number] = self._means(buffer[:filled])
-                filled = 0
+        for number, frame in enumerate(self.store.stream_tokens(video_id)):
+            place = number % size
+            buffer[place] = frame
+            if place == size - 1 or number == n_frames - 1:
+                out[:, number - place : number + 1] = self._means(buffer[: place + 1])
         if not np.isfinite(out).all():
             raise InputError(
                 f"{video_id} has tokens that are not finite", hint="extract it again into another store"
@@ -76,7 +114,8 @@ class FramePooler:
 
     def _means(self, frames: Float16[np.ndarray, "frame row col dim"]) -> FrameVectors:
         tokens = torch.from_numpy(frames).to(self.device).flatten(1, 2).float()
-        return torch.stack([self._mean(kind.apply(tokens)) for kind in self.kinds]).cpu().numpy()
-
-    def _mean(self, tokens: Float[Tensor, "frame token dim"]) -> Float32[Tensor, "frame dim"]:
-        return (unit_tokens(tokens) if self.unit else tokens).mean(1)
+        kinds: list[Tensor] = [kind.apply(tokens) for kind in self.kinds]
+        if self.unit:
+            kinds = [unit_tokens(of_kind) for of_kind in kinds]
+        means: FrameVectors = torch.stack([of_kind.mean(1) for of_kind in kinds]).cpu().numpy()
+        return means

@@ -1,38 +1,46 @@
 """The trade-off of an encoder: consistency within clips against separability between them.
 
-Figures of clips and of all pairs of clips come in and one `TradeOff` per definition goes out; `trade_off`
-does the whole for tokens in memory. docs/analysis.md has every formula.
+Tokens in memory, or figures of clips and sums over their middle frames, come in; one `TradeOff` per
+definition goes out. Middle frames are compared block by block, so that never more than two blocks are held.
+docs/analysis.md has every formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from cosettle_cache.analysis.between import (
-    InterFigures,
-    MiddleSums,
-    block_pairs,
-    compare,
-    inter_figures,
-    make_spreads,
+from cosettle_cache.analysis.definitions import (
+    SMALLEST_DIAMETER,
+    Definition,
+    Distances,
+    Spread,
+    diameters,
+    effective_rank,
+    find_definition,
 )
-from cosettle_cache.analysis.definitions import Definition, find_definition
-from cosettle_cache.analysis.within import ClipFigures, make_blocks, measure_clip
+from cosettle_cache.analysis.within import ClipFigures, block_slices, measure_clip
 from cosettle_cache.core.errors import InputError
 
 Clip = Float[np.ndarray, "_ row col dim"] | Float[Tensor, "_ row col dim"]
 Clips = Float[np.ndarray, "clip frame row col dim"] | Float[Tensor, "clip frame row col dim"]
+#: Float16 or float32; converted a few places at a time.
+Middles = Float[Tensor, "clip place dim"]
+#: What two blocks of clips give: distances summed over pairs of clips, and how far the clips of a block that
+#: was compared with itself are from each centre of `make_spreads` (else empty).
+Comparison = tuple[Float64[np.ndarray, " place"], tuple[Distances, ...]]
 
 #: Distances between clips need two of them.
 FEWEST_CLIPS = 2
 _BLOCK_CLIPS = 64
+#: Places whose pairs of clips are compared at once.
+_PLACES = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +88,15 @@ def trade_off(tokens: Clips | Sequence[Clip], *, definition: str = "released", *
     chosen = replace(find_definition(definition), **overrides)
     clips = [torch.as_tensor(clip).detach().cpu() for clip in tokens]
     _check_clips(clips, chosen)
+    figures, middles = [], []
     with torch.inference_mode():
-        measures = [measure_clip(make_blocks(clip, _as_is), len(clip), [chosen]) for clip in clips]
-        middles = torch.stack([item.middle.flatten(0, 1) for item in measures])
-        inter = _compare_all(middles, chosen)
-    n_frames = sum(map(len, clips))
-    return combine(chosen, [item.figures[0] for item in measures], inter, n_frames)
-
-
-def combine(
-    definition: Definition, clips: Sequence[ClipFigures], inter: InterFigures, n_frames: int
-) -> TradeOff:
-    """Return the figures of a set of clips, given in the order of the manifest."""
-    intra = {item.name: _mean([getattr(clip, item.name) for clip in clips]) for item in fields(ClipFigures)}
-    intra["cycle_accuracy"] = _batch_mean([clip.cycle_accuracy for clip in clips], definition.batch_clips)
-    known = {**asdict(inter), **intra}
-    for percent in definition.percents:
-        d_inter, d_intra = known[f"d_inter_{percent}"], known[f"d_intra_{percent}"]
-        known[f"margin_{percent}"] = d_inter - definition.gamma * d_intra
-    return TradeOff(n_videos=len(clips), n_frames=n_frames, **known)
-
-
-def _as_is(tokens: Tensor) -> Tensor:
-    return tokens
+        for clip in clips:
+            blocks = [clip[part].float() for part in block_slices(len(clip), clip[0, ..., 0].numel())]
+            (of_clip,), middle = measure_clip(blocks, len(clip), [chosen])
+            figures.append(of_clip)
+            middles.append(middle.flatten(0, 1))
+        inter = _compare_all(torch.stack(middles), chosen)
+    return combine(chosen, figures, inter, sum(map(len, clips)))
 
 
 def _check_clips(clips: Sequence[Float[Tensor, "_ _ _ _"]], definition: Definition) -> None:
@@ -113,35 +107,132 @@ def _check_clips(clips: Sequence[Float[Tensor, "_ _ _ _"]], definition: Definiti
     shapes = sorted({tuple(clip.shape[1:]) for clip in clips})
     if len(shapes) > 1:
         raise InputError("clips differ in grid or width", wanted="one shape", found=shapes)
-    unfit = [
-        f"clip {number} has {len(clip)}"
-        for number, clip in enumerate(clips)
-        if not definition.fits(len(clip))
-    ]
+    lengths = enumerate(map(len, clips))
+    unfit = [f"clip {number} has {length}" for number, length in lengths if not definition.fits(length)]
     if unfit:
         raise InputError("clips of another length", wanted=definition.wanted_frames, details=unfit[:8])
 
 
-def _compare_all(middles: Float[Tensor, "clip place dim"], definition: Definition) -> InterFigures:
+def _compare_all(middles: Middles, definition: Definition) -> dict[str, float]:
     sums = MiddleSums.of(middles)
     spreads = make_spreads(sums, [definition])
     comparisons = [
-        compare(middles[_slice(pair.first)], None if pair.alone else middles[_slice(pair.second)], spreads)
+        compare(middles[pair.first], None if pair.alone else middles[pair.second], spreads)
         for pair in block_pairs(len(middles), _BLOCK_CLIPS)
     ]
     return inter_figures([definition], sums, comparisons)[0]
 
 
-def _slice(clips: range) -> slice:
-    return slice(clips.start, clips.stop)
+def combine(
+    definition: Definition, clips: Sequence[ClipFigures], inter: Mapping[str, float], n_frames: int
+) -> TradeOff:
+    """Return the figures of clips, given in the order of the manifest; `inter` is of `inter_figures`."""
+    known: dict[str, Any] = {**inter}
+    for item in fields(ClipFigures):
+        values = [value for clip in clips if (value := getattr(clip, item.name)) is not None]
+        known[item.name] = float(np.mean(values)) if values else None
+    if definition.batch_clips:
+        # A short last batch counts as the others.
+        starts = range(0, len(clips), definition.batch_clips)
+        batches = [clips[start : start + definition.batch_clips] for start in starts]
+        means = [np.mean([clip.cycle_accuracy for clip in batch]) for batch in batches]
+        known["cycle_accuracy"] = float(np.mean(means))
+    for percent in definition.percents:
+        d_inter, d_intra = known[f"d_inter_{percent}"], known[f"d_intra_{percent}"]
+        known[f"margin_{percent}"] = d_inter - definition.gamma * d_intra
+    return TradeOff(n_videos=len(clips), n_frames=n_frames, **known)
 
 
-def _mean(figures: Sequence[float | None]) -> float | None:
-    known = [figure for figure in figures if figure is not None]
-    return float(np.mean(known)) if known else None
+@dataclass(frozen=True, slots=True, eq=False)
+class MiddleSums:
+    """Sums over the middle frames of `n_clips` clips: their tokens place by place, their outer products."""
+
+    n_clips: int
+    places: Float64[np.ndarray, "place dim"]
+    products: Float64[np.ndarray, "dim dim"]
+
+    def __add__(self, other: MiddleSums) -> MiddleSums:
+        return MiddleSums(
+            self.n_clips + other.n_clips, self.places + other.places, self.products + other.products
+        )
+
+    @classmethod
+    def of(cls, middles: Middles) -> MiddleSums:
+        """Return the sums over some clips."""
+        wide = middles.double()
+        tokens = wide.flatten(0, 1)
+        return cls(len(middles), wide.sum(0).numpy(), (tokens.T @ tokens).numpy())
+
+    @classmethod
+    def zero(cls, n_places: int, dim: int) -> MiddleSums:
+        """Return the sums over nothing."""
+        return cls(0, np.zeros((n_places, dim)), np.zeros((dim, dim)))
 
 
-def _batch_mean(figures: Sequence[float], size: int) -> float:
-    """Return the mean, or the mean over batches of `size` in which a short last one counts as the others."""
-    starts = range(0, len(figures), size or len(figures))
-    return float(np.mean([np.mean(figures[start : start + (size or len(figures))]) for start in starts]))
+@dataclass(frozen=True, slots=True)
+class BlockPair:
+    """Two blocks of clips, or one with itself, whose middle frames are compared; clips by number."""
+
+    number: int
+    first: slice
+    second: slice
+
+    @property
+    def alone(self) -> bool:
+        """Whether these are the pairs within one block."""
+        return self.first == self.second
+
+
+def block_pairs(n_clips: int, size: int) -> list[BlockPair]:
+    """Return the pairs of blocks of `size` clips; every two clips meet once."""
+    blocks = [slice(start, min(start + size, n_clips)) for start in range(0, n_clips, size)]
+    pairs = [(first, second) for number, first in enumerate(blocks) for second in blocks[number:]]
+    return [BlockPair(number, first, second) for number, (first, second) in enumerate(pairs)]
+
+
+def make_spreads(sums: MiddleSums, definitions: Sequence[Definition]) -> tuple[Spread, ...]:
+    """Return how each definition looks at clips around the mean of all: all places, and those drawn."""
+    places = torch.from_numpy(sums.places / sums.n_clips)
+    return tuple(Spread.about(places, drawn) for item in definitions for drawn in (item.whole, item))
+
+
+def compare(
+    first: Middles, second: Float[Tensor, "_ place dim"] | None, spreads: Sequence[Spread]
+) -> Comparison:
+    """Compare two blocks of clips, or with `second` None one with itself."""
+    summed = []
+    for start in range(0, first.shape[1], _PLACES):
+        places = slice(start, start + _PLACES)
+        one = first[:, places].float().transpose(0, 1).contiguous()
+        other = one if second is None else second[:, places].float().transpose(0, 1).contiguous()
+        distances = torch.cdist(one, other)
+        if second is None:
+            distances = distances.triu(1)
+        summed.append(distances.sum(dim=(1, 2), dtype=torch.float64).numpy())
+    found = () if second is not None else tuple(item.distances(first.float()) for item in spreads)
+    return np.concatenate(summed), found
+
+
+def inter_figures(
+    definitions: Sequence[Definition], sums: MiddleSums, comparisons: Sequence[Comparison]
+) -> list[dict[str, float]]:
+    """Return the figures between clips by name of `TradeOff`, for each definition.
+
+    `comparisons` are those of every `block_pairs`, with `make_spreads`.
+    """
+    n_pairs = sums.n_clips * (sums.n_clips - 1) / 2
+    by_place = np.sum([distances for distances, _ in comparisons], axis=0) / n_pairs
+    alone = [spreads for _, spreads in comparisons if spreads]
+    spreads = [np.concatenate(parts) for parts in zip(*alone, strict=True)]
+    rank = effective_rank(sums.products)
+    figures = []
+    for definition, whole, drawn in zip(definitions, spreads[::2], spreads[1::2], strict=True):
+        index = definition.drawn(len(by_place))
+        distance = float((by_place if index is None else by_place[index.numpy()]).mean())
+        known = {"inter_distance": distance, "effective_rank": rank}
+        for percent, diameter in diameters(whole, definition.whole).items():
+            known[f"inter_diameter_{percent}"] = diameter
+        for percent, diameter in diameters(drawn, definition).items():
+            known[f"d_inter_{percent}"] = distance / (diameter + SMALLEST_DIAMETER)
+        figures.append(known)
+    return figures

@@ -1,16 +1,9 @@
-"""`cosettle-cache analyze`: what a projection trades, in the released metrics and the paper's.
-
-`cosettle-cache probe`: what stored tokens are worth for whole videos and single frames.
-
-`cosettle-cache export`: stored tokens as files for other programs.
-
-`cosettle-cache pca`: stored tokens as colours, raw and projected, beside their frames.
-"""
+"""`cosettle-cache analyze`, `probe`, `export frames` and `pca`: what stored tokens and heads are worth."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cosettle_cache.analysis.probe import TASKS
 from cosettle_cache.cli.options import (
     DEFAULT_CACHE_SIZE,
     CacheDir,
@@ -38,28 +32,25 @@ from cosettle_cache.cli.options import (
 )
 from cosettle_cache.core.cluster import pick_device
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
-from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.errors import ExitCode, UncleanError
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.core.settings import ProbeSettings
+from cosettle_cache.core.settings import AnalyzeSettings, ExportSettings, PcaSettings, ProbeSettings
 
 if TYPE_CHECKING:
-    from cosettle_cache.analysis.export import ExportPlan
     from cosettle_cache.analysis.files import AnalysisReport
     from cosettle_cache.analysis.pca import PcaReport
-    from cosettle_cache.analysis.probe import ProbePlan, ProbeReport
-    from cosettle_cache.analysis.run import AnalysisPlan
-    from cosettle_cache.heads.kinds import TokenKind
-    from cosettle_cache.heads.projection import Projection
     from cosettle_cache.store import FeatureStore
+
+    TaskName = str
+else:
+    # typer takes lists of enums, not of literals.
+    TaskName = StrEnum("TaskName", {name: name for name in TASKS})
 
 
 def analyze(
     features: FramesStore,
+    settings: AnalyzeSettings,
     projection: Projections = None,
-    compat: Annotated[
-        bool, typer.Option("--compat", help="Draw tokens, batch and skip clips as the authors' script does.")
-    ] = False,
-    gamma: Annotated[float, typer.Option(help="Of the margin D_inter - gamma D_intra.")] = 0.3,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/analyze-STORE.")] = None,
     workers: Workers = 0,
     scheduler: Scheduler = None,
@@ -68,71 +59,39 @@ def analyze(
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> int:
+) -> None:
     """Measure consistency within clips against separability between them, raw and projected.
 
     Example: cosettle-cache analyze --features frames.zarr --projection runs/store/projection.safetensors
     """
     from cosettle_cache.analysis.files import remove_analysis, summary_json, write_analysis
     from cosettle_cache.analysis.run import analyze_store, plan_analysis
-
-    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
     from cosettle_cache.heads.kinds import load_heads
 
+    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
     heads = load_heads(projection or (), store)
-    plan = plan_analysis(store, compat=compat, gamma=gamma)
-    folder = out or Path("runs") / f"analyze-{store_title(store.path)}"
+    plan = plan_analysis(store, settings)
+    folder = out or _folder("analyze", store)
     if dry_run:
-        talk.result(json.dumps(_dry(plan, [name for name, _ in heads], folder), indent=2))
-        return int(ExitCode.DONE)
+        names = [name for name, _ in heads]
+        _print_json(talk, {"out": str(folder), "tokens": ["raw", *names], **plan.to_json()})
+        return
     remove_analysis(folder)
     with hand_out(workers, scheduler, talk) as run:
         report = analyze_store(store, plan, heads, run=run, progress=talk.progress("analyze"))
     write_analysis(folder, store, report)
-    _draw(folder, store, report)
     if as_json:
-        talk.result(json.dumps(summary_json(store, report), indent=2))
+        _print_json(talk, summary_json(store, report))
     else:
-        _print(report, folder, talk)
-    if report.left_out:
-        details = [f"{video_id}: {reason}" for video_id, reason in report.left_out.items()]
-        raise UncleanError(
-            f"{len(details)} of {len(store.manifest)} clips were left out, the others are measured",
-            details=details,
-        )
-    return int(ExitCode.DONE)
-
-
-def _dry(plan: AnalysisPlan, heads: list[str], folder: Path) -> dict[str, Any]:
-    return {
-        "out": str(folder),
-        "tokens": ["raw", *heads],
-        "definitions": [item.to_json() for item in plan.definitions],
-        "clips": len(plan.clips),
-        "frames": sum(len(clip.rows) for clip in plan.clips),
-        "places": str(plan.places),
-        "left_out": plan.left_out,
-    }
-
-
-def _draw(folder: Path, store: FeatureStore, report: AnalysisReport) -> None:
-    from cosettle_cache.analysis.files import PLANE_FILE
-    from cosettle_cache.pictures.charts import PlanePoint, write_plane
-
-    definition = report.measured[0].definition
-    points = [
-        PlanePoint(store.fingerprint.backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
-        for item in report.measured
-        if item.definition == definition
-    ]
-    title = f"{definition.name}: {len(report.video_ids)} clips, distances in diameters (100 %)"
-    write_plane(folder / PLANE_FILE, points, gamma=definition.gamma, title=title)
+        _print_analysis(report, folder, talk)
+    n_left_out = f"{len(report.left_out)} of {len(store.manifest)} clips"
+    _check_clean(report.left_out, f"{n_left_out} were left out, the others are measured")
 
 
 _HEADER = ["definition", "tokens", "D inter", "D intra", "D", "cycle acc.", "eff. rank", "inter", "intra"]
 
 
-def _print(report: AnalysisReport, folder: Path, talk: Talk) -> None:
+def _print_analysis(report: AnalysisReport, folder: Path, talk: Talk) -> None:
     rows = []
     for item in report.measured:
         total = item.total
@@ -145,208 +104,74 @@ def _print(report: AnalysisReport, folder: Path, talk: Talk) -> None:
     talk.result(f"{folder}: {human_seconds(report.seconds)}")
 
 
-_DEFAULT = ProbeSettings()
-
-
-class Task(StrEnum):
-    """What vectors are put to."""
-
-    RETRIEVAL = "retrieval"
-    KNN = "knn"
-    LINEAR = "linear"
-    ORDER = "order"
-    SEGMENTS = "segments"
-
-
-class Search(StrEnum):
-    """Who finds neighbours."""
-
-    AUTO = "auto"
-    FAISS = "faiss"
-    TORCH = "torch"
-
-
 def probe(
     features: FramesStore,
+    *,
     task: Annotated[
-        list[Task] | None,
-        typer.Option(help="Repeatable; default all but segments, or segments with --labels."),
+        list[TaskName] | None,
+        typer.Option(
+            help=", ".join(f"{name} ({row.help})" for name, row in TASKS.items())
+            + "; repeatable; default: all that need classes, or segments with --labels."
+        ),
     ] = None,
     projection: Projections = None,
     manifest: Annotated[Path | None, typer.Option(help="Classes and splits; default: the store's.")] = None,
-    split: Annotated[str, typer.Option(help="Only the videos of this split.")] = _DEFAULT.split,
-    official: Annotated[
-        bool, typer.Option("--official", help="Learn from split train, ask about test; no folds.")
-    ] = _DEFAULT.official,
-    folds: Annotated[int, typer.Option(help="Folds of linear and order.")] = _DEFAULT.folds,
-    seeds: Annotated[int, typer.Option(help="Shuffles of the folds.")] = _DEFAULT.seeds,
-    min_videos: Annotated[
-        int, typer.Option(help="Leave out classes with fewer videos.")
-    ] = _DEFAULT.min_videos,
-    neighbors: Annotated[int, typer.Option("--k", min=1, help="Neighbours of knn.")] = _DEFAULT.neighbors,
-    penalty: Annotated[
-        list[float] | None,
-        typer.Option("--c", help="Inverse L2 penalty; of several the best inside each fold."),
-    ] = None,
-    frames: Annotated[
-        int, typer.Option(min=0, help="Frames that order joins; 0: as all have, 8 at most.")
-    ] = _DEFAULT.n_frames,
-    pair: Annotated[
-        list[str] | None, typer.Option(help="FIRST,SECOND: classes for order; default: reversal.")
-    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Frame labels: groundTruth/, mapping.txt, splits/ (segments).")
     ] = None,
-    bundle: Annotated[str, typer.Option(help="Split of the frame labels.")] = _DEFAULT.bundle,
-    background: Annotated[
-        list[str] | None, typer.Option(help="Class that makes no segment; repeatable.")
-    ] = None,
-    unit_tokens: Annotated[
-        bool, typer.Option("--unit-tokens", help="Give tokens length one before the mean.")
-    ] = _DEFAULT.unit,
+    settings: ProbeSettings,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/probe-STORE.")] = None,
-    search: Annotated[Search, typer.Option(help="All are exact.")] = Search.AUTO,
     device: Device = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = DEFAULT_CACHE_SIZE,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> int:
+) -> None:
     """Measure retrieval, k-NN, linear probes and order of frames, raw and projected.
 
     Example: cosettle-cache probe --features frames.zarr --projection runs/store/projection.safetensors
     """
-    settings = ProbeSettings(
-        split=split,
-        official=official,
-        folds=folds,
-        seeds=seeds,
-        min_videos=min_videos,
-        unit=unit_tokens,
-        neighbors=neighbors,
-        penalties=_penalties(penalty),
-        n_frames=frames,
-        pairs=tuple(map(_pair, pair or ())),
-        bundle=bundle,
-        background=tuple(background or ()),
-    )
-    talk = Talk(quiet=quiet)
-    store = open_features(features, cache_dir, cache_size)
-    plan = _plan(store, _tasks(task, labels), settings, manifest, labels)
-    folder = out or Path("runs") / f"probe-{store_title(store.path)}"
+    from cosettle_cache.analysis.probe.files import probe_tables, remove_probe, summary_json, write_probe
+    from cosettle_cache.analysis.probe.run import plan_probe, run_probe
     from cosettle_cache.heads.kinds import load_heads
-
-    heads = load_heads(projection or (), store)
-    if dry_run:
-        names = [name for name, _ in heads]
-        talk.result(json.dumps({"out": str(folder), **plan.to_json(), "projections": names}, indent=2))
-        return int(ExitCode.DONE)
-    return _run(plan, heads, folder, search.value, pick_device(device), talk, as_json)
-
-
-def _tasks(tasks: Sequence[Task] | None, labels: Path | None) -> list[str]:
-    if tasks:
-        return [task.value for task in tasks]
-    return ["segments"] if labels else [task.value for task in Task if task is not Task.SEGMENTS]
-
-
-def _penalties(penalties: Sequence[float] | None) -> tuple[float, ...]:
-    chosen = tuple(penalties or _DEFAULT.penalties)
-    if min(chosen) <= 0:
-        raise UsageError("an inverse penalty is a positive number", found=min(chosen))
-    return chosen
-
-
-def _pair(text: str) -> tuple[str, str]:
-    first, comma, second = (part.strip() for part in text.partition(","))
-    if not comma or not first or not second or first == second:
-        raise UsageError(f"{text!r} is no pair of classes", wanted="FIRST,SECOND")
-    return first, second
-
-
-def _plan(
-    store: FeatureStore,
-    tasks: Sequence[str],
-    settings: ProbeSettings,
-    manifest: Path | None,
-    labels: Path | None,
-) -> ProbePlan:
-    from cosettle_cache.analysis.probe import plan_probe
     from cosettle_cache.videos.frame_labels import open_frame_labels
     from cosettle_cache.videos.manifest import read_manifest
 
-    return plan_probe(
+    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
+    plan = plan_probe(
         store,
-        tasks,
+        list(map(str, task or ())),
         settings,
         manifest=read_manifest(manifest, listed=True) if manifest else None,
         frame_labels=open_frame_labels(labels) if labels else None,
     )
-
-
-def _run(
-    plan: ProbePlan,
-    heads: Sequence[tuple[str, Projection]],
-    folder: Path,
-    search: str,
-    device: str,
-    talk: Talk,
-    as_json: bool,
-) -> int:
-    from cosettle_cache.analysis.probe import remove_probe, run_probe, write_probe
-
-    left_out = dict(plan.labelled.left_out) if plan.labelled else {}
-    _say_left_out(left_out, talk)
+    folder, heads = out or _folder("probe", store), load_heads(projection or (), store)
+    if dry_run:
+        names = [name for name, _ in heads]
+        _print_json(talk, {"out": str(folder), **plan.to_json(), "projections": names})
+        return
+    if plan.left_out:
+        first, reason = next(iter(plan.left_out.items()))
+        n_videos = f"{len(plan.left_out)} videos are left out"
+        talk.warn(f"{n_videos}, {first} because {reason}; summary.json names all")
     remove_probe(folder)
-    report = run_probe(plan, projections=heads, search=search, device=device, progress=talk.progress("read"))
+    report = run_probe(plan, projections=heads, device=pick_device(device), progress=talk.progress("read"))
     for warning in report.warnings:
         talk.warn(warning)
-    write_probe(folder, report.scores, report.answers, left_out, report.failures)
-    _print_probe(report, left_out, folder, talk, as_json)
-    if report.failures:
-        details = [f"{video_id}: {reason}" for video_id, reason in report.failures.items()]
-        raise UncleanError(f"{len(report.failures)} videos could not be read", details=details)
-    return int(ExitCode.DONE)
-
-
-def _say_left_out(left_out: Mapping[str, str], talk: Talk) -> None:
-    if left_out:
-        first, reason = next(iter(left_out.items()))
-        talk.warn(f"{len(left_out)} videos are left out, {first} because {reason}; summary.json names all")
-
-
-def _print_probe(
-    report: ProbeReport, left_out: Mapping[str, str], folder: Path, talk: Talk, as_json: bool
-) -> None:
-    from cosettle_cache.analysis.probe import probe_tables, summary_json
-
+    write_probe(folder, report)
     if as_json:
-        talk.result(json.dumps(summary_json(report.scores, left_out, report.failures), indent=2))
-        return
-    for title, header, rows in probe_tables(report.scores):
-        # Above the table, because a title is folded to its width.
-        talk.result(title)
-        talk.table("", header, rows)
-    talk.result(f"rows, answers and summary: {folder}")
+        _print_json(talk, summary_json(report))
+    else:
+        for title, header, rows in probe_tables(report):
+            # Above the table, because a title is folded to its width.
+            talk.result(title)
+            talk.table("", header, rows)
+        talk.result(f"rows, answers and summary: {folder}")
+    _check_clean(report.failures, f"{len(report.failures)} videos could not be read")
 
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write vectors for other programs.")
-
-
-class Format(StrEnum):
-    """What is written."""
-
-    NPY = "npy"
-    PARQUET = "parquet"
-    HDF5 = "hdf5"
-
-
-class Axes(StrEnum):
-    """The order of axes in .npy and HDF5."""
-
-    DIM_FRAME = "dim-frame"
-    FRAME_DIM = "frame-dim"
 
 
 @app.callback()
@@ -358,109 +183,52 @@ def group() -> None:
 @exits
 def frames(
     features: FramesStore,
+    settings: ExportSettings,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/frames-STORE.")] = None,
-    format: Annotated[
-        Format, typer.Option("--format", help="A file per video; one table; one file (needs h5py).")
-    ] = Format.NPY,
     projection: Annotated[Path | None, typer.Option(help="Through this projection; default: raw.")] = None,
-    axes: Annotated[
-        Axes, typer.Option(help="dim-frame: FACT on Breakfast, MS-TCN; frame-dim: FACT on new data.")
-    ] = Axes.DIM_FRAME,
-    repeat: Annotated[
-        bool,
-        typer.Option("--repeat", help="One vector per frame of the video, where the store skips frames."),
-    ] = False,
-    unit_tokens: Annotated[
-        bool, typer.Option("--unit-tokens", help="Give tokens length one before the mean.")
-    ] = False,
     device: Device = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = DEFAULT_CACHE_SIZE,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> int:
+) -> None:
     """Write one vector per frame, the mean over its tokens, for temporal models.
 
     Example: cosettle-cache export frames --features breakfast.zarr --out breakfast/features
     """
     from cosettle_cache.analysis.export import export_frames, plan_export
-
-    talk = Talk(quiet=quiet)
-    store = open_features(features, cache_dir, cache_size)
-    plan = plan_export(store, format.value, axes=axes.value, unit=unit_tokens, repeat=repeat)
-    folder = out or Path("runs") / f"frames-{store_title(store.path)}"
-    if dry_run:
-        talk.result(json.dumps({"out": str(folder), "videos": len(plan.names), **plan.to_json()}, indent=2))
-        return int(ExitCode.DONE)
-    place = pick_device(device)
-    kind = _kind(projection, store, place)
-    _say_what_is_skipped(plan, talk)
-    report = export_frames(plan, kind, folder, device=place, progress=talk.progress("export"))
-    document = {
-        "out": str(folder),
-        "tokens": kind.name,
-        "videos": report.n_videos,
-        "vectors": report.n_vectors,
-        "failures": dict(report.failures),
-    }
-    text = f"{folder}: {report.n_vectors} vectors of {report.n_videos} videos, {kind.name} tokens"
-    talk.result(json.dumps(document, indent=2) if as_json else text)
-    if report.failures:
-        details = [f"{video_id}: {reason}" for video_id, reason in report.failures.items()]
-        raise UncleanError(f"{len(report.failures)} videos were not written", details=details)
-    return int(ExitCode.DONE)
-
-
-def _kind(projection: Path | None, store: FeatureStore, device: str) -> TokenKind:
     from cosettle_cache.heads.kinds import load_heads, make_kinds
 
+    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
+    plan = plan_export(store, settings)
+    folder = out or _folder("frames", store)
+    if dry_run:
+        _print_json(talk, {"out": str(folder), "videos": len(plan.names), **plan.to_json()})
+        return
+    place = pick_device(device)
     heads = load_heads([projection] if projection else [], store)
-    return make_kinds(heads, store.arrays[0].n_channels, device=device)[-1]
-
-
-def _say_what_is_skipped(plan: ExportPlan, talk: Talk) -> None:
-    if plan.every > 1 and not plan.repeat:
+    kind = make_kinds(heads, plan.dim, device=place)[-1]
+    if plan.every > 1 and not settings.repeat:
         talk.note(
-            f"{plan.store.path} holds one frame in {plan.every}: frame labels have to be thinned likewise "
+            f"{store.path} holds one frame in {plan.every}: frame labels have to be thinned likewise "
             "(FACT cuts longer labels off without a word), or use --repeat"
         )
-
-
-class Per(StrEnum):
-    """Whose tokens share their components."""
-
-    VIDEO = "video"
-    STORE = "store"
-
-
-class Foreground(StrEnum):
-    """Which side of the first component is drawn."""
-
-    NONE = "none"
-    AUTO = "auto"
-    HIGH = "high"
-    LOW = "low"
-
-
-class FilmFormat(StrEnum):
-    """What the film is."""
-
-    MP4 = "mp4"
-    WEBP = "webp"
-    NONE = "none"
+    lengths, failures = export_frames(plan, kind, folder, device=place, progress=talk.progress("export"))
+    n_vectors = sum(lengths.values())
+    if as_json:
+        document = {"out": str(folder), "tokens": kind.name, "videos": len(lengths)}
+        _print_json(talk, document | {"vectors": n_vectors, "failures": failures})
+    else:
+        talk.result(f"{folder}: {n_vectors} vectors of {len(lengths)} videos, {kind.name} tokens")
+    _check_clean(failures, f"{len(failures)} videos were not written")
 
 
 def pca(
     features: FramesStore,
+    settings: PcaSettings,
     video: Annotated[list[str] | None, typer.Option(help="Video; repeatable; default: all.")] = None,
     projection: Projections = None,
-    per: Annotated[Per, typer.Option(help="Components of each video, or one set for the store.")] = Per.VIDEO,
-    foreground: Annotated[
-        Foreground, typer.Option(help="One side of the first component alone; auto: that of the middle.")
-    ] = Foreground.NONE,
-    film: Annotated[FilmFormat, typer.Option(help="Frame and colours beside each other.")] = FilmFormat.MP4,
-    stills: Annotated[bool, typer.Option(help="A PNG per frame and kind of tokens.")] = True,
     data_root: DataRoot = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/pca-STORE.")] = None,
     device: Device = None,
@@ -474,70 +242,74 @@ def pca(
 
     Example: cosettle-cache pca --features davis.zarr --video dog --data-root /data
     """
-    from cosettle_cache.analysis.pca import PcaSettings, check_request, chosen_videos, draw_store
+    from cosettle_cache.analysis.pca import draw_store, plan_pca
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.find import media_root
 
-    talk = Talk(quiet=quiet)
-    store = open_features(features, cache_dir, cache_size)
-    settings = PcaSettings(per.value, foreground.value, film.value, stills)
-    names = list(video or ())
-    check_request(store, names, settings)
+    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
+    videos = plan_pca(store, settings, video or ())
     heads = load_heads(projection or (), store)
     root = media_root(store.manifest, data_root)
-    out = out or Path("runs") / f"pca-{store_title(store.path)}"
+    folder = out or _folder("pca", store)
     if dry_run:
         document = {
-            "videos": [row.video_id for row in chosen_videos(store, names)],
+            "videos": [row.video_id for row in videos],
             "tokens": ["raw", *(name for name, _ in heads)],
             "settings": asdict(settings),
-            "out": str(out),
+            "out": str(folder),
         }
-        talk.result(json.dumps(document, indent=2))
+        _print_json(talk, document)
         return int(ExitCode.DONE)
-    make_folder(out)
+    make_folder(folder)
     with interruptible(talk, "video") as stop:
         report = draw_store(
             store,
+            videos,
+            settings,
             root,
-            out,
-            videos=names,
+            folder,
             projections=heads,
-            settings=settings,
             device=pick_device(device),
             progress=talk.progress("draw"),
             stop=stop,
         )
-    _print_pca(report, out, talk, as_json)
-    return _end(report, {} if names else store.failures)
+    _print_pca(report, folder, talk, as_json)
+    if report.error:
+        raise report.error
+    if report.interrupted:
+        return int(ExitCode.INTERRUPTED)
+    failures = report.failures if video else {**store.failures, **report.failures}
+    _check_clean(failures, f"{len(failures)} videos had failures")
+    return int(ExitCode.DONE)
 
 
-def _print_pca(report: PcaReport, out: Path, talk: Talk, as_json: bool) -> None:
+def _print_pca(report: PcaReport, folder: Path, talk: Talk, as_json: bool) -> None:
     if as_json:
         document = {
-            "out": str(out),
+            "out": str(folder),
             "videos": report.n_videos,
             "frames": report.n_frames,
             "seconds": report.seconds,
             "components": [asdict(item) for item in report.shares],
         }
-        talk.result(json.dumps(document, indent=2))
+        _print_json(talk, document)
         return
     rows = [
         [item.video_id, item.tokens, *(f"{100 * share:.1f}" for share in item.shares)]
         for item in report.shares
     ]
     talk.table("share of the variance, percent", ["video", "tokens", "red", "green", "blue"], rows)
-    talk.result(f"{report.n_frames} frames in {human_seconds(report.seconds)}: {out}")
+    talk.result(f"{report.n_frames} frames in {human_seconds(report.seconds)}: {folder}")
 
 
-def _end(report: PcaReport, store_failures: Mapping[str, str]) -> int:
-    if report.error:
-        raise report.error
-    if report.interrupted:
-        return int(ExitCode.INTERRUPTED)
-    failures = {**store_failures, **report.failures}
+def _folder(stage: str, store: FeatureStore) -> Path:
+    return Path("runs") / f"{stage}-{store_title(store.path)}"
+
+
+def _print_json(talk: Talk, document: Mapping[str, Any]) -> None:
+    talk.result(json.dumps(document, indent=2))
+
+
+def _check_clean(failures: Mapping[str, str], message: str) -> None:
     if failures:
-        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
-        raise UncleanError(f"{len(failures)} videos had failures", details=details)
-    return int(ExitCode.DONE)
+        raise UncleanError(message, details=[f"{name}: {reason}" for name, reason in failures.items()])

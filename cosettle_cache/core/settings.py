@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import Fingerprint, Provenance
 
 #: Environment variable that names the data root when `--data-root` is absent.
@@ -27,6 +28,9 @@ FITTING_SIZE = "short:480/16"
 #: Packages whose versions can move a number; recorded with every store and score.
 VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillow", "av")
 
+#: Weight of the distance within clips in the paper's margin D = D_inter - gamma D_intra (PROTOCOLS 5.3).
+MARGIN_GAMMA = 0.3
+
 
 def setting(default: Any, help: str, **option: Any) -> Any:
     """Return a dataclass field that is also an option: its default, and one line of help that names the unit.
@@ -36,6 +40,14 @@ def setting(default: Any, help: str, **option: Any) -> Any:
     (`min`, `max`, `metavar`).
     """
     return field(default=default, metadata={"help": help, **option})
+
+
+def check_choices(settings: Any) -> None:
+    """Raise `UsageError` for a field with `choices` that holds something else."""
+    for item in fields(settings):
+        value, choices = getattr(settings, item.name), item.metadata.get("choices", ())
+        if choices and value not in choices:
+            raise UsageError(f"unknown {item.name} {value!r}", wanted=" or ".join(choices), found=value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +141,7 @@ class SpectralSettings:
     correspondence: str = "nearest"
     spectral_lambda: float | None = None
     n_lambdas: int = 32
-    gamma: float = 0.3
+    gamma: float = MARGIN_GAMMA
     held_out: float = 0.2
     max_held_out: int = 64
     seed: int = 0
@@ -155,32 +167,104 @@ class TrackSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeSettings:
-    """What the tasks of `probe` are measured with; docs/probe.md says what each means.
+class AnalyzeSettings:
+    """Which definitions `analyze` measures by (docs/analysis.md), and the weight in their margins."""
 
-    `split` restricts the videos, `official` learns from the split train and asks about test; otherwise there
-    are `folds` stratified folds for each of `seeds` seeds. Classes of fewer than `min_videos` videos are left
-    out. `unit` gives every token length one before the mean. `neighbors` vote with weight
-    exp(cosine / `temperature`) (DINO's k-NN). `penalties` are inverse strengths of the L2 penalty. `n_frames`
-    vectors of a video are joined for the order of frames (0: as many as all videos have, at most 8), in
-    `pairs` of classes or, without any, forwards against reversed. `bundle` names the split of the frame
-    labels, `background` the classes that make no segment, `max_frames` how many frames a probe learns from.
+    compat: bool = setting(
+        False, "Draw tokens, batch and skip clips as the authors' script does.", names=("--compat",)
+    )
+    gamma: float = setting(MARGIN_GAMMA, "Of the margin D_inter - gamma D_intra.")
+
+
+def _parse_pairs(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    pairs = [tuple(part.strip() for part in text.split(",", 1)) for text in texts]
+    for text, pair in zip(texts, pairs, strict=True):
+        if len(set(pair)) < 2 or not all(pair):
+            raise UsageError(f"{text!r} is no pair of classes", wanted="FIRST,SECOND")
+    return tuple((first, second) for first, second in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSettings:
+    """What the tasks of `probe` are measured with; docs/analysis.md says what each means.
+
+    `official` learns from the split train and asks about test; otherwise there are `folds` stratified folds
+    for each of `seeds` seeds. Neighbours vote with weight exp(cosine / `temperature`) (DINO's k-NN). Without
+    `pairs` of classes the order of frames is that of videos forwards against reversed. The probe of single
+    frames learns from at most `max_frames`. Raises `UsageError` for a penalty that is not positive.
     """
 
-    split: str = ""
-    official: bool = False
-    folds: int = 5
-    seeds: int = 5
-    min_videos: int = 1
-    unit: bool = False
-    neighbors: int = 20
+    split: str = setting("", "Only the videos of this split.")
+    official: bool = setting(
+        False, "Learn from split train, ask about test; no folds.", names=("--official",)
+    )
+    folds: int = setting(5, "Folds of linear and order.")
+    seeds: int = setting(5, "Shuffles of the folds.")
+    min_videos: int = setting(1, "Leave out classes with fewer videos.")
+    neighbors: int = setting(20, "Neighbours of knn.", names=("--k",), min=1)
     temperature: float = 0.07
-    penalties: tuple[float, ...] = (1.0,)
-    n_frames: int = 0
-    pairs: tuple[tuple[str, str], ...] = ()
-    bundle: str = "split1"
-    background: tuple[str, ...] = ()
+    penalties: tuple[float, ...] = setting(
+        (1.0,), "Inverse L2 penalty; of several the best inside each fold.", names=("--c",)
+    )
+    n_frames: int = setting(
+        0, "Frames that order joins; 0: as all have, 8 at most.", names=("--frames",), min=0
+    )
+    pairs: tuple[tuple[str, str], ...] = setting(
+        (), "FIRST,SECOND: classes for order; default: reversal.", names=("--pair",), parse=_parse_pairs
+    )
+    bundle: str = setting("split1", "Split of the frame labels.")
+    background: tuple[str, ...] = setting((), "Class that makes no segment; repeatable.")
+    unit: bool = setting(False, "Give tokens length one before the mean.", names=("--unit-tokens",))
+    search: str = setting("auto", "All are exact.", choices=("auto", "faiss", "torch"))
     max_frames: int = 50_000
+
+    def __post_init__(self) -> None:
+        if min(self.penalties) <= 0:
+            raise UsageError("an inverse penalty is a positive number", found=min(self.penalties))
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """How `export frames` makes vectors and lays them out; `axes` is their order in .npy and HDF5.
+
+    `dim-frame` is what FACT (for Breakfast) and MS-TCN expect. `repeat` writes every vector as often as the
+    store skips frames, so that there is one per frame of the video.
+    """
+
+    format: str = setting(
+        "npy",
+        "A file per video; one table; one file (needs h5py).",
+        names=("--format",),
+        choices=("npy", "parquet", "hdf5"),
+    )
+    axes: str = setting(
+        "dim-frame",
+        "dim-frame: FACT on Breakfast, MS-TCN; frame-dim: FACT on new data.",
+        choices=("dim-frame", "frame-dim"),
+    )
+    repeat: bool = setting(
+        False, "One vector per frame of the video, where the store skips frames.", names=("--repeat",)
+    )
+    unit: bool = setting(False, "Give tokens length one before the mean.", names=("--unit-tokens",))
+
+
+@dataclass(frozen=True, slots=True)
+class PcaSettings:
+    """Whose tokens share their components, which side of the first component is drawn, and what is written.
+
+    `foreground` `none` draws all tokens, `auto` takes the side of the middle of the frames.
+    """
+
+    per: str = setting(
+        "video", "Components of each video, or one set for the store.", choices=("video", "store")
+    )
+    foreground: str = setting(
+        "none",
+        "One side of the first component alone; auto: that of the middle.",
+        choices=("none", "auto", "high", "low"),
+    )
+    film: str = setting("mp4", "Frame and colours beside each other.", choices=("mp4", "webp", "none"))
+    stills: bool = setting(True, "A PNG per frame and kind of tokens.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +305,17 @@ def package_versions(*others: str) -> dict[str, str]:
 
 
 def make_provenance(
-    stage: str, dataset: str, fingerprint: Fingerprint, projection_sha256: str = ""
+    stage: str,
+    dataset: str,
+    fingerprint: Fingerprint,
+    projection_sha256: str = "",
+    packages: Sequence[str] = (),
 ) -> Provenance:
-    """Return where the figures of `stage` (the name of a command) on a store's tokens come from."""
-    versions = {"extract": dict(fingerprint.versions), stage: package_versions()}
+    """Return where the figures of `stage` (the name of a command) on a store's tokens come from.
+
+    `packages` are those that move these figures besides the usual ones.
+    """
+    versions = {"extract": dict(fingerprint.versions), stage: package_versions(*packages)}
     return Provenance(
         dataset,
         fingerprint.manifest_digest,

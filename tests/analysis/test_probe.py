@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from probe_cases import DIM, labelled_case, write_frame_labels
 from store_cases import frames_case, pairs_case
 
 from cosettle_cache.analysis.pooling import FramePooler
-from cosettle_cache.analysis.probe import read_probe_scores
+from cosettle_cache.analysis.probe import TASKS
+from cosettle_cache.analysis.probe.linear import ask_folds, stratified_folds
 from cosettle_cache.analysis.probe.order import spread
-from cosettle_cache.analysis.probe.videos import ask_folds, stratified_folds
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.tables import read_table
-from cosettle_cache.core.types import Manifest, ProbeScore
+from cosettle_cache.core.types import Manifest
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.store import open_store
@@ -36,8 +37,8 @@ def probe(*options: object) -> int:
     return run_command(["probe", "--features", "s.zarr", "--out", "out", "-q", *map(str, options)])
 
 
-def scores() -> dict[tuple[str, str, str, str], ProbeScore]:
-    rows = read_probe_scores(Path("out/scores.parquet"))
+def scores() -> dict[tuple[str, str, str, str], SimpleNamespace]:
+    rows = [SimpleNamespace(**row) for row in read_table(Path("out/scores.parquet")).to_pylist()]
     return {(row.task, row.tokens, row.case, row.metric): row for row in rows}
 
 
@@ -155,6 +156,13 @@ def test_classes_from_another_manifest() -> None:
     assert probe("--task", "linear", "--folds", 2) == 3
     assert probe("--task", "linear", "--folds", 2, "--manifest", "classes.parquet") == 0
     assert scores()["linear", "raw", "", "accuracy"].n_classes == 2
+
+
+def test_every_task_of_the_table_can_be_measured() -> None:
+    for name, task in TASKS.items():
+        assert task.name == name and task.help and task.metrics
+        assert callable(task.function(task.measure))
+        assert task.frame_labels or callable(task.function(task.check))
 
 
 BAD: list[tuple[Mapping[str | None, int], list[object], int, str]] = [

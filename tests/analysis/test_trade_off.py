@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from store_cases import Case, frames_case, pairs_case
 
 from cosettle_cache import trade_off
-from cosettle_cache.analysis.between import block_pairs
 from cosettle_cache.analysis.definitions import effective_rank
 from cosettle_cache.analysis.files import AnalysisReport
 from cosettle_cache.analysis.run import analyze_store, plan_analysis
-from cosettle_cache.analysis.trade_off import TradeOff
+from cosettle_cache.analysis.trade_off import TradeOff, block_pairs
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.parallel import one_by_one
+from cosettle_cache.core.settings import AnalyzeSettings
 from cosettle_cache.core.tables import read_json, read_table
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.store import FeatureStore, open_store
@@ -120,6 +120,13 @@ def walks(clip: np.ndarray) -> float:
     return float(np.mean(found))
 
 
+def test_arrays_and_tensors_give_the_same() -> None:
+    clips = [clip[:8] for clip in clip_arrays()]
+    found = trade_off(clips)
+    assert trade_off([torch.from_numpy(clip) for clip in clips]) == found
+    assert trade_off(np.stack(clips)) == trade_off(torch.from_numpy(np.stack(clips))) == found
+
+
 def test_clips_that_stand_still_have_no_intra_distance() -> None:
     clips = [np.repeat(clip[:1], 9, axis=0) for clip in clip_arrays()]
     found = trade_off(clips)
@@ -140,7 +147,8 @@ def test_effective_rank_of_known_spectra() -> None:
 def test_every_two_clips_meet_once(n_clips: int, size: int) -> None:
     met = []
     for pair in block_pairs(n_clips, size):
-        both = [(a, b) for a in pair.first for b in pair.second]
+        first, second = (range(part.start, part.stop) for part in (pair.first, pair.second))
+        both = [(a, b) for a in first for b in second]
         met += [(a, b) for a, b in both if a < b] if pair.alone else both
     assert sorted(met) == list(combinations(range(n_clips), 2))
 
@@ -172,7 +180,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 
 
 def analyze(store: FeatureStore, **options: Any) -> AnalysisReport:
-    return analyze_store(store, plan_analysis(store), heads(), **options)
+    return analyze_store(store, plan_analysis(store, AnalyzeSettings()), heads(), **options)
 
 
 def known(figures: TradeOff) -> dict[str, float]:

@@ -6,14 +6,15 @@ videos, and the segmental metrics of its answers on the test videos go out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from cosettle_cache.analysis.probe.outcome import Figure, Outcome, VideoAnswer
-from cosettle_cache.analysis.probe.videos import convergence_warnings, fit_and_ask, missing_videos
+from cosettle_cache.analysis.pooling import missing_videos
+from cosettle_cache.analysis.probe import Figure, Outcome, VideoAnswer
+from cosettle_cache.analysis.probe.linear import convergence_warnings, fit_and_ask, probe_protocol
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.settings import ProbeSettings, digest
 from cosettle_cache.metrics.segments import OVERLAPS, SegmentCounts, count_segments
@@ -54,7 +55,7 @@ class SegmentPlan:
         truth = {name: classes.tolist() for name, classes in self.truth.items()}
         return digest([self.train, self.test, truth])
 
-    def without(self, failed: Mapping[str, str]) -> SegmentPlan:
+    def without(self, failed: Collection[str]) -> SegmentPlan:
         """Return the plan without some videos; raise `InputError` when a part is empty then."""
         train, test = (tuple(name for name in part if name not in failed) for part in (self.train, self.test))
         if not train or not test:
@@ -104,24 +105,31 @@ def segment(plan: SegmentPlan, frames: Mapping[str, Frames]) -> Outcome:
     An answer stands for all frames up to the next stored one. Accuracy and F1 count all videos together, edit
     is the mean over videos, as published. Of many training frames `max_frames`, evenly spaced, are used.
     """
+    settings = plan.settings
     vectors, classes = _training(plan, frames)
-    if len(np.unique(classes)) < 2:
+    n_classes = len(np.unique(classes))
+    if n_classes < 2:
         raise InputError("all training frames are of one class", wanted="two classes or more")
     asked = np.concatenate([frames[name] for name in plan.test])
-    answer = fit_and_ask(vectors, classes, asked, plan.settings.penalties)
+    answer = fit_and_ask(vectors, classes, asked, settings.penalties)
     ends = np.cumsum([len(frames[name]) for name in plan.test])
-    background = plan.labels.numbers_of(plan.settings.background)
+    background = plan.labels.numbers_of(settings.background)
     counts = []
     for name, said in zip(plan.test, np.split(answer.predicted, ends[:-1]), strict=True):
         truth = plan.truth[name]
         counts.append(count_segments(truth, np.repeat(said, plan.every)[: len(truth)], background=background))
-    return Outcome(
-        _figures(sum(counts[1:], start=counts[0]), foreground=bool(background)),
-        len(np.unique(classes)),
-        _protocol(plan, len(vectors)),
-        tuple(map(_answer, plan.test, counts)),
-        convergence_warnings([answer.converged]),
-    )
+    protocol = {
+        "vector": f"mean of {'unit ' if settings.unit else ''}tokens per frame",
+        **probe_protocol(settings),
+        "bundle": settings.bundle,
+        "every": plan.every,
+        "background": list(settings.background),
+        "training_videos": len(plan.train),
+        "training_frames": len(vectors),
+    }
+    answers = [VideoAnswer(name, "", "", one.accuracy) for name, one in zip(plan.test, counts, strict=True)]
+    figures = _figures(sum(counts[1:], start=counts[0]), foreground=bool(background))
+    return Outcome(figures, n_classes, protocol, tuple(answers), convergence_warnings([answer]))
 
 
 def _training(plan: SegmentPlan, frames: Mapping[str, Frames]) -> tuple[Frames, FrameClasses]:
@@ -138,34 +146,9 @@ def _training(plan: SegmentPlan, frames: Mapping[str, Frames]) -> tuple[Frames, 
 
 
 def _figures(counts: SegmentCounts, *, foreground: bool) -> tuple[Figure, ...]:
-    f1 = zip(OVERLAPS, counts.f1, strict=True)
-    figure = Figure("foreground_accuracy", counts.foreground_accuracy, counts.n_videos)
-    of_foreground = (figure,) if foreground else ()
-    return (
-        Figure("accuracy", counts.accuracy, counts.n_videos),
-        *of_foreground,
-        Figure("edit", counts.mean_edit, counts.n_videos),
-        *(Figure(f"f1_{100 * overlap:.0f}", value, counts.n_videos) for overlap, value in f1),
-    )
-
-
-def _answer(video_id: str, counts: SegmentCounts) -> VideoAnswer:
-    return VideoAnswer(video_id, "", "", counts.accuracy)
-
-
-def _protocol(plan: SegmentPlan, n_training_frames: int) -> dict[str, object]:
-    return {
-        "vector": f"mean of {'unit ' if plan.settings.unit else ''}tokens per frame",
-        "probe": "standardisation, logistic regression",
-        "C": list(plan.settings.penalties),
-        "bundle": plan.settings.bundle,
-        "every": plan.every,
-        "background": list(plan.settings.background),
-        "training_videos": len(plan.train),
-        "training_frames": n_training_frames,
-    }
-
-
-def frame_counts(store: FeatureStore, video_ids: Sequence[str]) -> dict[str, int]:
-    """Return the number of stored frames of each video."""
-    return {video_id: store.n_frames(video_id) for video_id in video_ids}
+    values = {"accuracy": counts.accuracy}
+    if foreground:
+        values["foreground_accuracy"] = counts.foreground_accuracy
+    values["edit"] = counts.mean_edit
+    values |= {f"f1_{100 * overlap:.0f}": f1 for overlap, f1 in zip(OVERLAPS, counts.f1, strict=True)}
+    return tuple(Figure(name, value, counts.n_videos) for name, value in values.items())
