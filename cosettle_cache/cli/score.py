@@ -165,7 +165,7 @@ def _report(scores: Sequence[Score], left_out: Mapping[str, str], talk: Talk, as
         document = {"complete": not left_out, "left_out": dict(left_out), **summary_json(scores)}
         talk.result(json.dumps(document, indent=2))
     elif scores:
-        talk.table(f"{scores[0].dataset}: percent", *score_table(scores))
+        talk.table(f"{scores[0].provenance.dataset}: percent", *score_table(scores))
 
 
 def _write(scores: Sequence[Score], out: Path | None, chart: Path | None, talk: Talk) -> None:

@@ -43,6 +43,11 @@ class ObjectScore:
     f_recall: float
     f_decay: float
 
+    @property
+    def jf_mean(self) -> float:
+        """Mean of J and F, the main figure of DAVIS."""
+        return (self.j_mean + self.f_mean) / 2
+
 
 def davis_j_and_f(
     truth: UInt8[np.ndarray, "frame height width"], prediction: UInt8[np.ndarray, "_ _ _"]
