@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -34,6 +34,8 @@ from cosettle_cache.core.settings import FITTING_SIZE, TrackSettings
 from cosettle_cache.core.types import LabelKind
 
 if TYPE_CHECKING:
+    from cosettle_cache.extraction.jobs import StoreWish
+    from cosettle_cache.heads.projection import Projection
     from cosettle_cache.propagation.track import TrackReport
     from cosettle_cache.store import FeatureStore
     from cosettle_cache.videos.find import Data
@@ -71,38 +73,32 @@ def track(
 
     Example: cosettle-cache track --task sprites --features sprites.zarr
     """
-    from cosettle_cache.extraction.jobs import StoreWish, make_store
-    from cosettle_cache.heads.kinds import default_projection, load_heads
+    from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.metrics.rows import remove_scores, write_scores
-    from cosettle_cache.propagation.track import check_store, track_store
+    from cosettle_cache.propagation.track import track_store
     from cosettle_cache.videos.find import media_root
     from cosettle_cache.videos.queries import read_queries
 
     if (task is None) == (queries is None):
         wanted = "--task sprites, --task tapvid or --queries FILE, one of them"
         raise UsageError("which points?", wanted=wanted)
-    talk, name, paths = Talk(quiet=quiet), task or FREE, projection or []
+    talk, name = Talk(quiet=quiet), task or FREE
+    wish = StoreWish(name, size, backbone, weights, data_root, device, precision)
     plan = {"task": name, "settings": asdict(settings)}
-    failures: dict[str, str] = {}
-    chosen_device = device if dry_run else pick_device(device)
-    made = features is None
-    if features is None:
-        wish = StoreWish(name, size, backbone, weights, data_root, device, precision)
-        data = _find_videos(name, data_root)
-        if dry_run:
-            return _print_plan(talk, plan | {"videos": len(data.manifest), "store_to_make": asdict(wish)})
-        features, failures = make_store(wish, data, talk)
-    store = open_features(features, cache_dir, cache_size)
-    check_store(store)
-    _check_task(name, store)
-    heads = load_heads(paths or (default_projection(store, talk) if made else []), store)
+    if dry_run and features is None:
+        videos = len(_find_videos(name, data_root).manifest)
+        return _print_plan({**plan, "videos": videos, "store_to_make": asdict(wish)}, talk)
+    store, failures = _open_store(name, features, wish, cache_dir, cache_size, talk)
+    heads = _load_heads(store, projection or [], made=features is None, talk=talk)
     own = None if queries is None else read_queries(queries, store.manifest)
     needs_media = own is None or pictures != Drawn.NONE
     root = media_root(store.manifest, data_root) if needs_media else None
     out = out or Path("runs") / f"track-{name}-{store_title(store.path)}"
     if dry_run:
-        videos, tokens = store.video_ids if own is None else own, ["raw", *(head for head, _ in heads)]
-        return _print_plan(talk, plan | {"videos": len(videos), "tokens": tokens, "out": out})
+        videos = len(store.video_ids if own is None else own)
+        tokens = ["raw", *(head for head, _ in heads)]
+        return _print_plan({**plan, "videos": videos, "tokens": tokens, "out": out}, talk)
+    device = pick_device(device)
     remove_scores(make_folder(out))
     talk.note(f"settings: {json.dumps(asdict(settings))}")
     with interruptible(talk, "video") as stop:
@@ -115,12 +111,97 @@ def track(
             queries=own,
             projections=heads,
             pictures=pictures,
-            device=chosen_device or "cpu",
+            device=device,
             progress=talk.progress("track"),
             stop=stop,
         )
     if report.scores:
-        write_scores(out, report.scores, complete=not (report.interrupted or report.error))
-    failures = {**store.failures, **failures, **report.failures}
-    (_print_json if as_json else _print_table)(report, out, failures, talk)
+        write_scores(out, report.scores, complete=_is_complete(report))
+    failures |= report.failures
+    _print_report(report, out, failures, talk, as_json)
     return _end(report, failures)
+
+
+def _print_plan(plan: Mapping[str, object], talk: Talk) -> int:
+    talk.result(json.dumps(plan, indent=2, default=str))
+    return int(ExitCode.DONE)
+
+
+def _find_videos(task: str, data_root: Path | None) -> Data:
+    from cosettle_cache.videos.find import benchmark_data, sprites_data
+
+    if task == "sprites":
+        return sprites_data("val")
+    if task == FREE or data_root is None:
+        wanted = "--features STORE" if task == FREE else "--data-root FOLDER or --features STORE"
+        raise UsageError("where are the videos?", wanted=wanted)
+    return benchmark_data(task, data_root)
+
+
+def _open_store(
+    task: str, features: str | None, wish: StoreWish, cache_dir: Path | None, cache_size: str, talk: Talk
+) -> tuple[FeatureStore, dict[str, str]]:
+    """Return the store, made if none is given, and by id why videos are not in it."""
+    from cosettle_cache.extraction.jobs import make_store
+    from cosettle_cache.propagation.track import check_store
+
+    failures = dict[str, str]()
+    if features is None:
+        features, failures = make_store(wish, _find_videos(task, wish.data_root), talk)
+    store = open_features(features, cache_dir, cache_size)
+    check_store(store)
+    datasets = {video.dataset for video in store.manifest}
+    if task == "sprites" and datasets != {task}:
+        found = ", ".join(datasets)
+        raise UsageError(f"{store.path} holds no sprites clips", wanted="a store of them", found=found)
+    if task == "tapvid" and all(video.label_kind is not LabelKind.TRACKS for video in store.manifest):
+        raise UsageError(
+            f"no video of {store.path} has tracks",
+            wanted="a store of a manifest of the layout tapvid",
+            hint="--queries FILE tracks points of your own, without scores",
+        )
+    return store, {**store.failures, **failures}
+
+
+def _load_heads(
+    store: FeatureStore, paths: Sequence[Path], *, made: bool, talk: Talk
+) -> list[tuple[str, Projection]]:
+    """Return the projections asked for; beside a store made on the way the one that `train` leaves."""
+    from cosettle_cache.heads.kinds import default_projection, load_heads
+
+    return load_heads(paths or (default_projection(store, talk) if made else []), store)
+
+
+def _is_complete(report: TrackReport) -> bool:
+    return not (report.interrupted or report.error)
+
+
+def _print_report(
+    report: TrackReport, out: Path, failures: Mapping[str, str], talk: Talk, as_json: bool
+) -> None:
+    from cosettle_cache.metrics.rows import score_table, summary_json
+
+    if as_json:
+        document = {"complete": _is_complete(report), "out": str(out), "failures": failures}
+        document |= {"queries": report.n_queries, "frames": report.n_frames, **summary_json(report.scores)}
+        talk.result(json.dumps(document, indent=2))
+        return
+    if report.scores:
+        first = report.scores[0]
+        mode = json.loads(first.protocol_json)["query_mode"]
+        title = f"{first.provenance.dataset}, queries {mode}, percent at 256x256"
+        talk.table(title, *score_table(report.scores))
+    took = human_seconds(report.seconds)
+    talk.result(f"{report.n_queries} queries through {report.n_frames} frames in {took}")
+    talk.result(f"tracks, pictures and scores: {out}")
+
+
+def _end(report: TrackReport, failures: Mapping[str, str]) -> int:
+    if report.error:
+        raise report.error
+    if report.interrupted:
+        return int(ExitCode.INTERRUPTED)
+    if failures:
+        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
+        raise UncleanError(f"{len(failures)} videos had failures", details=details)
+    return int(ExitCode.DONE)
