@@ -300,6 +300,17 @@ def test_bad_requests_have_one_sentence(
     assert "in the way" in capsys.readouterr().err
 
 
+def test_a_store_of_training_pairs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = Path(__file__).parents[1] / "stores/v2/pairs"
+    for asked in (["--task", "sprites"], ["--task", "tapvid", "--dry-run"]):
+        assert run("track", "--features", pairs, "--out", tmp_path / "out", *asked) == 3
+        said = capsys.readouterr().err
+        assert (
+            "points cannot be tracked" in said and "a frames plan" in said and "extract --plan frames" in said
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_video_that_cannot_be_tracked_is_named_and_the_others_are_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
