@@ -18,26 +18,11 @@ import pyarrow as pa
 
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import output_errors
-from cosettle_cache.core.tables import (
-    make_table,
-    read_metadata,
-    read_table,
-    with_metadata,
-    write_json,
-    write_table,
-)
+from cosettle_cache.core.tables import make_table, read_metadata, read_table, write_json, write_table
 from cosettle_cache.core.types import Provenance, Score
+from cosettle_cache.metrics import jhmdb, tapvid
 from cosettle_cache.metrics.davis import DavisScorer
-from cosettle_cache.metrics.jhmdb import (
-    THRESHOLDS,
-    AnyJoints,
-    JointCounts,
-    Joints,
-    count_joints,
-    count_joints_strictly,
-)
-from cosettle_cache.metrics.tapvid import THRESHOLDS as TRACK_THRESHOLDS
-from cosettle_cache.metrics.tapvid import TrackCounts
+from cosettle_cache.metrics.jhmdb import JointCounts
 from cosettle_cache.metrics.vip import Confusion, clip_miou
 
 SCORES_FILE, SUMMARY_FILE, CHART_FILE = "scores.parquet", "summary.json", "scores.png"
@@ -55,25 +40,21 @@ _COLUMNS = (
     *("n_frames", "scored_size", "boundary_tolerance_px", "protocol", "protocol_json", "manifest_digest"),
     *("backbone", "weights_sha256", "projection_sha256", "versions_json", "counts_json"),
 )
-SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in _COLUMNS])
+SCHEMA = pa.schema(
+    [(name, _TYPES.get(name, pa.string())) for name in _COLUMNS], metadata={_VERSION_KEY: str(TABLE_VERSION)}
+)
 
 #: Fields that must agree within one summary; they are reported once.
 PROVENANCE = (
-    "task",
-    "dataset",
-    "protocol",
-    "protocol_json",
-    "manifest_digest",
-    "backbone",
-    "weights_sha256",
-    "versions_json",
+    *("task", "dataset", "protocol", "protocol_json", "manifest_digest"),
+    *("backbone", "weights_sha256", "versions_json"),
 )
 
 #: Figures by benchmark; PCK is at the benchmark's thresholds, in both readings.
 J_AND_F_FIGURES = ("jf_mean", "j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay")
-PCK_FIGURES = tuple("pck_" + f"{threshold:g}".replace(".", "_") for threshold in THRESHOLDS)
+PCK_FIGURES = tuple("pck_" + f"{threshold:g}".replace(".", "_") for threshold in jhmdb.THRESHOLDS)
 STRICT_FIGURES = tuple(f"strict_{name}" for name in PCK_FIGURES)
-TRACK_FIGURES = ("aj", "delta_avg", "oa", *(f"delta_{threshold}" for threshold in TRACK_THRESHOLDS))
+TRACK_FIGURES = ("aj", "delta_avg", "oa", *(f"delta_{threshold}" for threshold in tapvid.THRESHOLDS))
 
 
 def object_rows(row: Score, scorer: DavisScorer, shown: Collection[int]) -> list[Score]:
@@ -82,15 +63,12 @@ def object_rows(row: Score, scorer: DavisScorer, shown: Collection[int]) -> list
     Where its numbers have gaps, the official tool also counts the numbers between, as objects that are never
     there and so always right; they get no row here.
     """
-    rows = []
-    for item in scorer.finish():
-        if item.object_id in shown:
-            figures = {name: getattr(item, name) for name in J_AND_F_FIGURES}
-            tolerance = scorer.tolerance
-            rows.append(
-                replace(row, object_id=item.object_id, boundary_tolerance_px=tolerance, figures=figures)
-            )
-    return rows
+    row = replace(row, boundary_tolerance_px=scorer.tolerance)
+    found = {item.object_id: item for item in scorer.finish() if item.object_id in shown}
+    return [
+        replace(row, object_id=number, figures={name: getattr(item, name) for name in J_AND_F_FIGURES})
+        for number, item in found.items()
+    ]
 
 
 def parts_row(row: Score, confusion: Confusion) -> Score:
@@ -100,19 +78,18 @@ def parts_row(row: Score, confusion: Confusion) -> Score:
     return replace(row, figures=figures, counts_json=_compact({"confusion": confusion.counts.tolist()}))
 
 
-def clip_row(row: Score, truth: Joints, prediction: AnyJoints, image_size: tuple[int, int]) -> Score:
+def clip_row(
+    row: Score, truth: jhmdb.Joints, prediction: jhmdb.AnyJoints, image_size: tuple[int, int]
+) -> Score:
     """Return `row` with the joints of one clip, true and predicted in pixels of images of (height, width)."""
-    inherited = count_joints(truth, prediction)
-    strict = count_joints_strictly(truth, prediction, image_size)
+    inherited = jhmdb.count_joints(truth, prediction)
+    strict = jhmdb.count_joints_strictly(truth, prediction, image_size)
     counts = {"inherited": _plain(inherited), "strict": _plain(strict)}
     return replace(row, figures=_joint_figures(inherited, strict), counts_json=_compact(counts))
 
 
-def tracks_row(row: Score, counts: TrackCounts, truth_sha256: str) -> Score:
-    """Return `row` with the points of one clip; `truth_sha256` identifies the true tracks.
-
-    (Those of generated clips are in no file.)
-    """
+def tracks_row(row: Score, counts: tapvid.TrackCounts, truth_sha256: str) -> Score:
+    """Return `row` with the points of one clip; `truth_sha256` identifies true tracks that are in no file."""
     values = (counts.aj, counts.delta_avg, counts.oa, *counts.deltas.tolist())
     figures = dict(zip(TRACK_FIGURES, values, strict=True))
     known = {name: value for name, value in figures.items() if not np.isnan(value)}
@@ -128,7 +105,7 @@ def _joint_figures(inherited: JointCounts, strict: JointCounts) -> dict[str, flo
     }
 
 
-def _plain(counts: JointCounts | TrackCounts) -> dict[str, Any]:
+def _plain(counts: JointCounts | tapvid.TrackCounts) -> dict[str, Any]:
     return {name: np.asarray(value).tolist() for name, value in asdict(counts).items()}
 
 
@@ -235,7 +212,7 @@ def _pool_joints(rows: Sequence[Score]) -> Figures:
     for reading in ("inherited", "strict"):
         clips = [_joint_counts(document[reading]) for document in documents]
         totals.append(sum(clips[1:], start=clips[0]))
-    return {**_joint_figures(*totals)}
+    return _joint_figures(*totals)
 
 
 def _joint_counts(document: Mapping[str, Any]) -> JointCounts:
@@ -284,7 +261,7 @@ RULES = {
             "aj": "AJ",
             "delta_avg": "delta_avg",
             "oa": "OA",
-            **{f"delta_{threshold}": f"<{threshold} px" for threshold in TRACK_THRESHOLDS},
+            **{f"delta_{threshold}": f"<{threshold} px" for threshold in tapvid.THRESHOLDS},
         },
         _pool_tracks,
     ),
@@ -309,7 +286,7 @@ def write_rows(path: Path, scores: Sequence[Score]) -> None:
         for score in scores
         for name, value in score.figures.items()
     ]
-    write_table(path, with_metadata(make_table(lines, SCHEMA), {_VERSION_KEY: str(TABLE_VERSION)}))
+    write_table(path, make_table(lines, SCHEMA))
 
 
 def remove_scores(folder: Path) -> None:
