@@ -220,9 +220,9 @@ def _propagate(store: FeatureStore, out: Path, options: argparse.Namespace) -> t
 
 def _percentages(scores: tuple[Score, ...]) -> Figures:
     (mean,) = mean_scores(scores)
-    figures = {name: 100 * getattr(mean, name) for name in ("jf_mean", "j_mean", "f_mean")}
+    figures = {name: 100 * mean.figures[name] for name in ("jf_mean", "j_mean", "f_mean")}
     return figures | {
-        f"jf_mean {video_id}": 100 * means[0].jf_mean for video_id, means in sequence_means(scores)
+        f"jf_mean {video_id}": 100 * means[0].main for video_id, means in sequence_means(scores)
     }
 
 

@@ -344,7 +344,9 @@ def _print(report: PropagationReport, out: Path, talk: Talk) -> None:
 
     if report.scores:
         header, rows = score_table(report.scores)
-        talk.table(f"{report.scores[0].protocol}, {report.scores[0].dataset}: percent", header, rows)
+        talk.table(
+            f"{report.scores[0].protocol}, {report.scores[0].provenance.dataset}: percent", header, rows
+        )
     else:
         talk.note("nothing was scored: no video is annotated beyond its first frame")
     if report.n_reused:

@@ -1,11 +1,7 @@
-"""Recipes: `pipelines/*.toml`, lists of commands with the numbers we measured for them.
+"""`cosettle-cache run` and `demo`: recipes (`pipelines/*.toml`), step by step, and their expectations.
 
 A recipe holds no logic: a step is a command and its options, an expectation is a value with a tolerance. The
-data root given to `run` is handed to every step that takes one.
-
-`cosettle-cache run`: a recipe, step by step, and its expectations.
-
-`cosettle-cache demo`: the whole path on the built-in clips.
+data root given to `run` is passed to every step that takes one.
 """
 
 from __future__ import annotations
@@ -26,6 +22,8 @@ from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import CheckpointError, ExitCode, InputError, UncleanError
 
+#: The recipe of the demo, in a checkout; an installed package has no recipes.
+DEMO = Path(__file__).parents[2] / "pipelines" / "sprites.toml"
 #: Commands that take `--data-root`.
 _TAKES_DATA_ROOT = ("manifest build", "manifest check", "extract", "propagate")
 
@@ -41,7 +39,11 @@ class Step:
     @property
     def arguments(self) -> list[str]:
         """The step as command-line arguments."""
-        options = [word for key, value in self.options.items() for word in _option(key, value)]
+        options = []
+        for key, value in self.options.items():
+            name = "--" + key.replace("_", "-")
+            values = value if isinstance(value, list) else [value]
+            options += [name] if value is True else [word for item in values for word in (name, str(item))]
         return [*self.command.split(), *self.positional, *options]
 
     @property
@@ -72,13 +74,17 @@ class Outcome:
         """Whether the measured figure lies within the tolerance."""
         return abs(self.measured - self.expectation.value) <= self.expectation.tolerance
 
+    @property
+    def title(self) -> str:
+        """The kind of tokens and the figure."""
+        return f"{self.expectation.tokens} {self.expectation.metric}"
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Title, steps in order, expectations and the summary file they are about."""
 
     title: str
-    about: str
     steps: tuple[Step, ...]
     summary: Path | None
     expectations: tuple[Expectation, ...]
@@ -96,89 +102,6 @@ class Recipe:
         return replace(self, steps=tuple(steps), summary=None, expectations=())
 
 
-def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
-    """Read a recipe; raise `InputError` when it is missing, malformed or has unknown keys."""
-    document = _read_toml(path)
-    unknown = document.keys() - {"title", "about", "step", "expect"}
-    if unknown or not document.get("step"):
-        raise InputError(
-            f"{path} is not a recipe",
-            wanted="title, about, [[step]], [expect]",
-            found=", ".join(document) or "nothing",
-        )
-    expect = document.get("expect", {})
-    return Recipe(
-        title=document.get("title", path.stem),
-        about=document.get("about", ""),
-        steps=tuple(_step(table, data_root, path) for table in document["step"]),
-        summary=Path(expect["summary"]) if "summary" in expect else None,
-        expectations=tuple(_expectations(expect)),
-    )
-
-
-def check_expectations(recipe: Recipe) -> list[Outcome]:
-    """Return every expectation beside the figure in the recipe's summary file."""
-    from cosettle_cache.core.tables import read_json
-
-    if recipe.summary is None:
-        return []
-    means = read_json(recipe.summary)["means"]
-    outcomes = []
-    for expectation in recipe.expectations:
-        found = means.get(expectation.tokens, {})
-        if expectation.metric not in found:
-            raise InputError(
-                f"{recipe.summary} has no {expectation.metric} of {expectation.tokens}",
-                found=", ".join(means),
-            )
-        outcomes.append(Outcome(expectation, float(found[expectation.metric])))
-    return outcomes
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path} does not exist", wanted="a recipe, such as pipelines/sprites.toml"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML", found=str(error)) from error
-
-
-def _step(table: Mapping[str, Any], data_root: Path | None, path: Path) -> Step:
-    if "command" not in table:
-        raise InputError(f"a step of {path} has no command", found=", ".join(table))
-    command = str(table["command"])
-    options = {key: value for key, value in table.items() if key not in ("command", "arguments")}
-    if data_root is not None and command in _TAKES_DATA_ROOT:
-        options.setdefault("data_root", str(data_root))
-    return Step(command, tuple(map(str, table.get("arguments", ()))), options)
-
-
-def _option(key: str, value: Any) -> list[str]:
-    name = "--" + key.replace("_", "-")
-    if value is True:
-        return [name]
-    values = value if isinstance(value, list) else [value]
-    return [text for item in values for text in (name, str(item))]
-
-
-def _expectations(expect: Mapping[str, Any]) -> list[Expectation]:
-    kinds = {key: value for key, value in expect.items() if isinstance(value, Mapping)}
-    try:
-        return [
-            Expectation(tokens, metric, float(entry["value"]), float(entry["tolerance"]))
-            for tokens, metrics in kinds.items()
-            for metric, entry in metrics.items()
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        wanted = "METRIC = { value = NUMBER, tolerance = NUMBER }"
-        raise InputError(
-            "an expectation of the recipe is malformed", wanted=wanted, found=repr(error)
-        ) from error
-
-
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A file such as pipelines/sprites.toml.")],
     data_root: DataRoot = None,
@@ -193,55 +116,26 @@ def run(
     chosen, talk = read_recipe(recipe, data_root), Talk(quiet=quiet)
     # Of a JSON run stdout holds one document; what the steps print goes where talk goes.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        code = run_steps(chosen, talk, dry_run=dry_run)
+        code = _run_steps(chosen, talk, dry_run=dry_run)
     outcomes = [] if code or dry_run else check_expectations(chosen)
-    report(chosen, outcomes, talk, as_json)
-    return code
-
-
-def run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
-    """Run the steps of a recipe in this process; the first that does not end clean ends the run."""
-    # Imported here: the command table imports this module.
-    from cosettle_cache.cli import run_command
-
-    talk.note(recipe.title)
-    for step in recipe.steps:
-        talk.note(f"$ {step.line}")
-        code = 0 if dry_run else run_command(step.arguments)
-        if code:
-            return code
-    return int(ExitCode.DONE)
-
-
-def report(recipe: Recipe, outcomes: list[Outcome], talk: Talk, as_json: bool) -> None:
-    """Print expectations beside what was measured; raise `UncleanError` when one was missed."""
-    if as_json:
-        figures = [
-            {**asdict(item.expectation), "measured": item.measured, "met": item.met} for item in outcomes
+    rows = [
+        [
+            item.title,
+            f"{item.expectation.value:.4f} ± {item.expectation.tolerance:.4f}",
+            f"{item.measured:.4f}",
+            "yes" if item.met else "NO",
         ]
-        document = {"title": recipe.title, "steps": [step.line for step in recipe.steps], "figures": figures}
-        talk.result(json.dumps(document, indent=2))
-    elif outcomes:
-        talk.table(
-            "expectations", ["figure", "expected", "measured", "met"], [_row(item) for item in outcomes]
-        )
-    missed = [_row(item)[0] for item in outcomes if not item.met]
-    if missed:
-        raise UncleanError(f"{len(missed)} expectations were missed", details=missed)
-
-
-def _row(outcome: Outcome) -> list[str]:
-    expectation = outcome.expectation
-    return [
-        f"{expectation.tokens} {expectation.metric}",
-        f"{expectation.value:.4f} ± {expectation.tolerance:.4f}",
-        f"{outcome.measured:.4f}",
-        "yes" if outcome.met else "NO",
+        for item in outcomes
     ]
-
-
-#: The recipe of the demo, in a checkout; an installed package has no recipes.
-RECIPE = Path(__file__).parents[2] / "pipelines" / "sprites.toml"
+    if as_json:
+        figures = [{**asdict(o.expectation), "measured": o.measured, "met": o.met} for o in outcomes]
+        document = {"title": chosen.title, "steps": [step.line for step in chosen.steps], "figures": figures}
+        talk.result(json.dumps(document, indent=2))
+    elif rows:
+        talk.table("expectations", ["figure", "expected", "measured", "met"], rows)
+    if missed := [item.title for item in outcomes if not item.met]:
+        raise UncleanError(f"{len(missed)} expectations were missed", details=missed)
+    return code
 
 
 def demo(quiet: Quiet = False) -> int:
@@ -250,14 +144,26 @@ def demo(quiet: Quiet = False) -> int:
     Example: cosettle-cache demo
     """
     talk = Talk(quiet=quiet)
-    recipe = _with_best_weights(read_recipe(RECIPE), talk)
-    code = run_steps(recipe, talk)
-    if code:
+    recipe = _with_best_weights(read_recipe(DEMO), talk)
+    if code := _run_steps(recipe, talk):
         return code
     talk.result("pictures: demo/sprites/curves.png and demo/propagated/overlays")
     for outcome in check_expectations(recipe):
         kept = "as expected" if outcome.met else f"expected {outcome.expectation.value:.4f}"
-        talk.note(f"{outcome.expectation.tokens} {outcome.expectation.metric} {outcome.measured:.4f}, {kept}")
+        talk.note(f"{outcome.title} {outcome.measured:.4f}, {kept}")
+    return int(ExitCode.DONE)
+
+
+def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
+    """Run the steps of a recipe in this process; the first that does not end clean ends the run."""
+    # Imported here: the command table imports this module.
+    from cosettle_cache.cli import run_command
+
+    talk.note(recipe.title)
+    for step in recipe.steps:
+        talk.note(f"$ {step.line}")
+        if not dry_run and (code := run_command(step.arguments)):
+            return code
     return int(ExitCode.DONE)
 
 
@@ -267,9 +173,11 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
     A demo that was run before keeps the weights it had.
     """
     from cosettle_cache.encoders import load_backbone
+    from cosettle_cache.store import open_store
 
-    name = recipe.option("backbone")
-    if (before := _earlier_weights(Path(recipe.option("features")))) is not None:
+    name, features = recipe.option("backbone"), Path(recipe.option("features"))
+    if features.exists():
+        before = open_store(features).encoder["weights_argument"] or "published"
         talk.note(f"encoder: {name} with the weights of the earlier demo ({before})")
         return recipe if before == recipe.option("weights") else recipe.without_option("weights")
     try:
@@ -281,10 +189,65 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
     return recipe.without_option("weights")
 
 
-def _earlier_weights(features: Path) -> str | None:
-    """Return which weights an existing store was made with, None where there is none."""
-    if not features.exists():
-        return None
-    from cosettle_cache.store import open_store
+def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
+    """Read a recipe; raise `InputError` when it is missing, malformed or has unknown keys."""
+    try:
+        document = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        wanted = "a recipe, such as pipelines/sprites.toml"
+        raise InputError(f"{path} does not exist", wanted=wanted) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML", found=str(error)) from error
+    if document.keys() - {"title", "about", "step", "expect"} or not document.get("step"):
+        wanted, found = "title, about, [[step]], [expect]", ", ".join(document) or "nothing"
+        raise InputError(f"{path} is not a recipe", wanted=wanted, found=found)
+    expect = document.get("expect", {})
+    return Recipe(
+        title=document.get("title", path.stem),
+        steps=tuple(_read_step(table, data_root, path) for table in document["step"]),
+        summary=Path(expect["summary"]) if "summary" in expect else None,
+        expectations=tuple(_read_expectations(expect)),
+    )
 
-    return open_store(features).encoder["weights_argument"] or "published"
+
+def _read_step(table: Mapping[str, Any], data_root: Path | None, path: Path) -> Step:
+    if "command" not in table:
+        raise InputError(f"a step of {path} has no command", found=", ".join(table))
+    command = str(table["command"])
+    options = {key: value for key, value in table.items() if key not in ("command", "arguments")}
+    if data_root is not None and command in _TAKES_DATA_ROOT:
+        options.setdefault("data_root", str(data_root))
+    return Step(command, tuple(map(str, table.get("arguments", ()))), options)
+
+
+def _read_expectations(expect: Mapping[str, Any]) -> list[Expectation]:
+    kinds = {key: value for key, value in expect.items() if isinstance(value, Mapping)}
+    try:
+        return [
+            Expectation(tokens, metric, float(entry["value"]), float(entry["tolerance"]))
+            for tokens, metrics in kinds.items()
+            for metric, entry in metrics.items()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        said, wanted = (
+            "an expectation of the recipe is malformed",
+            "METRIC = { value = NUMBER, tolerance = NUMBER }",
+        )
+        raise InputError(said, wanted=wanted, found=repr(error)) from error
+
+
+def check_expectations(recipe: Recipe) -> list[Outcome]:
+    """Return every expectation beside the figure in the recipe's summary file."""
+    from cosettle_cache.core.tables import read_json
+
+    if recipe.summary is None:
+        return []
+    means = read_json(recipe.summary)["means"]
+    outcomes = []
+    for item in recipe.expectations:
+        figures = means.get(item.tokens, {})
+        if item.metric not in figures:
+            missing = f"{recipe.summary} has no {item.metric} of {item.tokens}"
+            raise InputError(missing, found=", ".join(means))
+        outcomes.append(Outcome(item, float(figures[item.metric])))
+    return outcomes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -24,6 +25,11 @@ DATA_ROOT_VARIABLE = "COSETTLE_DATA"
 
 #: A size rule that fits any patch of 16, for frames whose own size does not.
 FITTING_SIZE = "short:480/16"
+
+#: Which queries a benchmark asks, and so which frames count (see `scored_frames`).
+QUERY_MODES = ("first", "strided")
+#: How the visibility of a tracked point is estimated.
+OCCLUSIONS = ("cycle", "cosine", "never")
 
 #: Packages whose versions can move a number; recorded with every store and score.
 VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillow", "av")
@@ -157,13 +163,28 @@ class TrackSettings:
     of the query (`cycle`), when its cosine is at least `min_cosine` (`cosine`), or always (`never`).
     """
 
-    query_mode: str = "first"
-    query_stride: int = 5
-    radius: float = 2.0
-    temperature: float = 0.05
-    occlusion: str = "cycle"
-    cycle_radius: float = 6.0
-    min_cosine: float = 0.7
+    query_mode: str = setting(
+        "first", "first: each point once; strided: again and again.", choices=QUERY_MODES
+    )
+    query_stride: int = setting(5, "Frames between, if strided.", min=1)
+    radius: float = setting(2.0, "Of the soft-argmax, in tokens.")
+    temperature: float = setting(0.05, "Of the soft-argmax.")
+    occlusion: str = setting(
+        "cycle", "Visible: if the way back ends near, by cosine, always.", choices=OCCLUSIONS
+    )
+    cycle_radius: float = setting(6.0, "What is near, in tokens.")
+    min_cosine: float = setting(0.7, "Least cosine, for cosine.")
+
+    def __post_init__(self) -> None:
+        for name, known in (("query_mode", QUERY_MODES), ("occlusion", OCCLUSIONS)):
+            if getattr(self, name) not in known:
+                title = name.replace("_", " ")
+                raise UsageError(f"unknown {title}", wanted=" or ".join(known), found=getattr(self, name))
+        for name in ("query_stride", "temperature", "cycle_radius"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be positive", wanted="more than 0", found=getattr(self, name))
+        if self.radius < 0 or not math.isfinite(self.radius):
+            raise UsageError("radius is a distance in tokens", wanted="0 or more", found=self.radius)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +390,3 @@ def flat_text(document: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = str(value)
     return flat
-
-
-#: Which queries a benchmark asks, and so which frames count (see `scored_frames`).
-QUERY_MODES = ("first", "strided")

@@ -311,57 +311,25 @@ class Provenance:
 class Score:
     """One scored thing under one protocol: an object (J&F), a clip's parts (mIoU), joints (PCK), points (AJ).
 
-    All figures are shares from 0 to 1; those of other benchmarks than the row's are None. `tokens` is
-    `raw`, the projection's name, or the name of the predictions that were scored. `counts_json` holds what
-    pools over clips, as mIoU and PCK of a data set are no means of the clips' figures. Provenance fields
-    repeat in every row on purpose.
+    `figures` are shares from 0 to 1 by name; one that the thing does not have is left out. `tokens` is `raw`,
+    the projection's name, or the name of the predictions that were scored. `counts_json` holds what pools
+    over clips, as mIoU and PCK of a data set are no means of the clips' figures.
     """
 
     task: str
-    dataset: str
     video_id: str
     tokens: str
     n_frames: int
     scored_size: str
     protocol: str
     protocol_json: str
-    manifest_digest: str
-    backbone: str
-    weights_sha256: str
-    projection_sha256: str
-    versions_json: str
+    provenance: Provenance
     object_id: int | None = None
     boundary_tolerance_px: int | None = None
-    j_mean: float | None = None
-    j_recall: float | None = None
-    j_decay: float | None = None
-    f_mean: float | None = None
-    f_recall: float | None = None
-    f_decay: float | None = None
-    miou: float | None = None
-    pixel_accuracy: float | None = None
-    pck_0_1: float | None = None
-    pck_0_2: float | None = None
-    pck_0_3: float | None = None
-    pck_0_4: float | None = None
-    pck_0_5: float | None = None
-    strict_pck_0_1: float | None = None
-    strict_pck_0_2: float | None = None
-    strict_pck_0_3: float | None = None
-    strict_pck_0_4: float | None = None
-    strict_pck_0_5: float | None = None
-    visible_share: float | None = None
-    aj: float | None = None
-    delta_avg: float | None = None
-    oa: float | None = None
-    delta_1: float | None = None
-    delta_2: float | None = None
-    delta_4: float | None = None
-    delta_8: float | None = None
-    delta_16: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
     counts_json: str = ""
 
-    @property
-    def jf_mean(self) -> float | None:
-        """Mean of J and F, the main figure of DAVIS."""
-        return None if self.j_mean is None or self.f_mean is None else (self.j_mean + self.f_mean) / 2
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Score:
+        """Rebuild from `dataclasses.asdict`; unknown and missing keys raise `TypeError`."""
+        return cls(**{**document, "provenance": Provenance(**document.get("provenance", {}))})

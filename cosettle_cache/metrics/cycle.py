@@ -59,13 +59,8 @@ def cycle_transition(
     As released: plain a -> plain b -> shifted a.
     """
     check_walk(walk, tokens.shape[1])
-    stops = [tokens[:, view] for view in walk]
-    steps = [_step(start, end, temperature) for start, end in pairwise(stops)]
-    return reduce(torch.matmul, steps)
-
-
-def _step(start: Tensor, end: Tensor, temperature: float) -> Tensor:
-    return (start @ end.mT / temperature).softmax(-1)
+    stops = pairwise(tokens[:, view] for view in walk)
+    return reduce(torch.matmul, [(start @ end.mT / temperature).softmax(-1) for start, end in stops])
 
 
 def cycle_loss(transition: Float[Tensor, "n token token"]) -> Float[Tensor, ""]:

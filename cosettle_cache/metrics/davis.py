@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Float64, UInt8
 
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.metrics._arrays import check_lengths, size_text, to_numpy
 
 #: Index of pixels that belong to nobody; in the truth they count as background, in a prediction as an error.
 VOID = 255
@@ -43,28 +45,29 @@ class ObjectScore:
     f_recall: float
     f_decay: float
 
+    @property
+    def jf_mean(self) -> float:
+        """Mean of J and F, the main figure of DAVIS."""
+        return (self.j_mean + self.f_mean) / 2
+
 
 def davis_j_and_f(
-    truth: UInt8[np.ndarray, "frame height width"], prediction: UInt8[np.ndarray, "_ _ _"]
+    truth: UInt8[Any, "frame height width"], prediction: UInt8[Any, "_ _ _"]
 ) -> list[ObjectScore]:
     """Score every object of a clip under the semi-supervised rules.
 
-    Both arrays hold index maps `[frame height width]` from the annotated frame on, 0 for background. The
-    objects are 1 to the largest index of the first true frame, void (255) aside; the first and the last frame
-    are not scored. An object that the prediction lacks counts as empty; one that the truth lacks raises
-    `InputError`.
+    Both arrays, of numpy or torch, hold index maps `[frame height width]` from the annotated frame on, 0
+    for background. The objects are 1 to the largest index of the first true frame, void (255) aside; the
+    first and the last frame are not scored. An object that the prediction lacks counts as empty; one that
+    the truth lacks raises `InputError`.
     """
-    if len(truth) != len(prediction):
-        raise InputError(
-            "truth and prediction differ in length",
-            wanted=f"{len(truth)} frames",
-            found=f"{len(prediction)} frames",
-        )
+    check_lengths(truth, prediction)
     if not len(truth):
         raise _too_short(0)
-    scorer = DavisScorer.from_first_mask(truth[0])
-    for true_mask, predicted_mask in zip(truth, prediction, strict=True):
-        scorer.add(true_mask, predicted_mask)
+    true_masks, masks = to_numpy(truth), to_numpy(prediction)
+    scorer = DavisScorer.from_first_mask(true_masks[0])
+    for pair in zip(true_masks, masks, strict=True):
+        scorer.add(*pair)
     return scorer.finish()
 
 
@@ -90,12 +93,19 @@ class DavisScorer:
     @classmethod
     def from_first_mask(cls, mask: Mask) -> DavisScorer:
         """Return a scorer for the objects and the size of the first true mask."""
-        return cls(_n_objects(mask), *mask.shape)
+        n_objects = np.where(mask == VOID, 0, mask).max(initial=0)
+        return cls(int(n_objects), *mask.shape)
 
     def add(self, truth: AnyMask, prediction: AnyMask) -> None:
         """Take the next frame; raise `InputError` for a mask of another size or with an unknown object."""
-        self._check_size("true", truth)
-        self._check_size("predicted", prediction)
+        for which, mask in (("true", truth), ("predicted", prediction)):
+            if mask.shape != self._size:
+                raise InputError(
+                    f"the {which} mask of frame {self._n_added} has another size",
+                    wanted=size_text(self._size),
+                    found=size_text(mask.shape),
+                    hint="score at the annotation's own size; resize predicted masks by nearest neighbour",
+                )
         if self._pending is not None and self._n_added > 1:
             self._score(*self._pending)
         # That a frame is not the last shows one frame later; meanwhile the caller may reuse its arrays.
@@ -107,23 +117,10 @@ class DavisScorer:
         if not self._figures:
             raise _too_short(self._n_added)
         figures = np.asarray(self._figures, dtype=np.float64).transpose(1, 2, 0)
-        return [_object_score(i, j, f) for i, (j, f) in zip(self.object_ids, figures, strict=True)]
+        scored = zip(self.object_ids, figures, strict=True)
+        return [ObjectScore(i, j, f, *_statistics(j), *_statistics(f)) for i, (j, f) in scored]
 
     def _score(self, truth: Mask, prediction: Mask) -> None:
-        self._check_ids(prediction)
-        pairs = ((_is_object(truth, i), _is_object(prediction, i)) for i in self.object_ids)
-        self._figures.append([_j_and_f(*_crop(*pair), self._disk) for pair in pairs])
-
-    def _check_size(self, which: str, mask: AnyMask) -> None:
-        if mask.shape != self._size:
-            raise InputError(
-                f"the {which} mask of frame {self._n_added} has another size",
-                wanted=_size_text(self._size),
-                found=_size_text(mask.shape),
-                hint="score at the annotation's own size; resize predicted masks by nearest neighbour",
-            )
-
-    def _check_ids(self, prediction: Mask) -> None:
         if prediction.max() > self.object_ids[-1]:
             unknown = sorted(set(np.unique(prediction).tolist()) - {0, *self.object_ids})
             raise InputError(
@@ -131,6 +128,7 @@ class DavisScorer:
                 wanted=f"indices 0 to {self.object_ids[-1]}",
                 found=", ".join(map(str, unknown)),
             )
+        self._figures.append([_j_and_f(truth, prediction, i, self._disk) for i in self.object_ids])
 
 
 def boundary_tolerance(height: int, width: int) -> int:
@@ -138,30 +136,20 @@ def boundary_tolerance(height: int, width: int) -> int:
     return math.ceil(TOLERANCE_SHARE * math.hypot(height, width))
 
 
-def _n_objects(first_mask: Mask) -> int:
-    return int(np.where(first_mask == VOID, 0, first_mask).max(initial=0))
-
-
-def _is_object(mask: Mask, object_id: int) -> Mask:
-    return np.asarray(mask == object_id).view(np.uint8)
-
-
 def _disk(radius: int) -> UInt8[np.ndarray, "side side"]:
     row, col = np.ogrid[-radius : radius + 1, -radius : radius + 1]
     return np.asarray(row**2 + col**2 <= radius**2, dtype=np.uint8)
 
 
-def _crop(truth: Mask, prediction: Mask) -> tuple[AnyMask, AnyMask]:
-    """Cut both to the box of their union and the pixel around it, beyond which no boundary can lie."""
-    rows, cols = _grown_box(truth | prediction, 1)
-    return truth[rows, cols], prediction[rows, cols]
-
-
-def _j_and_f(truth: Mask, prediction: Mask, disk: AnyMask) -> tuple[float, float]:
-    union = np.count_nonzero(truth | prediction)
+def _j_and_f(truth: Mask, prediction: Mask, object_id: int, disk: AnyMask) -> tuple[float, float]:
+    true, predicted = (np.asarray(mask == object_id).view(np.uint8) for mask in (truth, prediction))
+    # The box of their union and the pixel around it: no boundary lies beyond.
+    box = _grown_box(true | predicted, 1)
+    true, predicted = true[box], predicted[box]
+    union = np.count_nonzero(true | predicted)
     if union == 0:
         return 1.0, 1.0
-    return np.count_nonzero(truth & prediction) / union, _boundary_f(truth, prediction, disk)
+    return np.count_nonzero(true & predicted) / union, _boundary_f(true, predicted, disk)
 
 
 def _boundary_f(truth: Mask, prediction: Mask, disk: AnyMask) -> float:
@@ -182,8 +170,8 @@ def _where_they_meet(one: Mask, other: Mask, radius: int) -> tuple[AnyMask, AnyM
 
     A few stray pixels far away, as predictions have them, would make the box of both nearly the image.
     """
-    rows, cols = zip(_grown_box(one, radius), _grown_box(other, radius), strict=True)
-    meeting = tuple(slice(max(a.start, b.start), max(min(a.stop, b.stop), 0)) for a, b in (rows, cols))
+    axes = zip(_grown_box(one, radius), _grown_box(other, radius), strict=True)
+    meeting = tuple(slice(max(a.start, b.start), max(min(a.stop, b.stop), 0)) for a, b in axes)
     return one[meeting], other[meeting]
 
 
@@ -196,12 +184,6 @@ def _grown_box(mask: Mask, margin: int) -> tuple[slice, slice]:
 def _boundary(mask: Mask) -> Mask:
     """Mark the pixels that differ from their right, lower or lower-right neighbour; not the rim."""
     return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8), anchor=(0, 0))
-
-
-def _object_score(
-    object_id: int, j: Float64[np.ndarray, " frame"], f: Float64[np.ndarray, " frame"]
-) -> ObjectScore:
-    return ObjectScore(object_id, j, f, *_statistics(j), *_statistics(f))
 
 
 def _statistics(figures: Float64[np.ndarray, " frame"]) -> tuple[float, float, float]:
@@ -220,7 +202,3 @@ def _too_short(n_frames: int) -> InputError:
     return InputError(
         "the clip is too short to be scored", wanted="at least 3 frames", found=f"{n_frames} frames"
     )
-
-
-def _size_text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

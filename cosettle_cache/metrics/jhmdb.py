@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.metrics._arrays import to_numpy
 
 #: The benchmark's distances, in shares of the scale.
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -23,6 +25,7 @@ SCALE_SHARE = 0.6
 Joints = Float[np.ndarray, "2 joint frame"]
 # Clips differ in length; a prediction's shape is checked by hand: a wrong one is an input error, not a bug.
 AnyJoints = Float[np.ndarray, "2 _ _"]
+AnyArray = Float[Any, "2 _ _"]
 Visible = Bool[np.ndarray, "joint frame"]
 
 
@@ -61,22 +64,22 @@ class JointCounts:
 
 
 def pck(
-    truths: Sequence[AnyJoints], predictions: Sequence[AnyJoints], thresholds: Sequence[float] = THRESHOLDS
+    truths: Sequence[AnyArray], predictions: Sequence[AnyArray], thresholds: Sequence[float] = THRESHOLDS
 ) -> dict[float, float]:
     """Return PCK in percent per threshold as the inherited script computes it.
 
-    Each clip is (x, y) in pixels `[2 joint frame]`; a predicted x below 0 marks a lost joint. Frame 0 is
-    not scored. Distances are in scales of 0.6 times the diagonal of the box of the true joints that the
-    prediction shows, lost joints are left out, clips are pooled per joint, and joints are averaged.
-    Predicted frames beyond the truth's are ignored; fewer raise `InputError`.
+    Each clip, an array of numpy or torch, is (x, y) in pixels `[2 joint frame]`; a predicted x below 0
+    marks a lost joint. Frame 0 is not scored. Distances are in scales of 0.6 times the diagonal of the box
+    of the true joints that the prediction shows, lost joints are left out, clips are pooled per joint, and
+    joints are averaged. Predicted frames beyond the truth's are ignored; fewer raise `InputError`.
     """
-    pairs = zip(truths, predictions, strict=True)
+    pairs = zip(map(to_numpy, truths), map(to_numpy, predictions), strict=True)
     return _percent([count_joints(*pair, thresholds) for pair in pairs], thresholds)
 
 
 def strict_pck(
-    truths: Sequence[AnyJoints],
-    predictions: Sequence[AnyJoints],
+    truths: Sequence[AnyArray],
+    predictions: Sequence[AnyArray],
     image_sizes: Sequence[tuple[int, int]],
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> dict[float, float]:
@@ -85,7 +88,7 @@ def strict_pck(
     The scale's box is that of the same joints. Everything else is as in `pck`; `image_sizes` are (height,
     width).
     """
-    triples = zip(truths, predictions, image_sizes, strict=True)
+    triples = zip(map(to_numpy, truths), map(to_numpy, predictions), image_sizes, strict=True)
     return _percent([count_joints_strictly(*triple, thresholds) for triple in triples], thresholds)
 
 
@@ -94,9 +97,8 @@ def count_joints(
 ) -> JointCounts:
     """Return the counts of one clip in the inherited reading: the prediction says what is visible."""
     prediction = _same_frames(truth, prediction)
-    visible = prediction[0] >= 0
-    near = _near(truth, prediction, visible, thresholds)
-    return _count(near & visible, visible, visible)
+    shown = prediction[0] >= 0
+    return _count(truth, prediction, shown, thresholds, scored=shown)
 
 
 def count_joints_strictly(
@@ -107,43 +109,29 @@ def count_joints_strictly(
 ) -> JointCounts:
     """Return the counts of one clip in the strict reading: joints inside the image are visible."""
     prediction = _same_frames(truth, prediction)
-    annotated = inside_image(truth, image_size)
-    near = _near(truth, prediction, annotated, thresholds)
-    return _count(near & annotated & (prediction[0] >= 0), annotated, prediction[0] >= 0)
-
-
-def inside_image(points: Joints, image_size: tuple[int, int]) -> Visible:
-    """Say which joints lie on a pixel of an image of (height, width); pixel centres are whole numbers."""
     height, width = image_size
-    x, y = points
-    return np.asarray((x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5))
-
-
-def _near(
-    truth: Joints, prediction: Joints, visible: Visible, thresholds: Sequence[float]
-) -> Bool[np.ndarray, "threshold joint frame"]:
-    distance = np.linalg.norm(prediction - truth, axis=0)
-    # A box of one joint has no size: whatever lies there is wrong, as a quotient of 0 and 0 is no number.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = distance / _scale(truth, visible)
-    return np.asarray(relative <= np.reshape(thresholds, (-1, 1, 1)))
-
-
-def _scale(truth: Joints, visible: Visible) -> Float64[np.ndarray, " frame"]:
-    low = np.where(visible, truth, np.inf).min(axis=1)
-    high = np.where(visible, truth, -np.inf).max(axis=1)
-    return np.asarray(SCALE_SHARE * np.linalg.norm(high - low, axis=0), dtype=np.float64)
+    x, y = truth
+    # The centres of pixels are whole numbers.
+    inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
+    return _count(truth, prediction, prediction[0] >= 0, thresholds, scored=inside)
 
 
 def _count(
-    correct: Bool[np.ndarray, "threshold joint frame"], scored: Visible, predicted: Visible
+    truth: Joints, prediction: Joints, shown: Visible, thresholds: Sequence[float], *, scored: Visible
 ) -> JointCounts:
-    """Add up the frames after the first."""
+    """Add up the frames after the first; a frame's scale is that of the box of the joints `scored`."""
+    low = np.where(scored, truth, np.inf).min(axis=1)
+    high = np.where(scored, truth, -np.inf).max(axis=1)
+    # A box of one joint has no size: whatever lies there is wrong, as a quotient of 0 and 0 is no number.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = SCALE_SHARE * np.linalg.norm(high - low, axis=0)
+        relative = np.linalg.norm(prediction - truth, axis=0) / scale
+    correct = (relative <= np.reshape(thresholds, (-1, 1, 1))) & scored & shown
     return JointCounts(
         correct[:, :, 1:].sum(axis=2, dtype=np.int64),
         scored[:, 1:].sum(axis=1, dtype=np.int64),
-        int(predicted[:, 1:].sum()),
-        predicted[:, 1:].size,
+        int(shown[:, 1:].sum()),
+        shown[:, 1:].size,
     )
 
 
@@ -161,7 +149,5 @@ def _same_frames(truth: Joints, prediction: AnyJoints) -> Joints:
 def _percent(clips: Sequence[JointCounts], thresholds: Sequence[float]) -> dict[float, float]:
     if not clips:
         raise InputError("there are no clips to score", wanted="at least one", found="none")
-    total = sum(clips[1:], start=clips[0])
-    return {
-        threshold: 100 * float(share) for threshold, share in zip(thresholds, total.shares(), strict=True)
-    }
+    shares = sum(clips[1:], start=clips[0]).shares()
+    return {threshold: 100 * float(share) for threshold, share in zip(thresholds, shares, strict=True)}

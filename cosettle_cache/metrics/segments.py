@@ -7,10 +7,11 @@ the field computes them (Lea et al., CVPR 2017; MS-TCN). Counts of videos add up
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
 from cosettle_cache.core.errors import InputError
 
@@ -50,17 +51,12 @@ class SegmentCounts:
     missed: tuple[int, ...]
 
     def __add__(self, other: SegmentCounts) -> SegmentCounts:
-        return SegmentCounts(
-            self.n_videos + other.n_videos,
-            self.n_frames + other.n_frames,
-            self.n_correct + other.n_correct,
-            self.n_foreground + other.n_foreground,
-            self.n_correct_foreground + other.n_correct_foreground,
-            self.edit + other.edit,
-            _added(self.found, other.found),
-            _added(self.spurious, other.spurious),
-            _added(self.missed, other.missed),
-        )
+        sums: dict[str, Any] = {}
+        for item in fields(self):
+            one, two = getattr(self, item.name), getattr(other, item.name)
+            per_overlap = isinstance(one, tuple)
+            sums[item.name] = tuple(map(sum, zip(one, two, strict=True))) if per_overlap else one + two
+        return SegmentCounts(**sums)
 
     @property
     def accuracy(self) -> float:
@@ -80,7 +76,8 @@ class SegmentCounts:
     @property
     def f1(self) -> tuple[float, ...]:
         """Segmental F1 per overlap from 0 to 1, all videos' segments together; 1 where there are none."""
-        return tuple(map(_f1, self.found, self.spurious, self.missed))
+        counts = zip(self.found, self.spurious, self.missed, strict=True)
+        return tuple(2 * a / (2 * a + b + c) if a + b + c else 1.0 for a, b, c in counts)
 
 
 def count_segments(
@@ -124,19 +121,14 @@ def find_segments(classes: FrameClasses, background: Collection[int] = ()) -> li
 def edit_score(truth: Sequence[int], prediction: Sequence[int]) -> float:
     """Return 1 minus the Levenshtein distance over the longer length; 1 for two empty sequences."""
     longest = max(len(truth), len(prediction))
-    return 1 - _levenshtein(np.asarray(truth), np.asarray(prediction)) / longest if longest else 1.0
-
-
-def _levenshtein(first: np.ndarray, second: np.ndarray) -> int:
-    """Count insertions, deletions and replacements, row by row of the usual table."""
-    places = np.arange(len(second) + 1)
+    columns, places = np.asarray(prediction), np.arange(len(prediction) + 1)
     row: np.ndarray = places
-    for number, symbol in enumerate(first, start=1):
-        replaced = row[:-1] + (second != symbol)
+    for number, symbol in enumerate(truth, start=1):
+        replaced = row[:-1] + (columns != symbol)
         best = np.concatenate([[number], np.minimum(replaced, row[1:] + 1)])
         # A deletion chain costs one per place: the best start before, brought here.
         row = np.minimum.accumulate(best - places) + places
-    return int(row[-1])
+    return 1 - int(row[-1]) / longest if longest else 1.0
 
 
 def _count_found(true: Sequence[Segment], predicted: Sequence[Segment], overlap: float) -> int:
@@ -145,29 +137,14 @@ def _count_found(true: Sequence[Segment], predicted: Sequence[Segment], overlap:
     The first prediction takes a segment; a later one that overlaps the same one best is spurious, and so are
     its chances elsewhere: the rule of the published code.
     """
+    labels, starts, stops = np.array([astuple(item) for item in true], np.int64).reshape(-1, 3).T
     free = np.ones(len(true), bool)
     for item in predicted if true else ():
-        overlaps = _overlaps(item, true)
+        shared = np.minimum(stops, item.stop) - np.maximum(starts, item.start)
+        spanned = np.maximum(stops, item.stop) - np.minimum(starts, item.start)
+        # Segments apart have a negative share, which is never the best of a class that is there.
+        overlaps = np.where(labels == item.label, shared / spanned, 0.0)
         best = int(overlaps.argmax())
         if overlaps[best] >= overlap and free[best]:
             free[best] = False
     return int((~free).sum())
-
-
-def _overlaps(item: Segment, true: Sequence[Segment]) -> Float64[np.ndarray, " segment"]:
-    starts, stops, labels = (
-        np.array([getattr(segment, name) for segment in true]) for name in ("start", "stop", "label")
-    )
-    shared = np.minimum(stops, item.stop) - np.maximum(starts, item.start)
-    spanned = np.maximum(stops, item.stop) - np.minimum(starts, item.start)
-    # Segments apart have a negative share, which is never the best of a class that is there.
-    return np.where(labels == item.label, shared / spanned, 0.0)
-
-
-def _f1(found: int, spurious: int, missed: int) -> float:
-    everything = 2 * found + spurious + missed
-    return 2 * found / everything if everything else 1.0
-
-
-def _added(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a + b for a, b in zip(first, second, strict=True))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.metrics._arrays import check_lengths, size_text, to_numpy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +59,8 @@ def count_pixels(
     if truth.shape != prediction.shape:
         raise InputError(
             "truth and prediction differ in size",
-            wanted="x".join(map(str, truth.shape)),
-            found="x".join(map(str, prediction.shape)),
+            wanted=size_text(truth.shape),
+            found=size_text(prediction.shape),
             hint="resize predictions to the annotation's size by nearest neighbour",
         )
     if prediction.max(initial=0) >= n_classes:
@@ -79,20 +81,16 @@ def no_pixels(n_classes: int) -> Confusion:
 
 
 def mean_iou(
-    truth: UInt8[np.ndarray, "frame height width"], prediction: UInt8[np.ndarray, "_ _ _"], n_classes: int
+    truth: UInt8[Any, "frame height width"], prediction: UInt8[Any, "_ _ _"], n_classes: int
 ) -> MeanIoU:
     """Score class maps under the released rule: all frames in one confusion, mean IoU over the classes.
 
-    Both arrays hold classes from 0 (background, which counts as a class). True values from `n_classes` on are
-    left out; see `count_pixels` for what raises `InputError`.
+    Both arrays, of numpy or torch, hold classes from 0 (background, which counts as a class). True values
+    from `n_classes` on are left out; see `count_pixels` for what raises `InputError`.
     """
-    if len(truth) != len(prediction):
-        raise InputError(
-            "truth and prediction differ in length",
-            wanted=f"{len(truth)} frames",
-            found=f"{len(prediction)} frames",
-        )
-    frames = (count_pixels(*pair, n_classes) for pair in zip(truth, prediction, strict=True))
+    check_lengths(truth, prediction)
+    pairs = zip(to_numpy(truth), to_numpy(prediction), strict=True)
+    frames = (count_pixels(*pair, n_classes) for pair in pairs)
     return sum(frames, start=no_pixels(n_classes)).score()
 
 

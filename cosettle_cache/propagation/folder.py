@@ -80,7 +80,7 @@ class RunFolder:
         """Return the mark of a finished video; None where files are gone or annotations have changed."""
         try:
             document = read_json(self._mark(video.video_id))
-            scores = tuple(Score(**row) for row in document["scores"])
+            scores = tuple(map(Score.from_json, document["scores"]))
             mark = Mark(document["labels"], tuple(document["files"]), scores)
         except (InputError, KeyError, TypeError):  # none, damaged, or of another version: to be done
             return None

@@ -22,7 +22,7 @@ from cosettle_cache.core.parallel import Run
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.metrics.rows import Mean, _common, mean_scores, sequence_means
+from cosettle_cache.metrics.rows import Mean, mean_scores, row_origins, sequence_means
 from cosettle_cache.propagation.checks import check_labels, check_memory, check_store
 from cosettle_cache.propagation.folder import RESERVED, RunFolder, run_origin
 from cosettle_cache.propagation.tasks import find_benchmark
@@ -219,7 +219,8 @@ def write_score_chart(path: Path, scores: Sequence[Score]) -> None:
     means = mean_scores(scores)
     if means:
         by_sequence = {video_id: _main_percent(of_video) for video_id, of_video in sequence_means(scores)}
-        title = f"{_common(scores, 'dataset')}, protocol {_common(scores, 'protocol')}"
+        origins = row_origins(scores)
+        title = f"{'; '.join(origins['dataset'])}, protocol {'; '.join(origins['protocol'])}"
         write_chart(path, title, f"{means[0].main_name}, percent", by_sequence, _main_percent(means))
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import CosettleError, DamagedStoreError, InputError
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.core.settings import digest, package_versions
+from cosettle_cache.core.settings import digest, make_provenance
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.propagation.checks import input_size
@@ -362,20 +362,16 @@ class _Passage:
 
     def _row(self, kind: TokenKind) -> Score:
         """Return a score row that holds provenance only."""
-        fingerprint, protocol = self.work.store.fingerprint, self.work.protocol
-        versions = {"extract": dict(fingerprint.versions), "propagate": package_versions()}
+        protocol = self.work.protocol
         return Score(
             task=self.work.task,
-            dataset=self.video.dataset,
             video_id=self.video.video_id,
             tokens=kind.name,
             n_frames=self.video.n_frames,
             scored_size=f"{self.video.height}x{self.video.width}",
             protocol=protocol.name,
             protocol_json=json.dumps(protocol.to_json(), sort_keys=True),
-            manifest_digest=fingerprint.manifest_digest,
-            backbone=fingerprint.backbone,
-            weights_sha256=fingerprint.weights_sha256,
-            projection_sha256=kind.sha256,
-            versions_json=json.dumps(versions, sort_keys=True),
+            provenance=make_provenance(
+                "propagate", self.video.dataset, self.work.store.fingerprint, kind.sha256
+            ),
         )

@@ -43,7 +43,7 @@ from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.core.types import Score
 from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.heads.projection import read_provenance
-from cosettle_cache.metrics.rows import PROVENANCE, Mean, mean_scores, score_table, sequence_means
+from cosettle_cache.metrics.rows import Mean, mean_scores, row_origins, score_table, sequence_means
 from cosettle_cache.pictures.charts import PANELS
 from cosettle_cache.report.page import Child, data_element, element, finite
 from cosettle_cache.report.runs import AnalysisRun, Curves, Runs, ScoreRun, TradeOffRow, TrainRun
@@ -124,13 +124,12 @@ def _block(document: Mapping[str, Any]) -> Element:
 def _score_origin(run: ScoreRun) -> dict[str, Any]:
     """Return what the rows of a run say of themselves, each value once."""
     found: dict[str, Any] = {"folder": str(run.folder), "complete": run.complete}
-    for name in PROVENANCE:
-        values = list(dict.fromkeys(getattr(score, name) for score in run.scores))
+    for name, values in row_origins(run.scores).items():
         parsed = [_parsed(value) if name.endswith("_json") else value for value in values]
         found[name.removesuffix("_json") if name == "versions_json" else name] = (
             parsed[0] if len(parsed) == 1 else parsed
         )
-    found["projection_sha256"] = {score.tokens: score.projection_sha256 for score in run.scores}
+    found["projection_sha256"] = {score.tokens: score.provenance.projection_sha256 for score in run.scores}
     found["scored_size"] = {score.video_id: score.scored_size for score in run.scores}
     found["boundary_tolerance_px"] = {score.video_id: score.boundary_tolerance_px for score in run.scores}
     return found
@@ -309,7 +308,7 @@ def score_section(run: ScoreRun, number: int) -> Element:
         return element("section", heading, none, id=f"scores-{number}")
     first = run.scores[0]
     videos = len({score.video_id for score in run.scores})
-    said = f"{first.task}, {videos} videos, encoder {first.backbone}, protocol {first.protocol}."
+    said = f"{first.task}, {videos} videos, encoder {first.provenance.backbone}, protocol {first.protocol}."
     warning = [] if run.complete else [_incomplete()]
     return element(
         "section",
@@ -338,7 +337,7 @@ def overview_section(runs: Sequence[ScoreRun]) -> Element:
 
 def _overview_row(run: ScoreRun, mean: Mean, figures: Mapping[str, float]) -> Element:
     first = run.scores[0]
-    texts = [text_cell(text) for text in (first.task, first.backbone, mean.tokens, mean.main_name)]
+    texts = [text_cell(text) for text in (first.task, first.provenance.backbone, mean.tokens, mean.main_name)]
     value, raw = figures.get(mean.tokens), figures.get(RAW)
     against = None if value is None or raw is None or mean.tokens == RAW else value - raw
     difference = text_cell("") if against is None else number_cell(against, _difference(against))
@@ -453,7 +452,7 @@ def _further(run: ScoreRun) -> list[Element]:
     everything = element(
         "details", element("summary", "All figures"), simple_table(header, rows, 2, "All figures")
     )
-    if run.scores[0].object_id is None or run.scores[0].j_mean is None:
+    if run.scores[0].object_id is None:
         return [everything]
     header = ["sequence", "object", "tokens", "J", "J recall", "J decay", "F", "F recall", "F decay", "J&F"]
     table = simple_table(header, [_object_row(score) for score in run.scores], 3, "Every object")
@@ -461,7 +460,7 @@ def _further(run: ScoreRun) -> list[Element]:
 
 
 def _object_row(score: Score) -> list[str]:
-    figures = [getattr(score, name) for name in _OBJECT_FIGURES]
+    figures = [score.figures.get(name) for name in _OBJECT_FIGURES]
     shown = ["–" if value is None else f"{100 * value:.1f}" for value in figures]
     return [score.video_id, str(score.object_id), score.tokens, *shown]
 

@@ -124,8 +124,8 @@ def test_the_three_lines_work_as_typed(capsys: pytest.CaptureFixture[str]) -> No
     assert "mean over objects" in talk.out
     scores = read_scores(next(Path("runs").glob("davis-*/scores.parquet")))
     assert {score.tokens for score in scores} == {"raw", "store"}
-    assert all(score.weights_sha256 and score.manifest_digest for score in scores)
-    assert all(score.projection_sha256 for score in scores if score.tokens == "store")
+    assert all(score.provenance.weights_sha256 and score.provenance.manifest_digest for score in scores)
+    assert all(score.provenance.projection_sha256 for score in scores if score.tokens == "store")
     assert list(Path("runs").glob("davis-*/overlays/*/*"))
 
 

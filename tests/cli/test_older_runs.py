@@ -79,4 +79,6 @@ def test_a_table_of_scores_is_read() -> None:
         ("left", 1, "raw"),
         ("left", 2, "raw"),
     ]
-    assert sum(row.jf_mean for row in rows) / 2 == pytest.approx(summary["means"]["raw"]["jf_mean"])
+    assert sum(row.figures["jf_mean"] for row in rows) / 2 == pytest.approx(
+        summary["means"]["raw"]["jf_mean"]
+    )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cosettle_cache.cli.recipes import check_expectations, read_recipe
 from cosettle_cache.core.errors import InputError, OutputError
 from cosettle_cache.core.files import write_durably
-from cosettle_cache.core.types import Score
+from cosettle_cache.core.types import Provenance, Score
 from cosettle_cache.metrics.rows import (
     mean_scores,
     read_scores,
@@ -45,32 +46,29 @@ jf_mean = { value = 0.5, tolerance = 0.01 }
 
 SCORE = Score(
     task="davis",
-    dataset="davis",
     video_id="dog",
     object_id=1,
     tokens="raw",
-    j_mean=0.5,
-    j_recall=0.6,
-    j_decay=0.1,
-    f_mean=0.7,
-    f_recall=0.8,
-    f_decay=0.2,
     n_frames=10,
     scored_size="480x854",
     boundary_tolerance_px=8,
     protocol="cosettle",
     protocol_json="{}",
-    manifest_digest="m",
-    backbone="mae_b",
-    weights_sha256="w",
-    projection_sha256="",
-    versions_json="{}",
+    provenance=Provenance("davis", "m", "mae_b", "w", "", "{}"),
 )
+RECALL_AND_DECAY = {"j_recall": 0.6, "j_decay": 0.1, "f_mean": 0.7, "f_recall": 0.8, "f_decay": 0.2}
+
+
+def scored(j_mean: float, **more: Any) -> Score:
+    figures = {"jf_mean": (j_mean + 0.7) / 2, "j_mean": j_mean, **RECALL_AND_DECAY}
+    return replace(SCORE, figures=figures, **more)
+
+
 SCORES = [
-    SCORE,
-    replace(SCORE, video_id="bmx", j_mean=0.1),
-    replace(SCORE, video_id="bmx", object_id=2, j_mean=0.3),
-    replace(SCORE, tokens="mine", j_mean=0.9, projection_sha256="p"),
+    scored(0.5),
+    scored(0.1, video_id="bmx"),
+    scored(0.3, video_id="bmx", object_id=2),
+    scored(0.9, tokens="mine", provenance=Provenance("davis", "m", "mae_b", "w", "p", "{}")),
 ]
 
 
@@ -131,9 +129,9 @@ def test_scores_survive_the_disk(tmp_path: Path) -> None:
 
 def test_means_are_over_objects_not_over_videos() -> None:
     raw, mine = mean_scores(SCORES)
-    assert (raw.tokens, raw.n_objects, raw.n_videos) == ("raw", 3, 2)
-    assert raw.j_mean == pytest.approx(0.3)
-    assert mine.jf_mean == pytest.approx(0.8)
+    assert (raw.tokens, raw.figures["n_objects"], raw.n_videos) == ("raw", 3, 2)
+    assert raw.figures["j_mean"] == pytest.approx(0.3)
+    assert mine.figures["jf_mean"] == pytest.approx(0.8)
     assert [video for video, _ in sequence_means(SCORES)] == ["bmx", "dog"]
     header, rows = score_table(SCORES)
     assert len(rows) == 3 + 2

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.metrics import clip_miou, count_pixels, mean_iou, no_pixels
+from cosettle_cache.metrics import clip_miou, count_pixels, davis_j_and_f, mean_iou, no_pixels, pck
 
 N = 4
 truths = hnp.arrays(np.uint8, (3, 4, 5), elements=st.sampled_from([0, 1, 2, 3, 9, 255]))
@@ -73,3 +74,14 @@ def test_classes_that_do_not_exist_and_other_sizes_are_refused():
         count_pixels(frame, np.zeros((3, 2), np.uint8), 20)
     with pytest.raises(InputError, match="differ in length"):
         mean_iou(frame[None], np.zeros((2, 2, 3), np.uint8), 20)
+
+
+def test_tensors_are_taken_like_arrays() -> None:
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 3, (2, 4, 5, 6)).astype(np.uint8)
+    joints = rng.uniform(1, 9, (2, 2, 3, 4))
+    as_tensors = torch.from_numpy(maps)
+    assert mean_iou(*as_tensors, 3).miou == mean_iou(*maps, 3).miou
+    assert pck([torch.from_numpy(joints[0])], [torch.from_numpy(joints[1])]) == pck([joints[0]], [joints[1]])
+    plain, of_tensors = davis_j_and_f(*np.minimum(maps, 1)), davis_j_and_f(*as_tensors.clamp(max=1))
+    assert [score.jf_mean for score in of_tensors] == [score.jf_mean for score in plain]

@@ -56,7 +56,7 @@ def test_objects_are_followed_and_scored(run, squares, tmp_path):
         ("right", 1),
         ("right", 2),
     ]
-    assert all(score.j_mean > 0.7 for score in report.scores)
+    assert all(score.figures["j_mean"] > 0.7 for score in report.scores)
     mask = square_mask(4, 6, 3).repeat(PATCH, 0).repeat(PATCH, 1)
     found = read_mask(tmp_path / "out/raw/left/00003.png")
     assert np.array_equal(found[8::16, 8::16], mask[8::16, 8::16])
@@ -74,7 +74,7 @@ def test_the_protocol_decides_how_labels_are_made_and_read(squares, tmp_path, ru
     arguments = {"out": tmp_path / "out", "overlays": "none"}
     report = propagate_store(squares, tmp_path / "data", protocol, **arguments)
     assert next(iter(rules)) in report.scores[0].protocol
-    assert all(score.j_mean > 0.6 for score in report.scores)
+    assert all(score.figures["j_mean"] > 0.6 for score in report.scores)
 
 
 def test_images_normalised_otherwise_are_refused(tmp_path):
@@ -91,12 +91,12 @@ def test_a_score_row_says_where_it_comes_from(run, squares):
     rows = {score.tokens: score for score in run(projections=[("mine", projection)]).scores}
     assert list(rows) == ["raw", "mine"]
     row = rows["mine"]
-    assert row.projection_sha256 == projection_sha256(projection)
-    assert rows["raw"].projection_sha256 == ""
+    assert row.provenance.projection_sha256 == projection_sha256(projection)
+    assert rows["raw"].provenance.projection_sha256 == ""
     assert json.loads(row.protocol_json) == PROTOCOL.to_json()
-    assert row.manifest_digest == squares.fingerprint.manifest_digest
+    assert row.provenance.manifest_digest == squares.fingerprint.manifest_digest
     assert (row.scored_size, row.boundary_tolerance_px, row.n_frames) == ("64x96", 1, 5)
-    assert json.loads(row.versions_json).keys() == {"extract", "propagate"}
+    assert json.loads(row.provenance.versions_json).keys() == {"extract", "propagate"}
 
 
 def test_files_are_what_the_benchmark_reads(run, tmp_path):
@@ -114,10 +114,10 @@ def test_projected_beside_raw_equals_alone(run, squares, tmp_path):
     together = run(projections=[("a", projection), ("b", projection)])
     by_kind = {}
     for score in together.scores:
-        by_kind.setdefault(score.tokens, []).append((score.j_mean, score.f_mean))
+        by_kind.setdefault(score.tokens, []).append((score.figures["j_mean"], score.figures["f_mean"]))
     alone = run(restart=True)
     assert by_kind["a"] == by_kind["b"]
-    assert by_kind["raw"] == [(score.j_mean, score.f_mean) for score in alone.scores]
+    assert by_kind["raw"] == [(score.figures["j_mean"], score.figures["f_mean"]) for score in alone.scores]
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from cosettle_cache.videos.jhmdb import read_predicted_joints
 from cosettle_cache.videos.masks import read_mask, write_mask
 
 GRID, SIZE = Grid(4, 6), "64x96"
-#: Fields of a row that say where it comes from, not what it is worth.
-ORIGIN = ("protocol", "protocol_json", "backbone", "weights_sha256", "projection_sha256", "versions_json")
+#: Of a row's provenance, what only a run of our own knows.
+ORIGIN = dict.fromkeys(("backbone", "weights_sha256", "projection_sha256", "versions_json"), "")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,8 +82,10 @@ def place(request, tmp_path):
 
 
 def figures(rows):
-    nothing = dict.fromkeys(ORIGIN, "")
-    return [replace(row, **nothing) for row in rows]
+    return [
+        replace(row, protocol="", protocol_json="", provenance=replace(row.provenance, **ORIGIN))
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize("place", ["davis", "vip", "jhmdb"], indirect=True)
@@ -124,7 +126,7 @@ def test_parts_are_written_as_released(place):
     mask = read_mask(place.out / "raw/videos1" / names[0])
     assert mask.shape == (64, 96)
     assert set(np.unique(mask)) <= {0, 4, 13}
-    assert report.scores[0].scored_size == "24x32" and report.scores[0].miou > 0
+    assert report.scores[0].scored_size == "24x32" and report.scores[0].figures["miou"] > 0
     with Image.open(place.out / "overlays/videos1/raw_00000.png") as still:
         assert still.size == (20 * 32, 20 * 24)
 
@@ -141,7 +143,7 @@ def test_joints_are_written_by_number_and_by_name(place):
 @pytest.mark.parametrize("place", ["jhmdb"], indirect=True)
 def test_a_protocol_says_how_many_cells_a_joint_is_read_from(place):
     wide = place.propagate("crw", rules={"n_context": 2})
-    assert wide.scores[0].pck_0_1 is not None
+    assert "pck_0_1" in wide.scores[0].figures
     three = np.load(place.out / "raw/walk/one.npy")
     place.propagate("crw", rules={"n_context": 2, "keypoint_top_k": 1}, restart=True)
     one = np.load(place.out / "raw/walk/one.npy")
@@ -267,7 +269,7 @@ def test_without_data_the_sprites_serve_every_task(task, tmp_path, tmp_path_fact
     assert run_command(line) == 0
     assert "no --data-root given: using the built-in sprites clips" in capsys.readouterr().err
     rows = read_scores(Path("o/scores.parquet"))
-    assert len(rows) == 3 and {row.dataset for row in rows} == {"sprites"}
+    assert len(rows) == 3 and {row.provenance.dataset for row in rows} == {"sprites"}
     store = next(Path().glob("*.zarr"))
     again = ["--features", str(store), "--out", "again", "--overlays", "none"]
     assert run_command([*line[:3], "-q", "--set", "size=64x96", *again]) == 0

@@ -221,10 +221,11 @@ def test_the_command_finds_scores_and_keeps(
     document = json.loads(capsys.readouterr().out)
     scores = read_scores(tmp_path / "scores.parquet")
     assert [score.video_id for score in scores] == ["goat", "one"]
-    assert document["means"]["raw"]["aj"] == pytest.approx(np.mean([score.aj for score in scores]))
+    assert document["means"]["raw"]["aj"] == pytest.approx(np.mean([score.figures["aj"] for score in scores]))
     digests = [json.loads(score.counts_json)["truth_sha256"] for score in scores]
     assert len(set(digests)) == 2
-    assert all(score.manifest_digest and score.weights_sha256 and score.protocol_json for score in scores)
+    assert all(score.provenance.manifest_digest and score.provenance.weights_sha256 for score in scores)
+    assert all(score.protocol_json for score in scores)
     rows = pq.read_table(tmp_path / "tracks.parquet").to_pylist()
     walking = [row for row in rows if row["track"] == 0]
     # Its token is alone in its kind: it is found in every frame, before and after the query.
@@ -299,6 +300,17 @@ def test_bad_requests_have_one_sentence(
     assert "in the way" in capsys.readouterr().err
 
 
+def test_a_store_of_training_pairs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = Path(__file__).parents[1] / "stores/v2/pairs"
+    for asked in (["--task", "sprites"], ["--task", "tapvid", "--dry-run"]):
+        assert run("track", "--features", pairs, "--out", tmp_path / "out", *asked) == 3
+        said = capsys.readouterr().err
+        assert (
+            "points cannot be tracked" in said and "a frames plan" in said and "extract --plan frames" in said
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_video_that_cannot_be_tracked_is_named_and_the_others_are_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +364,6 @@ def test_without_a_store_one_is_made_on_the_way(
     assert run(*arguments, "--query-mode", "strided") == 0
     assert {path: path.stat().st_mtime_ns for path in made} == made
     (scores,) = (tmp_path / "runs").glob("track-tapvid-*/scores.parquet")
-    assert all(0 <= score.oa <= 1 for score in read_scores(scores))
+    assert all(0 <= score.figures["oa"] <= 1 for score in read_scores(scores))
     assert run("track", "--queries", tmp_path / "none.csv") == 2
     assert "--features STORE" in capsys.readouterr().err

@@ -121,7 +121,8 @@ def page_videos(page: Page) -> int:
 def test_several_runs_are_put_side_by_side(made: Made, tmp_path: Path) -> None:
     other = tmp_path / "other"
     rows = read_scores(made.scored / "scores.parquet")
-    write_scores(other, [replace(row, backbone="large") for row in rows], complete=False)
+    larger = [replace(row, provenance=replace(row.provenance, backbone="large")) for row in rows]
+    write_scores(other, larger, complete=False)
     page = write(tmp_path / "r.html", made.scored, other, made.scored)
     assert page.headings[0] == "overview"
     assert page.text.count("Not complete.") == 1

@@ -1,0 +1,62 @@
+"""Tables of scores: one line per figure; tables with a column per figure, as older ones have, are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.metrics.rows import (
+    TABLE_VERSION,
+    read_scores,
+    summary_json,
+    write_rows,
+)
+
+#: Written before the table had a version: rows of four benchmarks, and the summaries of the same rows.
+TABLES = Path(__file__).parent / "tables"
+
+
+@pytest.mark.parametrize("task", ["davis", "vip", "jhmdb", "tapvid"])
+def test_a_table_with_a_column_per_figure_has_the_same_summary(task: str) -> None:
+    rows = [row for row in read_scores(TABLES / "wide_scores.parquet") if row.task == task]
+    expected = json.loads((TABLES / "wide_summaries.json").read_text())[task]
+    assert summary_json(rows) == expected
+
+
+def test_old_and_new_tables_hold_the_same_rows(tmp_path: Path) -> None:
+    rows = read_scores(TABLES / "wide_scores.parquet")
+    assert len(rows) == 8 + 2 + 2 + 2
+    write_rows(tmp_path / "new.parquet", rows)
+    assert read_scores(tmp_path / "new.parquet") == rows
+    objects = [row for row in rows if row.task == "davis"]
+    assert read_scores(TABLES / "wide_scores.csv") == objects
+    write_rows(tmp_path / "new.csv", objects)
+    assert read_scores(tmp_path / "new.csv") == objects
+
+
+def test_a_line_holds_one_figure_and_its_provenance(tmp_path: Path) -> None:
+    rows = [row for row in read_scores(TABLES / "wide_scores.parquet") if row.task == "tapvid"]
+    write_rows(tmp_path / "new.parquet", rows)
+    lines = pq.read_table(tmp_path / "new.parquet").to_pylist()
+    first = {line["name"]: line["value"] for line in lines if line["video_id"] == "a"}
+    assert first == rows[0].figures and len(first) == 8
+    # The second clip shows no point again: it has no such figures, and no lines.
+    assert [line["name"] for line in lines if line["video_id"] == "b"] == ["oa"]
+    assert {line["weights_sha256"] for line in lines} == {"w"}
+
+
+def test_later_versions_and_other_tables_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "new.parquet", read_scores(TABLES / "wide_scores.parquet"))
+    table = pq.read_table(tmp_path / "new.parquet")
+    later = {"scores_table_version": str(TABLE_VERSION + 1)}
+    pq.write_table(table.replace_schema_metadata(later), tmp_path / "later.parquet")
+    with pytest.raises(InputError, match="another version"):
+        read_scores(tmp_path / "later.parquet")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(InputError, match="not a table of scores"):
+        read_scores(tmp_path / "other.parquet")
