@@ -1,4 +1,4 @@
-"""The heads by name: what each computes, and whether it is trained. Without torch: the command line reads it."""
+"""The heads by name: what each computes, whether it is trained. Without torch: the command line reads it."""
 
 from __future__ import annotations
 
