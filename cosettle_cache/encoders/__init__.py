@@ -9,10 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cosettle_cache.core.lazy import lazy_names
-from cosettle_cache.encoders.registry import BACKBONES, FAMILIES, BackboneInfo, Family, NamedBackbone
+from cosettle_cache.encoders.registry import (
+    BACKBONES,
+    FAMILIES,
+    BackboneInfo,
+    Family,
+    NamedBackbone,
+    describe_backbone,
+)
 
 if TYPE_CHECKING:
-    from cosettle_cache.encoders.load import describe_backbone, load_backbone
+    from cosettle_cache.encoders.load import load_backbone
     from cosettle_cache.encoders.vit import Backbone
 
 __all__ = [
@@ -26,6 +33,4 @@ __all__ = [
     "load_backbone",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__, {"Backbone": "vit", "describe_backbone": "load", "load_backbone": "load"}
-)
+__getattr__, __dir__ = lazy_names(__name__, {"Backbone": "vit", "load_backbone": "load"})

@@ -1,14 +1,8 @@
 """Checkpoint files from strangers: a path comes in, named tensors go out, nothing in the file is executed.
 
-Reads .safetensors, .pth / .pt (both torch formats) and TorchScript archives (their state dict only), and
-takes the state dict out of the wrappers that the published files use. Which tensor belongs where is the
-business of the families.
-
-The state dict of a TorchScript archive, without running the archive.
-
-`torch.jit.load` compiles and may run code of the file. This reader unpickles the module tree with an
-unpickler that knows tensors, storages and plain containers only; a scripted class becomes an inert record of
-its attributes.
+Reads .safetensors, .pth / .pt (both torch formats) and TorchScript archives, and takes the state dict out of
+the wrappers that the published files use. `torch.jit.load` compiles and may run code of a file, so the module
+tree of an archive is unpickled by an unpickler that knows tensors, storages and plain containers only.
 """
 
 from __future__ import annotations

@@ -1,30 +1,19 @@
-"""Encoders of the eight families: rows of the registry, and files of a family at any size.
+"""From a name and where its weights are to a frozen encoder on its device.
 
-A name and where its weights are come in; a `Backbone` goes out.
-
-The door to loaded encoders: a name, and where its weights are, to a frozen encoder on its device.
-
-Any ViT of timm as `timm/<model id>`: built and, for the published weights, loaded by timm itself.
-
-The images are normalised with the model's own mean and std, tokens equal timm's `forward_features`, and other
-sizes follow timm's own position resampling.
-
-What is known of an encoder before its weights are loaded; nothing is downloaded.
-
-Names of the table need no torch, files of a family no timm, so that planning and `--dry-run` answer at once.
-
-Published weights: from the hub client's cache, the hub or the publisher's address; fails within seconds.
-
-A source of the registry comes in, the path of a file goes out. `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and
-the proxy variables are respected.
+Rows of the registry and files of a family of any size become timm's VisionTransformer by the family's row.
+Any ViT of timm loads as `timm/<model id>`, built and, for the published weights, loaded by timm: its own
+mean and std, its own position resampling, tokens equal to its `forward_features`. Published weights come from
+the hub client's cache, the hub or the publisher's address; `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the
+proxy variables are respected, and what cannot be reached fails within seconds.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,58 +51,273 @@ from cosettle_cache.encoders.registry import (
     Family,
     PositionResize,
     Source,
+    check_no_heads,
     family_of,
     make_info,
     sizeless,
 )
-from cosettle_cache.encoders.vit import (
-    PRECISIONS,
-    SHIFT_RULE,
-    Backbone,
-    VitBody,
-    Weights,
-    file_weights,
-    random_weights,
-    seeded,
-)
+from cosettle_cache.encoders.vit import PRECISIONS, SHIFT_RULE, Backbone, VitBody, Weights
+
+#: Seconds to wait for the first answer of a server; the hub client alone would retry for half a minute.
+PROBE_TIMEOUT_S = 4.0
+#: Seconds without a byte after which a download is given up.
+STALL_TIMEOUT_S = 60.0
 
 
-def describe_backbone(
-    name: str, *, weights: str | Path | None = None, heads: int | None = None
-) -> BackboneInfo:
-    """Return the sizes and the normalisation of an encoder.
+def load_backbone(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+    seed: int = 0,
+    heads: int | None = None,
+    compiled: bool = False,
+    red_std: float | None = None,
+) -> Backbone:
+    """Return a frozen encoder.
 
-    The table or timm knows them; for a family's name they come from the shapes in the weights file.
+    `name` is a row of the table, a family with a weights file of any size, or `timm/<model id>`. `weights`:
+    None for the published ones (cached), "random" for random ones from `seed`, or a file. `heads` is for
+    files of a family whose width does not give the number of heads. `compiled` puts the blocks through
+    torch.compile. `red_std` replaces ImageNet's red deviation, which some protocols have otherwise, where the
+    encoder normalises with that.
     """
+    if precision not in PRECISIONS:
+        raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
+    where = _device(device)
     if name.startswith(TIMM_PREFIX):
         check_no_heads(name, heads)
-        return _describe_timm(name)
-    family = family_of(name)
-    if name in BACKBONES:
-        return make_info(name, family, BACKBONES[name].architecture)
-    if weights is None or str(weights) == RANDOM:
+        backbone = _load_timm(name, weights, where, precision, seed)
+    else:
+        backbone = _load_family(name, weights, where, precision, seed, heads)
+    if red_std is not None:
+        backbone.std = replace_red_std(backbone.std, red_std)
+    if compiled:
+        backbone.compile_blocks()
+    return backbone
+
+
+def _random(name: str, seed: int, make: Callable[[], Any]) -> tuple[Any, Weights]:
+    """Return a model with weights drawn from `seed`, and their digest; torch's generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+    digest = hashlib.sha256(f"{name} {seed}".encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return model, Weights(f"{RANDOM}:{seed}", digest.hexdigest())
+
+
+def _file_weights(path: Path, source: str | None = None) -> Weights:
+    return Weights(source or path.name, sha256_file(path))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError("unknown device", wanted="cpu, cuda or cuda:N", found=name) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("no CUDA device is available", wanted=name, found="cpu only", hint="--device cpu")
+    return device
+
+
+def _load_family(
+    name: str, weights: str | Path | None, device: torch.device, precision: str, seed: int, heads: int | None
+) -> Backbone:
+    """Return an encoder of the registry, or of a family with its sizes from the file."""
+    family, named = family_of(name), BACKBONES.get(name)
+    if named is None and (weights is None or str(weights) == RANDOM):
         raise sizeless(name)
-    return _describe_file(name, weights, heads)
+    if named is not None and heads not in {None, named.architecture.heads} and str(weights) != RANDOM:
+        raise UsageError(
+            f"{name} has its own number of heads",
+            wanted=named.architecture.heads,
+            found=heads,
+            hint=f"--backbone {family.name} takes the sizes from the file",
+        )
+    if named is not None and str(weights) == RANDOM:
+        architecture = named.architecture
+        vit, record = _random(name, seed, partial(make_vit, family, architecture))
+    else:
+        path = fetch(name, named.source) if named is not None and weights is None else Path(str(weights))
+        file = sort_tensors(str(path), family, read_checkpoint(path))
+        architecture = infer_architecture(file, heads) if named is None else named.architecture
+        vit = vit_from_file(file, architecture)
+        record = _file_weights(path, str(named.source) if named is not None and weights is None else None)
+    at_load = f"the file's brought to {family.file_pixels} px; " if family.file_pixels else ""
+    return Backbone(
+        make_info(name, family, architecture),
+        VitBody(vit.eval().requires_grad_(False).to(device), family.resize, family.final_norm),
+        record,
+        token_rule=f"{family.token_rule}; {architecture.heads} heads",
+        position_rule=f"{at_load}{family.resize}; {SHIFT_RULE}",
+        device=device,
+        precision=precision,
+    )
 
 
-def check_no_heads(name: str, heads: int | None) -> None:
-    """Raise `UsageError` when heads are given for an encoder that has its own."""
-    if heads is not None:
-        raise UsageError(f"{name} has its own number of heads", wanted="no --heads", found=heads)
+def make_vit(family: Family, architecture: Architecture) -> VisionTransformer:
+    """Return a timm VisionTransformer of these sizes; the position of CLS is folded into the CLS token."""
+    size = architecture
+    return VisionTransformer(
+        img_size=(size.grid.rows * size.patch, size.grid.cols * size.patch),
+        patch_size=size.patch,
+        num_classes=0,
+        global_pool="",
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        mlp_ratio=size.hidden / size.width,
+        init_values=1e-5 if size.layer_scale else None,
+        class_token=family.class_token,
+        no_embed_class=True,
+        reg_tokens=size.registers,
+        pre_norm=family.pre_norm,
+        norm_layer=partial(nn.LayerNorm, eps=family.norm_eps),
+        act_layer=family.activation,
+        dynamic_img_size=True,
+    )
 
 
-def _describe_timm(name: str) -> BackboneInfo:
+def vit_from_file(file: EncoderFile, architecture: Architecture) -> VisionTransformer:
+    """Return the encoder with the file's weights in float32, after every tensor was accounted for."""
+    with torch.device("meta"):
+        vit = make_vit(file.family, architecture)
+    shapes = {name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
+    in_file = file_grid(file) if "pos_embed" in file.tensors else architecture.grid
+    expected = in_file if file.family.file_pixels else architecture.grid
+    n_positions = expected.n_tokens + int(file.family.class_token)
+    check_tensors(file, shapes | {"pos_embed": (1, n_positions, architecture.width)})
+    check_positions(file)
+    state = {name: file.tensors[name].to(torch.float32, copy=True) for name in shapes}
+    state |= _folded(file, state, architecture)
+    vit.load_state_dict({name: state[name].reshape(shape) for name, shape in shapes.items()}, assign=True)
+    return vit
 
-    return describe(name)
+
+def _folded(file: EncoderFile, state: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Return the CLS token with its position added, and the patch positions at the encoder's grid.
+
+    A family with a fixed image size gets its positions resized here, bicubic without antialias as its loader
+    does (BLIP: 24x24 to 14x14).
+    """
+    positions = state["pos_embed"].reshape(-1, architecture.width)
+    folded: dict[str, Tensor] = {}
+    if file.family.class_token:
+        folded["cls_token"] = state["cls_token"].reshape(1, 1, -1) + positions[0]
+        positions = positions[1:]
+    own, grid = file_grid(file), architecture.grid
+    if own != grid:
+        planes = positions.T.reshape(1, architecture.width, own.rows, own.cols)
+        resized = F.interpolate(planes, size=(grid.rows, grid.cols), mode="bicubic", align_corners=False)
+        positions = resized[0].flatten(1).T
+    return folded | {"pos_embed": positions.contiguous()}
 
 
-def _describe_file(name: str, weights: str | Path, heads: int | None) -> BackboneInfo:
-    from cosettle_cache.encoders.checkpoints import read_checkpoint
-    from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
+def _load_timm(
+    name: str, weights: str | Path | None, device: torch.device, precision: str, seed: int
+) -> Backbone:
+    """Return timm's model with published weights (None), random ones, or those of a file in timm's layout."""
+    model_id = name.removeprefix(TIMM_PREFIX)
+    create = partial(timm.create_model, model_id, num_classes=0, dynamic_img_size=True)
+    info = describe_timm(name)
+    if str(weights) == RANDOM:
+        vit, record = _random(name, seed, create)
+    elif weights is None:
+        source = _timm_source(name, timm.get_pretrained_cfg(model_id))
+        path = fetch(name, source)
+        # timm converts and resamples the file as it does for its own downloads.
+        vit = create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+        record = _file_weights(path, str(source))
+    else:
+        vit = create()
+        load_strictly(vit, Path(weights))  # names a file that cannot be read
+        record = _file_weights(Path(weights))
+    body = VitBody(vit.eval().requires_grad_(False).to(device), PositionResize.ANTIALIAS)
+    rules = [f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}"] if body.positions else []
+    if body.rotary:
+        rules.append("rotary, timm's coordinates; shift: coordinates refined by (1 + ratio), cropped")
+    return Backbone(
+        info,
+        body,
+        record,
+        token_rule="patch tokens of timm's forward_features",  # noqa: S106
+        position_rule="; ".join(rules) or "none",
+        device=device,
+        precision=precision,
+    )
 
-    family = family_of(name)
-    file = sort_tensors(str(weights), family, read_checkpoint(weights))
-    return make_info(name, family, infer_architecture(file, heads))
+
+def describe_timm(name: str) -> BackboneInfo:
+    """Return what timm knows of a model; it is built without memory (meta device), nothing is downloaded."""
+    model = _outline(name)
+    config = model.pretrained_cfg
+    rows, cols = model.patch_embed.grid_size
+    patch, _ = model.patch_embed.patch_size
+    mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
+    assert len(mean) == len(std) == 3
+    return BackboneInfo(name, "timm", model.embed_dim, patch, Grid(rows, cols), mean, std)
+
+
+def _outline(name: str) -> Any:
+    """Return the model without memory for its weights, after checking that it is a ViT of square patches."""
+    model_id = name.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(model_id):
+        close = difflib.get_close_matches(model_id, timm.list_models("*vit*"), n=1)
+        raise UsageError(
+            f"timm knows no model {model_id!r}",
+            wanted="a model id of timm",
+            found=model_id,
+            hint=f"did you mean {TIMM_PREFIX}{close[0]}?" if close else None,
+        )
+    with torch.device("meta"):
+        model = timm.create_model(model_id, pretrained=False, num_classes=0)
+    if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, PatchEmbed):
+        raise UsageError(
+            f"{name} is not a Vision Transformer with one grid of patch tokens",
+            wanted="a model of timm's VisionTransformer or Eva class",
+            found=type(model).__name__,
+            hint="python -c 'import timm; print(timm.list_models(\"vit_*\"))'",
+        )
+    return model
+
+
+def load_strictly(vit: nn.Module, path: Path) -> None:
+    """Load a state dict in timm's layout; only a classifier's tensors may be left over."""
+    tensors = {name.removeprefix("module."): tensor for name, tensor in read_checkpoint(path).items()}
+    wanted, classifier = vit.state_dict(), {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    missing = [name for name in wanted if name not in tensors]
+    left_over = [name for name in tensors if name not in wanted and name not in classifier]
+    misshapen = [
+        f"{name}: wanted {tuple(tensor.shape)}, found {tuple(tensors[name].shape)}"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if missing or left_over or misshapen:
+        raise CheckpointError(
+            f"{path} does not fit the timm model: it looks like {looks_like(tensors)}",
+            wanted="timm's own layout of the model, every tensor",
+            found=listing(tensors),
+            details=name_lines(missing, left_over, misshapen),
+        )
+    state: dict[str, Tensor] = {name: tensors[name].float() for name in wanted}
+    vit.load_state_dict(state)
+
+
+def _timm_source(name: str, config: Any) -> Source:
+    licence = config.license or "see the model card"
+    if config.hf_hub_id:
+        return Source(config.hf_hub_filename or "model.safetensors", licence, hub_id=config.hf_hub_id)
+    if config.url:
+        return Source(config.url.rsplit("/", maxsplit=1)[-1], licence, url=config.url)
+    raise CheckpointError(
+        f"timm publishes no weights for {name}",
+        wanted="a model id with a pretrained tag",
+        hint="--weights FILE | --weights random",
+    )
 
 
 #: Seconds to wait for the first answer of a server; the hub client alone would retry for half a minute.
@@ -209,283 +413,3 @@ def _address(source: Source) -> str:
     import huggingface_hub
 
     return huggingface_hub.hf_hub_url(source.hub_id, source.file)
-
-
-def load_published(
-    name: str, weights: str | Path | None, device: torch.device, precision: str, seed: int, heads: int | None
-) -> Backbone:
-    """Return an encoder of the registry, or of a family with its sizes from the file."""
-    family = family_of(name)
-    if str(weights) == RANDOM:
-        architecture, vit, record = _random(name, family, seed)
-    else:
-        path = _fetched(name) if weights is None else Path(weights)
-        file = sort_tensors(str(path), family, read_checkpoint(path))
-        architecture = _architecture(name, file, heads)
-        vit = vit_from_file(file, architecture)
-        record = file_weights(path, str(BACKBONES[name].source) if weights is None else None)
-    body = VitBody(vit.eval().requires_grad_(False).to(device), family.resize, family.final_norm)
-    return Backbone(
-        make_info(name, family, architecture),
-        body,
-        record,
-        token_rule=f"{family.token_rule}; {architecture.heads} heads",
-        position_rule=_position_rule(family),
-        device=device,
-        precision=precision,
-    )
-
-
-def make_vit(family: Family, architecture: Architecture) -> VisionTransformer:
-    """Return a timm VisionTransformer of these sizes; the position of CLS is folded into the CLS token."""
-    size = architecture
-    return VisionTransformer(
-        img_size=(size.grid.rows * size.patch, size.grid.cols * size.patch),
-        patch_size=size.patch,
-        num_classes=0,
-        global_pool="",
-        embed_dim=size.width,
-        depth=size.depth,
-        num_heads=size.heads,
-        mlp_ratio=size.hidden / size.width,
-        init_values=1e-5 if size.layer_scale else None,
-        class_token=family.class_token,
-        no_embed_class=True,
-        reg_tokens=size.registers,
-        pre_norm=family.pre_norm,
-        norm_layer=partial(nn.LayerNorm, eps=family.norm_eps),
-        act_layer=family.activation,
-        dynamic_img_size=True,
-    )
-
-
-def vit_from_file(file: EncoderFile, architecture: Architecture) -> VisionTransformer:
-    """Return the encoder with the file's weights in float32, after every tensor was accounted for."""
-    with torch.device("meta"):
-        vit = make_vit(file.family, architecture)
-    shapes = {name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
-    in_file = file_grid(file) if "pos_embed" in file.tensors else architecture.grid
-    expected = in_file if file.family.file_pixels else architecture.grid
-    n_positions = expected.n_tokens + int(file.family.class_token)
-    check_tensors(file, shapes | {"pos_embed": (1, n_positions, architecture.width)})
-    check_positions(file)
-    state = {name: file.tensors[name].to(torch.float32, copy=True) for name in shapes}
-    state |= _folded(file, state, architecture)
-    vit.load_state_dict({name: state[name].reshape(shape) for name, shape in shapes.items()}, assign=True)
-    return vit
-
-
-def _folded(file: EncoderFile, state: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """Return the CLS token with its position added, and the patch positions at the encoder's grid.
-
-    A family with a fixed image size gets its positions resized here, bicubic without antialias as its loader
-    does (BLIP: 24x24 to 14x14).
-    """
-    positions = state["pos_embed"].reshape(-1, architecture.width)
-    folded: dict[str, Tensor] = {}
-    if file.family.class_token:
-        folded["cls_token"] = state["cls_token"].reshape(1, 1, -1) + positions[0]
-        positions = positions[1:]
-    own, grid = file_grid(file), architecture.grid
-    if own != grid:
-        planes = positions.T.reshape(1, architecture.width, own.rows, own.cols)
-        resized = F.interpolate(planes, size=(grid.rows, grid.cols), mode="bicubic", align_corners=False)
-        positions = resized[0].flatten(1).T
-    return folded | {"pos_embed": positions.contiguous()}
-
-
-def _random(name: str, family: Family, seed: int) -> tuple[Architecture, VisionTransformer, Weights]:
-    if name not in BACKBONES:
-        raise sizeless(name)
-    architecture = BACKBONES[name].architecture
-    vit = seeded(seed, partial(make_vit, family, architecture))
-    return architecture, vit, random_weights(name, seed, vit)
-
-
-def _position_rule(family: Family) -> str:
-    at_load = f"the file's brought to {family.file_pixels} px; " if family.file_pixels else ""
-    return f"{at_load}{family.resize}; {SHIFT_RULE}"
-
-
-def _fetched(name: str) -> Path:
-    if name not in BACKBONES:
-        raise sizeless(name)
-    return fetch(name, BACKBONES[name].source)
-
-
-def _architecture(name: str, file: EncoderFile, heads: int | None) -> Architecture:
-    if name not in BACKBONES:
-        return infer_architecture(file, heads)
-    if heads not in {None, BACKBONES[name].architecture.heads}:
-        raise UsageError(
-            f"{name} has its own number of heads",
-            wanted=BACKBONES[name].architecture.heads,
-            found=heads,
-            hint=f"--backbone {BACKBONES[name].family.name} takes the sizes from the file",
-        )
-    return BACKBONES[name].architecture
-
-
-def load_timm(
-    name: str, weights: str | Path | None, device: torch.device, precision: str, seed: int
-) -> Backbone:
-    """Return timm's model with published weights (None), random ones, or those of a file in timm's layout."""
-    model_id = name.removeprefix(TIMM_PREFIX)
-    info = describe(name)
-    if str(weights) == RANDOM:
-        vit = seeded(seed, partial(_create, model_id))
-        record = random_weights(name, seed, vit)
-    elif weights is None:
-        vit, record = _pretrained(name, model_id)
-    else:
-        vit = _create(model_id)
-        load_strictly(vit, Path(weights))  # names a file that cannot be read
-        record = file_weights(Path(weights))
-    body = VitBody(vit.eval().requires_grad_(False).to(device), PositionResize.ANTIALIAS)
-    return Backbone(
-        info,
-        body,
-        record,
-        token_rule="patch tokens of timm's forward_features",  # noqa: S106
-        position_rule=_timm_position_rule(body),
-        device=device,
-        precision=precision,
-    )
-
-
-def describe(name: str) -> BackboneInfo:
-    """Return what timm knows of a model; it is built without memory (meta device), nothing is downloaded."""
-    model = _outline(name)
-    config = model.pretrained_cfg
-    rows, cols = model.patch_embed.grid_size
-    patch, _ = model.patch_embed.patch_size
-    mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
-    assert len(mean) == len(std) == 3
-    return BackboneInfo(name, "timm", model.embed_dim, patch, Grid(rows, cols), mean, std)
-
-
-def _timm_position_rule(body: VitBody) -> str:
-    rules = [f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}"] if body.positions else []
-    if body.rotary:
-        rules.append("rotary, timm's coordinates; shift: coordinates refined by (1 + ratio), cropped")
-    return "; ".join(rules) or "none"
-
-
-def load_strictly(vit: VisionTransformer | Eva, path: Path) -> None:
-    """Load a state dict in timm's layout; only a classifier's tensors may be left over."""
-    tensors = {name.removeprefix("module."): tensor for name, tensor in read_checkpoint(path).items()}
-    wanted, classifier = vit.state_dict(), {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
-    missing = [name for name in wanted if name not in tensors]
-    left_over = [name for name in tensors if name not in wanted and name not in classifier]
-    misshapen = [
-        f"{name}: wanted {tuple(tensor.shape)}, found {tuple(tensors[name].shape)}"
-        for name, tensor in wanted.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if missing or left_over or misshapen:
-        raise CheckpointError(
-            f"{path} does not fit the timm model: it looks like {looks_like(tensors)}",
-            wanted="timm's own layout of the model, every tensor",
-            found=listing(tensors),
-            details=name_lines(missing, left_over, misshapen),
-        )
-    state: dict[str, Tensor] = {name: tensors[name].float() for name in wanted}
-    vit.load_state_dict(state)
-
-
-def _outline(name: str) -> Any:
-    """Return the model without memory for its weights, after checking that it is a ViT of square patches."""
-    model_id = name.removeprefix(TIMM_PREFIX)
-    _check_known(model_id)
-    with torch.device("meta"):
-        model = timm.create_model(model_id, pretrained=False, num_classes=0)
-    if not isinstance(model, VisionTransformer | Eva) or not isinstance(model.patch_embed, PatchEmbed):
-        raise UsageError(
-            f"{name} is not a Vision Transformer with one grid of patch tokens",
-            wanted="a model of timm's VisionTransformer or Eva class",
-            found=type(model).__name__,
-            hint="python -c 'import timm; print(timm.list_models(\"vit_*\"))'",
-        )
-    return model
-
-
-def _create(model_id: str, **options: Any) -> Any:
-    return timm.create_model(model_id, num_classes=0, dynamic_img_size=True, **options)
-
-
-def _pretrained(name: str, model_id: str) -> tuple[Any, Weights]:
-    config = timm.get_pretrained_cfg(model_id)
-    source = _source(name, config)
-    path = fetch(name, source)
-    # timm converts and resamples the file as it does for its own downloads.
-    vit = _create(model_id, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-    return vit, file_weights(path, str(source))
-
-
-def _source(name: str, config: Any) -> Source:
-    licence = config.license or "see the model card"
-    if config.hf_hub_id:
-        return Source(config.hf_hub_filename or "model.safetensors", licence, hub_id=config.hf_hub_id)
-    if config.url:
-        return Source(config.url.rsplit("/", maxsplit=1)[-1], licence, url=config.url)
-    raise CheckpointError(
-        f"timm publishes no weights for {name}",
-        wanted="a model id with a pretrained tag",
-        hint="--weights FILE | --weights random",
-    )
-
-
-def _check_known(model_id: str) -> None:
-    if timm.is_model(model_id):
-        return
-    close = difflib.get_close_matches(model_id, timm.list_models("*vit*"), n=1)
-    raise UsageError(
-        f"timm knows no model {model_id!r}",
-        wanted="a model id of timm",
-        found=model_id,
-        hint=f"did you mean {TIMM_PREFIX}{close[0]}?" if close else None,
-    )
-
-
-def load_backbone(
-    name: str,
-    *,
-    weights: str | Path | None = None,
-    device: str = "cpu",
-    precision: str = "fp32",
-    seed: int = 0,
-    heads: int | None = None,
-    compiled: bool = False,
-    red_std: float | None = None,
-) -> Backbone:
-    """Return a frozen encoder.
-
-    `name` is a row of the table, a family with a weights file of any size, or `timm/<model id>`. `weights`:
-    None for the published ones (cached), "random" for random ones from `seed`, or a file. `heads` is for
-    files of a family whose width does not give the number of heads. `compiled` puts the blocks through
-    torch.compile. `red_std` replaces ImageNet's red deviation, which some protocols have otherwise, where the
-    encoder normalises with that.
-    """
-    if precision not in PRECISIONS:
-        raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
-    where = _device(device)
-    if name.startswith(TIMM_PREFIX):
-        check_no_heads(name, heads)
-        backbone = load_timm(name, weights, where, precision, seed)
-    else:
-        backbone = load_published(name, weights, where, precision, seed, heads)
-    if red_std is not None:
-        backbone.std = replace_red_std(backbone.std, red_std)
-    if compiled:
-        backbone.compile_blocks()
-    return backbone
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError("unknown device", wanted="cpu, cuda or cuda:N", found=name) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is available", wanted=name, found="cpu only", hint="--device cpu")
-    return device

@@ -1,11 +1,8 @@
-"""The table of published encoders: their sizes, and where their weights and licences are.
+"""The eight encoder families and the published encoders; plain data, nothing here needs torch.
 
-Plain data without torch, so that listing and planning cost nothing.
-
-The eight encoder families: what the released forward of each does, and how its files are laid out.
-
-Plain data without torch. Rows come from PROTOCOLS 7.4; what a family does differently from a plain pre-norm
-ViT is a named field here and nowhere else.
+A `Family` row says what the released forward does (PROTOCOLS 7.4) and how its files are laid out; what it
+does differently from a plain pre-norm ViT is a named field here and nowhere else. A `NamedBackbone` row adds
+sizes, weights and licence.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import Grid
@@ -280,8 +278,13 @@ class NamedBackbone:
 
     @property
     def n_parameters(self) -> int:
-        """Number of parameters of the encoder, position embedding included."""
-        return n_parameters(self.family, self.architecture)
+        """Number of parameters of the encoder, its own position embedding included."""
+        family, size = self.family, self.architecture
+        width, hidden = size.width, size.hidden
+        block = 4 * width * width + 2 * width * hidden + 9 * width + hidden + 2 * width * size.layer_scale
+        embed = 3 * size.patch**2 * width + (0 if family.pre_norm else width)
+        positions = size.grid.n_tokens + family.class_token + size.registers
+        return size.depth * block + embed + positions * width + (4 if family.pre_norm else 2) * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,18 +387,6 @@ BACKBONES: dict[str, NamedBackbone] = {
 }
 
 
-def n_parameters(family: Family, architecture: Architecture) -> int:
-    """Return the number of parameters of an encoder, with its own position embedding."""
-    width, hidden = architecture.width, architecture.hidden
-    block = 4 * width * width + 2 * width * hidden + 9 * width + hidden
-    block += 2 * width if architecture.layer_scale else 0
-    embed = 3 * architecture.patch**2 * width + (0 if family.pre_norm else width)
-    prefix = int(family.class_token) + architecture.registers
-    positions = architecture.grid.n_tokens + prefix
-    norms = 4 * width if family.pre_norm else 2 * width
-    return architecture.depth * block + embed + positions * width + norms
-
-
 def make_info(name: str, family: Family, architecture: Architecture) -> BackboneInfo:
     """Return the description of an encoder of a family."""
     sizes = architecture
@@ -425,3 +416,34 @@ def sizeless(name: str) -> UsageError:
         wanted=f"{name} with --weights FILE, or one of {', '.join(sizes)}",
         found=name,
     )
+
+
+def check_no_heads(name: str, heads: int | None) -> None:
+    """Raise `UsageError` when heads are given for an encoder that has its own."""
+    if heads is not None:
+        raise UsageError(f"{name} has its own number of heads", wanted="no --heads", found=heads)
+
+
+def describe_backbone(
+    name: str, *, weights: str | Path | None = None, heads: int | None = None
+) -> BackboneInfo:
+    """Return the sizes and the normalisation of an encoder; nothing is downloaded.
+
+    The table or timm knows them; for a family's name they come from the shapes in the weights file. Names of
+    the table need no torch, files of a family no timm, so that `--dry-run` answers at once.
+    """
+    if name.startswith(TIMM_PREFIX):
+        from cosettle_cache.encoders.load import describe_timm
+
+        check_no_heads(name, heads)
+        return describe_timm(name)
+    family = family_of(name)
+    if name in BACKBONES:
+        return make_info(name, family, BACKBONES[name].architecture)
+    if weights is None or str(weights) == RANDOM:
+        raise sizeless(name)
+    from cosettle_cache.encoders.checkpoints import read_checkpoint
+    from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
+
+    file = sort_tensors(str(weights), family, read_checkpoint(weights))
+    return make_info(name, family, infer_architecture(file, heads))

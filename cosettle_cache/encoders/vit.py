@@ -1,37 +1,20 @@
 """The one encoder class: normalised images in, patch tokens out, by the released forward of its family.
 
-What the families do differently lies in their rows and in the body; here are sizes, shifts, precision and
-provenance.
-
-A timm ViT taken apart at its positions, so that one forward gives each image its own shift.
-
-Images and shifts come in; all tokens after the blocks and the family's final norm go out.
-
-Absolute position embeddings: brought to other grids by the family's rule, and shifted as Co-Settle does.
-
-Holds the embedding of the encoder's own grid; gives one embedding per image for any grid, plain or shifted.
-
-Rotary positions (DINOv3, EVA-02, RoPE-ViT): the tables of a grid, plain or shifted.
-
-A shift has no released counterpart here. It is the same idea on coordinates: those of the grid are
-refined to `int((1 + ratio) * grid)` steps over the same extent, and the crop at the shift's offsets is
-used. Attention between patches sees distances shrunk by `1 + ratio`; as rotations are relative, the
-offsets matter to prefix tokens only.
-
-Where an encoder's weights came from, with a digest; and random weights that repeat.
+`Backbone` checks sizes and shifts and knows its provenance; `VitBody` is timm's model taken apart at its
+positions; `Positions` (absolute) and `Rotary` (DINOv3, EVA-02, RoPE-ViT) give the positions of a grid, plain
+or shifted as Co-Settle does.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -45,100 +28,27 @@ from timm.layers.pos_embed_sincos import (
 from torch import Tensor
 
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.files import sha256_file
 from cosettle_cache.core.types import Grid, PositionShift
-from cosettle_cache.encoders.registry import RANDOM, FinalNorm, PositionResize
+from cosettle_cache.encoders.registry import FinalNorm, PositionResize
 
 if TYPE_CHECKING:
     from cosettle_cache.encoders.registry import BackboneInfo
-
-
-#: Added to rows and columns by the released scale-factor resize, against rounding (PROTOCOLS 7.4).
-_SCALE_MARGIN = 0.1
-
-
-class Positions:
-    """The absolute position embedding of an encoder's patch tokens."""
-
-    def __init__(self, embedding: Float[Tensor, "row col dim"], resize: PositionResize) -> None:
-        self._embedding = embedding
-        self._resize = resize
-        self._plain = lru_cache(maxsize=8)(self._make_plain)
-        self._weights = lru_cache(maxsize=16)(self._make_weights)
-
-    def plain(self, grid: Grid) -> Float[Tensor, "1 token dim"]:
-        """Return the embedding at `grid`."""
-        return self._plain(grid)
-
-    def shifted(self, grid: Grid, shifts: Sequence[PositionShift]) -> Float[Tensor, "n token dim"]:
-        """Return one shifted embedding per shift: the crop at its offsets of the enlarged embedding.
-
-        The enlargement (bicubic, no antialias; PROTOCOLS 7.2) is linear and separable, so the crop is row
-        weights x embedding x column weights. The whole enlarged embedding, 600 MB for a ViT-B at 480x880, is
-        never made.
-        """
-        rows = torch.stack([self._crop(grid, shift, 0) for shift in shifts])
-        cols = torch.stack([self._crop(grid, shift, 1) for shift in shifts])
-        by_row = torch.einsum("nri,ijd->nrjd", rows, self._embedding)
-        return torch.einsum("ncj,nrjd->nrcd", cols, by_row).flatten(1, 2)
-
-    def _make_plain(self, grid: Grid) -> Tensor:
-        return resize_positions(self._embedding, grid, self._resize).flatten(0, 1).unsqueeze(0)
-
-    def _crop(self, grid: Grid, shift: PositionShift, axis: int) -> Tensor:
-        length, start = ((grid.rows, shift.row), (grid.cols, shift.col))[axis]
-        return self._weights(axis, enlarged_length(length, shift.ratio))[start : start + length]
-
-    def _make_weights(self, axis: int, length: int) -> Tensor:
-        return bicubic_weights(self._embedding.shape[axis], length).to(self._embedding)
-
-
-def resize_positions(
-    embedding: Float[Tensor, "row col dim"], grid: Grid, rule: PositionResize
-) -> Float[Tensor, "new_row new_col dim"]:
-    """Return the embedding at another grid by the family's rule; at its own grid it is returned as it is."""
-    rows, cols, _ = embedding.shape
-    if (rows, cols) == (grid.rows, grid.cols):
-        return embedding
-    planes = embedding.permute(2, 0, 1).unsqueeze(0)
-    if rule is PositionResize.SCALE_FACTOR:
-        factors = ((grid.rows + _SCALE_MARGIN) / rows, (grid.cols + _SCALE_MARGIN) / cols)
-        resized = F.interpolate(planes, scale_factor=factors, mode="bicubic")
-    else:
-        antialias = rule is PositionResize.ANTIALIAS
-        resized = F.interpolate(planes, size=(grid.rows, grid.cols), mode="bicubic", antialias=antialias)
-    return resized[0].permute(1, 2, 0).contiguous()
-
-
-def enlarged_length(length: int, ratio: float) -> int:
-    """Return the length of an axis of the enlarged position grid (PROTOCOLS 7.2)."""
-    return int((1 + ratio) * length)
-
-
-def check_shift(grid: Grid, shift: PositionShift) -> None:
-    """Raise `InputError` when the shift's crop does not lie within the enlarged grid."""
-    if not shift.ratio >= 0:
-        raise InputError("a position shift enlarges", wanted="a ratio of at least 0", found=shift.ratio)
-    free = Grid(*(enlarged_length(length, shift.ratio) - length for length in (grid.rows, grid.cols)))
-    if not (0 <= shift.row <= free.rows and 0 <= shift.col <= free.cols):
-        raise InputError(
-            "the position shift lies outside the enlarged grid",
-            wanted=f"row 0 to {free.rows}, column 0 to {free.cols} (grid {grid}, ratio {shift.ratio:g})",
-            found=f"row {shift.row}, column {shift.col}",
-        )
-
-
-def bicubic_weights(length: int, enlarged: int) -> Float[Tensor, "enlarged length"]:
-    """Return the matrix that torch's bicubic interpolation (`align_corners=False`) applies along one axis."""
-    unit = torch.eye(length)[None, None]
-    return F.interpolate(unit, size=(enlarged, length), mode="bicubic")[0, 0]
-
 
 #: Names of the precisions and the type that autocast computes in; float32 is exact, without TF32.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: What a shift does, for fingerprints.
 SHIFT_RULE = "shift: bicubic to int((1 + ratio) grid), no antialias, cropped"
+#: Added to rows and columns by the released scale-factor resize, against rounding (PROTOCOLS 7.4).
+_SCALE_MARGIN = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """`source`: file name, hub file or `random:seed`; `sha256`: of the file, or of the random tensors."""
+
+    source: str
+    sha256: str
 
 
 class Backbone:
@@ -171,7 +81,10 @@ class Backbone:
     def grid(self, height: int, width: int) -> Grid:
         """Return the grid of patch tokens of an image of this size in pixels."""
         if height % self.patch or width % self.patch or not (height and width):
-            sizes = sorted({self._near(height, width, up) for up in (False, True)})
+            patch = self.patch
+            down = [max(1, length // patch) * patch for length in (height, width)]
+            up = [max(1, -(-length // patch)) * patch for length in (height, width)]
+            sizes = [down] if down == up else [down, up]
             raise InputError(
                 f"the image size is not a multiple of the patch of {self.name}",
                 wanted=f"height and width multiples of {self.patch}",
@@ -182,7 +95,7 @@ class Backbone:
 
     def encode(
         self,
-        images: Float[Tensor, "n 3 height width"],
+        images: Float[Tensor, "n 3 height width"] | Float[np.ndarray, "n 3 height width"],
         shift: PositionShift | Sequence[PositionShift | None] | None = None,
     ) -> Float[Tensor, "n row col dim"]:
         """Return the patch tokens of normalised images; no CLS, no registers.
@@ -190,10 +103,11 @@ class Backbone:
         `shift` is one position shift for all images or one (or None) per image. Tokens are float32 in
         precision fp32, and on the encoder's device.
         """
+        images = torch.as_tensor(images)
         shifts = (shift,) * len(images) if isinstance(shift, PositionShift | None) else tuple(shift)
         if len(shifts) != len(images):
             raise UsageError("one shift per image", wanted=len(images), found=len(shifts))
-        return self._encode(images, None, shifts)
+        return self.encode_views(images, list(enumerate(shifts)))
 
     def encode_views(
         self,
@@ -204,7 +118,14 @@ class Backbone:
 
         Equal to `encode` on repeated images, without transferring and embedding an image twice.
         """
-        return self._encode(images, [image for image, _ in views], [shift for _, shift in views])
+        grid = self.grid(*images.shape[-2:])
+        for shift in {shift for _, shift in views if shift is not None}:
+            check_shift(grid, shift)
+        with torch.inference_mode(), self._numerics():
+            tokens = self._body.tokens(images.to(self.device, non_blocking=True), views, grid)
+        # Copied outside inference mode: without prefix tokens, contiguous, and usable in training.
+        patches = tokens[:, -grid.n_tokens :].clone()
+        return patches.view(len(patches), grid.rows, grid.cols, self.dim)
 
     def compile_blocks(self) -> None:
         """Put the blocks through torch.compile; `precision` says so, as tokens move in the last bits.
@@ -214,18 +135,6 @@ class Backbone:
         self._body.compile_blocks()
         self.precision = f"{self.precision} compiled"
 
-    def _encode(
-        self, images: Tensor, image_of: Sequence[int] | None, shifts: Sequence[PositionShift | None]
-    ) -> Tensor:
-        grid = self.grid(*images.shape[-2:])
-        for shift in {shift for shift in shifts if shift is not None}:
-            check_shift(grid, shift)
-        with torch.inference_mode(), self._numerics():
-            tokens = self._body.tokens(images.to(self.device, non_blocking=True), image_of, grid, shifts)
-        # Copied outside inference mode: without prefix tokens, contiguous, and usable in training.
-        patches = tokens[:, -grid.n_tokens :].clone()
-        return patches.view(len(patches), grid.rows, grid.cols, self.dim)
-
     def _numerics(self) -> AbstractContextManager[Any]:
         if self._autocast is not None:
             return torch.autocast(self.device.type, dtype=self._autocast)
@@ -234,58 +143,48 @@ class Backbone:
             return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         return nullcontext()
 
-    def _near(self, height: int, width: int, up: bool) -> tuple[int, int]:
-        def near(length: int) -> int:
-            return max(1, length // self.patch + int(up and length % self.patch > 0)) * self.patch
-
-        return near(height), near(width)
-
-
-Shifts = Sequence[PositionShift | None]
-
 
 class VitBody:
-    """A frozen timm VisionTransformer or Eva; prefix tokens (CLS, registers) and positions are held apart."""
+    """A frozen timm VisionTransformer or Eva; prefix tokens (CLS, registers) and positions are held apart.
+
+    So one forward gives each view its own position shift.
+    """
 
     def __init__(self, vit: Any, resize: PositionResize, final_norm: FinalNorm = FinalNorm.ALWAYS) -> None:
         self.vit = vit
         self.final_norm = final_norm
         self.prefix, embedding = split_positions(vit)
         self.positions = None if embedding is None else Positions(embedding, resize)
-        self.rotary = _rotary(vit)
+        rope = getattr(vit, "rope", None)
+        self.rotary = None if rope is None else Rotary(rope, len(vit.blocks))
 
-    def tokens(self, images: Tensor, image_of: Sequence[int] | None, grid: Grid, shifts: Shifts) -> Tensor:
+    def tokens(self, images: Tensor, views: Sequence[tuple[int, PositionShift | None]], grid: Grid) -> Tensor:
         """Return all tokens [n, prefix + patch, dim] of the views (image number, shift)."""
+        images_of, shifts = [image for image, _ in views], [shift for _, shift in views]
         patches = self.vit.patch_embed(images).flatten(1, 2)
-        if image_of is not None:
-            patches = patches[list(image_of)]
+        if images_of != list(range(len(patches))):
+            patches = patches[images_of]
         if self.positions is not None:
-            patches = patches + _embeddings(self.positions, grid, shifts)
+            patches = patches + self.positions.of_views(grid, shifts)
         elif self.rotary is None and any(shifts):
             raise UsageError("this encoder has no positions to shift", wanted="absolute or rotary positions")
-        tokens = torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1)
-        return self._normed(self._blocks(self.vit.norm_pre(tokens), grid, shifts), shifts)
-
-    def compile_blocks(self) -> None:
-        """Compile the blocks in place; they are alike, so the compiler works once."""
-        for block in self.vit.blocks:
-            block.compile()
-
-    def _blocks(self, tokens: Tensor, grid: Grid, shifts: Shifts) -> Tensor:
+        tokens = self.vit.norm_pre(torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1))
         if self.rotary is None:
             for block in self.vit.blocks:
                 tokens = block(tokens)
-            return tokens
-        for block, table in zip(self.vit.blocks, self.rotary.tables(grid, shifts), strict=True):
-            tokens = block(tokens, rope=table)
-        return tokens
-
-    def _normed(self, tokens: Tensor, shifts: Shifts) -> Tensor:
+        else:
+            for block, table in zip(self.vit.blocks, self.rotary.tables(grid, shifts), strict=True):
+                tokens = block(tokens, rope=table)
         normed: Tensor = self.vit.norm(tokens)
         if self.final_norm is FinalNorm.ALWAYS:
             return normed
         shifted = torch.tensor([shift is not None for shift in shifts], device=tokens.device)
         return torch.where(shifted[:, None, None], normed, tokens)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks in place; they are alike, so the compiler works once."""
+        for block in self.vit.blocks:
+            block.compile()
 
 
 def split_positions(vit: Any) -> tuple[Tensor, Tensor | None]:
@@ -303,29 +202,108 @@ def split_positions(vit: Any) -> tuple[Tensor, Tensor | None]:
     return prefix.detach(), positions.detach()[0].unflatten(0, vit.patch_embed.grid_size)
 
 
-def _rotary(vit: Any) -> Any:
-    if getattr(vit, "rope", None) is None:
-        return None
+class Positions:
+    """The absolute position embedding of an encoder's patch tokens."""
 
-    return Rotary(vit.rope, len(vit.blocks))
+    def __init__(self, embedding: Float[Tensor, "row col dim"], resize: PositionResize) -> None:
+        self._embedding = embedding
+        #: Embeddings by grid, and interpolation weights by axis and enlarged length.
+        self._plain = lru_cache(maxsize=8)(
+            lambda grid: resize_positions(embedding, grid, resize).flatten(0, 1).unsqueeze(0)
+        )
+        self._weights = lru_cache(maxsize=16)(
+            lambda axis, length: bicubic_weights(embedding.shape[axis], length).to(embedding)
+        )
+
+    def plain(self, grid: Grid) -> Float[Tensor, "1 token dim"]:
+        """Return the embedding at `grid`."""
+        return self._plain(grid)
+
+    def shifted(self, grid: Grid, shifts: Sequence[PositionShift]) -> Float[Tensor, "n token dim"]:
+        """Return one shifted embedding per shift: the crop at its offsets of the enlarged embedding.
+
+        The enlargement (bicubic, no antialias; PROTOCOLS 7.2) is linear and separable, so the crop is row
+        weights x embedding x column weights. The whole enlarged embedding, 600 MB for a ViT-B at 480x880, is
+        never made.
+        """
+        rows = torch.stack([self._crop(grid, shift, 0) for shift in shifts])
+        cols = torch.stack([self._crop(grid, shift, 1) for shift in shifts])
+        by_row = torch.einsum("nri,ijd->nrjd", rows, self._embedding)
+        return torch.einsum("ncj,nrjd->nrcd", cols, by_row).flatten(1, 2)
+
+    def of_views(self, grid: Grid, shifts: Sequence[PositionShift | None]) -> Float[Tensor, "n token dim"]:
+        """Return the positions of each view, or one for all when all are plain."""
+        moved = [index for index, shift in enumerate(shifts) if shift is not None]
+        plain = self.plain(grid)
+        if not moved:
+            return plain
+        shifted = self.shifted(grid, [shift for shift in shifts if shift is not None])
+        if len(moved) == len(shifts):
+            return shifted
+        every = plain.repeat(len(shifts), 1, 1)
+        every[moved] = shifted
+        return every
+
+    def _crop(self, grid: Grid, shift: PositionShift, axis: int) -> Tensor:
+        length, start = ((grid.rows, shift.row), (grid.cols, shift.col))[axis]
+        return self._weights(axis, enlarged_length(length, shift.ratio))[start : start + length]
 
 
-def _embeddings(positions: Positions, grid: Grid, shifts: Shifts) -> Tensor:
-    """Return the positions of each view, or one for all when all are plain."""
-    moved = [index for index, shift in enumerate(shifts) if shift is not None]
-    plain = positions.plain(grid)
-    if not moved:
-        return plain
-    shifted = positions.shifted(grid, [shift for shift in shifts if shift is not None])
-    if len(moved) == len(shifts):
-        return shifted
-    every = plain.repeat(len(shifts), 1, 1)
-    every[moved] = shifted
-    return every
+def resize_positions(
+    embedding: Float[Tensor, "row col dim"], grid: Grid, rule: PositionResize
+) -> Float[Tensor, "new_row new_col dim"]:
+    """Return the embedding at another grid by the family's rule; at its own grid it is returned as it is."""
+    rows, cols, _ = embedding.shape
+    if (rows, cols) == (grid.rows, grid.cols):
+        return embedding
+    planes = embedding.permute(2, 0, 1).unsqueeze(0)
+    if rule is PositionResize.SCALE_FACTOR:
+        factors = ((grid.rows + _SCALE_MARGIN) / rows, (grid.cols + _SCALE_MARGIN) / cols)
+        resized = F.interpolate(planes, scale_factor=factors, mode="bicubic")
+    else:
+        antialias = rule is PositionResize.ANTIALIAS
+        resized = F.interpolate(planes, size=(grid.rows, grid.cols), mode="bicubic", antialias=antialias)
+    return resized[0].permute(1, 2, 0).contiguous()
+
+
+def enlarged_length(length: int, ratio: float) -> int:
+    """Return the length of an axis of the enlarged position grid (PROTOCOLS 7.2)."""
+    return int((1 + ratio) * length)
+
+
+def enlarged(grid: Grid, ratio: float) -> Grid:
+    """Return the enlarged position grid."""
+    return Grid(enlarged_length(grid.rows, ratio), enlarged_length(grid.cols, ratio))
+
+
+def check_shift(grid: Grid, shift: PositionShift) -> None:
+    """Raise `InputError` when the shift's crop does not lie within the enlarged grid."""
+    if not shift.ratio >= 0:
+        raise InputError("a position shift enlarges", wanted="a ratio of at least 0", found=shift.ratio)
+    large = enlarged(grid, shift.ratio)
+    rows, cols = large.rows - grid.rows, large.cols - grid.cols
+    if not (0 <= shift.row <= rows and 0 <= shift.col <= cols):
+        raise InputError(
+            "the position shift lies outside the enlarged grid",
+            wanted=f"row 0 to {rows}, column 0 to {cols} (grid {grid}, ratio {shift.ratio:g})",
+            found=f"row {shift.row}, column {shift.col}",
+        )
+
+
+def bicubic_weights(length: int, enlarged: int) -> Float[Tensor, "enlarged length"]:
+    """Return the matrix that torch's bicubic interpolation (`align_corners=False`) applies along one axis."""
+    unit = torch.eye(length)[None, None]
+    return F.interpolate(unit, size=(enlarged, length), mode="bicubic")[0, 0]
 
 
 class Rotary:
-    """The rotary embedding of a timm Eva model; `tables` gives one sine-cosine table per block."""
+    """The rotary embedding of a timm Eva model; `tables` gives one sine-cosine table per block.
+
+    A shift has no released counterpart here. It is the same idea on coordinates: those of the grid are
+    refined to `int((1 + ratio) * grid)` steps over the same extent, and the crop at the shift's offsets is
+    used. Attention between patches sees distances shrunk by `1 + ratio`; as rotations are relative, the
+    offsets matter to prefix tokens only.
+    """
 
     def __init__(self, rope: Any, depth: int) -> None:
         self._rope = rope
@@ -351,7 +329,7 @@ class Rotary:
         return _crop(self._enlarged(grid, shift.ratio), grid, shift).flatten(0, 1)
 
     def _make_enlarged(self, grid: Grid, ratio: float) -> Tensor:
-        large, rope = _enlarged(grid, ratio), self._rope
+        large, rope = enlarged(grid, ratio), self._rope
         if isinstance(rope, RotaryEmbeddingCat) and not rope.in_pixels:
             # Counts patches: the reference shape makes it count in steps of the grid's own extent.
             rope = copy(rope)
@@ -366,7 +344,7 @@ class Rotary:
         return table.view(large.rows, large.cols, -1)
 
     def _shifted_mixed(self, grid: Grid, shift: PositionShift) -> Tensor:
-        large, rope = _enlarged(grid, shift.ratio), self._rope
+        large, rope = enlarged(grid, shift.ratio), self._rope
         steps = {"row": grid.rows / large.rows, "col": grid.cols / large.cols}
         order = ("row", "col") if rope.grid_indexing == "ij" else ("col", "row")
         coordinates = get_mixed_grid([large.rows, large.cols], rope.grid_indexing, rope.freqs.device)
@@ -377,41 +355,5 @@ class Rotary:
         return get_mixed_freqs(rope.freqs, first, second)
 
 
-def _enlarged(grid: Grid, ratio: float) -> Grid:
-    return Grid(enlarged_length(grid.rows, ratio), enlarged_length(grid.cols, ratio))
-
-
 def _crop(table: Tensor, grid: Grid, shift: PositionShift) -> Tensor:
     return table[shift.row : shift.row + grid.rows, shift.col : shift.col + grid.cols]
-
-
-Model = TypeVar("Model")
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """`source`: file name, hub file or `random:seed`; `sha256`: of the file, or of the random tensors."""
-
-    source: str
-    sha256: str
-
-
-def file_weights(path: Path, source: str | None = None) -> Weights:
-    """Return the record of a weights file."""
-    return Weights(source or path.name, sha256_file(path))
-
-
-def random_weights(name: str, seed: int, model: Any) -> Weights:
-    """Return the record of randomly initialised weights."""
-    digest = hashlib.sha256(f"{name} {seed}".encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return Weights(f"{RANDOM}:{seed}", digest.hexdigest())
-
-
-def seeded(seed: int, make: Callable[[], Model]) -> Model:
-    """Return what `make` builds under this seed; the generator's state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()

@@ -295,8 +295,8 @@ def test_timm_models_of_other_kinds(kind):
     images = torch.rand(2, 3, 4 * patch, 6 * patch, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         reference = vit.forward_features(images)
-        plain = body.tokens(images, None, grid, [None, None])
-        mixed = body.tokens(images, None, grid, [None, PositionShift(10.0, 3, 4)])
+        plain = body.tokens(images, [(0, None), (1, None)], grid)
+        mixed = body.tokens(images, [(0, None), (1, PositionShift(10.0, 3, 4))], grid)
     assert torch.equal(plain, reference)
     torch.testing.assert_close(mixed[0], plain[0], atol=1e-5, rtol=1e-4)
     assert (mixed[1] - plain[1])[n_prefix:].abs().max() > 1e-3
