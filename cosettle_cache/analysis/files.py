@@ -23,7 +23,7 @@ from cosettle_cache.store import FeatureStore
 
 #: One row per kind of tokens and definition; one row per clip besides; means and provenance; the plane.
 ANALYSIS_FILE, VIDEOS_FILE = "analysis.parquet", "analysis_videos.parquet"
-SUMMARY_FILE, PLANE_FILE = "analysis.json", "tradeoff.png"
+SUMMARY_FILE, PLANE_FILE, PLANE_SVG = "analysis.json", "tradeoff.png", "tradeoff.svg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) ->
 
 def remove_analysis(folder: Path) -> None:
     """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
-    for name in (ANALYSIS_FILE, VIDEOS_FILE, SUMMARY_FILE, PLANE_FILE):
+    for name in (ANALYSIS_FILE, VIDEOS_FILE, SUMMARY_FILE, PLANE_FILE, PLANE_SVG):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -116,17 +116,19 @@ def _dry(plan: AnalysisPlan, heads: list[str], folder: Path) -> dict[str, Any]:
 
 
 def _draw(folder: Path, store: FeatureStore, report: AnalysisReport) -> None:
-    from cosettle_cache.analysis.files import PLANE_FILE
-    from cosettle_cache.pictures.charts import PlanePoint, write_plane
+    from cosettle_cache.analysis.files import PLANE_FILE, PLANE_SVG
+    from cosettle_cache.pictures.charts import Plane, PlanePoint, plane_chart, save_chart
 
-    definition = report.measured[0].definition
-    points = [
-        PlanePoint(store.fingerprint.backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
-        for item in report.measured
-        if item.definition == definition
-    ]
-    title = f"{definition.name}: {len(report.video_ids)} clips, distances in diameters (100 %)"
-    write_plane(folder / PLANE_FILE, points, gamma=definition.gamma, title=title)
+    backbone, planes = store.fingerprint.backbone, []
+    for definition in dict.fromkeys(item.definition for item in report.measured):
+        points = [
+            PlanePoint(backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
+            for item in report.measured
+            if item.definition == definition
+        ]
+        title = f"{definition.name}: {len(report.video_ids)} clips, distances in diameters (100 %)"
+        planes.append(Plane(title, definition.gamma, points))
+    save_chart(plane_chart(planes), folder / PLANE_FILE, folder / PLANE_SVG)
 
 
 _HEADER = ["definition", "tokens", "D inter", "D intra", "D", "cycle acc.", "eff. rank", "inter", "intra"]

@@ -156,7 +156,8 @@ SCHEMA = pa.schema(
 
 _TEXTS = [name for name, kind in get_type_hints(Score).items() if kind is str]
 
-SCORES_FILE, SUMMARY_FILE, CHART_FILE = "scores.parquet", "summary.json", "scores.png"
+SCORES_FILE, SUMMARY_FILE = "scores.parquet", "summary.json"
+CHART_FILE, CHART_SVG = "scores.png", "scores.svg"
 
 #: Fields that must agree within one summary; they are reported once.
 PROVENANCE = (
@@ -341,7 +342,7 @@ def write_rows(path: Path, scores: Sequence[Score]) -> None:
 def remove_scores(folder: Path) -> None:
     """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
     with output_errors(folder):
-        for name in (SCORES_FILE, SUMMARY_FILE, CHART_FILE):
+        for name in (SCORES_FILE, SUMMARY_FILE, CHART_FILE, CHART_SVG):
             (folder / name).unlink(missing_ok=True)
 
 
