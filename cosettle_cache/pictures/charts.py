@@ -120,7 +120,9 @@ def score_chart(title: str, unit: str, sequences: Mapping[str, Figures], whole: 
     (_draw_rows if named else _draw_ranks)(axis, ordered, kinds)
     _finish_scores(axis, title, unit, whole, named)
     handles = [
-        Line2D([], [], **_look(number), linestyle="--", label=_whole_label(kind, value))
+        Line2D(
+            [], [], **_look(number), mfc=None if number else "none", ls="--", label=_whole_label(kind, value)
+        )
         for number, (kind, value) in enumerate(whole.items())
     ]
     chart.legend(handles=handles, loc="outside lower center", ncols=min(3, len(kinds)), frameon=False)
@@ -151,7 +153,12 @@ def _draw_rows(axis: Axes, ordered: Sequence[tuple[str, Figures]], kinds: Sequen
             axis.plot(ends, [row, row], color=_FAINT, alpha=0.45, linewidth=2.5, zorder=1)
     for number, kind in enumerate(kinds):
         rows = [row for row, (_, figures) in enumerate(ordered) if kind in figures]
-        axis.scatter([ordered[row][1][kind] for row in rows], rows, s=46, zorder=3, **_look(number))
+        values = [ordered[row][1][kind] for row in rows]
+        # A wide ring first: what the others are compared with is seen around them.
+        if number == 0:
+            axis.scatter(values, rows, s=110, facecolors="none", edgecolors=_colour(0), linewidths=2)
+        else:
+            axis.scatter(values, rows, s=46, zorder=3, **_look(number))
     axis.set_yticks(range(len(ordered)), [_short(name) for name, _ in ordered])
     axis.set_ylim(len(ordered) - 0.4, -0.6)
     axis.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
@@ -274,7 +281,7 @@ def plane_chart(planes: Sequence[Plane]) -> Figure:
     """
     n_cols = min(len(planes), 2)
     n_rows = -(-len(planes) // n_cols)
-    chart = Figure(figsize=(7.5 * n_cols, 5.5 * n_rows), dpi=120, layout="constrained")
+    chart = Figure(figsize=(1.5 + 6 * n_cols, 5.5 * n_rows), dpi=120, layout="constrained")
     axes = chart.subplots(n_rows, n_cols, squeeze=False).flat
     for axis, plane in zip(axes, planes, strict=False):
         _draw_plane(axis, plane)
