@@ -39,6 +39,9 @@ _FAINT = "#8a8f98"
 _STYLE: Any = {
     "text.parse_math": False,
     "font.sans-serif": ["DejaVu Sans"],
+    # There are grid lines.
+    "xtick.bottom": False,
+    "ytick.left": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "cosettle-cache",
 }
@@ -64,7 +67,7 @@ HELD_OUT = (
     ("inter_distance", "D inter, held-out clips"),
     ("intra_distance", "D intra, held-out clips"),
 )
-_SMOOTHED_STEPS = 50
+_SMOOTHED_STEPS, _MARKED_STEPS = 50, 20
 #: Points of a curve that is smoothed; of more steps every k-th is drawn.
 _MAX_POINTS = 500
 
@@ -93,6 +96,7 @@ def _svg(chart: Figure) -> bytes:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace("<svg", '<svg fill="currentColor"', 1)
     text = re.sub(r'(?<=[a-z]: )#000000(?=[;"])', "currentColor", text)
+    text = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", text)
     return re.sub(r' d="[^"]*"', _rounded, text).encode()
 
 
@@ -230,7 +234,7 @@ def _draw_curve(
     few = len(steps) <= _SMOOTHED_STEPS
     every = slice(None, None, -(-len(steps) // _MAX_POINTS))
     if alone or few:
-        look: Any = {"marker": "."} if few else {"alpha": 0.35}
+        look: Any = {"alpha": 0.35 if not few else 1.0, "marker": "." if len(steps) <= _MARKED_STEPS else ""}
         axis.plot(steps[every], values[every], color=colour, linestyle=dashes, label=label, **look)
     if not few:
         smoothed = smooth(values, len(values) // _SMOOTHED_STEPS)
@@ -241,11 +245,13 @@ def smooth(values: Sequence[float], width: int) -> Float[np.ndarray, " step"]:
     """Return the means of up to `width` values on either side; none across a gap."""
     array = np.asarray(values, float)
     finite = np.isfinite(array)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array, 0.0))])
+    # Sums of differences: those of equal values have no rounding error to be seen.
+    base = array[finite][0] if finite.any() else 0.0
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array - base, 0.0))])
     gaps = np.concatenate([[0], np.cumsum(~finite)])
     middle = np.arange(len(array))
     first, after = np.maximum(middle - width, 0), np.minimum(middle + width + 1, len(array))
-    means: NDArray[np.float64] = (sums[after] - sums[first]) / (after - first)
+    means: NDArray[np.float64] = base + (sums[after] - sums[first]) / (after - first)
     return np.where(gaps[after] > gaps[first], np.nan, means)
 
 

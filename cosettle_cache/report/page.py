@@ -182,7 +182,8 @@ def _inline(path: Path, prefix: str) -> Element:
         raise InputError(f"{path} is not a readable SVG", found=str(error)) from error
     if root.tag != f"{_SVG}svg":
         raise InputError(f"{path} is not an SVG", found=root.tag)
-    for node in list(root.iter()):
+    nodes = list(root.iter())
+    for node in nodes:
         for child in [item for item in node if item.tag not in _SHAPES]:
             node.remove(child)
         found = {**node.attrib, **_declarations(node.get("style", ""))}
@@ -196,6 +197,12 @@ def _inline(path: Path, prefix: str) -> Element:
         node.tag = node.tag.removeprefix(_SVG)
         node.attrib.clear()
         node.attrib.update(kept)
+        node.tail = None
+    # Groups that say nothing are most of what matplotlib writes.
+    for node in reversed(nodes):
+        groups = [list(child) if child.tag == "g" and not child.attrib else [child] for child in node]
+        node[:] = [child for group in groups for child in group]
+        node.text = node.text if node.tag in ("text", "tspan") else None
     return root
 
 
