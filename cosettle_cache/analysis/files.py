@@ -20,12 +20,12 @@ from cosettle_cache.analysis.within import ClipFigures
 from cosettle_cache.core.settings import digest, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
-from cosettle_cache.pictures.charts import PlanePoint, write_plane
+from cosettle_cache.pictures.charts import Plane, PlanePoint, plane_chart, save_chart
 from cosettle_cache.store import FeatureStore
 
 #: One row per kind of tokens and definition; one row per clip besides; means and provenance; the plane.
 ANALYSIS_FILE, VIDEOS_FILE = "analysis.parquet", "analysis_videos.parquet"
-SUMMARY_FILE, PLANE_FILE = "analysis.json", "tradeoff.png"
+SUMMARY_FILE, PLANE_FILE, PLANE_SVG = "analysis.json", "tradeoff.png", "tradeoff.svg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +93,21 @@ def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) ->
     write_table(folder / ANALYSIS_FILE, make_table(rows, ANALYSIS_SCHEMA))
     write_table(folder / VIDEOS_FILE, make_table(video_rows, VIDEOS_SCHEMA))
     write_json(folder / SUMMARY_FILE, summary_json(store, report))
-    definition, backbone = report.measured[0].definition, store.fingerprint.backbone
-    points = [
-        PlanePoint(backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
-        for item in report.measured
-        if item.definition == definition
-    ]
-    title = f"{definition.name}: {len(report.video_ids)} clips, distances in diameters (100 %)"
-    write_plane(folder / PLANE_FILE, points, gamma=definition.gamma, title=title)
+    backbone, planes = store.fingerprint.backbone, []
+    for definition in dict.fromkeys(item.definition for item in report.measured):
+        points = [
+            PlanePoint(backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
+            for item in report.measured
+            if item.definition == definition
+        ]
+        title = f"{definition.name}: {len(report.video_ids)} clips, distances in diameters (100 %)"
+        planes.append(Plane(title, definition.gamma, points))
+    save_chart(plane_chart(planes), folder / PLANE_FILE, folder / PLANE_SVG)
 
 
 def remove_analysis(folder: Path) -> None:
     """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
-    for name in (ANALYSIS_FILE, VIDEOS_FILE, SUMMARY_FILE, PLANE_FILE):
+    for name in (ANALYSIS_FILE, VIDEOS_FILE, SUMMARY_FILE, PLANE_FILE, PLANE_SVG):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -247,7 +247,7 @@ def propagate(
 
 def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bool) -> int:
 
-    from cosettle_cache.metrics.rows import CHART_FILE, summary_json, write_scores
+    from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG, summary_json, write_scores
     from cosettle_cache.propagation.run import write_score_chart
 
     memory_limit = None if request.memory_limit is None else parse_bytes(request.memory_limit)
@@ -263,7 +263,8 @@ def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bo
     else:
         _print(report, out, talk)
     if request.overlays != Drawn.NONE:
-        write_score_chart(out / CHART_FILE, report.scores)
+        for name in (CHART_FILE, CHART_SVG):
+            write_score_chart(out / name, report.scores)
     return _end(report, failures)
 
 

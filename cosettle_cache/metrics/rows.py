@@ -25,7 +25,8 @@ from cosettle_cache.metrics.davis import DavisScorer
 from cosettle_cache.metrics.jhmdb import JointCounts
 from cosettle_cache.metrics.vip import Confusion, clip_miou
 
-SCORES_FILE, SUMMARY_FILE, CHART_FILE = "scores.parquet", "summary.json", "scores.png"
+SCORES_FILE, SUMMARY_FILE = "scores.parquet", "summary.json"
+CHART_FILE, CHART_SVG = "scores.png", "scores.svg"
 
 #: Version of the table, in its metadata under this key; tables without it have a column per figure.
 TABLE_VERSION, _VERSION_KEY = 2, "scores_table_version"
@@ -292,7 +293,7 @@ def write_rows(path: Path, scores: Sequence[Score]) -> None:
 def remove_scores(folder: Path) -> None:
     """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
     with output_errors(folder):
-        for name in (SCORES_FILE, SUMMARY_FILE, CHART_FILE):
+        for name in (SCORES_FILE, SUMMARY_FILE, CHART_FILE, CHART_SVG):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -1,32 +1,22 @@
-"""Scores by sequence as one PNG: a row per sequence, a dot per kind of tokens, the whole below.
+"""Charts: scores by sequence, curves of training, and the trade-off plane, each drawn by matplotlib.
 
-In come figures in percent; out goes a picture that stays legible for a few sequences and for hundreds.
-
-The learning curves of a training run as one PNG: what was minimised, and whether walks find back.
-
-In come the figures of every step; out goes a picture of four panels that share the axis of steps.
-
-The members of a sweep in one picture: the curves of all, in one colour each.
-
-In come the figures of every step by member; out goes a PNG of the panels that a single run's picture has.
-
-The trade-off plane as one PNG: D_intra against D_inter, a point per encoder and per projection.
-
-Points come in; out goes a picture in which an arrow leads from the raw tokens of an encoder to each of its
-projections, over lines of equal margin.
+Plain figures come in; a chart goes out, saved as PNG or SVG by the suffix of its file. An SVG has text that
+stays text, no background, and takes the colour of axes and text from the page around it.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib import colormaps
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -35,6 +25,28 @@ from numpy.typing import NDArray
 
 from cosettle_cache.core.files import write_durably
 
+#: Figures by name: one number per kind of tokens, or one per line of a log.
+Figures = Mapping[str, float]
+Columns = Mapping[str, Sequence[float]]
+
+#: Mid-tones, legible on white and on near black; the first is of what others are compared with.
+COLOURS = ("#818995", "#3d8bd0", "#dd7a1c", "#2f9e58", "#9a72d0", "#d2609f", "#a8861c", "#1f97a5", "#dd4b4b")
+_MARKERS = "oDs^vPXh"
+_DASHES = ("-", "--", ":", "-.")
+_FAINT = "#8a8f98"
+
+#: Names are never read as formulas; the same figures give the same bytes.
+_STYLE: Any = {
+    "text.parse_math": False,
+    "font.sans-serif": ["DejaVu Sans"],
+    # There are grid lines.
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cosettle-cache",
+}
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
 #: Sequences that get a row with their name; of more only the ranks are drawn.
 MAX_NAMED = 60
 #: Longer names lose their middle.
@@ -42,80 +54,139 @@ _NAME_LENGTH = 34
 #: Percentage points that the axis spans at least.
 _LEAST_SPAN = 10.0
 
-Figures = Mapping[str, float]
-Colour = tuple[float, float, float, float]
+#: Name of a step's figure, title of its panel; then those of the held-out clips, one per epoch.
+PANELS = (
+    ("total", "total loss"),
+    ("cycle", "cycle loss (nats)"),
+    ("separability", "separability loss"),
+    ("cycle_accuracy", "cycle accuracy"),
+)
+HELD_OUT = (
+    ("cycle_accuracy", "cycle accuracy, held-out clips"),
+    ("margin", "margin D, held-out clips"),
+    ("inter_distance", "D inter, held-out clips"),
+    ("intra_distance", "D intra, held-out clips"),
+)
+_SMOOTHED_STEPS, _MARKED_STEPS = 50, 20
+#: Points of a curve that is smoothed; of more steps every k-th is drawn.
+_MAX_POINTS = 500
+
+#: Least distance of two labels in a plane, as shares of its width and height.
+_BESIDE, _APART = 0.35, 0.05
 
 
-def write_chart(path: Path, title: str, unit: str, sequences: Mapping[str, Figures], whole: Figures) -> None:
-    """Write the picture of `make_chart`; raise `OutputError` when it cannot be written."""
-    picture = make_chart(title, unit, sequences, whole)
+def save_chart(chart: Figure, *paths: Path) -> None:
+    """Write the chart as PNG or SVG by each path's suffix; raise `OutputError` when it cannot be written."""
+    for path in paths:
+        data = _svg(chart) if path.suffix == ".svg" else _png(chart)
+        write_durably(path, [data])
+
+
+def _png(chart: Figure) -> bytes:
     buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", facecolor="white")
-    write_durably(path, [buffer.getbuffer()])
+    chart.savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()
 
 
-def make_chart(title: str, unit: str, sequences: Mapping[str, Figures], whole: Figures) -> Figure:
+@rc_context(_STYLE)
+def _svg(chart: Figure) -> bytes:
+    """Return the SVG without prologue, coordinates rounded, what is black in the page's colour."""
+    buffer = io.StringIO()
+    chart.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace("<svg", '<svg fill="currentColor"', 1)
+    text = re.sub(r'(?<=[a-z]: )#000000(?=[;"])', "currentColor", text)
+    text = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", text)
+    return re.sub(r' d="[^"]*"', _rounded, text).encode()
+
+
+def _rounded(path: re.Match[str]) -> str:
+    short = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path[0])
+    return re.sub(r"\s+", " ", short)
+
+
+@rc_context(_STYLE)
+def score_chart(title: str, unit: str, sequences: Mapping[str, Figures], whole: Figures) -> Figure:
     """Draw the figures (percent) of every sequence by kind of tokens, the best of the first kind on top.
 
     `whole` holds the benchmark's figure of all sequences together, dashed. What is no number is left out.
     """
     kinds = list(whole)
-    known = {name: _numbers(figures) for name, figures in sequences.items()}
+    known = {
+        name: {kind: value for kind, value in figures.items() if math.isfinite(value)}
+        for name, figures in sequences.items()
+    }
     ordered = sorted(known.items(), key=lambda item: item[1].get(kinds[0], -math.inf), reverse=True)
     named = len(ordered) <= MAX_NAMED
     height = 1.9 + 0.26 * len(ordered) + 0.18 * len(kinds) if named else 6.5
-    picture = Figure(figsize=(9, height), dpi=130, layout="constrained")
-    axis = picture.subplots()
-    (_draw_rows if named else _draw_ranks)(axis, ordered, _colours(kinds))
-    _finish(axis, title, unit, whole, named)
-    picture.legend(
-        handles=_legend(whole), loc="outside lower center", ncols=min(3, len(kinds)), frameon=False
-    )
-    return picture
+    chart = Figure(figsize=(9, height), dpi=130, layout="constrained")
+    axis = chart.subplots()
+    (_draw_rows if named else _draw_ranks)(axis, ordered, kinds)
+    _finish_scores(axis, title, unit, whole, named)
+    handles = [
+        Line2D(
+            [], [], **_look(number), mfc=None if number else "none", ls="--", label=_whole_label(kind, value)
+        )
+        for number, (kind, value) in enumerate(whole.items())
+    ]
+    chart.legend(handles=handles, loc="outside lower center", ncols=min(3, len(kinds)), frameon=False)
+    return chart
 
 
-def _numbers(figures: Figures) -> Figures:
-    return {kind: value for kind, value in figures.items() if math.isfinite(value)}
+def _look(number: int) -> dict[str, Any]:
+    return {"color": _colour(number), "marker": _MARKERS[number % len(_MARKERS)]}
 
 
-def _label(kind: str, value: float) -> str:
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _whole_label(kind: str, value: float) -> str:
     return f"{_short(kind)}: {value:.2f} in all" if math.isfinite(value) else f"{_short(kind)}: no figure"
 
 
-def _legend(whole: Figures) -> list[Line2D]:
-    return [
-        Line2D([], [], color=colour, marker="o", linestyle="--", label=_label(kind, value))
-        for (kind, value), colour in zip(whole.items(), _colours(list(whole)).values(), strict=True)
-    ]
+def _short(name: str) -> str:
+    half = _NAME_LENGTH // 2
+    return name if len(name) <= _NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def _colours(kinds: Sequence[str]) -> dict[str, Colour]:
-    """Return grey for the first kind, which the others are compared with, and a colour for each other one."""
-    palette = colormaps["tab10"]
-    shades = [palette(number % 10) for number in range(len(kinds))]
-    return dict(zip(kinds, [(0.35, 0.37, 0.4, 1.0), *shades], strict=False))
-
-
-def _draw_rows(axis: Axes, ordered: Sequence[tuple[str, Figures]], colours: Mapping[str, Colour]) -> None:
+def _draw_rows(axis: Axes, ordered: Sequence[tuple[str, Figures]], kinds: Sequence[str]) -> None:
     for row, (_, figures) in enumerate(ordered):
         if figures:
             ends = [min(figures.values()), max(figures.values())]
-            axis.plot(ends, [row, row], color="0.8", linewidth=2.5, zorder=1)
-    for kind, colour in colours.items():
+            axis.plot(ends, [row, row], color=_FAINT, alpha=0.45, linewidth=2.5, zorder=1)
+    for number, kind in enumerate(kinds):
         rows = [row for row, (_, figures) in enumerate(ordered) if kind in figures]
-        axis.scatter([ordered[row][1][kind] for row in rows], rows, s=46, color=colour, zorder=3)
+        values = [ordered[row][1][kind] for row in rows]
+        # A wide ring first: what the others are compared with is seen around them.
+        if number == 0:
+            axis.scatter(values, rows, s=110, facecolors="none", edgecolors=_colour(0), linewidths=2)
+        else:
+            axis.scatter(values, rows, s=46, zorder=3, **_look(number))
     axis.set_yticks(range(len(ordered)), [_short(name) for name, _ in ordered])
     axis.set_ylim(len(ordered) - 0.4, -0.6)
     axis.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
 
 
-def _draw_ranks(axis: Axes, ordered: Sequence[tuple[str, Figures]], colours: Mapping[str, Colour]) -> None:
-    for kind, colour in colours.items():
+def _draw_ranks(axis: Axes, ordered: Sequence[tuple[str, Figures]], kinds: Sequence[str]) -> None:
+    for number, kind in enumerate(kinds):
         ranks = [rank for rank, (_, figures) in enumerate(ordered, start=1) if kind in figures]
-        values = [ordered[rank - 1][1][kind] for rank in ranks]
-        axis.scatter(ranks, values, s=12, color=colour, alpha=0.8)
-    first = next(iter(colours))
-    axis.set_xlabel(f"{len(ordered)} sequences, in the order of {first}")
+        axis.scatter(ranks, [ordered[rank - 1][1][kind] for rank in ranks], s=12, alpha=0.8, **_look(number))
+    axis.set_xlabel(f"{len(ordered)} sequences, in the order of {kinds[0]}")
+
+
+def _finish_scores(axis: Axes, title: str, unit: str, whole: Figures, named: bool) -> None:
+    line = axis.axvline if named else axis.axhline
+    for number, value in enumerate(whole.values()):
+        line(value, color=_colour(number), linestyle="--", linewidth=1.4, zorder=2)
+    if named:
+        axis.set(xlim=_limits(*axis.get_xlim()), xlabel=unit)
+    else:
+        axis.set(ylim=_limits(*axis.get_ylim()), ylabel=unit)
+    axis.set_title(title, loc="left", fontsize=11, wrap=True)
+    axis.grid(alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _limits(low: float, high: float) -> tuple[float, float]:
@@ -124,112 +195,69 @@ def _limits(low: float, high: float) -> tuple[float, float]:
     return max(min(low, high - _LEAST_SPAN), -1.5), max(high, low + _LEAST_SPAN)
 
 
-def _finish(axis: Axes, title: str, unit: str, whole: Figures, named: bool) -> None:
-    line = axis.axvline if named else axis.axhline
-    for value, colour in zip(whole.values(), _colours(list(whole)).values(), strict=True):
-        line(value, color=colour, linestyle="--", linewidth=1.4, zorder=2)
-    if named:
-        axis.set_xlim(_limits(*axis.get_xlim()))
-        axis.set_xlabel(unit)
-    else:
-        axis.set_ylim(_limits(*axis.get_ylim()))
-        axis.set_ylabel(unit)
-    axis.set_title(title, loc="left", fontsize=11, wrap=True)
-    axis.grid(alpha=0.25)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+@rc_context(_STYLE)
+def curves_chart(
+    members: Mapping[str, Columns], held_out: Mapping[str, Columns], n_tokens: int | None = None
+) -> Figure:
+    """Draw the objective, its parts and the cycle accuracy over the steps, and the figures of held-out clips.
 
-
-def _short(name: str) -> str:
-    if len(name) <= _NAME_LENGTH:
-        return name
-    half = _NAME_LENGTH // 2
-    return f"{name[: half - 1]}…{name[-half:]}"
-
-
-#: Figures of a training run by name, one number per line of its log; `step` among them.
-Curves = Mapping[str, Sequence[float]]
-
-#: Name of the figure, title of its panel.
-PANELS = (
-    ("total", "total loss"),
-    ("cycle", "cycle loss (nats)"),
-    ("separability", "separability loss"),
-    ("cycle_accuracy", "cycle accuracy"),
-)
-_SMOOTHED_STEPS = 50
-
-
-def write_curves(path: Path, curves: Curves, n_tokens: int) -> None:
-    """Draw the curves; `n_tokens` pooled tokens give the chance levels ln(n) and 1/n, drawn dashed.
-
-    The cycle loss and its accuracy at chance are what a head that knows nothing would score.
+    Both hold the columns of a log (`step` among them) by the name of a run, or of the members of a sweep.
+    `n_tokens` pooled tokens give the chance levels ln(n) and 1/n of the cycle loss and its accuracy.
     """
-    chance = {"cycle": (math.log(n_tokens), f"chance, ln {n_tokens}")}
-    chance["cycle_accuracy"] = (1 / n_tokens, f"chance, 1/{n_tokens}")
-    picture = Figure(figsize=(10, 6.5), dpi=120, layout="constrained")
-    axes = picture.subplots(2, 2, sharex=True)
-    for axis, (name, title) in zip(axes.flat, PANELS, strict=True):
-        _draw(axis, curves["step"], curves[name], title)
-        if name in chance:
-            _draw_chance(axis, *chance[name])
+    panels = [(members, name, title) for name, title in PANELS]
+    if any(held_out.values()):
+        panels += [(held_out, name, title) for name, title in HELD_OUT]
+    width, legend_height = 5 + 9 * len(panels) / 8, 0.2 * len(members) if len(members) > 1 else 0
+    chart = Figure(figsize=(width, 6.5 + legend_height), dpi=120, layout="constrained")
+    axes = chart.subplots(2, len(panels) // 2, sharex=True)
+    for axis, (runs, name, title) in zip(axes.flat, panels, strict=True):
+        for number, (label, columns) in enumerate(runs.items()):
+            if columns:
+                _draw_curve(axis, columns["step"], columns[name], label, number, alone=len(members) == 1)
+        axis.set_title(title, fontsize=11)
+        axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png")
-    write_durably(path, [buffer.getbuffer()])
+    if n_tokens is not None:
+        _draw_chance(axes.flat[1], math.log(n_tokens), f"chance, ln {n_tokens}")
+        _draw_chance(axes.flat[3], 1 / n_tokens, f"chance, 1/{n_tokens}")
+    if len(members) > 1:
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        chart.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    return chart
 
 
-def _draw(axis: Axes, steps: Sequence[float], values: Sequence[float], title: str) -> None:
+def _draw_curve(
+    axis: Axes, steps: Sequence[float], values: Sequence[float], label: str, number: int, *, alone: bool
+) -> None:
+    colour, dashes = _colour(number + 1), _DASHES[number // (len(COLOURS) - 1) % len(_DASHES)]
     few = len(steps) <= _SMOOTHED_STEPS
-    axis.plot(steps, values, color="tab:blue", alpha=1.0 if few else 0.35, marker="." if few else "")
+    every = slice(None, None, -(-len(steps) // _MAX_POINTS))
+    if alone or few:
+        look: Any = {"alpha": 0.35 if not few else 1.0, "marker": "." if len(steps) <= _MARKED_STEPS else ""}
+        axis.plot(steps[every], values[every], color=colour, linestyle=dashes, label=label, **look)
     if not few:
-        axis.plot(steps, smooth(values, len(values) // _SMOOTHED_STEPS), color="tab:blue", linewidth=2)
-    axis.set_title(title)
-    axis.grid(alpha=0.3)
-
-
-def _draw_chance(axis: Axes, level: float, label: str) -> None:
-    axis.axhline(level, color="tab:red", linestyle="--", linewidth=1, label=label)
-    axis.legend(loc="best", frameon=False)
+        smoothed = smooth(values, len(values) // _SMOOTHED_STEPS)
+        axis.plot(steps[every], smoothed[every], color=colour, linestyle=dashes, label=label, linewidth=1.8)
 
 
 def smooth(values: Sequence[float], width: int) -> Float[np.ndarray, " step"]:
-    """Return the means of up to `width` values on either side."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    middle = np.arange(len(values))
-    first, after = np.maximum(middle - width, 0), np.minimum(middle + width + 1, len(values))
-    means: NDArray[np.float64] = (sums[after] - sums[first]) / (after - first)
-    return means
+    """Return the means of up to `width` values on either side; none across a gap."""
+    array = np.asarray(values, float)
+    finite = np.isfinite(array)
+    # Sums of differences: those of equal values have no rounding error to be seen.
+    base = array[finite][0] if finite.any() else 0.0
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array - base, 0.0))])
+    gaps = np.concatenate([[0], np.cumsum(~finite)])
+    middle = np.arange(len(array))
+    first, after = np.maximum(middle - width, 0), np.minimum(middle + width + 1, len(array))
+    means: NDArray[np.float64] = base + (sums[after] - sums[first]) / (after - first)
+    return np.where(gaps[after] > gaps[first], np.nan, means)
 
 
-def write_sweep(path: Path, members: Mapping[str, Curves]) -> None:
-    """Draw total and parts of the objective and the cycle accuracy of every member over the steps."""
-    picture = Figure(figsize=(12, 6.5 + 0.2 * len(members)), dpi=120, layout="constrained")
-    axes = picture.subplots(2, 2, sharex=True)
-    colors = colormaps["turbo"]
-    for number, (name, curves) in enumerate(members.items()):
-        color = colors(0.05 + 0.9 * number / max(len(members) - 1, 1))
-        for axis, (field, _) in zip(axes.flat, PANELS, strict=True):
-            _draw_sweep(axis, curves["step"], curves[field], name, color)
-    for axis, (_, title) in zip(axes.flat, PANELS, strict=True):
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png")
-    write_durably(path, [buffer.getbuffer()])
-
-
-def _draw_sweep(
-    axis: Axes,
-    steps: Sequence[float],
-    values: Sequence[float],
-    name: str,
-    color: tuple[float, float, float, float],
-) -> None:
-    axis.plot(steps, smooth(values, len(values) // _SMOOTHED_STEPS), color=color, label=name, linewidth=1.5)
+def _draw_chance(axis: Axes, level: float, label: str) -> None:
+    axis.axhline(level, color=COLOURS[-1], linestyle="--", linewidth=1, label=label)
+    axis.legend(handles=[axis.lines[-1]], loc="best", frameon=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,55 +270,71 @@ class PlanePoint:
     d_inter: float
 
 
-def write_plane(path: Path, points: Sequence[PlanePoint], *, gamma: float, title: str) -> None:
-    """Draw the points; lines of equal margin D = d_inter - gamma * d_intra are dotted."""
-    picture = Figure(figsize=(7.5, 5.5), dpi=120, layout="constrained")
-    axis = picture.subplots()
-    encoders = list(dict.fromkeys(point.encoder for point in points))
-    colors = colormaps["tab10"]
-    for number, encoder in enumerate(encoders):
-        _draw_encoder(axis, [item for item in points if item.encoder == encoder], colors(number % 10))
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """The points of one definition; margin D = d_inter - `gamma` * d_intra."""
+
+    title: str
+    gamma: float
+    points: Sequence[PlanePoint]
+
+
+@rc_context(_STYLE)
+def plane_chart(planes: Sequence[Plane]) -> Figure:
+    """Draw each plane in a panel: an arrow leads from an encoder's raw tokens to each of its projections.
+
+    Lines of equal margin are dotted.
+    """
+    n_cols = min(len(planes), 2)
+    n_rows = -(-len(planes) // n_cols)
+    chart = Figure(figsize=(1.5 + 6 * n_cols, 5.5 * n_rows), dpi=120, layout="constrained")
+    axes = chart.subplots(n_rows, n_cols, squeeze=False).flat
+    for axis, plane in zip(axes, planes, strict=False):
+        _draw_plane(axis, plane)
+    for axis in list(axes)[len(planes) :]:
+        axis.set_visible(False)
+    return chart
+
+
+def _draw_plane(axis: Axes, plane: Plane) -> None:
+    points = [item for item in plane.points if math.isfinite(item.d_intra) and math.isfinite(item.d_inter)]
+    for number, encoder in enumerate(dict.fromkeys(point.encoder for point in points)):
+        _draw_encoder(axis, [item for item in points if item.encoder == encoder], _colour(number + 1))
     axis.margins(0.2)
-    _draw_margins(axis, gamma)
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    for margin in np.linspace(low - plane.gamma * right, high - plane.gamma * left, 8)[1:-1]:
+        start = (left, margin + plane.gamma * left)
+        axis.axline(start, slope=plane.gamma, color=_FAINT, alpha=0.5, linestyle=":", zorder=0)
+    # The lines moved the limits.
+    axis.set(xlim=(left, right), ylim=(low, high), title=plane.title)
     axis.set(xlabel="D intra (less: steadier within a clip)", ylabel="D inter (more: clips further apart)")
-    axis.set_title(title)
+    _label_points(axis, points)
+    note = f"dotted: equal D = D inter - {plane.gamma:g} D intra"
+    at_corner: Any = {"transform": axis.transAxes, "ha": "right", "va": "bottom"}
+    axis.text(0.99, 0.01, note, fontsize="x-small", color=_FAINT, **at_corner)
     axis.legend(loc="best", frameon=False)
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png")
-    write_durably(path, [buffer.getbuffer()])
 
 
-def _draw_encoder(axis: Axes, points: Sequence[PlanePoint], color: tuple[float, float, float, float]) -> None:
+def _draw_encoder(axis: Axes, points: Sequence[PlanePoint], colour: str) -> None:
     raw = next((item for item in points if item.tokens == "raw"), None)
     for point in points:
-        marker, label = ("o", point.encoder) if point is raw else ("s", None)
-        axis.scatter(point.d_intra, point.d_inter, color=color, marker=marker, label=label, zorder=3)
-        # Raw tokens are labelled on the other side: a projection may hardly move them.
-        offset, side = ((-6, -12), "right") if point is raw else ((6, 5), "left")
-        at = (point.d_intra, point.d_inter)
-        axis.annotate(point.tokens, at, offset, textcoords="offset points", ha=side, fontsize="small")
+        marker, label = ("o", point.encoder) if point is (raw or points[0]) else ("s", None)
+        place = (point.d_intra, point.d_inter)
+        axis.scatter(*place, color=colour, marker=marker, label=label, zorder=3)
         if raw is not None and point is not raw:
-            axis.annotate(
-                "",
-                (point.d_intra, point.d_inter),
-                (raw.d_intra, raw.d_inter),
-                arrowprops={"arrowstyle": "->", "color": color, "alpha": 0.6},
-            )
+            arrow: Any = {"arrowstyle": "->", "color": colour, "alpha": 0.6}
+            axis.annotate("", place, (raw.d_intra, raw.d_inter), arrowprops=arrow)
 
 
-def _draw_margins(axis: Axes, gamma: float) -> None:
-    """Draw where the margin is the same, without moving the limits."""
+def _label_points(axis: Axes, points: Sequence[PlanePoint]) -> None:
+    """Write a name beside every point, from the top down, each below those it would lie on."""
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    for margin in np.linspace(low - gamma * right, high - gamma * left, 8)[1:-1]:
-        axis.axline((left, margin + gamma * left), slope=gamma, color="0.8", linestyle=":", zorder=0)
-    axis.text(
-        0.99,
-        0.01,
-        f"dotted: equal D = D inter - {gamma:g} D intra",
-        transform=axis.transAxes,
-        ha="right",
-        va="bottom",
-        fontsize="x-small",
-        color="0.4",
-    )
-    axis.set(xlim=(left, right), ylim=(low, high))
+    placed: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda item: -item.d_inter):
+        x, y = (point.d_intra - left) / (right - left), (point.d_inter - low) / (high - low)
+        while any(abs(x - other) < _BESIDE and abs(y - height) < _APART for other, height in placed):
+            y -= _APART / 4
+        placed.append((x, y))
+        side, offset = ("right", -0.02) if x > 1 - _BESIDE else ("left", 0.02)
+        where: Any = {"transform": axis.transAxes, "ha": side, "va": "center"}
+        axis.text(x + offset, y, point.tokens, fontsize="small", **where)

@@ -1,21 +1,14 @@
-"""Labels drawn on one frame: masks as veils with outlines, joints as a skeleton, titled panels side by side.
+"""Labels and tokens drawn on frames: masks as veils with outlines, joints as a skeleton, tokens in colours.
 
-Pure: images and labels go in, images come out. Colours are for the eye only; files of masks keep their own.
-
-The pictures of one video: every kind of tokens by itself, and all side by side with what was given.
-
-Frames and each kind's labels come in, one frame after the other; films and stills go out. Nothing is kept
-beyond the frame in hand.
-
-Tokens in colours beside the frame that they are of: one PNG per frame and kind of tokens, and a film.
-
-Frames and the colours of their tokens go in one after the other; nothing is kept beyond the frame in hand.
+Frames and what is drawn of them come in one after the other; films and stills go out, of every kind of tokens
+by itself and of all side by side. Nothing is kept beyond the frame in hand. Colours are for the eye only;
+files of masks keep their own.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
@@ -71,6 +64,13 @@ def _make_colours() -> UInt8[np.ndarray, "256 3"]:
     return colours
 
 
+#: Name of the film that shows all kinds; no kind bears it.
+SIDE_BY_SIDE = "side_by_side"
+#: Title of the panel of annotations, and of the first one where later frames have none.
+TRUTH, GIVEN = "truth", "frame 0, as given"
+#: Films of tokens: by the suffix of their name.
+FILMS = ("mp4", "webp", "none")
+
 #: Red, green and blue of every object or class.
 COLOURS = _make_colours()
 
@@ -82,11 +82,7 @@ def canvas_scale(height: int, width: int) -> int:
 
 def enlarge(image: Image8, scale: int) -> Image8:
     """Return the frame `scale` times as large."""
-    if scale == 1:
-        return image
-    height, width = image.shape[:2]
-    enlarged: Image8 = cv2.resize(image, (scale * width, scale * height), interpolation=cv2.INTER_CUBIC)
-    return enlarged
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else image
 
 
 def draw_mask(image: Image8, mask: Mask, scale: int = 1) -> Image8:
@@ -113,7 +109,7 @@ def draw_joints(image: Image8, points: Points, scale: int = 1) -> Image8:
     orange, the left blue, the trunk yellow.
     """
     drawn = image.copy()
-    places = _places(points, scale)
+    places = np.round(((points + 0.5) * scale - 0.5) * 2**_SHIFT).astype(int).T.tolist()
     seen: Bool[np.ndarray, " joint"] = np.asarray((points >= 0).all(axis=0))
     thick = max(2, round(min(image.shape[:2]) / 150))
     bones = [(a, b, colour) for pairs, colour in BONES for a, b in pairs if seen[a] and seen[b]]
@@ -127,50 +123,36 @@ def draw_joints(image: Image8, points: Points, scale: int = 1) -> Image8:
     return drawn
 
 
-def _places(points: Points, scale: int) -> list[tuple[int, int]]:
-    x, y = np.round(((points + 0.5) * scale - 0.5) * 2**_SHIFT).astype(int)
-    return list(zip(x.tolist(), y.tolist(), strict=True))
-
-
 def _joint_colour(joint: int) -> Colour:
     return next(colour for pairs, colour in BONES if any(joint in pair for pair in pairs))
 
 
-def _dot(image: Image8, place: tuple[int, int], colour: Colour, thick: int) -> None:
+def _dot(image: Image8, place: Sequence[int], colour: Colour, thick: int) -> None:
     for radius, shade in ((1.75 * thick + 1.5, _BACKGROUND), (1.75 * thick, _TEXT), (1.2 * thick, colour)):
         cv2.circle(image, place, round(radius * 2**_SHIFT), shade, cv2.FILLED, cv2.LINE_AA, _SHIFT)
 
 
 def side_by_side(panels: Mapping[str, Image8]) -> Image8:
     """Return the panels, all of one size, under their titles, in rows of up to three."""
-    titled = [_titled(_fitted(image), title) for title, image in panels.items()]
+    titled = [np.concatenate([_strip(title, image.shape[1]), image]) for title, image in _fitted(panels)]
     n_cols = 2 if len(titled) == 4 else min(len(titled), 3)
-    height, width = titled[0].shape[:2]
-    blank = np.full((height, width, 3), _BACKGROUND, np.uint8)
-    titled += [blank] * (-len(titled) % n_cols)
+    titled += [np.full_like(titled[0], _BACKGROUND)] * (-len(titled) % n_cols)
     rows = [_joined(titled[start : start + n_cols], 1) for start in range(0, len(titled), n_cols)]
     return _joined(rows, 0)
+
+
+def _fitted(panels: Mapping[str, Image8]) -> Iterator[tuple[str, Image8]]:
+    for title, image in panels.items():
+        height, width = image.shape[:2]
+        ratio = PANEL_SIDE / max(height, width)
+        size = (round(width * ratio), round(height * ratio))
+        yield title, image if ratio >= 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def _joined(images: Sequence[Image8], axis: int) -> Image8:
     edge = [(0, 0), (0, 0), (0, 0)]
     edge[axis] = (0, _GAP)
-    padded = [np.pad(image, edge) for image in images[:-1]]
-    return np.concatenate([*padded, images[-1]], axis=axis)
-
-
-def _fitted(image: Image8) -> Image8:
-    height, width = image.shape[:2]
-    ratio = PANEL_SIDE / max(height, width)
-    if ratio >= 1:
-        return image
-    size = (round(width * ratio), round(height * ratio))
-    fitted: Image8 = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return fitted
-
-
-def _titled(image: Image8, title: str) -> Image8:
-    return np.concatenate([_strip(title, image.shape[1]), image])
+    return np.concatenate([*(np.pad(image, edge) for image in images[:-1]), images[-1]], axis=axis)
 
 
 @cache
@@ -184,11 +166,6 @@ def _strip(title: str, width: int) -> Image8:
     draw.text((10, 17), title, _TEXT, font, anchor="lm")
     return np.asarray(strip)
 
-
-#: Name of the film that shows all kinds; no kind bears it.
-SIDE_BY_SIDE = "side_by_side"
-#: Title of the panel of annotations, and of the first one where later frames have none.
-TRUTH, GIVEN = "truth", "frame 0, as given"
 
 _Labels = TypeVar("_Labels")
 #: Draws labels, in pixels of the frame, on a frame that was enlarged by a whole factor.
@@ -231,67 +208,31 @@ def write_overlays(
             writers[SIDE_BY_SIDE].add(side_by_side(panels))
 
 
-Colours = UInt8[np.ndarray, "row col 3"]
-AnyImage = UInt8[np.ndarray, "_ _ 3"]
-
-#: Films: by the suffix of their name.
-FILMS = ("mp4", "webp", "none")
-#: Height of a caption as a share of the frame's, at least so many pixels.
-_CAPTION, _LEAST_CAPTION = 0.06, 16
-
-
-def enlarge_tokens(colours: Colours, height: int, width: int) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Return every token as the rectangle of pixels that it stands for."""
-    return cv2.resize(colours, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-
-
-def beside_frame(panels: Mapping[str, AnyImage]) -> AnyImage:
-    """Return pictures of one size in a row, each under its name."""
-    height = next(iter(panels.values())).shape[0]
-    drawn = [_captioned(panel, name) for name, panel in panels.items()]
-    gap = np.full((drawn[0].shape[0], _GAP, 3), 255, np.uint8)
-    row = [part for panel in drawn for part in (panel, gap)][:-1]
-    assert all(part.shape[0] == drawn[0].shape[0] >= height for part in row)
-    return np.concatenate(row, axis=1)
-
-
 def write_pictures(
-    frames: Iterable[tuple[str, Image8, Mapping[str, Colours]]],
+    frames: Iterable[tuple[str, Image8, Mapping[str, Image8]]],
     fps: float | None,
     folder: Path,
     *,
     film: str = "mp4",
     stills: bool = True,
 ) -> None:
-    """Write, per frame (name, image, colours by kind of tokens), `folder/KIND/NAME.png`, and `folder.mp4`.
+    """Write, per frame (name, image, a colour per token by kind), `folder/KIND/NAME.png`, and `folder.mp4`.
 
-    A film shows the frame and all kinds beside each other. Raises `OutputError` when they cannot be written.
+    Every token becomes the rectangle of pixels that it stands for. The film, another by its suffix or none,
+    shows the frame and all kinds side by side. Raises `OutputError` when something cannot be written.
     """
     make_folder(folder)
     path = folder.with_name(f"{folder.name}.{film}")
-    with Movie(path, fps) if film != "none" else nullcontext() as running:
+    with Movie(path, fps) if film != "none" else nullcontext() as movie:
         for name, image, colours in frames:
-            height, width = image.shape[:2]
-            panels = {kind: enlarge_tokens(item, height, width) for kind, item in colours.items()}
-            if stills:
-                _write_stills(folder, name, panels)
-            if running is not None:
-                running.add(beside_frame({"frame": image, **panels}))
-
-
-def _write_stills(folder: Path, name: str, panels: Mapping[str, AnyImage]) -> None:
-    for kind, panel in panels.items():
-        path = make_folder(folder / kind) / f"{name}.png"
-        with output_errors(path):
-            Image.fromarray(panel).save(path)
-
-
-def _captioned(panel: AnyImage, name: str) -> AnyImage:
-    size = max(_LEAST_CAPTION, round(panel.shape[0] * _CAPTION))
-    strip = np.full((size, panel.shape[1], 3), 255, np.uint8)
-    scale = size / 32
-    place = (round(size / 4), round(size * 0.75))
-    cv2.putText(
-        strip, name, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), max(1, round(scale)), cv2.LINE_AA
-    )
-    return np.concatenate([strip, panel])
+            size = image.shape[1::-1]
+            panels = {
+                kind: cv2.resize(item, size, interpolation=cv2.INTER_NEAREST_EXACT)
+                for kind, item in colours.items()
+            }
+            for kind, panel in panels.items() if stills else ():
+                still = make_folder(folder / kind) / f"{name}.png"
+                with output_errors(still):
+                    Image.fromarray(panel).save(still)
+            if movie is not None:
+                movie.add(side_by_side({"frame": image, **panels}))

@@ -6,7 +6,6 @@ Frames go in one after the other; nothing is kept beyond the frame in hand.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cosettle_cache.core.errors import OutputError
-from cosettle_cache.core.files import make_folder, output_errors, temporary_name, write_durably
+from cosettle_cache.core.files import output_errors, temporary_name, write_durably
 from cosettle_cache.videos.frames import Image8
 
 N_STILLS = 4
@@ -29,17 +28,6 @@ _H264 = {"preset": "veryfast", "crf": "20"}
 def still_frames(n_frames: int) -> list[int]:
     """Return the frames that also become PNGs: first, last, and evenly between."""
     return sorted({round(place) for place in np.linspace(0, n_frames - 1, N_STILLS)})
-
-
-def write_film(pictures: Iterable[Image8], n_frames: int, fps: float | None, folder: Path, name: str) -> None:
-    """Write `folder/name.mp4` with all pictures and `folder/name_FRAME.png` with four of them.
-
-    Raises `OutputError` when they cannot be written.
-    """
-    make_folder(folder)
-    with Film(folder, name, n_frames, fps) as film:
-        for picture in pictures:
-            film.add(picture)
 
 
 class Film:

@@ -15,14 +15,14 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from matplotlib import colormaps
 
-from cosettle_cache.pictures.film import write_film
+from cosettle_cache.core.files import make_folder
+from cosettle_cache.pictures.drawing import canvas_scale, enlarge
+from cosettle_cache.pictures.film import Film
 from cosettle_cache.videos.frames import Image8
 from cosettle_cache.videos.tapvid import PointTracks
 
 #: Frames that a tail goes back.
 TAIL = 10
-#: Smaller frames are enlarged by a whole number, so that dots and lines stay fine.
-LEAST_HEIGHT = 480
 #: Sub-pixels per pixel in which OpenCV takes places, as a power of two.
 _SHIFT = 4
 #: The radius of a dot as a share of the image's height.
@@ -53,14 +53,16 @@ def write_tracks(
     images: Iterable[Image8], tracks: DrawnTracks, fps: float | None, folder: Path, name: str
 ) -> None:
     """Write `folder/name.mp4` and four stills of it; raise `OutputError` when they cannot be written."""
-    drawn = (draw_tracks(image, tracks, index) for index, image in enumerate(images))
-    write_film(drawn, tracks.found.n_frames, fps, folder, name)
+    make_folder(folder)
+    with Film(folder, name, tracks.found.n_frames, fps) as film:
+        for index, image in enumerate(images):
+            film.add(draw_tracks(image, tracks, index))
 
 
 def draw_tracks(image: Image8, tracks: DrawnTracks, frame: int) -> UInt8[np.ndarray, "_ _ 3"]:
     """Return the frame, enlarged if it is small, with every point that was given by then."""
-    scale = -(-LEAST_HEIGHT // image.shape[0])
-    canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    scale = canvas_scale(*image.shape[:2])
+    canvas = enlarge(image.copy(), scale)
     brush = _Brush(canvas, scale, canvas.shape[0] * _DOT)
     colours = tracks.colours.tolist()
     given = np.flatnonzero(tracks.given <= frame).tolist()

@@ -213,15 +213,16 @@ class _Run:
 
 
 def write_score_chart(path: Path, scores: Sequence[Score]) -> None:
-    """Draw the main figure of every sequence by kind of tokens into the PNG `path`; no file without rows."""
-    from cosettle_cache.pictures.charts import write_chart
+    """Draw the main figure of every sequence by kind of tokens as PNG or SVG; no file without rows."""
+    from cosettle_cache.pictures.charts import save_chart, score_chart
 
     means = mean_scores(scores)
     if means:
         by_sequence = {video_id: _main_percent(of_video) for video_id, of_video in sequence_means(scores)}
         origins = row_origins(scores)
         title = f"{'; '.join(origins['dataset'])}, protocol {'; '.join(origins['protocol'])}"
-        write_chart(path, title, f"{means[0].main_name}, percent", by_sequence, _main_percent(means))
+        unit = f"{means[0].main_name}, percent"
+        save_chart(score_chart(title, unit, by_sequence, _main_percent(means)), path)
 
 
 def _main_percent(means: Sequence[Mean]) -> dict[str, float]:

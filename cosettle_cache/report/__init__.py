@@ -1,15 +1,18 @@
 """The report: one HTML file that shows what runs did, to be looked at anywhere and sent to anybody.
 
-Folders of runs come in (and, for the affinity explorer, a store and projections), the text of a page with
-everything inside goes out. Sections appear where their data are.
+Folders of runs come in (and, for the affinity explorer, a store and projections), a page with everything
+inside goes out. Sections appear where their data are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cosettle_cache.core.files import make_folder, write_durably
+from cosettle_cache.heads.kinds import load_heads
 from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
 from cosettle_cache.report.overlays import overlay_section
 from cosettle_cache.report.page import Media, Shown, assemble, encode
@@ -21,59 +24,81 @@ from cosettle_cache.report.sections import (
     provenance_section,
     score_section,
 )
+from cosettle_cache.store import FeatureStore
+from cosettle_cache.videos.find import media_root
 
-__all__ = [
-    "Limits",
-    "Media",
-    "Runs",
-    "Tokens",
-    "holds_run",
-    "make_report",
-    "make_tokens",
-    "read_runs",
-    "write_report",
-]
+__all__ = ["Contents", "Written", "holds_run", "open_contents", "write_report"]
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds the size of the file: videos with pictures per run, and frames of each."""
+class Contents:
+    """What a report is made of: runs, frames, and with a store the tokens of the affinity explorer."""
 
-    n_videos: int = 3
-    max_frames: int = 24
+    runs: Runs
+    media: Media
+    tokens: Tokens | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what there is to show, by the names of runs."""
+        found: dict[str, Any] = {}
+        for scored in self.runs.scored:
+            n_videos = len({score.video_id for score in scored.scores})
+            found.setdefault(scored.name, {})["scores"] = {"videos": n_videos, "tokens": list(scored.tokens)}
+        for trained in self.runs.trained:
+            steps = {member.name: member.n_steps for member in trained.members}
+            found.setdefault(trained.name, {})["steps"] = steps
+        return {"runs": found, "explorer": self.tokens.to_json() if self.tokens else None}
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """The page, and the videos that it could not show, with reasons."""
+class Written:
+    """The size of the file, and the videos that it could not show, with reasons."""
 
-    text: str
+    n_bytes: int
     failures: tuple[str, ...]
 
 
-def make_report(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits, title: str) -> Report:
-    """Return the page; with `tokens`, whose frames are in `media`, it has an affinity explorer."""
-    shown = _sections(runs, media, tokens, limits)
-    sections = [item.section for item in shown if item.section is not None]
-    return Report(assemble(title, sections), tuple(text for item in shown for text in item.failures))
+def open_contents(
+    folders: Mapping[str, Path],
+    store: FeatureStore | None = None,
+    projections: Sequence[Path] = (),
+    data_root: Path | None = None,
+) -> Contents:
+    """Return what the folders of runs hold, by the names they go by, and what `store` adds.
+
+    Raises `InputError` for a folder without a run, and for a store, projection or frames that do not fit.
+    """
+    runs = read_runs(folders)
+    if store is None:
+        return Contents(runs, Media({}, Path()), None)
+    tokens = make_tokens(store, load_heads(projections, store))
+    videos = {video.video_id: video for video in store.manifest}
+    return Contents(runs, Media(videos, media_root(store.manifest, data_root)), tokens)
 
 
-def write_report(path: Path, report: Report) -> int:
-    """Write the page; return its size in bytes. Raises `OutputError` when it cannot be written."""
-    data = encode(report.text)
+def write_report(path: Path, contents: Contents, n_videos: int = 3, max_frames: int = 24) -> Written:
+    """Write the page, with pictures of up to `n_videos` videos of every run and `max_frames` of each.
+
+    Raises `OutputError` when it cannot be written.
+    """
+    names = list(contents.to_json()["runs"])
+    title = f"Report: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    shown = _sections(contents, n_videos, max_frames)
+    data = encode(assemble(title, [item.section for item in shown if item.section is not None]))
     make_folder(path.parent)
     write_durably(path, [data])
-    return len(data)
+    return Written(len(data), tuple(text for item in shown for text in item.failures))
 
 
-def _sections(runs: Runs, media: Media, tokens: Tokens | None, limits: Limits) -> list[Shown]:
+def _sections(contents: Contents, n_videos: int, max_frames: int) -> list[Shown]:
+    runs, media, tokens = contents.runs, contents.media, contents.tokens
     scored = [run for run in runs.scored if run.scores]
     shown = [Shown(overview_section(scored))] if len(scored) > 1 else []
     for number, run in enumerate(runs.scored):
         shown.append(Shown(score_section(run, number)))
-        shown.append(overlay_section(run, number, media, limits.n_videos, limits.max_frames))
+        shown.append(overlay_section(run, number, media, n_videos, max_frames))
     if tokens is not None:
-        shown.append(explorer_section(tokens, media, scored, limits.n_videos, limits.max_frames))
+        shown.append(explorer_section(tokens, media, scored, n_videos, max_frames))
     shown.append(Shown(plane_section(runs.analyzed)))
     shown += [Shown(curves_section(run, number)) for number, run in enumerate(runs.trained)]
     shown.append(Shown(provenance_section(runs, tokens.provenance() if tokens else {})))

@@ -29,7 +29,6 @@ from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.report.page import Media, Shown, data_element, data_uri, element, slider
 from cosettle_cache.report.runs import ScoreRun
-from cosettle_cache.report.sections import swatch
 from cosettle_cache.search.masked import make_ranker, unit_tokens
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.davis import VOID, read_mask
@@ -178,6 +177,10 @@ class Tokens:
         dim = self.store.arrays[0].n_channels
         return affordable_frames(self.store.grid(video_id), dim, n_videos * len(self.kinds))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return where the tokens are, and of which kinds they are."""
+        return {"features": str(self.store.path), "tokens": [kind.name for kind in self.kinds]}
+
     def provenance(self) -> dict[str, Any]:
         """Return what decides these tokens."""
         return {
@@ -257,7 +260,7 @@ def _start(found: Explored, runs: Sequence[ScoreRun]) -> int:
 
 def _figure(found: Explored, pictures: Sequence[str], start: int, identifier: str) -> Element:
     names = [f"frame {frame}" for frame in found.frames[1:]]
-    views = [_pick(found), *(_view(found, kind, number) for number, kind in enumerate(found.kinds))]
+    views = [_pick(found), *map(_view, found.kinds)]
     return element(
         "figure",
         element("figcaption", element("span", found.video_id, class_="name"), f", {found.grid} patches"),
@@ -294,9 +297,9 @@ def _pick(found: Explored) -> Element:
     return element("figure", canvas, element("figcaption", "first frame"), reading)
 
 
-def _view(found: Explored, kind: ExploredKind, number: int) -> Element:
+def _view(kind: ExploredKind) -> Element:
     canvas = element("canvas", role="img", aria_label=f"Affinity of {kind.name} in the later frame")
-    caption = element("figcaption", swatch(number), element("span", kind.name, class_="name"))
+    caption = element("figcaption", kind.name, class_="name")
     return element("figure", canvas, caption, element("output", "", aria_live="polite", class_="reading"))
 
 

@@ -17,7 +17,6 @@ from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.pictures.drawing import draw_mask
 from cosettle_cache.report.page import Media, Shown, data_element, data_uri, element, slider, spread
 from cosettle_cache.report.runs import ScoreRun
-from cosettle_cache.report.sections import swatch
 from cosettle_cache.videos.frames import Image8, iter_frames, natural_key, probe
 from cosettle_cache.videos.masks import read_mask, sample_mask
 
@@ -148,7 +147,7 @@ def _about(n_shown: int, n_drawable: int, all_videos: Sequence[str], n_kinds: in
 
 
 def _figure(overlay: Overlay, kinds: Sequence[str], identifier: str) -> Element:
-    views = [_view(overlay, kind, number) for number, kind in enumerate(kinds)]
+    views = [_view(overlay, kind) for kind in kinds]
     names = [f"frame {frame}" for frame in overlay.frames]
     pictures = [overlay.pictures[kind] for kind in kinds]
     return element(
@@ -162,9 +161,7 @@ def _figure(overlay: Overlay, kinds: Sequence[str], identifier: str) -> Element:
     )
 
 
-def _view(overlay: Overlay, kind: str, number: int) -> Element:
+def _view(overlay: Overlay, kind: str) -> Element:
     alt = f"{overlay.video_id}, {kind}, frame {overlay.frames[0]}"
     picture = element("img", src=overlay.pictures[kind][0], alt=alt)
-    return element(
-        "figure", picture, element("figcaption", swatch(number), element("span", kind, class_="name"))
-    )
+    return element("figure", picture, element("figcaption", kind, class_="name"))

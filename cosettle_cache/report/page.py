@@ -1,21 +1,7 @@
-"""The page around the sections: one file with styles, scripts and pictures inside, that fetches nothing.
+"""The page around the sections: one HTML file with styles, scripts, charts and pictures inside.
 
-Sections go in, the document's text comes out. A content security policy lets the page's own scripts and
-styles run, by their digests, and nothing else; a browser that knows it refuses any request.
-
-HTML and SVG elements as trees: all text and attributes are escaped when the tree becomes text.
-
-Names and children go in, elements of the standard library come out; nothing is ever pasted into markup.
-
-Pictures inside the page: frames as data URIs, no larger than a page needs.
-
-Frames as arrays go in, texts that an `img` takes as its source come out.
-
-A slider over frames with a button that plays them; both work by keyboard as browsers have it.
-
-The frames' names go in, an element comes out; `slider.js` moves what stands in the same figure.
-
-Where the frames of a report's pictures are, and what came of showing them.
+Sections are trees of elements: all text and attributes are escaped when the tree becomes text. A content
+security policy lets the page's own scripts and styles run, by their digests, and refuses any request.
 """
 
 from __future__ import annotations
@@ -24,23 +10,61 @@ import base64
 import hashlib
 import io
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from xml.etree.ElementTree import Element, tostring
+from xml.etree.ElementTree import Element, ParseError, fromstring, tostring
 
 import numpy as np
 from PIL import Image
 
 from cosettle_cache.core.console import human_bytes
+from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.frames import Image8
 
+STYLES = ("page.css", "pictures.css")
+#: In order: later ones use what earlier ones define.
+SCRIPTS = ("theme.js", "tables.js", "slider.js", "affinity.js", "canvas.js", "explorer.js")
+
+_SIZE_MARK = "@@size@@"
+
+#: Pixels of a picture's longer side.
+LONG_SIDE = 480
+QUALITY = 72
+
+_SVG = "{http://www.w3.org/2000/svg}"
+_HREF = "{http://www.w3.org/1999/xlink}href"
+#: What an embedded chart may consist of. Styles are written as attributes: the policy allows no others.
+_SHAPES = frozenset(f"{_SVG}{name}" for name in ("svg", "g", "defs", "path", "use", "text", "tspan"))
+_LOOKS = re.compile(
+    "[dxy]|viewBox|opacity|fill(-opacity)?|stroke(-(width|opacity|dasharray|dashoffset|linecap|linejoin))?"
+    "|font-(size|weight)|text-anchor"
+)
+_TRANSFORM = re.compile(r"([a-z]+\([^()]*\)\s*)+")
+
 Child = Element | str
-Attribute = str | int | float | bool | None
+Attribute = str | int | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Videos by id and the folder that their paths are relative to; empty when nobody says where they are."""
+
+    videos: Mapping[str, Video]
+    root: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A section, if there is something to show, and the videos that could not be shown, with reasons."""
+
+    section: Element | None
+    failures: tuple[str, ...] = ()
 
 
 def element(name: str, /, *children: Child, **attributes: Attribute) -> Element:
@@ -48,22 +72,18 @@ def element(name: str, /, *children: Child, **attributes: Attribute) -> Element:
 
     An attribute that is None or False is left out, True stands without a value.
     """
-    made = Element(
-        name, {_written(key): _value(value) for key, value in attributes.items() if _is_set(value)}
-    )
-    append(made, children)
-    return made
-
-
-def append(parent: Element, children: Iterable[Child]) -> None:
-    """Add elements and text at the end of `parent`."""
+    made = Element(name)
+    for key, value in attributes.items():
+        if value is not None and value is not False:
+            made.set(key.rstrip("_").replace("_", "-"), "" if value is True else str(value))
     for child in children:
         if isinstance(child, Element):
-            parent.append(child)
-        elif len(parent):
-            parent[-1].tail = (parent[-1].tail or "") + child
+            made.append(child)
+        elif len(made):
+            made[-1].tail = (made[-1].tail or "") + child
         else:
-            parent.text = (parent.text or "") + child
+            made.text = (made.text or "") + child
+    return made
 
 
 def data_element(identifier: str, document: Any) -> Element:
@@ -74,37 +94,6 @@ def data_element(identifier: str, document: Any) -> Element:
     """
     text = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return element("script", text, type="application/json", id=identifier)
-
-
-def finite(values: Iterable[float]) -> list[float | None]:
-    """Return values with None for those that JSON does not have."""
-    return [value if math.isfinite(value) else None for value in values]
-
-
-def to_html(root: Element) -> str:
-    """Return the document of `root`."""
-    return "<!doctype html>\n" + tostring(root, encoding="unicode", method="html") + "\n"
-
-
-def _is_set(value: Attribute) -> bool:
-    return value is not None and value is not False
-
-
-def _written(key: str) -> str:
-    return key.rstrip("_").replace("_", "-")
-
-
-def _value(value: Attribute) -> str:
-    if value is True:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-STYLES = ("page.css", "charts.css", "pictures.css")
-#: In order: later ones use what earlier ones define.
-SCRIPTS = ("theme.js", "tables.js", "curves.js", "slider.js", "affinity.js", "canvas.js", "explorer.js")
-
-_SIZE_MARK = "@@size@@"
 
 
 def assemble(title: str, sections: Sequence[Element]) -> str:
@@ -125,7 +114,8 @@ def assemble(title: str, sections: Sequence[Element]) -> str:
         element("body", head, main, *(element("script", script) for script in scripts)),
         lang="en",
     )
-    return _with_size(to_html(root))
+    text = "<!doctype html>\n" + tostring(root, encoding="unicode", method="html") + "\n"
+    return text.replace(_SIZE_MARK, human_bytes(len(encode(text))))
 
 
 def _theme_button() -> Element:
@@ -163,20 +153,62 @@ def _asset(name: str) -> str:
     return files("cosettle_cache.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _with_size(text: str) -> str:
-    """Say the size of the file in the file."""
-    shown = human_bytes(len(encode(text)))
-    return text.replace(_SIZE_MARK, shown)
-
-
 def encode(text: str) -> bytes:
     """Return the bytes of the file; names that are no text are shown with question marks."""
     return text.encode("utf-8", errors="replace")
 
 
-#: Pixels of a picture's longer side.
-LONG_SIDE = 480
-QUALITY = 72
+def chart(svg: Path, draw: Callable[[Path], None], identifier: str, label: str) -> Element:
+    """Return the chart that a run left as `svg`; of a run that left none, what `draw` writes to a path.
+
+    Raises `InputError` for a file that is no SVG.
+    """
+    with TemporaryDirectory() as folder:
+        path = svg if svg.is_file() else Path(folder, "chart.svg")
+        if path is not svg:
+            draw(path)
+        picture = _inline(path, f"{identifier}-")
+    picture.set("role", "img")
+    picture.set("aria-label", label)
+    box = element("div", picture, class_="scroll", tabindex="0", role="group", aria_label=label)
+    return element("figure", box, class_="chart")
+
+
+def _inline(path: Path, prefix: str) -> Element:
+    """Return shapes and text of an SVG and nothing else; a prefix keeps its names apart from others."""
+    try:
+        root = fromstring(path.read_bytes())  # noqa: S314 - expat bounds what entities grow to
+    except (OSError, ParseError) as error:
+        raise InputError(f"{path} is not a readable SVG", found=str(error)) from error
+    if root.tag != f"{_SVG}svg":
+        raise InputError(f"{path} is not an SVG", found=root.tag)
+    nodes = list(root.iter())
+    for node in nodes:
+        for child in [item for item in node if item.tag not in _SHAPES]:
+            node.remove(child)
+        found = {**node.attrib, **_declarations(node.get("style", ""))}
+        kept = {key: value for key, value in found.items() if _LOOKS.fullmatch(key) and "(" not in value}
+        if _TRANSFORM.fullmatch(found.get("transform", "")):
+            kept["transform"] = found["transform"]
+        if node.tag == f"{_SVG}path" and "id" in found:
+            kept["id"] = prefix + found["id"]
+        if found.get(_HREF, "").startswith("#"):
+            kept["xlink:href"] = f"#{prefix}{found[_HREF][1:]}"
+        node.tag = node.tag.removeprefix(_SVG)
+        node.attrib.clear()
+        node.attrib.update(kept)
+        node.tail = None
+    # Groups that say nothing are most of what matplotlib writes.
+    for node in reversed(nodes):
+        groups = [list(child) if child.tag == "g" and not child.attrib else [child] for child in node]
+        node[:] = [child for group in groups for child in group]
+        node.text = node.text if node.tag in ("text", "tspan") else None
+    return root
+
+
+def _declarations(style: str) -> dict[str, str]:
+    pairs = (item.partition(":") for item in style.split(";"))
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def data_uri(image: Image8) -> str:
@@ -214,19 +246,3 @@ def slider(label: str, names: Sequence[str], value: int = 0) -> Element:
         element("output", names[value]),
         class_="slider",
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Media:
-    """Videos by id and the folder that their paths are relative to; empty when nobody says where they are."""
-
-    videos: Mapping[str, Video]
-    root: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A section, if there is something to show, and the videos that could not be shown, with reasons."""
-
-    section: Element | None
-    failures: tuple[str, ...] = ()

@@ -6,10 +6,10 @@ Folders come in, what their files hold comes out; a folder that holds none of it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cosettle_cache.analysis.files import ANALYSIS_FILE, PROVENANCE
 from cosettle_cache.core.errors import InputError
@@ -18,14 +18,11 @@ from cosettle_cache.core.types import Score
 from cosettle_cache.metrics.rows import SCORES_FILE, SUMMARY_FILE, read_scores
 from cosettle_cache.training.log import (
     RunFiles,
-    StepFigures,
-    ValidationFigures,
+    figure_columns,
     read_figures,
     read_validation,
 )
 from cosettle_cache.videos.frames import natural_key
-
-_T = TypeVar("_T")
 
 #: Entries of a folder that an error lists.
 _LISTED = 6
@@ -48,11 +45,16 @@ class ScoreRun:
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """The figures of one projection in training, step by step and epoch by epoch."""
+    """The figures of one projection in training by name, step by step and epoch by epoch."""
 
     name: str
-    steps: tuple[StepFigures, ...]
-    epochs: tuple[ValidationFigures, ...]
+    steps: Mapping[str, Sequence[float]]
+    epochs: Mapping[str, Sequence[float]]
+
+    @property
+    def n_steps(self) -> int:
+        """How many steps were taken."""
+        return len(self.steps.get("step", ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +201,10 @@ def _train_run(name: str, folder: Path) -> TrainRun:
 
 
 def _curves(name: str, files: RunFiles) -> Curves:
-    steps = _journal(read_figures, files.metrics)
-    return Curves(name, tuple(steps), tuple(_journal(read_validation, files.validation)))
-
-
-def _journal(read: Callable[[Path], Sequence[_T]], path: Path) -> Sequence[_T]:
+    path = files.metrics
     try:
-        return read(path)
+        steps = figure_columns(read_figures(path))
+        path = files.validation
+        return Curves(name, steps, figure_columns(read_validation(path)))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise InputError(f"{path} is not a journal of training", found=str(error)) from error

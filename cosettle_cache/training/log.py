@@ -55,6 +55,11 @@ class RunFiles:
         return self.folder / "curves.png"
 
     @property
+    def curves_svg(self) -> Path:
+        """The same, for reports."""
+        return self.folder / "curves.svg"
+
+    @property
     def projection(self) -> Path:
         """The result; there once the run is complete."""
         return self.folder / "projection.safetensors"
@@ -90,6 +95,7 @@ class RunFiles:
             "metrics",
             "validation",
             "curves",
+            "curves_svg",
             "projection",
             "report",
             "table",
@@ -176,9 +182,10 @@ class FiguresLog:
             return self._file.seek(0, os.SEEK_END)
 
 
-def figure_columns(figures: Sequence[StepFigures]) -> dict[str, list[float]]:
-    """Return the figures of steps by name."""
-    return {item.name: [float(getattr(step, item.name)) for step in figures] for item in fields(StepFigures)}
+def figure_columns(figures: Sequence[StepFigures | ValidationFigures]) -> dict[str, list[float]]:
+    """Return the figures of steps, or of epochs, by name; none for no lines."""
+    names = [item.name for item in fields(figures[0])] if figures else []
+    return {name: [float(getattr(line, name)) for line in figures] for name in names}
 
 
 def read_figures(path: Path) -> list[StepFigures]:

@@ -28,7 +28,7 @@ from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.settings import TrainSettings, digest, package_versions, settings_json
 from cosettle_cache.core.tables import write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
-from cosettle_cache.pictures.charts import write_curves, write_sweep
+from cosettle_cache.pictures.charts import curves_chart, save_chart
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.training.batches import ALONE, Batch, BatchRing, Ids, Replicas, Step
 from cosettle_cache.training.learner import Learner, Trainer
@@ -46,6 +46,7 @@ from cosettle_cache.training.log import (
     figure_columns,
     read_checkpoint,
     read_figures,
+    read_validation,
     report_member,
     write_checkpoint,
 )
@@ -332,7 +333,9 @@ class _Run:
         report = report_member(files, member.name, learner.diverged_at, sha256)
         if self.replicas.is_first and report.last:
             n_tokens = self.plan.grid.n_tokens // member.settings.window**2
-            write_curves(files.curves, figure_columns(read_figures(files.metrics)), n_tokens)
+            steps = {member.name: figure_columns(read_figures(files.metrics))}
+            held_out = {member.name: figure_columns(read_validation(files.validation))}
+            save_chart(curves_chart(steps, held_out, n_tokens), files.curves, files.curves_svg)
             if done:
                 provenance = _provenance(self.stream, self.plan, member.settings, report.last)
                 save_projection(files.projection, learner.projection, provenance)
@@ -342,9 +345,12 @@ class _Run:
         write_json(self.files.report, report.to_json())
         if not self.members[0].name:
             return
-        figures = {m.name: read_figures(self.files.member(m.name).metrics) for m in self.members}
+        files = {m.name: self.files.member(m.name) for m in self.members}
+        figures = {name: read_figures(item.metrics) for name, item in files.items()}
+        held_out = {name: figure_columns(read_validation(item.validation)) for name, item in files.items()}
         write_table(self.files.table, curves_table(figures))
-        write_sweep(self.files.curves, {name: figure_columns(items) for name, items in figures.items()})
+        steps = {name: figure_columns(items) for name, items in figures.items()}
+        save_chart(curves_chart(steps, held_out), self.files.curves, self.files.curves_svg)
         header, rows = comparison(report.members)
         write_json(self.files.comparison, {"header": header, "rows": rows})
 

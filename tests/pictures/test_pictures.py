@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from cosettle_cache.core.errors import OutputError
-from cosettle_cache.pictures.charts import MAX_NAMED, make_chart, write_chart
+from cosettle_cache.pictures.charts import MAX_NAMED, save_chart, score_chart
 from cosettle_cache.pictures.drawing import (
     COLOURS,
     PANEL_SIDE,
@@ -124,12 +124,13 @@ def test_nothing_in_a_chart_is_cut_off(n_sequences, tmp_path):
     }
     sequences["nothing was annotated"] = {"raw": float("nan")}
     title = "davis, protocol cosettle " + " ".join(f"field{number}={number}" for number in range(20))
-    picture = make_chart(title, "J&F, percent", sequences, whole)
+    picture = score_chart(title, "J&F, percent", sequences, whole)
     canvas = FigureCanvasAgg(picture)
     canvas.draw()
     width, height = canvas.get_width_height()
     drawn = picture.get_tightbbox(canvas.get_renderer())
     assert drawn.x0 >= 0 and drawn.y0 >= 0
     assert drawn.x1 <= picture.get_figwidth() and drawn.y1 <= picture.get_figheight()
-    write_chart(tmp_path / "chart.png", title, "J&F", sequences, whole)
+    save_chart(picture, tmp_path / "chart.png", tmp_path / "chart.svg")
+    assert "class 0/" in (tmp_path / "chart.svg").read_text() or n_sequences > MAX_NAMED
     assert Image.open(tmp_path / "chart.png").size == (width, height)

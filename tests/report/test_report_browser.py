@@ -191,17 +191,18 @@ def test_play_goes_round_until_it_is_paused(browser: Any) -> None:
     assert button.text == "Play" and button.get_attribute("aria-pressed") == "false"
 
 
-def test_curves_are_read_by_pointer_and_by_keys(browser: Any) -> None:
-    reading = one(browser, "#curves-1 .reading")
-    plot = focus(browser, "#curves-1 .plot")
-    press(browser, Keys.HOME, Keys.ARROW_RIGHT)
-    wait(browser, lambda: reading.text.startswith("step 4: weight=1"))
-    ActionChains(browser).move_to_element(plot).perform()
-    wait(browser, lambda: reading.text.startswith("step 3"))
-    shared = [
-        item.text.split(":")[0] for item in browser.find_elements(By.CSS_SELECTOR, "#curves-1 .reading")
-    ]
-    assert len(set(shared[:4])) == 1
+def test_charts_are_legible_on_light_and_on_dark(browser: Any) -> None:
+    script = """
+        const texts = [...document.querySelectorAll(".chart text")];
+        const sizes = texts.map((item) => item.getBoundingClientRect().height);
+        return [Math.min(...sizes), [...new Set(texts.map((item) => getComputedStyle(item).fill))],
+            getComputedStyle(document.body).color];
+    """
+    least, light, ink = browser.execute_script(script)
+    assert least > 8 and ink in light
+    one(browser, "#theme").click()
+    _, dark, pale = browser.execute_script(script)
+    assert pale != ink and pale in dark and ink not in dark
 
 
 def explored(browser: Any) -> Any:
