@@ -20,7 +20,6 @@ from cosettle_cache.analysis.within import ClipFigures
 from cosettle_cache.core.settings import digest, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
-from cosettle_cache.pictures.charts import PlanePoint, write_plane
 from cosettle_cache.store import FeatureStore
 
 #: One row per kind of tokens and definition; one row per clip besides; means and provenance; the plane.
@@ -93,6 +92,9 @@ def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) ->
     write_table(folder / ANALYSIS_FILE, make_table(rows, ANALYSIS_SCHEMA))
     write_table(folder / VIDEOS_FILE, make_table(video_rows, VIDEOS_SCHEMA))
     write_json(folder / SUMMARY_FILE, summary_json(store, report))
+    # Here, because matplotlib takes 60 MB that no worker needs.
+    from cosettle_cache.pictures.charts import PlanePoint, write_plane
+
     definition, backbone = report.measured[0].definition, store.fingerprint.backbone
     points = [
         PlanePoint(backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
