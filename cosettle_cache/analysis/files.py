@@ -20,7 +20,6 @@ from cosettle_cache.analysis.within import ClipFigures
 from cosettle_cache.core.settings import digest, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
-from cosettle_cache.pictures.charts import Plane, PlanePoint, plane_chart, save_chart
 from cosettle_cache.store import FeatureStore
 
 #: One row per kind of tokens and definition; one row per clip besides; means and provenance; the plane.
@@ -93,6 +92,9 @@ def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) ->
     write_table(folder / ANALYSIS_FILE, make_table(rows, ANALYSIS_SCHEMA))
     write_table(folder / VIDEOS_FILE, make_table(video_rows, VIDEOS_SCHEMA))
     write_json(folder / SUMMARY_FILE, summary_json(store, report))
+    # matplotlib takes 60 MB, and the measuring imports this module.
+    from cosettle_cache.pictures.charts import Plane, PlanePoint, plane_chart, save_chart
+
     backbone, planes = store.fingerprint.backbone, []
     for definition in dict.fromkeys(item.definition for item in report.measured):
         points = [

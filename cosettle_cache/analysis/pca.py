@@ -41,7 +41,8 @@ PERCENTILES = (1.0, 99.0)
 _REACH, _BINS = 8.0, 4096
 
 Tokens = Float[Tensor, "row col dim"]
-Spread = Float64[np.ndarray, " component"]
+#: Says which tokens are drawn at all: those on one side of a split of the first component.
+Mask = Callable[[Float[Tensor, "*token dim"]], Bool[Tensor, "*token"]]
 #: Gives the frames of a video (or of all videos) anew with every call.
 Frames = Callable[[], Iterable[Tokens]]
 Colours = UInt8[np.ndarray, "row col 3"]
@@ -232,27 +233,13 @@ def _centres() -> Float64[np.ndarray, " bin"]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Foreground:
-    """Which tokens are drawn at all: those on one side of a split of the first component."""
-
-    components: Components
-    split: float
-    above: bool
-
-    def mask(self, tokens: Float[Tensor, "*token dim"]) -> Bool[Tensor, "*token"]:
-        """Say which tokens lie on the foreground's side."""
-        first = self.components.apply(tokens)[..., 0]
-        return (first > self.split) == self.above
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Painter:
     """Gives tokens colours: components between `low` and `high` become 0 to 255, background is black."""
 
     components: Components
     low: Float64[np.ndarray, " component"]
     high: Float64[np.ndarray, " component"]
-    foreground: Foreground | None = None
+    foreground: Mask | None = None
 
     def paint(self, tokens: Tokens) -> Colours:
         """Return the colour of every token of a frame."""
@@ -260,7 +247,7 @@ class Painter:
         width = np.where(self.high > self.low, self.high - self.low, 1.0)
         colours: Colours = np.round(255 * np.clip((values - self.low) / width, 0, 1)).astype(np.uint8)
         if self.foreground is not None:
-            colours[~self.foreground.mask(tokens).cpu().numpy()] = 0
+            colours[~self.foreground(tokens).cpu().numpy()] = 0
         return colours
 
 
@@ -299,7 +286,7 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
     return Painter(components, low, high, side)
 
 
-def _fit(frames: Frames, side: Foreground | None) -> Components:
+def _fit(frames: Frames, side: Mask | None) -> Components:
     """Return the first three; each points where its largest weight is positive, so signs are settled."""
     n_tokens, summed, products = 0, torch.empty(0), torch.empty(0)
     for tokens in frames():
@@ -325,7 +312,7 @@ def _fit(frames: Frames, side: Foreground | None) -> Components:
     return Components(mean, basis * strongest.sign(), first.sqrt(), first / total)
 
 
-def _find_foreground(frames: Frames, which: str) -> Foreground:
+def _find_foreground(frames: Frames, which: str) -> Mask:
     components, histogram, middle = _fit(frames, None), Histogram(), Histogram()
     for tokens in frames():
         values, (rows, cols, _) = components.apply(tokens), tokens.shape
@@ -338,8 +325,8 @@ def _find_foreground(frames: Frames, which: str) -> Foreground:
         (item.counts[0] * upper).sum() / item.counts[0].sum() for item in (middle, histogram)
     )
     above = which == "high" or (which == "auto" and bool(inside > everywhere))
-    return Foreground(components, split, above)
+    return lambda tokens: (components.apply(tokens)[..., 0] > split) == above
 
 
-def _chosen(tokens: Tokens, side: Foreground | None) -> Float[Tensor, "token dim"]:
-    return tokens.flatten(0, 1) if side is None else tokens[side.mask(tokens)]
+def _chosen(tokens: Tokens, side: Mask | None) -> Float[Tensor, "token dim"]:
+    return tokens.flatten(0, 1) if side is None else tokens[side(tokens)]
