@@ -10,9 +10,11 @@ In come a task and slots; results come out in order, a bounded number of slots a
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from threading import Event
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -47,19 +49,10 @@ def in_threads(unit: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tup
     import torch
 
     n_threads = torch.get_num_threads()
-    waiting: deque[tuple[Any, Future[Any]]] = deque()
-    pool = ThreadPoolExecutor(n_threads, "units", initializer=torch.set_num_threads, initargs=(1,))
+    one_core = partial(torch.set_num_threads, 1)
     try:
-        for item in items:
-            waiting.append((item, pool.submit(unit, item)))
-            if len(waiting) > n_threads:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+        yield from map_ahead(lambda item: (item, unit(item)), items, n_threads, initializer=one_core)
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(n_threads)
 
 
@@ -81,23 +74,40 @@ AnyItem = TypeVar("AnyItem")
 
 
 def map_ahead(
-    task: Callable[[AnyItem], Result], items: Iterable[AnyItem], n_threads: int, stop: Event
-) -> Iterator[Result]:
-    """Yield `task(item)` in the order of `items`; after `stop` only for those that have begun.
+    task: Callable[[AnyItem], Result],
+    items: Iterable[AnyItem],
+    n_threads: int,
+    *,
+    n_ahead: int | None = None,
+    stop: Event | None = None,
+    initializer: Callable[[], object] | None = None,
+) -> Generator[Result, None, None]:
+    """Yield `task(item)` in the order of `items`; threads work up to `n_ahead` items ahead.
 
-    An error of a task is raised here, once the tasks in hand have ended.
+    `n_ahead` is `n_threads` unless given. After `stop` no more tasks begin. An error is raised where its
+    result is due; then, and when the consumer stops early, tasks in work are waited for. A forked child has
+    none of the threads and does the rest itself.
     """
-    pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(n_threads, "slots") as pool:
-        try:
-            for item in items:
-                if stop.is_set():
-                    break
-                pending.append(pool.submit(task, item))
-                if len(pending) > n_threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    pending: deque[tuple[AnyItem, Future[Result]]] = deque()
+    process = os.getpid()
+    pool = ThreadPoolExecutor(n_threads, "ahead", initializer=initializer)
+
+    def finish() -> Result:
+        item, future = pending.popleft()
+        return future.result() if os.getpid() == process else task(item)
+
+    try:
+        for item in items:
+            if stop is not None and stop.is_set():
+                break
+            if os.getpid() == process:
+                pending.append((item, pool.submit(task, item)))
+            else:
+                pending.append((item, Future()))
+            if len(pending) > (n_threads if n_ahead is None else n_ahead):
+                yield finish()
+        while pending:
+            yield finish()
+    finally:
+        if os.getpid() == process:
+            pool.shutdown(cancel_futures=True)

@@ -165,16 +165,8 @@ class CachedFile:
         """Fill `buffers` from `offset` on."""
         return self._file.read(buffers, offset)
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Leave everything to `read`, so that the copy is opened once."""
-        return 0
-
     def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Leave everything to `read`."""
-
-    def warm(self, offset: int, n_bytes: int) -> None:
-        """Have bytes of the copy in the page cache."""
-        self._file.warm(offset, n_bytes)
+        """Leave everything to `read`, so that the copy is opened once."""
 
     @property
     def _file(self) -> LocalFile:

@@ -2,24 +2,6 @@
 
 In come an array and chunk numbers; out go tokens in the caller's memory, or the error that says which slot
 and encodings are damaged or absent. Raw chunks are read directly, all others through Zarr.
-
-Open shards: a bounded number of files and parsed indexes, the threads that read, their scratch memory.
-
-Everything here belongs to one process: a process that was forked starts with none of it.
-
-Stretches: neighbouring chunks of one shard that one read fetches, where reads cost a round trip each.
-
-In come chunk numbers and the memory for each; out go groups of them. Nothing is read here.
-
-Streaming: chunks in order, read ahead by other threads while the last one is in use.
-
-Stretches and a function that fills one go in; the stretches come out in order, filled. Near (a local disk)
-the consumer reads too, as long as it would only wait; far (an object store) it waits for threads that do.
-
-Chunks that are not raw bytes, read by zarr-python: it undoes the codec and checks the checksum.
-
-In come a storage, an array layout and rows; out go the rows as they are stored. Whether a chunk exists is
-never asked of Zarr, which reads what is missing as the fill value.
 """
 
 from __future__ import annotations
@@ -27,14 +9,13 @@ from __future__ import annotations
 import math
 import os
 import resource
-from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, islice, pairwise
-from queue import SimpleQueue
+from itertools import islice
 from threading import Lock, local
 from typing import Any, Generic, TypeVar
 
@@ -44,6 +25,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float16, Int64, Shaped, UInt8, UInt64
 
 from cosettle_cache.core.errors import DamagedStoreError, InputError
+from cosettle_cache.core.parallel import map_ahead
 from cosettle_cache.core.types import ArrayLayout, Grid
 from cosettle_cache.store._int8 import dequantize
 from cosettle_cache.store._local import ReadStorage
@@ -115,7 +97,6 @@ class _Held:
     opening: Sequence[Lock] = field(default_factory=lambda: tuple(Lock() for _ in range(_OPENING_LOCKS)))
     scratch: local = field(default_factory=local)
     pool: ThreadPoolExecutor | None = None
-    ring: Float16[np.ndarray, " value"] | None = None
 
 
 class OpenShards:
@@ -156,19 +137,6 @@ class OpenShards:
         found: UInt8[np.ndarray, " byte"] = memory.bytes[:n_bytes]
         return found
 
-    @contextmanager
-    def ring(self, n_rows: int, n_values: int) -> Iterator[Float16[np.ndarray, "row value"]]:
-        """Lend memory that is kept for the next stream; a stream that overlaps with another has its own."""
-        held, n_wanted = self._held, n_rows * n_values
-        with held.lock:
-            ring, held.ring = held.ring, None
-        if ring is None or len(ring) < n_wanted:
-            ring = _aligned_memory(n_wanted)
-        try:
-            yield ring[:n_wanted].reshape(n_rows, n_values)
-        finally:
-            self._held.ring = ring
-
     def _open(self, held: _Held, place: SlotPlace) -> ShardReader:
         # One thread opens, the others wait: behind a URL that is a request, or a whole shard to fetch.
         with held.opening[place.index % _OPENING_LOCKS]:
@@ -190,32 +158,11 @@ class OpenShards:
         return self._state
 
 
-def _aligned_memory(n_values: int) -> Float16[np.ndarray, " value"]:
+def _aligned_memory(n_rows: int, n_values: int) -> Float16[np.ndarray, "row value"]:
     """Return uninitialised memory that starts at a multiple of 64 bytes, where reads are twice as fast."""
-    raw = np.empty(2 * n_values + ALIGNMENT, np.uint8)
+    raw = np.empty(2 * n_rows * n_values + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + 2 * n_values].view(np.float16)
-
-
-def each(pool: ThreadPoolExecutor, task: Callable[[int], None], n: int) -> None:
-    """Run `task(0)` to `task(n - 1)`, the last in this thread; raise the first error when all have ended."""
-    futures = [pool.submit(task, number) for number in range(n - 1)]
-    try:
-        task(n - 1)
-    finally:
-        errors = [future.exception() for future in futures]
-    for error in errors:
-        if error is not None:
-            raise error
-
-
-def drained(items: deque[Value]) -> Iterator[Value]:
-    """Yield items, first to last, until other threads and this one have taken all."""
-    while True:
-        try:
-            yield items.popleft()
-        except IndexError:
-            return
+    return raw[start : start + 2 * n_rows * n_values].view(np.float16).reshape(n_rows, n_values)
 
 
 Tokens = Float16[np.ndarray, " value"]
@@ -229,211 +176,16 @@ class Stretch:
     outs: list[Tokens]
 
 
-def stretches(
-    chunks: Sequence[int], outs: Sequence[Tokens], *, longest: int, per_shard: int
-) -> Iterator[Stretch]:
-    """Yield the chunks in their order, up to `longest` of them together where they follow each other."""
-    first, group = -1, list[Tokens]()
-    for chunk, out in zip(chunks, outs, strict=True):
-        if group and (chunk != first + len(group) or chunk % per_shard == 0 or len(group) == longest):
-            yield Stretch(first, group)
+def neighbours(chunks: Sequence[int], *, longest: int, per_shard: int) -> Iterator[list[int]]:
+    """Yield the chunks in their order, up to `longest` together where they follow each other in a shard."""
+    group: list[int] = []
+    for chunk in chunks:
+        if group and (chunk != group[-1] + 1 or chunk % per_shard == 0 or len(group) == longest):
+            yield group
             group = []
-        if not group:
-            first = chunk
-        group.append(out)
+        group.append(chunk)
     if group:
-        yield Stretch(first, group)
-
-
-def sorted_stretches(
-    chunks: Sequence[int], outs: Sequence[Tokens], *, longest: int, per_shard: int
-) -> Iterator[Stretch]:
-    """Yield the chunks as stretches, in ascending order."""
-    order = sorted(range(len(chunks)), key=chunks.__getitem__)
-    ordered = [outs[place] for place in order]
-    return stretches([chunks[place] for place in order], ordered, longest=longest, per_shard=per_shard)
-
-
-def runs(chunks: Sequence[int], per_shard: int) -> list[tuple[int, int]]:
-    """Return first and number of chunks that follow each other within a shard."""
-    bounds = [
-        place
-        for place, chunk in enumerate(chunks)
-        if place == 0 or chunk != chunks[place - 1] + 1 or chunk % per_shard == 0
-    ]
-    return [(chunks[a], b - a) for a, b in pairwise([*bounds, len(chunks)])]
-
-
-def shard_starts(parts: Sequence[Stretch], per_shard: int) -> frozenset[int]:
-    """Return the numbers of the stretches that lie in another shard than the one before."""
-    shards = [part.first // per_shard for part in parts]
-    return frozenset(number for number in range(1, len(shards)) if shards[number] != shards[number - 1])
-
-
-#: Prepares reading of a stretch, in another thread; raises nothing.
-Begin = Callable[[Stretch], None]
-
-#: Fills a stretch; says whether that took no waiting for the disk.
-Fill = Callable[[Stretch], bool]
-
-#: Stretches that exist at once near: one in use, one that each thread reads, one read ahead.
-NEAR_STRETCHES = 4
-
-#: How many stretches before a shard its reading begins.
-_BEGIN_AHEAD = 6
-
-#: Bytes that must have been at hand in a row before a second thread reads: more than kernels read ahead.
-_STEADY_BYTES = 16 * 2**20
-
-
-class AtHand:
-    """How much was read in a row without waiting for the disk, by all streams of a store.
-
-    One that begins where another ended warm is helped from the start.
-    """
-
-    def __init__(self) -> None:
-        self._n_bytes = 0
-
-    def note(self, part: Stretch, at_hand: bool) -> None:
-        """Count a stretch, or begin anew where it was not at hand."""
-        self._n_bytes = self._n_bytes + sum(out.nbytes for out in part.outs) if at_hand else 0
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether the page cache, not the kernel's read-ahead, holds what comes next."""
-        return self._n_bytes >= _STEADY_BYTES
-
-
-def stream_far(
-    parts: Sequence[Stretch], fill: Fill, pool: Executor, n_readers: int
-) -> Generator[Stretch, None, None]:
-    """Yield the stretches filled; `n_readers` are on their way: a read is a round trip, or a codec's work."""
-    pending: deque[tuple[Stretch, Future[bool]]] = deque()
-    process = os.getpid()
-    try:
-        for part in parts:
-            pending.append((part, pool.submit(fill, part)))
-            if len(pending) > n_readers:
-                yield _await(pending)
-        while pending:
-            yield _await(pending)
-    finally:
-        if os.getpid() == process:  # a forked child has nobody to wait for
-            wait([future for _, future in pending if not future.cancel()])
-
-
-def _await(pending: deque[tuple[Stretch, Future[bool]]]) -> Stretch:
-    part, future = pending.popleft()
-    future.result()
-    return part
-
-
-class NearReading:
-    """Stretches that the consumer and one helper claim in turn, while their memory is free.
-
-    To wake a thread costs as much as to read a frame from the page cache, so neither waits for the other
-    while there is something to read. The helper ends where there is not, and where the disk has to be waited
-    for: a lone reader in order is twice as fast there, as the kernel's read-ahead takes it for what it is.
-
-    `begin` is called for stretches whose numbers are in `starts`, a while before they are filled.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[Stretch],
-        starts: Container[int],
-        fill: Fill,
-        begin: Begin,
-        at_hand: AtHand,
-        pool: Executor,
-    ) -> None:
-        self._parts, self._starts, self._fill, self._begin = parts, starts, fill, begin
-        self._at_hand, self._n_released = at_hand, 0
-        self._start_afresh(pool)
-
-    def stream(self) -> Generator[Stretch, None, None]:
-        """Yield the stretches filled, at most `NEAR_STRETCHES` of them in use or ahead at a time."""
-        try:
-            for number, part in enumerate(self._parts):
-                self._finish(number)
-                yield part
-                # Without the lock, which a forked child may find held for ever; nobody else writes this.
-                self._n_released += 1
-        finally:
-            self._close()
-
-    def _start_afresh(self, pool: Executor | None) -> None:
-        self._process, self._pool = os.getpid(), pool
-        self._lock = Lock()
-        self._helper: Future[None] | None = None
-        self._n_claimed = self._n_released
-        self._ended: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
-        self._outcomes: dict[int, Exception | None] = {}
-
-    def _finish(self, number: int) -> None:
-        """Return when stretch `number` is filled; raise what filling it raised."""
-        if self._is_forked:
-            # None of the parent's threads is here: what they were reading is read again, by this one.
-            self._start_afresh(None)
-        self._start_helper()
-        while number not in self._outcomes:
-            claimed = self._claim() if self._ended.empty() else None
-            if claimed is not None:
-                self._outcomes[claimed] = self._read(claimed)
-            else:
-                ended, error = self._ended.get()
-                self._outcomes[ended] = error
-        error = self._outcomes.pop(number)
-        if error is not None:
-            raise error
-
-    def _close(self) -> None:
-        """Return when nobody fills anything any more."""
-        if self._is_forked:
-            return
-        with self._lock:
-            self._n_claimed = len(self._parts)
-        if self._helper is not None:
-            self._helper.result()
-
-    def _start_helper(self) -> None:
-        is_free = self._helper is None or self._helper.done()
-        if self._pool and is_free and self._at_hand.is_steady and self._n_claimed < len(self._parts):
-            self._helper = self._pool.submit(self._help)
-
-    def _help(self) -> None:
-        while self._at_hand.is_steady and (claimed := self._claim()) is not None:
-            self._ended.put((claimed, self._read(claimed)))
-
-    @property
-    def _is_forked(self) -> bool:
-        return self._process != os.getpid()
-
-    def _claim(self) -> int | None:
-        """Return the next stretch to read, if there is memory for it."""
-        with self._lock:
-            if self._n_claimed >= min(len(self._parts), self._n_released + NEAR_STRETCHES):
-                return None
-            self._n_claimed += 1
-            return self._n_claimed - 1
-
-    def _read(self, number: int) -> Exception | None:
-        """Fill a stretch; an error is for the moment when the stretch is asked for."""
-        self._begin_shards(number)
-        part = self._parts[number]
-        try:
-            self._at_hand.note(part, self._fill(part))
-        except Exception as error:
-            return error
-        return None
-
-    def _begin_shards(self, number: int) -> None:
-        """Begin the shard that comes `_BEGIN_AHEAD` stretches later; with the first stretch all up to it."""
-        last = number + _BEGIN_AHEAD
-        for upcoming in range(last if number else 0, last + 1):
-            if self._pool and upcoming in self._starts:
-                self._pool.submit(self._begin, self._parts[upcoming])
+        yield group
 
 
 class ZarrArrays:
@@ -462,8 +214,8 @@ class ZarrArrays:
             raise BytesError(f"Zarr cannot open its array ({error})") from error
 
 
-#: Streaming from a local disk: bytes that one thread reads in one go, at least a chunk.
-_NEAR_STRETCH_BYTES = 2 * 2**20
+#: Streaming from a local disk: bytes that are read in one go, at least a chunk.
+_NEAR_BYTES = 2 * 2**20
 
 
 class ChunkSource:
@@ -476,7 +228,6 @@ class ChunkSource:
         self._shards = OpenShards(storage)
         self._zarr = ZarrArrays(storage)
         self._firsts = self.slots.firsts
-        self._at_hand = AtHand()
         self.n_readers = storage.n_readers
 
     def read_many(
@@ -488,74 +239,51 @@ class ChunkSource:
         should and cannot give.
         """
         parts = self._shares(array, chunks.tolist(), list(out))
-        if self._storage.local is None:
-            self._share_out(parts, partial(self._read_waiting, array))
-            return
-        cold = deque[Stretch]()
-        self._share_out(parts, partial(self._read_at_hand, array, cold=cold))
-        # One thread asks the disk for all of them before any is waited for: two get in each other's way.
-        for part in cold:
-            self._prefetch(array, part)
-        self._share_out(cold, partial(self._read_waiting, array))
+        if self._storage.local is not None and len(parts) > 1:
+            # One thread asks the disk for all of them before any is waited for: two get in each other's way.
+            for part in parts:
+                self._prefetch(array, part)
+        self._share_out(parts, partial(self._read_waiting, array))
 
-    def warm(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> None:
-        """Bring chunks to this machine, in the order of the disk, if there is room for their shards twice.
+    def will_need(self, slots: Sequence[int] | Int64[np.ndarray, " n"]) -> None:
+        """Let shards that are read soon come into the page cache, or the shard cache, in the background.
 
-        What is in use and what comes next must both stay. Damage is left to the one who reads the chunks.
+        Nothing is done where there is no room for them twice: what is in use and what comes next must stay.
         """
-        layout, pool = self.slots.arrays[array], self._shards.pool(self.n_readers)
-        per_shard = chunks_per_shard(layout)
-        spans = runs(np.unique(chunks).tolist(), per_shard)
-        n_shards = len({first // per_shard for first, _ in spans})
-        if not n_shards or 2 * n_shards * per_shard * chunk_bytes(layout) > self._storage.room:
-            return
-        for (first, n_chunks), (following, _) in pairwise([*spans, spans[-1]]):
-            if following // per_shard != first // per_shard:
-                pool.submit(self._begin, array, Stretch(following, []))
-            place, number = self._locate(array, first)
-            with suppress(BytesError, OSError):
-                self._shards.reader(place).warm(number, n_chunks)
+        places = [self.slots.place(int(index)) for index in slots]
+        n_bytes = sum(place.layout.slot_encodings * place.layout.encoding_bytes for place in places)
+        if 2 * n_bytes <= self._storage.room:
+            self._shards.pool(self.n_readers).submit(self._fetch_shards, places)
+
+    def _fetch_shards(self, places: Sequence[SlotPlace]) -> None:
+        for place in places:
+            with suppress(BytesError, OSError):  # told to the one who asks for the tokens
+                self._shards.reader(place).will_need()
 
     def stream(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> Iterator[Tokens]:
-        """Yield the tokens of `chunks` in order, each valid until the next is asked for.
+        """Yield the tokens of `chunks` in order, read ahead by other threads; raises what `read_many` does.
 
-        Their memory is used again, by the next stream too. Raises what `read_many` does.
+        On a local disk one thread reads: the kernel reads ahead of a lone reader. Elsewhere a read is a round
+        trip, or a codec's work, and many do it.
         """
-        layout, pool = self.slots.arrays[array], self._shards.pool(self.n_readers)
-        longest, is_near = self._longest_streamed(array), self._is_near(array)
-        # A stretch in use, and those that are read meanwhile.
-        n_stretches = NEAR_STRETCHES if is_near else self.n_readers + 1
-        per_shard, n_values = chunks_per_shard(layout), flat_values(layout)
-        fill, begin = partial(self._read_waiting, array), partial(self._begin, array)
-        with self._shards.ring(min(len(chunks), n_stretches * longest), n_values) as ring:
-            outs = list(islice(cycle(ring), len(chunks)))
-            parts = list(stretches(chunks.tolist(), outs, longest=longest, per_shard=per_shard))
-            if is_near:
-                starts = shard_starts(parts, per_shard)
-                filled = NearReading(parts, starts, fill, begin, self._at_hand, pool).stream()
-            else:
-                filled = stream_far(parts, fill, pool, self.n_readers)
-            with closing(filled):
-                for part in filled:
-                    yield from part.outs
+        layout = self.slots.arrays[array]
+        is_near = self._storage.local is not None and layout.codec == "none"
+        longest = max(1, _NEAR_BYTES // chunk_bytes(layout)) if is_near else self._longest(array)
+        groups = neighbours(chunks.tolist(), longest=longest, per_shard=chunks_per_shard(layout))
 
-    def _begin(self, array: int, stretch: Stretch) -> None:
-        """Open the shard of a stretch that will be read soon, and let the kernel begin to read there.
+        def read(group: Sequence[int]) -> Sequence[Tokens]:
+            outs = list(_aligned_memory(len(group), flat_values(layout)))
+            self._read_waiting(array, Stretch(group[0], outs))
+            return outs
 
-        A little is read, not hinted at: after hints reads are much slower than the kernel's own read-ahead.
-        """
-        with suppress(BytesError, OSError):  # told to the one who asks for the tokens
-            place, number = self._locate(array, stretch.first)
-            self._shards.reader(place).begin(number)
+        n_threads = 1 if is_near else self.n_readers
+        with closing(map_ahead(read, groups, n_threads, n_ahead=max(2, n_threads))) as filled:
+            for outs in filled:
+                yield from outs
 
-    def _is_near(self, array: int) -> bool:
-        """Say whether chunks are raw bytes of a local disk."""
-        return self._storage.local is not None and self.slots.arrays[array].codec == "none"
-
-    def _longest_streamed(self, array: int) -> int:
-        if not self._is_near(array):
-            return self._longest(array)
-        return max(1, _NEAR_STRETCH_BYTES // chunk_bytes(self.slots.arrays[array]))
+    def _longest(self, array: int) -> int:
+        """Return how many neighbouring chunks are worth one read."""
+        return max(1, self._storage.stretch_bytes // chunk_bytes(self.slots.arrays[array]))
 
     def read_index(self) -> pa.Table:
         """Return the rows of all index parts, in array and row order."""
@@ -586,39 +314,29 @@ class ChunkSource:
     def _shares(self, array: int, chunks: list[int], outs: list[Tokens]) -> list[Stretch]:
         """Return the chunks as stretches, shorter ones rather than idle readers."""
         longest, per_shard = self._longest(array), chunks_per_shard(self.slots.arrays[array])
-        group = stretches if longest == 1 else sorted_stretches
         # Below a quarter of a stretch a request is mostly waiting, and fewer of them are faster.
-        fair = max(-(-len(chunks) // self.n_readers), longest // 4)
-        return list(group(chunks, outs, longest=min(longest, fair), per_shard=per_shard))
+        fair = min(longest, max(-(-len(chunks) // self.n_readers), longest // 4))
+        order = range(len(chunks)) if longest == 1 else sorted(range(len(chunks)), key=chunks.__getitem__)
+        ordered = iter([outs[place] for place in order])
+        groups = neighbours([chunks[place] for place in order], longest=fair, per_shard=per_shard)
+        return [Stretch(group[0], list(islice(ordered, len(group)))) for group in groups]
 
-    def _longest(self, array: int) -> int:
-        """Return how many neighbouring chunks are worth one read."""
-        return max(1, self._storage.stretch_bytes // chunk_bytes(self.slots.arrays[array]))
+    def _share_out(self, parts: Sequence[Stretch], read: Callable[[Stretch], None]) -> None:
+        """Let all readers, this thread among them, take and read parts until none is left."""
+        todo = iter(parts)
 
-    def _share_out(self, parts: Iterable[Stretch], read: Callable[[Stretch], object]) -> None:
-        """Let all readers take and read stretches until none is left."""
-        todo = deque(parts)
-        n_threads = min(self.n_readers, len(todo))
-
-        def work(_: int) -> None:
-            for part in drained(todo):
+        def work() -> None:
+            for part in todo:
                 read(part)
 
-        if n_threads > 1:
-            each(self._shards.pool(self.n_readers), work, n_threads)
-        else:
-            work(0)
-
-    def _read_at_hand(self, array: int, stretch: Stretch, cold: deque[Stretch]) -> None:
-        """Fill a stretch if the page cache holds it, otherwise add it to `cold`.
-
-        Once there is one, all others are added unseen: to look for bytes that are not there slows the disk.
-        """
-        place, number = self._locate(array, stretch.first)
-        with suppress(BytesError):  # `_read_chunk` finds out which chunk is at fault
-            if not cold and self._fetch(place, number, stretch.outs, wait=False):
-                return
-        cold.append(stretch)
+        n_others = min(self.n_readers, len(parts)) - 1
+        others = [self._shards.pool(self.n_readers).submit(work) for _ in range(n_others)]
+        try:
+            work()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
 
     def _prefetch(self, array: int, stretch: Stretch) -> None:
         """Let the disk fetch what will be waited for."""
@@ -626,54 +344,37 @@ class ChunkSource:
         with suppress(BytesError, OSError):
             self._shards.reader(place).prefetch(number, len(stretch.outs))
 
-    def _read_waiting(self, array: int, stretch: Stretch) -> bool:
-        """Fill a stretch; say whether it was at hand."""
-        if len(stretch.outs) > 1:
-            place, number = self._locate(array, stretch.first)
-            with suppress(BytesError):  # `_read_chunk` finds out which chunk is at fault
-                return self._fetch(place, number, stretch.outs, wait=True)
-        at_hand = [
-            self._read_chunk(array, stretch.first + number, out) for number, out in enumerate(stretch.outs)
-        ]
-        return all(at_hand)
-
-    def _read_chunk(self, array: int, chunk: int, out: Tokens) -> bool:
-        """Fill `out` or raise what `read_many` says; say whether the chunk was at hand."""
-        place, number = self._locate(array, chunk)
+    def _read_waiting(self, array: int, part: Stretch) -> None:
+        place, number = self._locate(array, part.first)
         try:
-            return self._fetch(place, number, [out], wait=True)
+            self._fetch(place, number, part.outs)
         except BytesError:
             # The slot may have been written again since its shard was opened, or a copy of it may be damaged.
             self._shards.forget(place)
-            try:
-                return self._fetch(place, number, [out], wait=True)
-            except BytesError as fault:
-                raise self._explain(place, number, fault) from fault
+            for offset, out in enumerate(part.outs):
+                try:
+                    self._fetch(place, number + offset, [out])
+                except BytesError as fault:
+                    raise self._explain(place, number + offset, fault) from fault
 
-    def _fetch(self, place: SlotPlace, first: int, outs: Sequence[Tokens], *, wait: bool) -> bool:
-        """Fill `outs` with chunks of a shard, from `first` on, and say whether they were at hand.
-
-        Without `wait` those that are not are left unfilled.
-        """
+    def _fetch(self, place: SlotPlace, first: int, outs: Sequence[Tokens]) -> None:
+        """Fill `outs` with chunks of a shard, from `first` on."""
         try:
             reader = self._shards.reader(place)
         except OSError as error:
             raise ShardLostError(f"its shard cannot be read ({error.strerror or 'absent'})") from error
         layout = place.layout
         if layout.codec != "none":
-            for number in range(first, first + len(outs)):
+            for number, out in enumerate(outs, first):
                 reader.check_present(number)
-            for number, out in enumerate(outs if wait else []):
-                self._fetch_decoded(place, first + number, out)
-            return False
-        if layout.dtype == "float16":
-            return reader.read_chunks(first, [out.view(np.uint8) for out in outs], wait=wait)
-        raw = self._shards.scratch(len(outs) * chunk_bytes(layout)).reshape(len(outs), -1)
-        at_hand = reader.read_chunks(first, list(raw), wait=wait)
-        if wait or at_hand:
+                self._fetch_decoded(place, number, out)
+        elif layout.dtype == "float16":
+            reader.read_chunks(first, [out.view(np.uint8) for out in outs])
+        else:
+            raw = self._shards.scratch(len(outs) * chunk_bytes(layout)).reshape(len(outs), -1)
+            reader.read_chunks(first, list(raw))
             for stored, out in zip(raw, outs, strict=True):
                 _expand(layout, stored, out)
-        return at_hand
 
     def _fetch_decoded(self, place: SlotPlace, number: int, out: Tokens) -> None:
         layout = place.layout

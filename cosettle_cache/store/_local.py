@@ -50,9 +50,6 @@ else:
 #: A local disk serves this many readers at once without getting slower.
 _LOCAL_READERS = min(4, os.cpu_count() or 1)
 
-#: Bytes of a local file that are read rather than hinted at.
-_WORTH_READING_BYTES = 4 * 2**20
-
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -69,14 +66,8 @@ class RangeFile(Protocol):
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill `buffers` as far as that needs no waiting; return the bytes read."""
-
     def prefetch(self, offset: int, n_bytes: int) -> None:
         """Start fetching bytes that will be read soon, where that is possible."""
-
-    def warm(self, offset: int, n_bytes: int) -> None:
-        """Have bytes in the page cache, where there is one."""
 
 
 @runtime_checkable
@@ -247,25 +238,10 @@ class LocalFile:
             return n_read + self.read(unfilled(buffers, n_read), offset + n_read)
         return n_read
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill `buffers` from the page cache, up to the first page that it does not hold."""
-        try:
-            return os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT)
-        except OSError:
-            return 0  # nothing there, or something wrong: the read that waits will tell
-
     def prefetch(self, offset: int, n_bytes: int) -> None:
         """Let the kernel fetch them into the page cache."""
-        os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
-
-    def warm(self, offset: int, n_bytes: int) -> None:
-        """Let the kernel read bytes in order, to nowhere: twice as fast as a hint, if it is much."""
-        if n_bytes < _WORTH_READING_BYTES:
-            self.prefetch(offset, n_bytes)
-            return
-        with open(os.devnull, "wb", buffering=0) as nowhere:  # noqa: PTH123
-            while n_bytes and (n_read := os.sendfile(nowhere.fileno(), self._descriptor, offset, n_bytes)):
-                offset, n_bytes = offset + n_read, n_bytes - n_read
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def is_store(storage: ReadStorage) -> bool:

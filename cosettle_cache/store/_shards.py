@@ -12,7 +12,7 @@ import numpy as np
 from awscrt.checksums import crc32c
 from jaxtyping import Bool, Float16, UInt8, UInt64
 
-from cosettle_cache.core.files import Buffer, unfilled
+from cosettle_cache.core.files import Buffer
 from cosettle_cache.core.types import ArrayLayout
 from cosettle_cache.store._int8 import quantize
 from cosettle_cache.store._local import RangeFile
@@ -26,9 +26,6 @@ from cosettle_cache.store.format import (
 )
 
 _ENTRY = np.dtype("<u8")
-
-#: Bytes at the beginning of a shard after which the kernel reads on by itself.
-_BEGIN_BYTES = 2**17
 
 #: Higher levels gain next to nothing on tokens, whose low bytes are noise.
 ZSTD_LEVEL = 1
@@ -100,24 +97,20 @@ class ShardReader:
             raise ChunkMissingError("a chunk is missing from its shard")
         return offset, size
 
-    def begin(self, number: int) -> None:
-        """Read a little at chunk `number`, so that the kernel reads on from there."""
-        offset, _ = self.check_present(number)
-        self._file.read([memoryview(bytearray(_BEGIN_BYTES))], offset)
-
     def prefetch(self, first: int, n_chunks: int) -> None:
         """Start fetching chunks that will be read soon, where that is possible."""
-        self._file.prefetch(*self._span(first, n_chunks))
+        offset, _ = self.check_present(first)
+        last, size = self.check_present(first + n_chunks - 1)
+        self._file.prefetch(offset, last + size - offset)
 
-    def warm(self, first: int, n_chunks: int) -> None:
-        """Bring chunks into the page cache, where there is one."""
-        self._file.warm(*self._span(first, n_chunks))
+    def will_need(self) -> None:
+        """Bring the shard into the page cache, where there is one."""
+        self._file.prefetch(0, 0)
 
-    def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]], *, wait: bool) -> bool:
-        """Fill `outs` with the raw chunks from `first` on, side by side, and say whether they were at hand.
+    def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]]) -> None:
+        """Fill `outs` with the raw chunks from `first` on.
 
-        Without `wait` those that are not are left unfilled. Raises `ChunkMissingError`, or another
-        `BytesError` when one is damaged or they do not lie side by side.
+        Raises `ChunkMissingError`, another `BytesError` when one is damaged or they do not lie side by side.
         """
         offset = self._check_neighbours(first, len(outs))
         # Only the last checksum is read without the zeros behind it.
@@ -126,24 +119,15 @@ class ShardReader:
         for out, gap in zip(outs, gaps, strict=True):
             buffers += (out.data, memoryview(gap))
         wanted = len(outs) * (self._raw_size + self._padding) - self._padding
-        n_cached = self._file.read_cached(buffers, offset)
-        at_hand = n_cached == wanted
-        if not at_hand:
-            if not wait:
-                return False
-            n_waited = self._read(unfilled(buffers, n_cached), offset + n_cached)
-            if n_cached + n_waited < wanted:
-                raise BytesError("its shard ends too early")
+        try:
+            n_read = self._file.read(buffers, offset)
+        except OSError as error:
+            raise BytesError(f"a chunk cannot be read ({error.strerror})") from error
+        if n_read < wanted:
+            raise BytesError("its shard ends too early")
         for out, gap in zip(outs, gaps, strict=True):
             if checksum_bytes(out.data) != gap[:CHECKSUM_BYTES]:
                 raise BytesError("the checksum of a chunk does not match")
-        return at_hand
-
-    def _span(self, first: int, n_chunks: int) -> tuple[int, int]:
-        """Return offset and bytes of chunks that lie side by side."""
-        offset, _ = self.check_present(first)
-        last, size = self.check_present(first + n_chunks - 1)
-        return offset, last + size - offset
 
     def _check_neighbours(self, first: int, n_chunks: int) -> int:
         """Return where chunk `first` begins, with the other `n_chunks - 1` right behind it."""
@@ -155,12 +139,6 @@ class ShardReader:
             if offset != start + place * (self._raw_size + self._padding):
                 raise BytesError("chunks do not lie side by side")
         return start
-
-    def _read(self, buffers: list[memoryview], offset: int) -> int:
-        try:
-            return self._file.read(buffers, offset)
-        except OSError as error:
-            raise BytesError(f"a chunk cannot be read ({error.strerror})") from error
 
 
 def read_entries(file: RangeFile, layout: ArrayLayout) -> UInt64[np.ndarray, "chunk 2"]:

@@ -422,7 +422,7 @@ def verify_storage(storage: ReadStorage, metadata: Metadata, progress: Progress,
     run = _Verification(storage, metadata, [*metadata.damages, *folder_damages])
     progress.start(len(committed), "slots")
     try:
-        for report in map_ahead(run.check, committed, storage.n_readers, stop):
+        for report in map_ahead(run.check, committed, storage.n_readers, stop=stop):
             run.count(report)
             progress.advance(1, damages=float(len(run.damages)))
     finally:

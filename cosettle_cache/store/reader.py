@@ -162,19 +162,16 @@ class FeatureStore:
         return out
 
     def iter_tokens(self, video_id: str) -> Iterator[Float16[np.ndarray, "row col dim"]]:
-        """Yield the plain tokens of a video frame by frame; each is fresh memory (frames plan)."""
-        return map(np.copy, self.stream_tokens(video_id))
-
-    def stream_tokens(self, video_id: str) -> Iterator[Float16[np.ndarray, "row col dim"]]:
         """Yield the plain tokens of a video frame by frame, reading some frames ahead (frames plan).
 
-        The memory is used again: a frame is valid until the next one, of this or of another video, is asked
-        for.
+        A frame stays as it is; one that is kept may hold up to 4 MiB of its neighbours in memory.
         """
         array, rows = self._plain_rows(video_id)
         layout = self.arrays[array]
         shape = (layout.grid.rows, layout.grid.cols, layout.n_channels)
         return (flat.reshape(shape) for flat in self._chunks.stream(array, rows))
+
+    stream_tokens = iter_tokens
 
     @cached_property
     def sample_ids(self) -> Int64[np.ndarray, " n"]:
@@ -201,24 +198,19 @@ class FeatureStore:
         _check_buffer("samples", (len(ids), *self._sample_shape), out)
         self._chunks.read_many(0, np.asarray(ids, np.int64), flat_rows(out))
 
-    def warm(self, ids: SampleIds) -> None:
-        """Read samples into the page cache in the order of the disk, so that `read_into` finds them there.
+    def will_need(self, slots: Sequence[int] | Int64[np.ndarray, " n"]) -> None:
+        """Let the shards of slots that are read soon come into the page cache, in the background.
 
-        An object store has none; where there is a shard cache, that is filled. Nothing is done where there is
-        no room for the samples' shards twice (pairs plan).
+        Behind a URL they come into the shard cache, if there is one. Nothing is done where there is no room
+        for them twice.
         """
-        self._check_plan(PlanKind.PAIRS)
-        self._chunks.warm(0, np.asarray(ids, np.int64))
+        self._chunks.will_need(slots)
 
     def read_encodings(self, grid: Grid, rows: SampleIds, out: Float16[np.ndarray, "n row col dim"]) -> None:
         """Fill `out`, C-contiguous, with rows of the array of `grid`, in any order (frames plan)."""
         array = self._array_of(grid)
         _check_buffer("encodings", (len(rows), grid.rows, grid.cols, self.arrays[array].n_channels), out)
         self._chunks.read_many(array, np.asarray(rows, np.int64), flat_rows(out))
-
-    def warm_encodings(self, grid: Grid, rows: SampleIds) -> None:
-        """Do for rows of the array of `grid` what `warm` does for samples (frames plan)."""
-        self._chunks.warm(self._array_of(grid), np.asarray(rows, np.int64))
 
     def sample_slots(self, ids: SampleIds) -> Int64[np.ndarray, " n"]:
         """Return the slot in which each sample lies (pairs plan); reading slot by slot is in order."""

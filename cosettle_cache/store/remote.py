@@ -261,14 +261,7 @@ class ObjectFile:
             rest = rest[n_bytes:]
         return len(data)
 
-    def read_cached(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Nothing is at hand without a request."""
-        return 0
-
     def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Nothing is kept."""
-
-    def warm(self, offset: int, n_bytes: int) -> None:
         """Nothing is kept."""
 
 

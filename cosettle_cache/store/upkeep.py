@@ -169,7 +169,7 @@ class _Copy:
         progress.start(len(places), "slots")
         n_threads = min(self.target.n_readers, MAX_SLOTS_IN_HAND)
         try:
-            for copied in map_ahead(self.copy, places, n_threads, stop):
+            for copied in map_ahead(self.copy, places, n_threads, stop=stop):
                 self.outcomes[copied.outcome] += 1
                 self.n_bytes += copied.n_bytes
                 self.damages += copied.damages

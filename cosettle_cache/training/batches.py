@@ -2,10 +2,7 @@
 
 Sample ids go in; batches of float16 tokens in reused buffers come out, read while the last one is in use.
 
-Warming: a window of shards is read into the page cache in one go, before samples are drawn from it.
-
-Portions of a shard-shuffled order go in and come out unchanged, each once its windows are warm. While a
-window is in use the next one is read, in the order of the disk: so shuffled samples come at its best speed.
+Reads of a shard-shuffled order are announced to the store one window of shards ahead.
 
 Replicas: the processes of one training run, started by torchrun, one per GPU (or core group).
 
@@ -19,11 +16,10 @@ import os
 import queue
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
@@ -241,66 +237,28 @@ def _make_buffer(shape: tuple[int, ...], pin: bool) -> Float16[Tensor, "n view r
     return torch.from_numpy(np.empty(shape, np.float16))
 
 
-#: Reads samples into the page cache.
-Warm = Callable[[Ids], None]
+def announced(
+    portions: Iterable[Portion], window: int, slots_of: Callable[[Ids], Ids], will_need: Callable[[Ids], None]
+) -> Iterator[Portion]:
+    """Yield the portions unchanged; `will_need` is called with new shards one window before they are read.
 
-
-class Windows:
-    """The windows of an order that shuffles shards, numbered as they are visited."""
-
-    def __init__(self, order: EpochOrder, shuffle: ShuffleShards) -> None:
-        self._order, self._shuffle = order, shuffle
-        self._of_epoch = lru_cache(2)(self._number)
-
-    def __call__(self, portion: Portion) -> Ids:
-        """Return the window of each sample of a portion."""
-        ids, windows = self._of_epoch(portion.step.epoch)
-        found: Ids = windows[np.searchsorted(ids, portion.ids)]
-        return found
-
-    def _number(self, epoch: int) -> tuple[Ids, Ids]:
-        ids = self._order.ids_of(epoch)
-        windows = self._shuffle.windows(ids, self._order.generator(epoch))
-        ascending = np.argsort(ids)
-        return ids[ascending], windows[ascending]
-
-
-def warmed(portions: Iterable[Portion], windows: Windows, warm: Warm) -> Iterator[Portion]:
-    """Yield the portions when their windows are warm; raise what `warm` raises."""
-    pool = ThreadPoolExecutor(1, "warm")
-    ahead: tuple[Future[None], list[Portion]] | None = None
-    try:
-        for ids, complete in by_window(portions, windows):
-            before, ahead = ahead, (pool.submit(warm, ids), complete)
-            yield from _when_warm(before)
-        yield from _when_warm(ahead)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _when_warm(window: tuple[Future[None], list[Portion]] | None) -> Iterator[Portion]:
-    if window is not None:
-        future, portions = window
-        future.result()
-        yield from portions
-
-
-def by_window(portions: Iterable[Portion], windows: Windows) -> Iterator[tuple[Ids, list[Portion]]]:
-    """Yield the samples of each window, and the portions for which it is the last that they need."""
-    current: tuple[int, int] | None = None
-    nothing = np.empty(0, np.int64)  # a process's share of a small batch may be empty
-    ids, complete = [nothing], list[Portion]()
+    The portions in waiting lie in the windows of `window` shards in use and the next one.
+    """
+    waiting: deque[tuple[Portion, Ids]] = deque()
+    n_waiting: Counter[int] = Counter()  # portions by shard
     for portion in portions:
-        numbers = windows(portion)
-        for number in np.unique(numbers).tolist():
-            window = (portion.step.epoch, number)
-            if current not in (None, window):
-                yield np.concatenate(ids), complete
-                ids, complete = [nothing], []
-            current = window
-            ids.append(portion.ids[numbers == number])
-        complete.append(portion)
-    yield np.concatenate(ids), complete
+        slots = np.unique(slots_of(portion.ids))
+        new = np.array([slot for slot in slots.tolist() if slot not in n_waiting], np.int64)
+        if len(new):
+            will_need(new)
+        waiting.append((portion, slots))
+        n_waiting.update(slots.tolist())
+        while len(n_waiting) > 2 * window and len(waiting) > 1:
+            due, slots = waiting.popleft()
+            n_waiting.subtract(slots.tolist())
+            n_waiting = +n_waiting
+            yield due
+    yield from (portion for portion, _ in waiting)
 
 
 @dataclass(frozen=True, slots=True)

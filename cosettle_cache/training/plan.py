@@ -31,11 +31,10 @@ from cosettle_cache.training.batches import (
     Portion,
     Replicas,
     ShuffleShards,
-    Windows,
+    announced,
     make_portions,
     make_steps,
     shuffle_samples,
-    warmed,
 )
 from cosettle_cache.training.learner import PRECISIONS
 from cosettle_cache.training.losses import find_regularizer
@@ -195,7 +194,8 @@ class Stream:
         portions = make_portions(steps, self.settings.accumulate, replicas.share)
         if self.shuffle_shards is None:
             return portions
-        return warmed(portions, Windows(self.order, self.shuffle_shards), self.samples.warm)
+        window = self.settings.shard_window
+        return announced(portions, window, self.samples.slots, self.samples.will_need)
 
     def capacity(self, replicas: Replicas) -> int:
         """Return the size of the largest portion."""

@@ -49,8 +49,8 @@ class Samples(Protocol):
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
         """Fill `out` `[n view row col dim]` with the samples `ids`."""
 
-    def warm(self, ids: Ids) -> None:
-        """Read the samples `ids` into the page cache, in the order of the disk, where there is one."""
+    def will_need(self, slots: Ids) -> None:
+        """Let shards that are read soon come into the page cache, where there is one."""
 
     def slots(self, ids: Ids) -> Ids:
         """Return the shard in which each sample (of a frames store: its first frame) lies."""
@@ -93,9 +93,9 @@ class PairsSamples:
         """Fill `out` with the samples `ids`."""
         self._store.read_into(ids, out)
 
-    def warm(self, ids: Ids) -> None:
-        """Read the samples `ids` into the page cache."""
-        self._store.warm(ids)
+    def will_need(self, slots: Ids) -> None:
+        """Let shards come into the page cache."""
+        self._store.will_need(slots)
 
     def slots(self, ids: Ids) -> Ids:
         """Return the slot of each sample."""
@@ -143,10 +143,9 @@ class FramesSamples:
         rows = np.concatenate([self._rows(int(sample)) for sample in ids])
         self._store.read_encodings(self._layout.grid, rows, out.reshape(len(rows), *out.shape[2:]))
 
-    def warm(self, ids: Ids) -> None:
-        """Read the frames of the samples `ids` into the page cache."""
-        rows = np.concatenate([self._rows(int(sample)) for sample in ids])
-        self._store.warm_encodings(self._layout.grid, rows)
+    def will_need(self, slots: Ids) -> None:
+        """Let shards come into the page cache."""
+        self._store.will_need(slots)
 
     def slots(self, ids: Ids) -> Ids:
         """Return the slot of each sample's first frame."""
@@ -200,13 +199,11 @@ class JoinedSamples:
         for number, start, stop in self._runs(ids):
             self._sources[number].read_into(ids[start:stop] // len(self._sources), out[start:stop])
 
-    def warm(self, ids: Ids) -> None:
-        """Read the samples `ids` into the page cache, source by source."""
+    def will_need(self, slots: Ids) -> None:
+        """Let shards of all sources come into the page cache."""
         n = len(self._sources)
         for number, source in enumerate(self._sources):
-            mine = ids[ids % n == number]
-            if len(mine):
-                source.warm(mine // n)
+            source.will_need(slots[slots % n == number] // n)
 
     def slots(self, ids: Ids) -> Ids:
         """Return the slot of each sample; slots of different sources differ."""

@@ -11,10 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cosettle_cache.core.types import ArrayLayout, Grid
+from cosettle_cache.core.types import SCALE_CHANNELS, ArrayLayout, Grid
 from cosettle_cache.store._int8 import (
     BLOCK_VALUES,
-    GROUP_CHANNELS,
     dequantize,
     quantize,
     stored_width,
@@ -27,7 +26,7 @@ TINIEST = float(np.finfo(np.float16).smallest_subnormal)
 @st.composite
 def tokens(draw: st.DrawFn) -> np.ndarray:
     """Tokens of any width whose groups differ in size by any factor that float16 knows."""
-    n_tokens, dim = draw(st.integers(1, 3)), draw(st.integers(1, 3 * GROUP_CHANNELS))
+    n_tokens, dim = draw(st.integers(1, 3)), draw(st.integers(1, 3 * SCALE_CHANNELS))
     values = draw(arrays(np.float16, (n_tokens, dim), elements=st.floats(-1, 1, width=16)))
     sizes = st.sampled_from([0.0, TINIEST, 1e-6, 2.0**-14, 2.0**-13, 127 * 2.0**-13, 1.0, 300.0, LARGEST])
     factors = draw(arrays(np.float64, (n_tokens, n_groups(dim)), elements=sizes))
@@ -35,11 +34,11 @@ def tokens(draw: st.DrawFn) -> np.ndarray:
 
 
 def n_groups(dim: int) -> int:
-    return -(-dim // GROUP_CHANNELS)
+    return -(-dim // SCALE_CHANNELS)
 
 
 def spread(per_group: np.ndarray, dim: int) -> np.ndarray:
-    return per_group.repeat(GROUP_CHANNELS, axis=-1)[..., :dim]
+    return per_group.repeat(SCALE_CHANNELS, axis=-1)[..., :dim]
 
 
 def scales_of(stored: np.ndarray, dim: int) -> np.ndarray:
@@ -91,8 +90,8 @@ def test_errors_are_at_most_half_a_scale(values: np.ndarray) -> None:
 @given(tokens())
 def test_scales_are_the_largest_value_over_127(values: np.ndarray) -> None:
     dim = values.shape[-1]
-    padded = np.pad(np.abs(values).astype(np.float64), ((0, 0), (0, -dim % GROUP_CHANNELS)))
-    wanted = padded.reshape(len(values), -1, GROUP_CHANNELS).max(axis=-1) / 127
+    padded = np.pad(np.abs(values).astype(np.float64), ((0, 0), (0, -dim % SCALE_CHANNELS)))
+    wanted = padded.reshape(len(values), -1, SCALE_CHANNELS).max(axis=-1) / 127
     scales = scales_of(quantize(values), dim).astype(np.float64)
     # 516 would be nearer to 65504 / 127, but 127 of it are infinite.
     assert (np.abs(scales - wanted) <= np.maximum(wanted * 2.0**-11 * 1.2, TINIEST)).all()

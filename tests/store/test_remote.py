@@ -569,9 +569,9 @@ def test_a_refusal_while_zarr_reads(url: str, proxy: Proxy) -> None:
         store.samples([3])
 
 
-def test_warming_fills_the_cache(cache: Cache, proxy: Proxy) -> None:
+def test_announced_shards_fill_the_cache(cache: Cache, proxy: Proxy) -> None:
     store = cache.open()
-    store.warm([2, 5, 6])
+    store.will_need([2, 5, 6])
     deadline = time.monotonic() + 60
     while len(cache.copies) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -583,14 +583,14 @@ def test_warming_fills_the_cache(cache: Cache, proxy: Proxy) -> None:
 
 def test_a_window_that_does_not_fit_twice_is_not_fetched(cache: Cache, proxy: Proxy) -> None:
     store = cache.open(n_bytes=1000)
-    store.warm(store.sample_ids)
+    store.will_need(range(store.n_slots))
     time.sleep(0.2)
     assert n_fetched(proxy) == 0
 
 
-def test_without_a_cache_warming_asks_for_nothing(url: str, proxy: Proxy) -> None:
+def test_without_a_cache_announcing_asks_for_nothing(url: str, proxy: Proxy) -> None:
     CACHED.write(url)
     store = open_store(url)
     proxy.clear()
-    store.warm(store.sample_ids)
+    store.will_need(range(store.n_slots))
     assert not [request for request in proxy.requests if "tokens" in request]

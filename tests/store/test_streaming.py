@@ -1,182 +1,134 @@
-"""Streaming near: the consumer and its helper share the stretches, within the memory that there is."""
+"""Frames come in order while another thread reads ahead; errors, early ends and forks in the middle of it."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 from forking import forked
+from store_cases import frames_case
+from test_damage import flip, shard_of
 
-from cosettle_cache.store import _chunks as streaming
-from cosettle_cache.store._chunks import NEAR_STRETCHES, AtHand, Fill, NearReading, Stretch, stream_far
+from cosettle_cache.core.errors import DamagedStoreError
+from cosettle_cache.core.parallel import map_ahead
+from cosettle_cache.store import FeatureStore, open_store
+from cosettle_cache.store import _chunks as chunks
 
 N = 60
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
+class Task:
+    """Returns its number; remembers in which thread each was worked on."""
 
+    def __init__(self, seconds: float = 0.0, bad: int = -1) -> None:
+        self.threads: dict[int, str] = {}
+        self._seconds, self._bad = seconds, bad
 
-@pytest.fixture(autouse=True)
-def _help_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_STEADY_BYTES", 16)
-
-
-def make_parts() -> list[Stretch]:
-    ring = [np.zeros(4, np.float16) for _ in range(NEAR_STRETCHES)]
-    return [Stretch(number, [ring[number % NEAR_STRETCHES]]) for number in range(N)]
-
-
-def stream(
-    fill: Fill, pool: ThreadPoolExecutor, begun: list[int] | None = None
-) -> Generator[Stretch, None, None]:
-    """Stream all parts; every tenth begins a shard."""
-    begun = [] if begun is None else begun
-    return NearReading(
-        make_parts(), range(10, N, 10), fill, lambda part: begun.append(part.first), AtHand(), pool
-    ).stream()
-
-
-class Filler:
-    """Writes a stretch's number into its memory; remembers who read what."""
-
-    def __init__(self, *, at_hand: Callable[[int], bool] = lambda number: True, seconds: float = 0.0) -> None:
-        self.readers: dict[int, str] = {}
-        self._at_hand, self._seconds = at_hand, seconds
-
-    def __call__(self, part: Stretch) -> bool:
-        self.readers[part.first] = threading.current_thread().name
+    def __call__(self, number: int) -> int:
+        self.threads[number] = threading.current_thread().name
         time.sleep(self._seconds)
-        part.outs[0][:] = part.first
-        return self._at_hand(part.first)
-
-    @property
-    def helped(self) -> set[int]:
-        me = threading.current_thread().name
-        return {number for number, name in self.readers.items() if name != me}
+        if number == self._bad:
+            raise OSError("gone")
+        return number
 
 
+@pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("busy_s", [0.0, 0.001])
 @pytest.mark.parametrize("seconds", [0.0, 0.001])
-def test_in_order_within_the_ring(pool: ThreadPoolExecutor, busy_s: float, seconds: float) -> None:
-    fill = Filler(seconds=seconds)
-    for number, part in enumerate(stream(fill, pool)):
-        assert part.first == number
+def test_in_order_and_bounded(n_threads: int, busy_s: float, seconds: float) -> None:
+    task = Task(seconds)
+    for number, found in enumerate(map_ahead(task, range(N), n_threads, n_ahead=4)):
+        assert found == number
         time.sleep(busy_s)
-        assert (part.outs[0] == number).all()
-        assert max(fill.readers) < number + NEAR_STRETCHES
+        assert max(task.threads) <= number + 4
     assert number == N - 1
-    if busy_s or seconds:
-        assert fill.helped
-
-
-def test_nobody_helps_where_the_disk_is_waited_for(pool: ThreadPoolExecutor) -> None:
-    fill = Filler(at_hand=lambda number: number % 2 == 0)
-    assert [part.first for part in stream(fill, pool)] == list(range(N))
-    assert not fill.helped
-
-
-def test_help_ends_where_the_disk_is_waited_for(pool: ThreadPoolExecutor) -> None:
-    fill = Filler(at_hand=lambda number: number < 20, seconds=0.001)
-    assert [part.first for part in stream(fill, pool)] == list(range(N))
-    assert fill.helped
-    assert max(fill.helped) < 20 + NEAR_STRETCHES
+    assert threading.current_thread().name not in task.threads.values()
 
 
 @pytest.mark.parametrize("bad", [0, 1, 30, 31, N - 1])
-def test_an_error_is_raised_where_its_stretch_is_asked_for(pool: ThreadPoolExecutor, bad: int) -> None:
-    filler = Filler()
-
-    def fill(part: Stretch) -> bool:
-        if part.first == bad:
-            raise OSError("gone")
-        return filler(part)
-
+def test_an_error_is_raised_where_its_item_is_due(bad: int) -> None:
     seen = []
     with pytest.raises(OSError, match="gone"):
-        for part in stream(fill, pool):
-            seen.append(part.first)
-            assert (part.outs[0] == part.first).all()
+        for found in map_ahead(Task(bad=bad), range(N), 2):
+            seen.append(found)
     assert seen == list(range(bad))
 
 
-def test_closed_early(pool: ThreadPoolExecutor) -> None:
-    fill = Filler(seconds=0.001)
-    parts = stream(fill, pool)
+def test_closed_early() -> None:
+    task = Task(0.001)
+    found = map_ahead(task, range(N), 2, n_ahead=4)
     for _ in range(20):
-        next(parts)
-    parts.close()
-    n_read = len(fill.readers)
+        next(found)
+    assert isinstance(found, Iterator)
+    with closing(found):
+        pass
+    n_done = len(task.threads)
     time.sleep(0.02)
-    assert len(fill.readers) == n_read <= 20 + NEAR_STRETCHES
+    assert len(task.threads) == n_done <= 20 + 4
 
 
-def test_a_forked_child_goes_on_alone(pool: ThreadPoolExecutor) -> None:
-    fill = Filler(seconds=0.001)
-    parts = stream(fill, pool)
+def test_a_forked_child_goes_on_alone() -> None:
+    found = map_ahead(Task(0.001), range(N), 2)
     for _ in range(20):
-        next(parts)
+        next(found)
 
     def child() -> None:
-        parent = os.getppid()
-        assert [int(part.outs[0][0]) for part in parts] == list(range(20, N))
-        assert os.getppid() == parent
+        assert list(found) == list(range(20, N))
 
     assert forked(child) == 0
-    assert [int(part.outs[0][0]) for part in parts] == list(range(20, N))
+    assert list(found) == list(range(20, N))
 
 
-def test_a_forked_child_drops_a_stream(pool: ThreadPoolExecutor) -> None:
-    parts = stream(Filler(seconds=0.001), pool)
+def test_a_forked_child_drops_it() -> None:
+    found = map_ahead(Task(0.001), range(N), 2)
     for _ in range(20):
-        next(parts)
-    assert forked(parts.close) == 0
+        next(found)
+    assert forked(found.close) == 0
 
 
-def test_shards_are_begun_before_they_are_read(pool: ThreadPoolExecutor) -> None:
-    begun: list[int] = []
-    fill = Filler(seconds=0.001)
-    for part in stream(fill, pool, begun):
-        assert begun == sorted(begun)
-        assert {number for number in range(10, N, 10) if number <= part.first} <= set(begun)
-    assert begun == list(range(10, N, 10))
+CASE = frames_case((("bear", N, 2, 3),), slot_encodings=7)
 
 
-def test_far_a_closed_stream_leaves_nobody_reading(pool: ThreadPoolExecutor) -> None:
-    fill = Filler(seconds=0.001)
-    parts = stream_far(make_parts(), fill, pool, 2)
-    for number in range(5):
-        assert int(next(parts).outs[0][0]) == number
-    parts.close()
-    n_read = len(fill.readers)
-    time.sleep(0.02)
-    assert len(fill.readers) == n_read <= 8
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return open_store(CASE.write(tmp_path / "store.zarr"))
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
-def test_a_shard_near_the_beginning_is_begun(pool: ThreadPoolExecutor, start: int) -> None:
-    begun: list[int] = []
-    parts = NearReading(
-        make_parts(), {start}, Filler(), lambda part: begun.append(part.first), AtHand(), pool
-    ).stream()
-    assert len(list(parts)) == N
-    pool.shutdown()
-    assert begun == [start]
+@pytest.mark.parametrize("n_bytes", [0, 200, 2**21])
+@pytest.mark.parametrize(("dtype", "codec"), [("float16", "none"), ("int8", "none"), ("float16", "zstd")])
+def test_frames_are_what_plain_reading_gives_and_may_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_bytes: int, dtype: str, codec: str
+) -> None:
+    monkeypatch.setattr(chunks, "_NEAR_BYTES", n_bytes)
+    case = frames_case((("bear", N, 2, 3),), slot_encodings=7, dtype=dtype, codec=codec)
+    store = open_store(case.write(tmp_path / "store.zarr"))
+    kept = list(store.iter_tokens("bear"))
+    assert np.array_equal(kept, store.tokens("bear"))
+    assert np.array_equal(kept, case.array(store.grid("bear")))
 
 
-def test_a_stream_that_follows_a_warm_one_is_helped_at_once(pool: ThreadPoolExecutor) -> None:
-    at_hand, fill = AtHand(), Filler(seconds=0.001)
-    at_hand.note(Stretch(0, [np.zeros(8, np.float16)]), True)
-    parts = NearReading(make_parts(), (), fill, lambda part: None, at_hand, pool).stream()
-    next(parts)
-    parts.close()
-    assert fill.helped
-    at_hand.note(Stretch(0, [np.zeros(8, np.float16)]), False)
-    assert not at_hand.is_steady
+def test_damage_is_raised_after_the_frames_before_it(store: FeatureStore) -> None:
+    flip(shard_of(Path(store.path), 2, "2x3"), 128 * 3)
+    seen = []
+    with pytest.raises(DamagedStoreError, match="slot 2 "):
+        for frame in store.iter_tokens("bear"):
+            seen.append(frame)
+    assert 14 <= len(seen) <= 17
+    assert np.array_equal(seen, CASE.array(store.grid("bear"))[: len(seen)])
+
+
+def test_a_forked_child_reads_the_rest_of_a_video(store: FeatureStore) -> None:
+    frames, wanted = store.iter_tokens("bear"), CASE.array(store.grid("bear"))
+    for _ in range(5):
+        next(frames)
+
+    def child() -> None:
+        assert np.array_equal(list(frames), wanted[5:])
+
+    assert forked(child) == 0
+    assert np.array_equal(list(frames), wanted[5:])
