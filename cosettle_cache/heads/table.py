@@ -1,4 +1,4 @@
-"""The heads by name: what each computes, and whether it is trained. Imports no torch: the command line reads it."""
+"""The heads by name: what each computes, and whether it is trained. The command line reads it: no torch."""
 
 from __future__ import annotations
 

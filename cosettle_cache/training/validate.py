@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosettle_cache.core.settings import GAMMA
 from cosettle_cache.training.batches import Ids
 from cosettle_cache.training.learner import Learner
 from cosettle_cache.training.log import ValidationFigures
@@ -25,9 +26,6 @@ from cosettle_cache.training.samples import Samples
 
 #: Clips that are read and compared with each other at a time; distances are of pairs among them.
 GROUP_CLIPS = 16
-
-#: Weight of the distance within clips in the paper's margin D (PROTOCOLS 5.3).
-INTRA_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -106,5 +104,5 @@ def _measure(learner: Learner, tokens: Float[Tensor, "n view row col dim"]) -> F
 
 def _figures(step: int, epoch: int, means: Sequence[float]) -> ValidationFigures:
     cycle, separability, accuracy, between, within = means
-    margin = between - INTRA_WEIGHT * within
+    margin = between - GAMMA * within
     return ValidationFigures(step, epoch, cycle, separability, accuracy, between, within, margin)
