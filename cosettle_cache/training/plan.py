@@ -259,7 +259,7 @@ def make_train_plan(
 ) -> TrainPlan:
     """Return what `train` would do; raise what it would raise before its first step.
 
-    With `must_fill` a batch that no epoch can fill raises `UsageError`; without, an epoch is one smaller step.
+    With `must_fill` a batch that no epoch can fill raises `UsageError`; else an epoch is one smaller step.
     """
     plan = plan_stream(make_stream(stores, settings), make_members(settings, sweep))
     if must_fill and plan.batch_size < settings.step_samples:

@@ -198,7 +198,13 @@ class _Run:
         with Journal(self.files, names, self.steps_before, n_bytes) as journal, self._ring() as ring:
             self.progress.start(self._samples_left(), "samples")
             try:
-                self._learn(ring, journal, started)
+                for batch in ring:
+                    figures = self.trainer.feed(batch)
+                    if batch.portion.ends_step:
+                        self._end_step(batch, figures, journal, started)
+                        if self.replicas.any(self.stop.is_set(), self.trainer.learners[0].device):
+                            self._save(journal)
+                            break
             finally:
                 self.progress.finish()
         return self._finish(time.perf_counter() - started, ring.waited_s)
@@ -228,16 +234,6 @@ class _Run:
     def _samples_left(self) -> int:
         left = self.plan.n_steps - self.steps_before
         return left * self.plan.n_samples // self.plan.n_steps
-
-    def _learn(self, ring: BatchRing, journal: Journal, started: float) -> None:
-        for batch in ring:
-            figures = self.trainer.feed(batch)
-            if not batch.portion.ends_step:
-                continue
-            self._end_step(batch, figures, journal, started)
-            if self.replicas.any(self.stop.is_set(), self.trainer.learners[0].device):
-                self._save(journal)
-                return
 
     def _end_step(
         self, batch: Batch, figures: Sequence[StepFigures | None], journal: Journal, started: float

@@ -21,7 +21,7 @@ from cosettle_cache.core.settings import GAMMA
 from cosettle_cache.training.batches import Ids
 from cosettle_cache.training.learner import Learner
 from cosettle_cache.training.log import ValidationFigures
-from cosettle_cache.training.losses import Originals
+from cosettle_cache.training.losses import Originals, transfer_loss
 from cosettle_cache.training.samples import Samples
 
 #: Clips that are read and compared with each other at a time; distances are of pairs among them.
@@ -97,7 +97,8 @@ def token_distances(
 
 
 def _measure(learner: Learner, tokens: Float[Tensor, "n view row col dim"]) -> Float[Tensor, " figure"]:
-    terms = learner.terms(Originals(tokens))
+    originals = Originals(tokens)
+    terms = transfer_loss(learner.project, originals, **learner.objective(originals))
     between, within = token_distances(learner.project(tokens))
     return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, between, within])
 
