@@ -3,8 +3,7 @@
 Sides run in turn in one process on the same samples, batch and head; ratios are medians over the repeats. The
 store holds random tokens of the size of ViT-B/16 (3 x 196 x 768 float16 per sample) and is read warm. The
 released way runs an encoder of that size (random weights) on three images per sample, then the same step.
-`plain` is the step of one head with the objective under automatic differentiation. Figures with a target say
-whether they meet it; exit code 4 when one does not.
+Figures with a target say whether they meet it; exit code 4 when one does not.
 
     python benchmarks/train.py --samples 512 --repeats 3
 """
@@ -26,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from cosettle_cache.training.objective import Originals
 from store_bench import make_writer
 
 from cosettle_cache.core.console import Talk
@@ -38,7 +36,6 @@ from cosettle_cache.store import FeatureStore, open_store
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.training.batches import Batch, BatchRing, Ids, Portion, SampleSource, Step
 from cosettle_cache.training.learner import Learner, Trainer
-from cosettle_cache.training.losses import LossTerms, transfer_loss
 from cosettle_cache.training.samples import make_samples
 
 SHAPE = (3, 14, 14, 768)
@@ -154,7 +151,6 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, float | int
         "memory": lambda: run_memory(in_memory, options.batch),
         "released": lambda: run_released(encoder.encode, images, options.released_samples),
         "one": lambda: run(source, few, options.batch),
-        "plain": lambda: run(source, few, options.batch, learner=PlainLearner),
         "sweep": lambda: run(source, few, options.batch, options.heads),
     }
     run(source, ids, options.batch)
@@ -198,10 +194,7 @@ def _figures(
         "memory_samples_per_s": rate("memory"),
         "released_samples_per_s": rate("released"),
         "one_ms_per_sample": round(1000 / rate("one"), 2),
-        "plain_ms_per_sample": round(1000 / rate("plain"), 2),
         "sweep_ms_per_sample": round(1000 / rate("sweep"), 2),
-        "plain_over_one": ratio(rows["plain"], rows["one"]),
-        "sweep_over_plain_one": ratio(rows["sweep"], rows["plain"]),
         "store_over_released": ratio(rows["released"], rows["store"]),
         "store_over_memory": ratio(rows["memory"], rows["store"]),
         "waiting_share": round(statistics.median(t.waiting_share for t in rows["store"]), 4),
@@ -210,23 +203,9 @@ def _figures(
     }
 
 
-class PlainLearner(Learner):
-    """A learner whose objective goes through automatic differentiation, as its definition is written."""
-
-    def terms(self, originals: Originals) -> LossTerms:
-        """Return the objective of a part."""
-        run = self.settings
-        weight = float(run.separability_weight)
-        return transfer_loss(
-            self.project, originals.tokens, temperature=run.temperature, separability_weight=weight
-        )
-
-
-def run(
-    source: SampleSource, ids: Ids, batch: int, n_heads: int = 1, learner: type[Learner] = Learner
-) -> Timing:
+def run(source: SampleSource, ids: Ids, batch: int, n_heads: int = 1) -> Timing:
     """Train on every sample once, as `train` does."""
-    trainer = Trainer(make_learners(n_heads, learner))
+    trainer = Trainer(make_learners(n_heads))
     with BatchRing(source, portions(ids, batch), SHAPE, batch) as ring:
         started = time.perf_counter()
         for item in ring:
@@ -253,11 +232,11 @@ def run_released(encode: Callable[[torch.Tensor], torch.Tensor], images: torch.T
     return Timing(n, time.perf_counter() - started, 0.0)
 
 
-def make_learners(n: int, learner: type[Learner] = Learner) -> list[Learner]:
+def make_learners(n: int) -> list[Learner]:
     """Return learners that differ in temperature and weight."""
     base = TrainSettings()
     settings = [replace(base, temperature=0.02 + 0.01 * i, separability_weight=1.0 + i) for i in range(n)]
-    return [learner(Projection(SHAPE[-1]), item) for item in settings]
+    return [Learner(Projection(SHAPE[-1]), item) for item in settings]
 
 
 def portions(ids: Ids, batch: int) -> list[Portion]:

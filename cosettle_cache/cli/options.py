@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -145,6 +146,9 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
         if "help" not in option:
             continue
         names, choices, parse = option.pop("names", ()), option.pop("choices", ()), option.pop("parse", None)
+        if table := option.pop("table", ""):
+            package, _, words = table.partition(":")
+            option["help"] += ", ".join(getattr(import_module(package), words)) + "."
         kind, default = kinds[item.name], cast(Any, item.default)
         if choices:
             kind = Literal[tuple(choices)]

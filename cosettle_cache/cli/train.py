@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,19 +24,15 @@ from cosettle_cache.cli.options import (
     store_title,
 )
 from cosettle_cache.core.cluster import pick_device
-from cosettle_cache.core.console import Talk, human_bytes, human_seconds
+from cosettle_cache.core.console import SILENT, Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from cosettle_cache.core.parallel import Run
     from cosettle_cache.heads.projection import ProjectionInfo
-    from cosettle_cache.store import FeatureStore
-    from cosettle_cache.training.run import TrainPlan, TrainReport
+    from cosettle_cache.training.plan import TrainPlan
+    from cosettle_cache.training.run import TrainReport
     from cosettle_cache.training.spectral import SpectralReport
-
-
-_SPECTRAL = SpectralSettings()
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Make the closed-form head; look into and export any."
@@ -56,17 +52,8 @@ def group() -> None:
 @exits
 def fit(
     features: Annotated[str, typer.Option(help="A store of either plan, local or at a URL.")],
+    settings: SpectralSettings,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/STORE-spectral.")] = None,
-    correspondence: Annotated[
-        str, typer.Option(help="Which tokens of two frames belong together: nearest or position.")
-    ] = _SPECTRAL.correspondence,
-    spectral_lambda: Annotated[
-        float | None, typer.Option(help="Soft threshold, in eigenvalues; default: by the margin.")
-    ] = None,
-    n_lambdas: Annotated[int, typer.Option(min=2, help="Lambdas to try.")] = _SPECTRAL.n_lambdas,
-    gamma: Annotated[float, typer.Option(help="Of the margin D_inter - gamma D_intra.")] = _SPECTRAL.gamma,
-    held_out: Annotated[float, typer.Option(help="Share of clips to choose by.")] = _SPECTRAL.held_out,
-    seed: Annotated[int, typer.Option(min=0, help="Which clips are held out.")] = _SPECTRAL.seed,
     workers: Workers = 0,
     scheduler: Scheduler = None,
     device: Device = None,
@@ -78,69 +65,48 @@ def fit(
 
     Example: cosettle-cache projection fit --features store.zarr
     """
-    from cosettle_cache.store import open_store
-
-    settings = SpectralSettings(
-        correspondence=correspondence,
-        spectral_lambda=spectral_lambda,
-        n_lambdas=n_lambdas,
-        gamma=gamma,
-        held_out=held_out,
-        seed=seed,
-    )
-    talk, store = Talk(quiet=quiet), open_store(features)
-    folder = out or Path("runs") / f"{Path(features).stem}-spectral"
-    if dry_run:
-        _dry_fit(store, settings, folder, talk)
-        return
-    with hand_out(workers, scheduler, talk) as run:
-        report = _fit(store, settings, folder, pick_device(device), run, talk)
-    if as_json:
-        talk.result(json.dumps(report.to_json(), indent=2))
-        return
-    for line in _fit_lines(report):
-        talk.result(line)
+    _fit(features, settings, out, workers, scheduler, device, dry_run, as_json, Talk(quiet=quiet))
 
 
 def _fit(
-    store: FeatureStore, settings: SpectralSettings, folder: Path, device: str, run: Run | None, talk: Talk
-) -> SpectralReport:
-    from cosettle_cache.training.spectral import fit_spectral
+    features: str,
+    settings: SpectralSettings,
+    out: Path | None,
+    workers: int,
+    scheduler: str | None,
+    device: str | None,
+    dry_run: bool,
+    as_json: bool,
+    talk: Talk,
+) -> None:
+    from cosettle_cache.store import open_store
+    from cosettle_cache.training.spectral import fit_spectral, plan_spectral
 
+    store = open_store(features)
+    folder = out or Path("runs") / f"{store_title(features)}-spectral"
+    if dry_run:
+        talk.result(json.dumps({"out": str(folder), **plan_spectral(store, settings)}, indent=2))
+        return
     talk.note(f"{folder}: spectral head, {settings.correspondence} correspondence, from {store.path}")
-    report = fit_spectral(store, settings, folder, device=device, run=run, progress=talk.progress("fit"))
+    with hand_out(workers, scheduler, talk) as run:
+        report = fit_spectral(
+            store, settings, folder, device=pick_device(device), run=run, progress=talk.progress("fit")
+        )
     for warning in report.warnings:
         talk.warn(warning)
-    return report
+    talk.result(json.dumps(report.to_json(), indent=2) if as_json else _fit_text(report))
 
 
-def _dry_fit(store: FeatureStore, settings: SpectralSettings, folder: Path, talk: Talk) -> None:
-    from cosettle_cache.training.frame_pairs import list_pairs
-    from cosettle_cache.training.spectral import check_settings, choose_held_out
-
-    check_settings(settings)
-    pairs = list_pairs(store)
-    held_out = choose_held_out(pairs.video_ids, settings)
-    document = {
-        "out": str(folder),
-        "clips": len(held_out),
-        "held_out": int(held_out.sum()),
-        "pairs_of_frames": sum(map(len, pairs.groups)),
-        "settings": asdict(settings),
-    }
-    talk.result(json.dumps(document, indent=2))
-
-
-def _fit_lines(report: SpectralReport) -> list[str]:
+def _fit_text(report: SpectralReport) -> str:
     before, after = report.raw_measured, report.measured
-    return [
+    return (
         f"{report.folder / 'projection.safetensors'}: lambda {report.spectral_lambda:.4g}, "
         f"{report.n_directions} of {report.dim} directions, {report.n_differences} pairs of tokens, "
-        f"{human_seconds(report.seconds)}",
+        f"{human_seconds(report.seconds)}\n"
         f"{report.n_held_out} clips held out: D_inter {before.d_inter:.4f} -> {after.d_inter:.4f}, "
         f"D_intra {before.d_intra:.4f} -> {after.d_intra:.4f}, margin {before.margin:.4f} -> "
-        f"{after.margin:.4f} (predicted {report.raw_predicted.margin:.4f} -> {report.predicted.margin:.4f})",
-    ]
+        f"{after.margin:.4f} (predicted {report.raw_predicted.margin:.4f} -> {report.predicted.margin:.4f})"
+    )
 
 
 @app.command()
@@ -152,13 +118,26 @@ def info(file: File, as_json: Json = False) -> None:
     """
     from cosettle_cache.heads.projection import describe_projection
 
-    talk = Talk()
     found = describe_projection(file)
-    if as_json:
-        talk.result(json.dumps(asdict(found), indent=2))
-        return
-    for line in _lines(found):
-        talk.result(line)
+    Talk().result(json.dumps(asdict(found), indent=2) if as_json else _info_text(found))
+
+
+def _info_text(found: ProjectionInfo) -> str:
+    linears = [
+        f"linear {number}: singular values {values.largest:.4g} (largest), {values.median:.4g} (median), "
+        f"{values.smallest:.4g} (smallest), rank {values.rank} of {found.dim}"
+        for number, values in enumerate(found.singular_values, 1)
+    ]
+    lines = [
+        f"layout: {found.layout}",
+        f"head: {found.head}",
+        f"dim: {found.dim}",
+        f"parameters: {found.n_parameters}",
+        f"sha256: {found.sha256}",
+        *linears,
+        *(f"{key}: {text}" for key, text in found.provenance.items()),
+    ]
+    return "\n".join(lines)
 
 
 @app.command()
@@ -186,89 +165,18 @@ def export(
     talk.result(f"{out}: the projection of {file} in the layout {layout}")
 
 
-def _lines(found: ProjectionInfo) -> list[str]:
-    linears = [
-        f"linear {number}: singular values {values.largest:.4g} (largest), {values.median:.4g} (median), "
-        f"{values.smallest:.4g} (smallest), rank {values.rank} of {found.dim}"
-        for number, values in enumerate(found.singular_values, 1)
-    ]
-    return [
-        f"layout: {found.layout}",
-        f"head: {found.head}",
-        f"dim: {found.dim}",
-        f"parameters: {found.n_parameters}",
-        f"sha256: {found.sha256}",
-        *linears,
-        *(f"{key}: {text}" for key, text in found.provenance.items()),
-    ]
-
-
-_DEFAULT = TrainSettings()
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What was typed; `must_fill` says that the batch was."""
-
-    features: list[str]
-    out: Path
-    settings: TrainSettings
-    sweep: list[str]
-    cache_dir: Path | None
-    device: str | None
-    must_fill: bool
-
-    def check_batch(self, plan: TrainPlan) -> None:
-        """Raise `UsageError` when the batch that was asked for is larger than an epoch."""
-        wanted = self.settings.step_samples
-        if self.must_fill and plan.batch_size < wanted:
-            raise UsageError(
-                "the batch is larger than an epoch, which visits one sample of every clip",
-                wanted=f"--batch times --accumulate of at most {plan.batch_size}",
-                found=wanted,
-            )
-
-
 def train(
-    features: Annotated[
-        list[str],
-        typer.Option(help="A store with shifted views; repeat for more."),
-    ],
+    features: Annotated[list[str], typer.Option(help="A store with shifted views; repeat for more.")],
+    settings: TrainSettings,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/STORE.")] = None,
     sweep: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=VALUE,VALUE; repeat for all combinations."),
+        list[str] | None, typer.Option(help="NAME=VALUE,VALUE; repeat for all combinations.")
     ] = None,
-    head: Annotated[str, typer.Option(help="linear, affine, mlp2, mlp3, spectral.")] = _DEFAULT.head,
-    regularizer: Annotated[str, typer.Option(help="kl, mse or cosine.")] = _DEFAULT.regularizer,
-    reduction: Annotated[str, typer.Option(help="released or token-mean.")] = _DEFAULT.reduction,
-    temperature: Annotated[float, typer.Option(help="Of the cycle's transitions.")] = _DEFAULT.temperature,
-    separability_weight: Annotated[str, typer.Option(help="Of its loss, or auto.")] = str(
-        _DEFAULT.separability_weight
-    ),
-    gradient_ratio: Annotated[float, typer.Option(help="With auto.")] = _DEFAULT.gradient_ratio,
-    window: Annotated[int, typer.Option(min=1, help="Tokens pooled per side.")] = _DEFAULT.window,
-    epochs: Annotated[int, typer.Option(min=1, help="One sample of every clip each.")] = _DEFAULT.epochs,
-    warmup_epochs: Annotated[float, typer.Option(min=0, help="Linear warm-up.")] = _DEFAULT.warmup_epochs,
     batch: Annotated[
-        int | None, typer.Option(min=1, help=f"Samples read in one go; default {_DEFAULT.batch_size}.")
+        int | None, typer.Option(min=1, help=f"Samples read in one go; default {TrainSettings().batch_size}.")
     ] = None,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = _DEFAULT.accumulate,
-    base_lr: Annotated[float, typer.Option(help="Per 256 samples of a step.")] = _DEFAULT.base_lr,
-    weight_decay: Annotated[float, typer.Option(help="On matrices only.")] = _DEFAULT.weight_decay,
-    clip_gradient: Annotated[float, typer.Option(min=0, help="Its length; 0: any.")] = _DEFAULT.clip_gradient,
-    precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = _DEFAULT.precision,
-    seed: Annotated[int, typer.Option(min=0, help="Of initialisation and order.")] = _DEFAULT.seed,
-    order: Annotated[str, typer.Option(help="samples, or shards (URLs).")] = _DEFAULT.order,
-    shard_window: Annotated[int, typer.Option(min=1, help="Shards to mix.")] = _DEFAULT.shard_window,
-    validation: Annotated[float, typer.Option(help="Share of clips held out.")] = _DEFAULT.validation,
-    palindrome: Annotated[int, typer.Option(min=2, help="Frames of a walk.")] = _DEFAULT.palindrome,
-    gap: Annotated[float, typer.Option(help="Share of a clip, in frames stores.")] = _DEFAULT.gap,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps.")] = _DEFAULT.checkpoint_every,
     spectral_lambda: Annotated[float | None, typer.Option(help="Default: by the margin.")] = None,
-    correspondence: Annotated[
-        str, typer.Option(help="Spectral: nearest, position.")
-    ] = _SPECTRAL.correspondence,
+    correspondence: Annotated[str, typer.Option(help="Spectral: nearest, position.")] = "nearest",
     cache_dir: Annotated[Path | None, typer.Option(help="For shards of remote stores.")] = None,
     device: Device = None,
     dry_run: DryRun = False,
@@ -279,56 +187,48 @@ def train(
 
     Example: cosettle-cache train --features store.zarr --sweep window=1,2
     """
-    settings = TrainSettings(
-        head=head,
-        regularizer=regularizer,
-        reduction=reduction,
-        temperature=temperature,
-        separability_weight=_weight(separability_weight),
-        gradient_ratio=gradient_ratio,
-        window=window,
-        epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        batch_size=batch or _DEFAULT.batch_size,
-        accumulate=accumulate,
-        base_lr=base_lr,
-        weight_decay=weight_decay,
-        clip_gradient=clip_gradient,
-        precision=precision,
-        seed=seed,
-        order=order,
-        shard_window=shard_window,
-        validation=validation,
-        palindrome=palindrome,
-        gap=gap,
-        checkpoint_every=checkpoint_every,
-    )
-    if head == "spectral":
-        _check_spectral(features, settings, sweep)
-        fit(
-            features[0],
-            out=out,
-            correspondence=correspondence,
-            spectral_lambda=spectral_lambda,
-            seed=seed,
-            device=device,
-            dry_run=dry_run,
-            as_json=as_json,
-            quiet=quiet,
+    talk = Talk(quiet=quiet)
+    settings = replace(settings, batch_size=batch or settings.batch_size)
+    if settings.head == "spectral":
+        _check_spectral(features, settings, sweep or [])
+        spectral = SpectralSettings(correspondence, spectral_lambda, seed=settings.seed)
+        _fit(features[0], spectral, out, 0, None, device, dry_run, as_json, talk)
+        return ExitCode.DONE
+
+    from cosettle_cache.store import open_store
+    from cosettle_cache.training import run as room
+    from cosettle_cache.training.batches import join_replicas
+    from cosettle_cache.training.plan import make_train_plan, parse_axis
+
+    axes = [parse_axis(text) for text in sweep or []]
+    stores = [open_store(path, cache_dir=cache_dir) for path in features]
+    plan = make_train_plan(stores, settings, axes, must_fill=batch is not None)
+    folder = out or Path("runs") / store_title(features[0])
+    if dry_run:
+        talk.result(json.dumps({"out": str(folder), **plan.to_json()}, indent=2))
+        return ExitCode.DONE
+    with join_replicas(pick_device(device)) as (replicas, place), interruptible(talk, "step") as stop:
+        if replicas.is_first:
+            _announce(talk, plan, settings.head, folder, features)
+        progress = talk.progress("train") if replicas.is_first else SILENT
+        report = room.train(
+            stores,
+            settings,
+            folder,
+            sweep=axes,
+            device=place,
+            progress=progress,
+            stop=stop,
+            replicas=replicas,
         )
-    request = _Request(
-        features=features,
-        out=out or Path("runs") / store_title(features[0]),
-        settings=settings,
-        sweep=sweep or [],
-        cache_dir=cache_dir,
-        device=device,
-        must_fill=batch is not None,
-    )
-    return _train(request, Talk(quiet=quiet), dry_run, as_json)
+        if replicas.is_first:
+            _tell(talk, report, plan, as_json)
+    if report.interrupted:
+        return ExitCode.INTERRUPTED
+    return ExitCode.UNCLEAN if report.diverged else ExitCode.DONE
 
 
-def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[str] | None) -> None:
+def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[str]) -> None:
     default = TrainSettings(head=settings.head, seed=settings.seed)
     names = [field.name for field in fields(default)]
     useless = [name for name in names if getattr(settings, name) != getattr(default, name)]
@@ -336,59 +236,14 @@ def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[st
         raise UsageError(
             "the spectral head is computed from one store, without training",
             wanted="one --features, no --sweep, no setting of training",
-            found=", ".join([f"{len(features)} stores", f"{len(sweep or [])} axes", *useless]),
+            found=", ".join([f"{len(features)} stores", f"{len(sweep)} axes", *useless]),
         )
 
 
-def _weight(text: str) -> float | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    try:
-        return float(text)
-    except ValueError as error:
-        raise UsageError("no separability weight", wanted="a number or auto", found=text) from error
-
-
-def _train(request: _Request, talk: Talk, dry_run: bool, as_json: bool) -> int:
-    from cosettle_cache.core.cluster import pick_device
-    from cosettle_cache.core.console import SILENT, interruptible
-    from cosettle_cache.store import open_store
-    from cosettle_cache.training.batches import join_replicas
-    from cosettle_cache.training.plan import parse_axis
-    from cosettle_cache.training.run import make_train_plan
-    from cosettle_cache.training.run import train as train_room
-
-    axes = [parse_axis(text) for text in request.sweep]
-    stores = [open_store(path, cache_dir=request.cache_dir) for path in request.features]
-    plan = make_train_plan(stores, request.settings, axes)
-    request.check_batch(plan)
-    if dry_run:
-        talk.result(json.dumps({"out": str(request.out), **plan.to_json()}, indent=2))
-        return int(ExitCode.DONE)
-    with join_replicas(pick_device(request.device)) as (replicas, place), interruptible(talk, "step") as stop:
-        if replicas.is_first:
-            _announce(talk, request, plan)
-        report = train_room(
-            stores,
-            request.settings,
-            request.out,
-            sweep=axes,
-            device=place,
-            progress=talk.progress("train") if replicas.is_first else SILENT,
-            stop=stop,
-            replicas=replicas,
-        )
-        if replicas.is_first:
-            _tell(talk, report, plan, as_json)
-    if report.interrupted:
-        return int(ExitCode.INTERRUPTED)
-    return int(ExitCode.UNCLEAN if report.diverged else ExitCode.DONE)
-
-
-def _announce(talk: Talk, request: _Request, plan: TrainPlan) -> None:
-    heads = f"{len(plan.members)} members" if plan.members[0] else f"{request.settings.head} head"
-    stores = " and ".join(request.features)
-    talk.note(f"{request.out}: {heads}, {plan.n_steps} steps of {plan.batch_size} samples of {stores}")
+def _announce(talk: Talk, plan: TrainPlan, head: str, folder: Path, features: list[str]) -> None:
+    heads = f"{len(plan.members)} members" if plan.members[0] else f"{head} head"
+    stores = " and ".join(features)
+    talk.note(f"{folder}: {heads}, {plan.n_steps} steps of {plan.batch_size} samples of {stores}")
     if plan.n_held_out:
         talk.note(f"{plan.n_held_out} of {plan.n_clips} clips are held out for validation")
     if plan.n_dropped:
@@ -399,46 +254,36 @@ def _announce(talk: Talk, request: _Request, plan: TrainPlan) -> None:
 
 
 def _tell(talk: Talk, report: TrainReport, plan: TrainPlan, as_json: bool) -> None:
-    steps = report.steps_before + report.steps
     for member in report.diverged:
         talk.warn(f"{member.name} diverged at step {member.diverged_at} and has no projection")
+    steps = report.steps_before + report.steps
+    result = report.folder / ("sweep.json" if report.members[0].name else "projection.safetensors")
     if as_json:
         talk.result(json.dumps(report.to_json(), indent=2))
     elif report.interrupted:
         talk.result(f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again")
     elif report.steps == 0:
-        talk.result(f"{_result(report)}: all {plan.n_steps} steps were done already")
+        talk.result(f"{result}: all {plan.n_steps} steps were done already")
     else:
-        _tell_result(talk, report)
+        _tell_result(talk, report, result)
 
 
-def _tell_result(talk: Talk, report: TrainReport) -> None:
-    done = f"{report.steps} steps, {report.samples} samples, {human_seconds(report.seconds)}"
-    first, last = report.first, report.last
-    if not report.members[0].name and first and last:
-        done += f", cycle accuracy {first.cycle_accuracy:.3f} -> {last.cycle_accuracy:.3f}"
-    talk.result(f"{_result(report)}: {done}")
-    speed = f"{report.samples_per_s:.1f} samples/s, {human_bytes(report.read_bytes / report.seconds)}/s"
-    talk.result(f"{speed}, {100 * report.waiting_share:.1f} % of the time waiting for data")
-    _tell_members(talk, report)
-    talk.result(f"curves: {report.folder / 'curves.png'}")
-
-
-def _result(report: TrainReport) -> Path:
-    is_sweep = bool(report.members[0].name)
-    return report.folder / ("sweep.json" if is_sweep else "projection.safetensors")
-
-
-def _tell_members(talk: Talk, report: TrainReport) -> None:
+def _tell_result(talk: Talk, report: TrainReport, result: Path) -> None:
     from cosettle_cache.training.log import comparison
 
-    if report.members[0].name:
+    member, is_sweep = report.members[0], bool(report.members[0].name)
+    done = f"{report.steps} steps, {report.samples} samples, {human_seconds(report.seconds)}"
+    if not is_sweep and report.first and report.last:
+        done += f", cycle accuracy {report.first.cycle_accuracy:.3f} -> {report.last.cycle_accuracy:.3f}"
+    talk.result(f"{result}: {done}")
+    speed = f"{report.samples_per_s:.1f} samples/s, {human_bytes(report.read_bytes / report.seconds)}/s"
+    talk.result(f"{speed}, {100 * report.waiting_share:.1f} % of the time waiting for data")
+    if is_sweep:
         talk.table("members of the sweep, best first", *comparison(report.members))
-        return
-    (member,) = report.members
-    if member.first_validation and member.last_validation:
+    elif member.first_validation and member.last_validation:
         first, last = member.first_validation, member.last_validation
         talk.result(
             f"held-out clips: cycle accuracy {first.cycle_accuracy:.3f} -> {last.cycle_accuracy:.3f}, "
             f"margin {first.margin:.4f} -> {last.margin:.4f}"
         )
+    talk.result(f"curves: {report.folder / 'curves.png'}")

@@ -42,8 +42,8 @@ def setting(default: Any, help: str, **option: Any) -> Any:
     """Return a dataclass field that is also an option: its default, and one line of help that names the unit.
 
     `option` may hold `names` (a tuple such as ("--batch",), where the option is not called like the field),
-    `choices` (the words allowed), `parse` (text, or a list of texts, to value) and what `typer.Option` takes
-    (`min`, `max`, `metavar`).
+    `choices` (the words allowed), `table` (`package:NAME`, a room's table whose words are added to the help),
+    `parse` (text, or a list of texts, to value) and what `typer.Option` takes (`min`, `max`, `metavar`).
     """
     return field(default=default, metadata={"help": help, **option})
 
@@ -86,6 +86,16 @@ class FramesSettings:
     seed: int = 0
 
 
+def parse_weight(text: str) -> float | Literal["auto"]:
+    """Return a separability weight: a number, or `auto`."""
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError("no separability weight", wanted="a number or auto", found=text) from error
+
+
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """Objective, optimiser, schedule and stream; defaults are the released script's (PROTOCOLS 5.6, 7.1).
@@ -97,31 +107,31 @@ class TrainSettings:
     `gap` their distance as a share of the clip, both for frames stores.
     """
 
-    head: str = "linear"
-    regularizer: str = "kl"
-    reduction: str = "released"
-    temperature: float = 0.03
-    separability_weight: float | Literal["auto"] = 3.0
-    gradient_ratio: float = 1.0
-    window: int = 2
-    epochs: int = 5
-    warmup_epochs: float = 1.0
-    batch_size: int = 512
-    accumulate: int = 1
-    base_lr: float = 1e-4
+    head: str = setting("linear", "", table="cosettle_cache.heads:HEADS")
+    regularizer: str = setting("kl", "kl, mse or cosine.")
+    reduction: str = setting("released", "released or token-mean.")
+    temperature: float = setting(0.03, "Of the cycle's transitions.")
+    separability_weight: float | Literal["auto"] = setting(3.0, "Of its loss, or auto.", parse=parse_weight)
+    gradient_ratio: float = setting(1.0, "With auto.")
+    window: int = setting(2, "Tokens pooled per side.", min=1)
+    epochs: int = setting(5, "One sample of every clip each.", min=1)
+    warmup_epochs: float = setting(1.0, "Linear warm-up.", min=0)
+    batch_size: int = 512  # its option is --batch of `train`, which knows whether it was typed
+    accumulate: int = setting(1, "Batches per step.", min=1)
+    base_lr: float = setting(1e-4, "Per 256 samples of a step.")
     min_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
-    weight_decay: float = 0.05
-    clip_gradient: float = 0.0
-    precision: str = "float32"
-    seed: int = 0
-    order: str = "samples"
-    shard_window: int = 16
-    validation: float = 0.0
-    palindrome: int = 2
-    gap: float = 0.15
-    checkpoint_every: int = 100
+    weight_decay: float = setting(0.05, "On matrices only.")
+    clip_gradient: float = setting(0.0, "Its length; 0: any.", min=0)
+    precision: str = setting("float32", "float32, bf16 or fp16.")
+    seed: int = setting(0, "Of initialisation and order.", min=0)
+    order: str = setting("samples", "samples, or shards (URLs).")
+    shard_window: int = setting(16, "Shards to mix.", min=1)
+    validation: float = setting(0.0, "Share of clips held out.")
+    palindrome: int = setting(2, "Frames of a walk.", min=2)
+    gap: float = setting(0.15, "Share of a clip, in frames stores.")
+    checkpoint_every: int = setting(100, "Steps.", min=1)
 
     @property
     def step_samples(self) -> int:
@@ -144,13 +154,15 @@ class SpectralSettings:
     of the clips, at least 2 and at most `max_held_out`, drawn by `seed`; they never enter the covariance.
     """
 
-    correspondence: str = "nearest"
-    spectral_lambda: float | None = None
-    n_lambdas: int = 32
-    gamma: float = MARGIN_GAMMA
-    held_out: float = 0.2
+    correspondence: str = setting(
+        "nearest", "Which tokens of two frames belong together: nearest or position."
+    )
+    spectral_lambda: float | None = setting(None, "Soft threshold, in eigenvalues; default: by the margin.")
+    n_lambdas: int = setting(32, "Lambdas to try.", min=2)
+    gamma: float = setting(MARGIN_GAMMA, "Of the margin D_inter - gamma D_intra.")
+    held_out: float = setting(0.2, "Share of clips to choose by.")
     max_held_out: int = 64
-    seed: int = 0
+    seed: int = setting(0, "Which clips are held out.", min=0)
 
 
 @dataclass(frozen=True, slots=True)

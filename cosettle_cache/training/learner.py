@@ -121,23 +121,21 @@ class Learner:
         if self._balance:
             torch._foreach_zero_(self._balance.cycle_gradients)
 
-    def terms(self, originals: Originals) -> LossTerms:
-        """Return the objective of a part; with an automatic weight its parts alone count."""
-        weight = 1.0 if self.settings.separability_weight == "auto" else self.settings.separability_weight
-        return transfer_loss(
-            self.project,
-            originals,
-            temperature=self.settings.temperature,
-            separability_weight=weight,
-            window=self.settings.window,
-            regularizer=self.settings.regularizer,
-            reduction=self.settings.reduction,
-            walk=walk_of(originals.tokens.shape[1]),
-        )
+    def objective(self, originals: Originals) -> dict[str, Any]:
+        """Return the options of `transfer_loss`; with an automatic weight its parts alone count."""
+        run = self.settings
+        return {
+            "temperature": run.temperature,
+            "separability_weight": 1.0 if run.separability_weight == "auto" else run.separability_weight,
+            "window": run.window,
+            "regularizer": run.regularizer,
+            "reduction": run.reduction,
+            "walk": walk_of(originals.tokens.shape[1]),
+        }
 
     def add(self, originals: Originals, share: float) -> None:
         """Add the gradients and figures of a part that is `share` of the step's samples."""
-        terms = self.terms(originals)
+        terms = transfer_loss(self.project, originals, **self.objective(originals))
         if self._balance:
             self._balance.add(self._scaler.scale(terms.cycle * share))
         objective = terms.separability if self._balance else terms.total
@@ -214,11 +212,6 @@ class Trainer:
         if not self._started:
             for learner in active:
                 learner.start_step()
-        self._add(active, batch)
-        self._started = not batch.portion.ends_step
-        return [] if self._started else self._finish(active, batch.portion.step)
-
-    def _add(self, active: Sequence[Learner], batch: Batch) -> None:
         # The end of a step waits for its figures, and so for its last copy; other copies are waited for here.
         samples = batch.samples.to(self._device, non_blocking=batch.portion.ends_step)
         n_step = len(batch.portion.step.ids)
@@ -226,6 +219,8 @@ class Trainer:
             originals = Originals(part.float())
             for learner in active:
                 learner.add(originals, len(part) / n_step)
+        self._started = not batch.portion.ends_step
+        return [] if self._started else self._finish(active, batch.portion.step)
 
     def _finish(self, active: Sequence[Learner], step: Step) -> list[StepFigures | None]:
         self._replicas.add_up([tensor for learner in active for tensor in learner.sums()])

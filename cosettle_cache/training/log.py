@@ -1,11 +1,8 @@
-"""What a training run leaves on disk while it goes: one line of figures per step, and a checkpoint.
+"""What a training run writes: a line of figures per step, a checkpoint, and the reports of its members.
 
-Both together are the state of the run: a checkpoint knows how many bytes of figures came before it, so that
-a resumed run continues both where it was taken. Nothing in a checkpoint is executed when it is read.
-
-What a training run did: of every member its figures and its projection, and the members side by side.
-
-Reports come in from the room, lines and tables go out: for people, as JSON, and as one Parquet of all curves.
+A checkpoint knows how many bytes of figures came before it, so that a resumed run continues both where it was
+taken. Nothing in a checkpoint is executed when it is read. Reports come in from the run; lines, tables and
+JSON go out.
 """
 
 from __future__ import annotations
@@ -24,8 +21,16 @@ import torch
 
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
 from cosettle_cache.core.files import output_errors, write_durably
-from cosettle_cache.core.settings import differing
+from cosettle_cache.core.settings import (
+    SpectralSettings,
+    TrainSettings,
+    differing,
+    digest,
+    package_versions,
+    settings_json,
+)
 from cosettle_cache.core.tables import make_table
+from cosettle_cache.store import FeatureStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ class ValidationFigures:
 
     Distances are between unit tokens at the same place of the grid, in diameters of the unit sphere (0 to 1):
     `inter_distance` of different clips, `intra_distance` of two frames of one; `margin` is the paper's D, the
-    first less 0.3 times the second (PROTOCOLS 5.3).
+    first less `core.settings.MARGIN_GAMMA` times the second.
     """
 
     step: int
@@ -375,3 +380,18 @@ def _row(member: MemberReport, validated: bool) -> list[str]:
     if validated:
         cells += [f"{held_out.cycle_accuracy:.4f}", f"{held_out.margin:.4f}"] if held_out else ["", ""]
     return [member.name, *cells]
+
+
+def projection_provenance(
+    stores: Sequence[FeatureStore], settings: TrainSettings | SpectralSettings, **figures: Any
+) -> dict[str, str]:
+    """Return what a projection's file says of its origin; `figures` are kept as JSON under their names."""
+    fingerprints = [store.fingerprint for store in stores]
+    documents = {"settings": settings_json(settings), "versions": package_versions(), **figures}
+    return {
+        "backbone": fingerprints[0].backbone,
+        "weights_sha256": fingerprints[0].weights_sha256,
+        "manifest_digest": " ".join(item.manifest_digest for item in fingerprints),
+        "store_digest": " ".join(digest(item.to_json()) for item in fingerprints),
+        **{name: json.dumps(document, sort_keys=True) for name, document in documents.items()},
+    }

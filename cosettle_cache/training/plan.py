@@ -1,19 +1,14 @@
-"""What a training run will do, before it does it: the stream of batches, its size, what is worth a warning.
+"""What a training run will do, before it does it: members, stream of batches, what is worth a warning.
 
-Stores, settings and the axes of a sweep go in; a plan and a stream come out, or the error that the run would
-meet.
-
-Sweeps: which settings are trained at the same time from one stream of batches.
-
-Base settings and axes (`temperature=0.02,0.03`) go in; one member per combination comes out. A run of one
-projection is a sweep without axes: it has one member, whose results lie in the run's own folder.
+Stores, settings and the axes of a sweep (`temperature=0.02,0.03`) go in; a plan and a stream come out, or the
+error that the run would meet. A run without axes is a sweep of one member, in the run's own folder.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -45,7 +40,7 @@ Value = str | int | float
 
 #: Settings that decide the stream of batches or how it is worked through: all members share them.
 STREAM_SETTINGS = frozenset(
-    {
+    [
         "epochs",
         "batch_size",
         "accumulate",
@@ -57,13 +52,11 @@ STREAM_SETTINGS = frozenset(
         "palindrome",
         "gap",
         "checkpoint_every",
-    }
+    ]
 )
 
 #: Type of every setting, and those that may differ between the members of a sweep.
-_KINDS: dict[str, Callable[[str], Value]] = {
-    name: type(value) for name, value in settings_json(TrainSettings()).items()
-}
+_KINDS: dict[str, type[Value]] = {name: type(value) for name, value in settings_json(TrainSettings()).items()}
 SWEEPABLE = tuple(name for name in _KINDS if name not in STREAM_SETTINGS)
 
 
@@ -99,18 +92,13 @@ def make_members(settings: TrainSettings, axes: Sequence[Axis]) -> tuple[Member,
     names = [axis.name for axis in axes]
     if len(set(names)) < len(names):
         raise UsageError("a setting is swept twice", found=", ".join(names))
-    changes: list[dict[str, Any]] = [
-        dict(zip(names, values, strict=True)) for values in product(*(axis.values for axis in axes))
-    ]
-    return tuple(Member(_name(change), replace(settings, **change)) for change in changes)
-
-
-def _name(change: dict[str, Value]) -> str:
-    return ",".join(f"{name}={_text(value)}" for name, value in change.items())
-
-
-def _text(value: Value) -> str:
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+    members = []
+    for values in product(*(axis.values for axis in axes)):
+        change: dict[str, Any] = dict(zip(names, values, strict=True))
+        texts = (f"{value:.12g}" if isinstance(value, float) else str(value) for value in values)
+        name = ",".join(f"{key}={text}" for key, text in zip(names, texts, strict=True))
+        members.append(Member(name, replace(settings, **change)))
+    return tuple(members)
 
 
 def _check_name(name: str) -> None:
@@ -131,15 +119,13 @@ def _check_name(name: str) -> None:
 
 def _parse_value(name: str, text: str) -> Value:
     kind = _KINDS[name]
-    if kind is str or (name == "separability_weight" and text == "auto"):
+    if name == "separability_weight" and text == "auto":
         return text
     try:
-        value: Value = kind(text)
+        return kind(text)
     except ValueError as error:
-        raise UsageError(
-            f"{name} cannot be {text!r}", wanted=f"{kind.__name__} values", found=text
-        ) from error
-    return value
+        wanted = f"{kind.__name__} values"
+        raise UsageError(f"{name} cannot be {text!r}", wanted=wanted, found=text) from error
 
 
 #: Tokens of a sample over channels in the released setting: what the default separability weight is made for.
@@ -258,17 +244,31 @@ class TrainPlan:
         return asdict(self) | {"grid": str(self.grid)} | lists
 
 
-def make_stream(stores: Sequence[FeatureStore], settings: TrainSettings) -> Stream:
+def make_stream(stores: FeatureStore | Sequence[FeatureStore], settings: TrainSettings) -> Stream:
     """Return the stream of a run; raise what `make_samples` raises."""
-    return Stream(tuple(stores), settings, make_samples(stores, settings))
+    stores = (stores,) if isinstance(stores, FeatureStore) else tuple(stores)
+    return Stream(stores, settings, make_samples(stores, settings))
 
 
 def make_train_plan(
-    stores: FeatureStore | Sequence[FeatureStore], settings: TrainSettings, sweep: Sequence[Axis] = ()
+    stores: FeatureStore | Sequence[FeatureStore],
+    settings: TrainSettings,
+    sweep: Sequence[Axis] = (),
+    *,
+    must_fill: bool = False,
 ) -> TrainPlan:
-    """Return what `train` would do; raise what it would raise before its first step."""
-    stores = [stores] if isinstance(stores, FeatureStore) else stores
-    return plan_stream(make_stream(stores, settings), make_members(settings, sweep))
+    """Return what `train` would do; raise what it would raise before its first step.
+
+    With `must_fill` a batch that no epoch can fill raises `UsageError`; else an epoch is one smaller step.
+    """
+    plan = plan_stream(make_stream(stores, settings), make_members(settings, sweep))
+    if must_fill and plan.batch_size < settings.step_samples:
+        raise UsageError(
+            "the batch is larger than an epoch, which visits one sample of every clip",
+            wanted=f"--batch times --accumulate of at most {plan.batch_size}",
+            found=settings.step_samples,
+        )
+    return plan
 
 
 def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:

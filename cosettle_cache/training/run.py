@@ -1,18 +1,12 @@
-"""Stage two, training: Co-Settle's projection on stored samples, with the released schedule.
+"""Trains Co-Settle's projection on stored samples, with the released schedule.
 
 Stores and settings come in; a folder with projections, the figures of every step, their curves and a
 checkpoint goes out. One stream of batches, read ahead by one thread, teaches all members of a sweep; a run
 without a sweep has one member. A run that was stopped goes on where it was.
-
-The journal of a run: what its members write while they learn, and the checkpoint that covers it.
-
-Figures come in step by step; lines, TensorBoard scalars and checkpoints go out. A process that is not the
-first of its run has an empty journal and writes nothing.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +19,7 @@ from typing import Any
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.core.settings import TrainSettings, digest, package_versions, settings_json
+from cosettle_cache.core.settings import TrainSettings
 from cosettle_cache.core.tables import write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.pictures.charts import curves_chart, save_chart
@@ -44,6 +38,7 @@ from cosettle_cache.training.log import (
     comparison,
     curves_table,
     figure_columns,
+    projection_provenance,
     read_checkpoint,
     read_figures,
     read_validation,
@@ -108,8 +103,6 @@ class Journal:
 
 
 class _Page:
-    """The open files of one member."""
-
     def __init__(self, files: RunFiles, step: int, n_metrics: int, n_validation: int) -> None:
         make_folder(files.folder)
         self.metrics = FiguresLog(files.metrics, n_metrics)
@@ -168,7 +161,7 @@ def train(
     stores without shifted views or with tokens that are not finite, `FingerprintError` when `out` holds a run
     of other settings or other stores, or when the stores are of several encoders.
     """
-    stream = make_stream([stores] if isinstance(stores, FeatureStore) else stores, settings)
+    stream = make_stream(stores, settings)
     members = make_members(settings, sweep)
     plan = plan_stream(stream, members)
     files = RunFiles(make_folder(out))
@@ -206,7 +199,13 @@ class _Run:
         with Journal(self.files, names, self.steps_before, n_bytes) as journal, self._ring() as ring:
             self.progress.start(self._samples_left(), "samples")
             try:
-                self._learn(ring, journal, started)
+                for batch in ring:
+                    figures = self.trainer.feed(batch)
+                    if batch.portion.ends_step:
+                        self._end_step(batch, figures, journal, started)
+                        if self.replicas.any(self.stop.is_set(), self.trainer.learners[0].device):
+                            self._save(journal)
+                            break
             finally:
                 self.progress.finish()
         return self._finish(time.perf_counter() - started, ring.waited_s)
@@ -236,16 +235,6 @@ class _Run:
     def _samples_left(self) -> int:
         left = self.plan.n_steps - self.steps_before
         return left * self.plan.n_samples // self.plan.n_steps
-
-    def _learn(self, ring: BatchRing, journal: Journal, started: float) -> None:
-        for batch in ring:
-            figures = self.trainer.feed(batch)
-            if not batch.portion.ends_step:
-                continue
-            self._end_step(batch, figures, journal, started)
-            if self.replicas.any(self.stop.is_set(), self.trainer.learners[0].device):
-                self._save(journal)
-                return
 
     def _end_step(
         self, batch: Batch, figures: Sequence[StepFigures | None], journal: Journal, started: float
@@ -337,7 +326,12 @@ class _Run:
             held_out = {member.name: figure_columns(read_validation(files.validation))}
             save_chart(curves_chart(steps, held_out, n_tokens), files.curves, files.curves_svg)
             if done:
-                provenance = _provenance(self.stream, self.plan, member.settings, report.last)
+                provenance = projection_provenance(
+                    self.stream.stores,
+                    member.settings,
+                    plan=self.plan.to_json(),
+                    last_step=asdict(report.last),
+                )
                 save_projection(files.projection, learner.projection, provenance)
         return report
 
@@ -383,19 +377,3 @@ def _clear(files: RunFiles, members: Sequence[Member], replicas: Replicas) -> No
         files.clear()
         for member in members:
             files.member(member.name).clear()
-
-
-def _provenance(
-    stream: Stream, plan: TrainPlan, settings: TrainSettings, last: StepFigures
-) -> dict[str, str]:
-    fingerprints = [store.fingerprint for store in stream.stores]
-    return {
-        "backbone": fingerprints[0].backbone,
-        "weights_sha256": fingerprints[0].weights_sha256,
-        "manifest_digest": " ".join(item.manifest_digest for item in fingerprints),
-        "store_digest": " ".join(digest(item.to_json()) for item in fingerprints),
-        "settings": json.dumps(settings_json(settings), sort_keys=True),
-        "plan": json.dumps(plan.to_json(), sort_keys=True),
-        "last_step": json.dumps(asdict(last), sort_keys=True),
-        "versions": json.dumps(package_versions(), sort_keys=True),
-    }

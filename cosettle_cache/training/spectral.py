@@ -1,18 +1,13 @@
-"""Stage two without training: the projection that the paper's Theorem 1 gives in closed form.
+"""The projection that the paper's Theorem 1 gives in closed form, without training.
 
 A store comes in; a folder with the projection, its spectrum, the margin of every threshold tried and a report
-goes out. One pass over the store sums up how corresponding tokens differ, here or on many workers, with the
-same bits; a second one over the clips held out measures. docs/objective.md derives what is computed.
-
-One pass over the frame pairs of a store: groups of slots in, sums over corresponding unit tokens out.
-
-A group is a unit of work for this process or for workers; the sums are added up in the order of the store.
+goes out. One pass over the frame pairs sums up how corresponding unit tokens differ, group by group, here or
+on workers, with the same bits; a second one over the clips held out measures. docs/training.md derives it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections import defaultdict
@@ -31,7 +26,7 @@ from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.parallel import Run, in_order, one_by_one
-from cosettle_cache.core.settings import SpectralSettings, digest, package_versions, settings_json
+from cosettle_cache.core.settings import SpectralSettings, settings_json
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
@@ -39,6 +34,7 @@ from cosettle_cache.search.correspondence import choose_places, find_corresponde
 from cosettle_cache.search.masked import unit_tokens
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.training.frame_pairs import FramePairs, PairReader, list_pairs
+from cosettle_cache.training.log import projection_provenance
 from cosettle_cache.training.spectrum import (
     Margin,
     SpectralStatistics,
@@ -239,6 +235,19 @@ def fit_spectral(
     return report
 
 
+def plan_spectral(store: FeatureStore, settings: SpectralSettings) -> dict[str, Any]:
+    """Return what `fit_spectral` would do, as plain JSON types; raise what it would raise before its pass."""
+    check_settings(settings)
+    pairs = list_pairs(store)
+    held_out = choose_held_out(pairs.video_ids, settings)
+    return {
+        "clips": len(held_out),
+        "held_out": int(held_out.sum()),
+        "pairs_of_frames": sum(map(len, pairs.groups)),
+        "settings": settings_json(settings),
+    }
+
+
 def check_settings(settings: SpectralSettings) -> None:
     """Raise `UsageError` for settings that mean nothing."""
     find_correspondence(settings.correspondence)
@@ -368,7 +377,10 @@ def _write(
     rows = [_row(trial, report.spectral_lambda) for trial in fit.trials]
     write_table(out / "margins.parquet", make_table(rows, MARGINS_SCHEMA))
     write_json(out / "spectral.json", report.to_json())
-    save_projection(out / "projection.safetensors", fit.projection(), _provenance(store, settings, report))
+    figures: dict[str, Any] = {"spectral_lambda": report.spectral_lambda, "n_directions": report.n_directions}
+    figures |= {"measured": asdict(report.measured), "raw": asdict(report.raw_measured)}
+    provenance = projection_provenance([store], settings, spectral=figures)
+    save_projection(out / "projection.safetensors", fit.projection(), provenance)
 
 
 def _row(trial: Trial, chosen: float) -> dict[str, float | int | bool]:
@@ -380,17 +392,3 @@ def _row(trial: Trial, chosen: float) -> dict[str, float | int | bool]:
     for kind, margin in (("measured", trial.measured), ("predicted", trial.predicted)):
         row |= {f"{kind}_{name}": value for name, value in asdict(margin).items()}
     return row
-
-
-def _provenance(store: FeatureStore, settings: SpectralSettings, report: SpectralReport) -> dict[str, str]:
-    figures = {"spectral_lambda": report.spectral_lambda, "n_directions": report.n_directions}
-    margins = {"measured": asdict(report.measured), "raw": asdict(report.raw_measured)}
-    return {
-        "backbone": store.fingerprint.backbone,
-        "weights_sha256": store.fingerprint.weights_sha256,
-        "manifest_digest": store.fingerprint.manifest_digest,
-        "store_digest": digest(store.fingerprint.to_json()),
-        "settings": json.dumps(settings_json(settings), sort_keys=True),
-        "spectral": json.dumps(figures | margins, sort_keys=True),
-        "versions": json.dumps(package_versions(), sort_keys=True),
-    }

@@ -17,17 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosettle_cache.core.settings import MARGIN_GAMMA
 from cosettle_cache.training.batches import Ids
 from cosettle_cache.training.learner import Learner
 from cosettle_cache.training.log import ValidationFigures
-from cosettle_cache.training.losses import Originals
+from cosettle_cache.training.losses import Originals, transfer_loss
 from cosettle_cache.training.samples import Samples
 
 #: Clips that are read and compared with each other at a time; distances are of pairs among them.
 GROUP_CLIPS = 16
-
-#: Weight of the distance within clips in the paper's margin D (PROTOCOLS 5.3).
-INTRA_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,13 @@ def token_distances(
 
 
 def _measure(learner: Learner, tokens: Float[Tensor, "n view row col dim"]) -> Float[Tensor, " figure"]:
-    terms = learner.terms(Originals(tokens))
+    originals = Originals(tokens)
+    terms = transfer_loss(learner.project, originals, **learner.objective(originals))
     between, within = token_distances(learner.project(tokens))
     return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, between, within])
 
 
 def _figures(step: int, epoch: int, means: Sequence[float]) -> ValidationFigures:
     cycle, separability, accuracy, between, within = means
-    margin = between - INTRA_WEIGHT * within
+    margin = between - MARGIN_GAMMA * within
     return ValidationFigures(step, epoch, cycle, separability, accuracy, between, within, margin)

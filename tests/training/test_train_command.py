@@ -10,8 +10,12 @@ import pytest
 import torch
 from store_cases import frames_case
 from test_train import make_store
+from torch import Tensor
 
 from cosettle_cache.cli import run_command
+from cosettle_cache.heads import HEADS, load_projection
+from cosettle_cache.training.log import read_figures, read_validation
+from cosettle_cache.training.losses import REGULARIZERS, Originals
 
 SMALL = ["--epochs", "2", "--batch", "3", "--device", "cpu", "--quiet"]
 
@@ -63,6 +67,7 @@ def test_a_sweep_as_typed(
         ("--head spectral --window 4 --epochs 3", 2, "1 stores, 0 axes, window, epochs"),
         ("--batch 4096", 2, "larger than an epoch"),
         ("--head spectrl", 2, "unknown head"),
+        ("--regularizer l1", 2, "kl or mse or cosine"),
     ],
 )
 def test_lines_that_mean_nothing(
@@ -70,6 +75,42 @@ def test_lines_that_mean_nothing(
 ) -> None:
     assert run_command(["train", "--features", stores[0], "--dry-run", *line.split()]) == code
     assert said in capsys.readouterr().err
+
+
+def test_a_regulariser_of_ones_own_trains(
+    stores: tuple[str, str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def l1(projected: Tensor, originals: Originals, reduction: str) -> Tensor:
+        return (projected - originals.unit).abs().sum() / len(projected)
+
+    words = ["train", "--features", stores[0], "--out", str(tmp_path), *SMALL, "--validation", "0.3"]
+    words += ["--sweep", "regularizer=l1,kl"]
+    assert run_command(words) == 2
+    assert "unknown regulariser" in capsys.readouterr().err
+    monkeypatch.setitem(REGULARIZERS, "l1", l1)
+    assert run_command(words) == 0
+    mine, kl = (read_figures(tmp_path / f"regularizer={name}" / "metrics.jsonl") for name in ("l1", "kl"))
+    assert mine[0].cycle == kl[0].cycle and mine[0].separability != kl[0].separability
+    assert mine[-1].total != mine[0].total
+    assert len(read_validation(tmp_path / "regularizer=l1" / "validation.jsonl")) == 2
+
+
+def test_every_head_of_the_table_is_offered_and_trained_or_computed(
+    stores: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["train", "--help"]) == 0
+    assert ", ".join(HEADS) in " ".join(capsys.readouterr().out.split())
+    for name, row in HEADS.items():
+        options = ["--quiet", "--device", "cpu"] if row.closed_form else SMALL
+        out = tmp_path / name
+        assert (
+            run_command(["train", "--features", stores[0], "--head", name, "--out", str(out), *options]) == 0
+        )
+        projection = load_projection(str(out / "projection.safetensors"))
+        assert (projection.head, len(projection.linears)) == (name, row.n_linears)
 
 
 def test_stores_that_cannot_train(stores: tuple[str, str, str], capsys: pytest.CaptureFixture[str]) -> None:
