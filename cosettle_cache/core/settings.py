@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import Fingerprint, Provenance
 
 #: Environment variable that names the data root when `--data-root` is absent.
@@ -36,6 +38,18 @@ def setting(default: Any, help: str, **option: Any) -> Any:
     (`min`, `max`, `metavar`).
     """
     return field(default=default, metadata={"help": help, **option})
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that a text such as 500MB or 1.5T means; units count in thousands."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", wanted="a number and kB, MB, GB or TB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +147,25 @@ class SpectralSettings:
     held_out: float = 0.2
     max_held_out: int = 64
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PropagateSettings:
+    """How `propagate_store` works; the protocol decides what comes out.
+
+    `memory_limit` bounds the search of all kinds of tokens together, in bytes. `neighbors` is a folder where
+    neighbour lists are kept, and used again for other labels and temperatures.
+    """
+
+    restart: bool = setting(False, "Remove earlier results in --out first.", names=("--restart",))
+    overlays: str = setting("first", "Pictures of no, one or all videos.", choices=("none", "first", "all"))
+    search: str = setting("auto", "All are exact.", choices=("auto", "bf16", "faiss", "torch"))
+    memory_limit: int | None = setting(
+        None, "Most bytes that the search takes, as 500MB.", metavar="SIZE", parse=parse_bytes
+    )
+    neighbors: Path | None = setting(  # noqa: RUF009 - frozen
+        None, "Folder to keep neighbour lists in, and to take them from.", names=("--save-neighbors",)
+    )
 
 
 @dataclass(frozen=True, slots=True)
