@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.settings import FramesSettings
+from cosettle_cache.core.settings import FramesSettings, PropagateSettings
 from cosettle_cache.core.types import Manifest, Score
 from cosettle_cache.extraction.jobs import StoreJob, find_weights, run_job
 from cosettle_cache.metrics.rows import mean_scores, sequence_means
@@ -212,7 +212,8 @@ def _share_of_common(ours: Tensor, theirs: Tensor) -> float:
 def _propagate(store: FeatureStore, out: Path, options: argparse.Namespace) -> tuple[Score, ...]:
     root = media_root(store.manifest, options.data_root)
     protocol = make_protocol(task=options.task)
-    report = propagate_store(store, root, protocol, out, task=options.task, overlays="none")
+    settings = PropagateSettings(overlays="none")
+    report = propagate_store(store, root, protocol, out, settings, task=options.task)
     if report.failures or report.error:
         raise SystemExit(f"{out.name}: {report.failures or report.error}")
     return report.scores

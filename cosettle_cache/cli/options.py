@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -17,7 +16,7 @@ import typer
 
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import CosettleError, ExitCode, UsageError
-from cosettle_cache.core.settings import DATA_ROOT_VARIABLE
+from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, parse_bytes
 
 if TYPE_CHECKING:
     from cosettle_cache.core.parallel import Run
@@ -60,17 +59,6 @@ class Drawn(StrEnum):
 
 
 DEFAULT_CACHE_SIZE = "20GB"
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes that a text such as 500MB or 1.5T means; units count in thousands."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is not a size", wanted="a number and kB, MB, GB or TB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def open_features(features: str, cache_dir: Path | None, cache_size: str) -> FeatureStore:
@@ -154,6 +142,8 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
             kind = Literal[tuple(choices)]
         elif parse is not None:
             kind, default = (list[str], []) if isinstance(default, tuple) else (str, str(default))
+            if item.default is None:
+                kind, default = str | None, None
         elif get_origin(kind) is tuple:
             kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[misc]
         annotation = Annotated[kind, typer.Option(*names, **option)]  # type: ignore[valid-type]
@@ -169,6 +159,6 @@ def _settings(classes: Mapping[str, Any], values: dict[str, Any]) -> dict[str, A
             if item.name in values:
                 value = values.pop(item.name)
                 parse = item.metadata.get("parse") or (tuple if isinstance(value, list) else None)
-                typed[item.name] = value if parse is None else parse(value)
+                typed[item.name] = value if parse is None or value is None else parse(value)
         values[name] = settings(**typed)
     return values

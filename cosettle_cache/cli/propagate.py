@@ -1,11 +1,4 @@
-"""`cosettle-cache propagate`: labels of the first frame through stored tokens, and the scores.
-
-What `propagate` works on: a store, made on the way where none is given, and projections.
-
-`cosettle-cache track`: points through stored tokens, and the TAP-Vid figures.
-
-`cosettle-cache score`: what anybody's predictions are worth on a benchmark.
-"""
+"""`cosettle-cache propagate`: labels of the first frame through stored tokens, and the scores."""
 
 from __future__ import annotations
 
@@ -13,8 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +19,6 @@ from cosettle_cache.cli.options import (
     CacheSize,
     DataRoot,
     Device,
-    Drawn,
     DryRun,
     FramesStoreOrNone,
     Json,
@@ -37,148 +28,33 @@ from cosettle_cache.cli.options import (
     Weights,
     Workers,
     open_features,
-    parse_bytes,
     store_title,
 )
 from cosettle_cache.core.cluster import pick_device
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
-from cosettle_cache.core.settings import FITTING_SIZE
+from cosettle_cache.core.settings import FITTING_SIZE, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol
 from cosettle_cache.propagation.protocols import make_protocol
+from cosettle_cache.propagation.tasks import TASKS, find_task
 
 if TYPE_CHECKING:
     from threading import Event
 
     from cosettle_cache.core.parallel import Run
+    from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.propagation import PropagationReport
     from cosettle_cache.store import FeatureStore
-    from cosettle_cache.videos.find import Data
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked of `propagate`, before anything is derived."""
-
-    task: str
-    features: str | None
-    projections: tuple[Path, ...]
-    backbone: str | None
-    weights: str | None
-    data_root: Path | None
-    manifest: Path | None
-    out: Path | None
-    overlays: str
-    search: str
-    device: str | None
-    precision: str
-    memory_limit: str | None
-    neighbors: Path | None
-    workers: int
-    scheduler: str | None
-    restart: bool
-    cache_dir: Path | None
-    cache_size: str
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """A store, the root of its media, and reasons for the videos that failed on the way to it."""
-
-    store: FeatureStore
-    data_root: Path
-    failures: dict[str, str]
-
-
-def check_paths(request: Request) -> None:
-    """Raise `InputError` for stores, manifests and projections that are not there."""
-    if request.features is not None:
-        open_features(request.features, None, request.cache_size)
-    for path in (*request.projections, *([request.manifest] if request.manifest else [])):
-        if not path.exists():
-            raise InputError(f"{path} does not exist", wanted="a file")
-
-
-def open_inputs(request: Request, protocol: EvalProtocol, talk: Talk) -> Inputs:
-    """Return the store that was named, or one made on the way."""
-    from cosettle_cache.store import open_store
-    from cosettle_cache.store._local import is_url
-    from cosettle_cache.videos.find import media_root
-
-    if request.features is None:
-        data = _task_data(request, talk)
-        path, failures = _make_store(request, protocol, data, talk)
-        return Inputs(open_store(path), data.root, failures)
-    shared = request.features if is_url(request.features) else str(Path(request.features).absolute())
-    features = shared if request.workers or request.scheduler else request.features
-    store = open_features(features, request.cache_dir, request.cache_size)
-    return Inputs(store, media_root(store.manifest, request.data_root), dict(store.failures))
-
-
-def _task_data(request: Request, talk: Talk) -> Data:
-    from cosettle_cache.videos.find import evaluation_data, manifest_data
-
-    if request.manifest is not None:
-        return manifest_data(request.manifest, request.data_root)
-    return evaluation_data(request.task, request.data_root, talk)
-
-
-def _make_store(
-    request: Request, protocol: EvalProtocol, data: Data, talk: Talk
-) -> tuple[str, dict[str, str]]:
-    from cosettle_cache.extraction.jobs import StoreWish, make_store
-
-    wish = StoreWish(
-        request.task,
-        protocol.size,
-        request.backbone,
-        request.weights,
-        request.data_root,
-        request.device,
-        request.precision,
-        workers=request.workers,
-        scheduler=request.scheduler,
-        red_std=protocol.red_std,
-    )
-    try:
-        return make_store(wish, data, talk)
-    except InputError as error:
-        if error.hint is not None and error.hint.startswith("--size "):
-            error.hint = f"--set size={FITTING_SIZE}, or a multiple of the patch as HEIGHTxWIDTH"
-        raise
-
-
-def open_projections(request: Request, store: FeatureStore, talk: Talk) -> list[tuple[str, Any]]:
-    """Return the projections by name: as asked for, or the one that `train` leaves, if it fits the store."""
-    from cosettle_cache.heads.kinds import default_projection, load_heads
-
-    paths = list(request.projections)
-    if not paths and request.features is None:
-        paths = default_projection(store, talk)
-    return load_heads(paths, store)
-
-
-class Task(StrEnum):
-    """What is propagated."""
-
-    DAVIS = "davis"
-    VIP = "vip"
-    JHMDB = "jhmdb"
-    SPRITES = "sprites"
-    MASKS = "masks"
-
-
-class Search(StrEnum):
-    """Who ranks the context."""
-
-    AUTO = "auto"
-    BF16 = "bf16"
-    FAISS = "faiss"
-    TORCH = "torch"
 
 
 def propagate(
-    task: Annotated[Task, typer.Option(help="A benchmark, or masks: one's own clips, each with a mask.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            metavar=f"[{'|'.join(TASKS)}]", help="A benchmark, or masks: one's own clips, each with a mask."
+        ),
+    ],
+    settings: PropagateSettings,
     features: FramesStoreOrNone = None,
     projection: Projections = None,
     protocol: Annotated[str, typer.Option(help="Preset.")] = "cosettle",
@@ -190,17 +66,6 @@ def propagate(
     data_root: DataRoot = None,
     manifest: Annotated[Path | None, typer.Option(help="Videos of a store made on the way.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for predictions, overlays, scores.")] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Remove earlier results in --out first.")
-    ] = False,
-    overlays: Annotated[Drawn, typer.Option(help="Pictures of no, one or all videos.")] = Drawn.FIRST,
-    search: Annotated[Search, typer.Option(help="All are exact.")] = Search.AUTO,
-    memory_limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most bytes that the search takes, as 500MB.")
-    ] = None,
-    save_neighbors: Annotated[
-        Path | None, typer.Option(help="Folder to keep neighbour lists in, and to take them from.")
-    ] = None,
     workers: Workers = 0,
     scheduler: Scheduler = None,
     device: Device = None,
@@ -215,134 +80,144 @@ def propagate(
 
     Example: cosettle-cache propagate --task davis --features davis.zarr
     """
+    given = dict(locals())
     talk = Talk(quiet=quiet)
-    chosen = make_protocol(protocol, task=task.value, **_overrides(override or []))
-    request = Request(
-        task=task.value,
-        features=features,
-        projections=tuple(projection or ()),
-        backbone=backbone,
-        weights=weights,
-        data_root=data_root,
-        manifest=manifest,
-        out=out,
-        overlays=overlays.value,
-        search=search.value,
-        device=device,
-        precision=precision,
-        memory_limit=memory_limit,
-        neighbors=save_neighbors,
-        workers=workers,
-        scheduler=scheduler,
-        restart=restart,
-        cache_dir=cache_dir,
-        cache_size=cache_size,
-    )
+    chosen = make_protocol(protocol, task=find_task(task).name, **_overrides(override or []))
+    heads = list(projection or ())
     if dry_run:
-        check_paths(request)
-        talk.result(json.dumps({"protocol": chosen.to_json(), **_plain(request)}, indent=2))
+        _print_plan(given, chosen, talk)
         return int(ExitCode.DONE)
-    return _propagate(request, chosen, talk, as_json)
 
+    from cosettle_cache.extraction.jobs import StoreWish
+    from cosettle_cache.heads.kinds import default_projection, load_heads
+    from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG, remove_scores, write_scores
+    from cosettle_cache.propagation.run import propagate_store, write_score_chart
 
-def _propagate(request: Request, protocol: EvalProtocol, talk: Talk, as_json: bool) -> int:
-
-    from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG, summary_json, write_scores
-    from cosettle_cache.propagation.run import write_score_chart
-
-    memory_limit = None if request.memory_limit is None else parse_bytes(request.memory_limit)
-    inputs = open_inputs(request, protocol, talk)
-    out = request.out or _default_folder(request, protocol, inputs.store.path)
-    report = _run(request, inputs, protocol, out, memory_limit, talk)
-    failures = {**inputs.failures, **report.failures}
-    complete = not (report.interrupted or report.error)
-    write_scores(out, report.scores, complete=complete)
-    if as_json:
-        document = {"complete": complete, "out": str(out), "failures": failures}
-        talk.result(json.dumps({**document, **summary_json(report.scores)}, indent=2))
+    wish = StoreWish(
+        task, chosen.size, backbone, weights, data_root, device, precision, workers, scheduler, chosen.red_std
+    )
+    if features is None:
+        store, root, failures = _make_store(wish, manifest, talk)
+        heads = heads or default_projection(store, talk)
     else:
-        _print(report, out, talk)
-    if request.overlays != Drawn.NONE:
-        for name in (CHART_FILE, CHART_SVG):
-            write_score_chart(out / name, report.scores)
-    return _end(report, failures)
-
-
-def _end(report: PropagationReport, failures: Mapping[str, str]) -> int:
-    if report.error:
-        raise report.error
-    if report.interrupted:
-        return int(ExitCode.INTERRUPTED)
-    if failures:
-        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
-        raise UncleanError(f"{len(failures)} videos had failures", details=details)
-    return int(ExitCode.DONE)
-
-
-def _run(
-    request: Request, inputs: Inputs, protocol: EvalProtocol, out: Path, memory_limit: int | None, talk: Talk
-) -> PropagationReport:
-    from cosettle_cache.metrics.rows import remove_scores
-    from cosettle_cache.propagation import propagate_store
-
-    projections = open_projections(request, inputs.store, talk)
-    talk.note(f"protocol: {json.dumps(protocol.to_json())}")
+        store, root, failures = _open_store(wish, chosen, features, cache_dir, cache_size)
+    out = out or _default_folder(task, chosen, store.path)
+    projections = load_heads(heads, store)
+    talk.note(f"protocol: {json.dumps(chosen.to_json())}")
 
     def start(n_finished: int) -> None:
         # Figures of an earlier run must not pass for those of a run that fails.
         remove_scores(out)
         if n_finished:
-            talk.note(f"{out}: {n_finished} of {len(inputs.store.manifest)} videos are finished already")
+            talk.note(f"{out}: {n_finished} of {len(store.manifest)} videos are finished already")
 
-    with interruptible(talk, "videos") as stop, _workers(request, stop, talk) as (runner, device):
-        return propagate_store(
-            inputs.store,
-            inputs.data_root,
-            protocol,
+    with interruptible(talk, "videos") as stop, _workers(wish, stop, talk) as (runner, where):
+        report = propagate_store(
+            store,
+            root,
+            chosen,
             out,
-            task=request.task,
+            settings,
+            task=task,
             projections=projections,
-            overlays=request.overlays,
-            search=request.search,
-            device=device,
-            memory_limit=memory_limit,
-            neighbors=request.neighbors and request.neighbors.absolute(),
-            restart=request.restart,
+            device=where,
             runner=runner,
             progress=talk.progress("propagate"),
             stop=stop,
             on_start=start,
         )
+    write_scores(out, report.scores, complete=not (report.interrupted or report.error))
+    failures |= report.failures
+    _print(report, out, failures, talk, as_json=as_json)
+    if settings.overlays != "none":
+        for name in (CHART_FILE, CHART_SVG):
+            write_score_chart(out / name, report.scores)
+    return _end(report, failures)
+
+
+def _make_store(
+    wish: StoreWish, manifest: Path | None, talk: Talk
+) -> tuple[FeatureStore, Path, dict[str, str]]:
+    """Return a store that is filled for the task, the root of its media, and what failed on the way."""
+    from cosettle_cache.extraction.jobs import make_store
+    from cosettle_cache.store import open_store
+    from cosettle_cache.videos.find import evaluation_data, manifest_data
+
+    if manifest is None:
+        data = evaluation_data(TASKS[wish.task].folder, wish.data_root, talk)
+    else:
+        data = manifest_data(manifest, wish.data_root)
+    try:
+        path, failures = make_store(wish, data, talk)
+    except InputError as error:
+        if error.hint is not None and error.hint.startswith("--size "):
+            error.hint = f"--set size={FITTING_SIZE}, or a multiple of the patch as HEIGHTxWIDTH"
+        raise
+    return open_store(path), data.root, failures
+
+
+def _open_store(
+    wish: StoreWish, protocol: EvalProtocol, features: str, cache_dir: Path | None, cache_size: str
+) -> tuple[FeatureStore, Path, dict[str, str]]:
+    """Return the store at `features`, the root of its media, and what failed when it was made."""
+    from cosettle_cache.propagation.checks import check_store
+    from cosettle_cache.store._local import is_url
+    from cosettle_cache.videos.find import media_root
+
+    if (wish.workers or wish.scheduler) and not is_url(features):
+        features = str(Path(features).absolute())
+    store = open_features(features, cache_dir, cache_size)
+    check_store(store, protocol)
+    return store, media_root(store.manifest, wish.data_root), dict(store.failures)
 
 
 @contextmanager
-def _workers(request: Request, stop: Event, talk: Talk) -> Iterator[tuple[Run | None, str | None]]:
-    """Yield what hands videos to workers (None: this process does all), and the device."""
-    if not request.workers and request.scheduler is None:
-        yield None, pick_device(request.device)
+def _workers(wish: StoreWish, stop: Event, talk: Talk) -> Iterator[tuple[Run | None, str | None]]:
+    """Yield what runs videos on workers (None: this process does all), and the device."""
+    if not wish.workers and wish.scheduler is None:
+        yield None, pick_device(wish.device)
         return
     from cosettle_cache.core.cluster import connect
     from cosettle_cache.extraction.jobs import check_workers
 
-    gpus = check_workers(request.workers, request.scheduler, request.device)
+    gpus = check_workers(wish.workers, wish.scheduler, wish.device)
     # A video keeps all cores of its worker busy: one at a time.
     with connect(
-        workers=request.workers, scheduler=request.scheduler, threads=1, gpus=gpus, note=talk.note
+        workers=wish.workers, scheduler=wish.scheduler, threads=1, gpus=gpus, note=talk.note
     ) as cluster:
-        on_gpus = request.device == "cuda" or (request.device is None and cluster.has_gpus())
-        yield partial(cluster.run, stop=stop, on_gpus=on_gpus), request.device
+        on_gpus = wish.device == "cuda" or (wish.device is None and cluster.has_gpus())
+        yield partial(cluster.run, stop=stop, on_gpus=on_gpus), wish.device
 
 
-def _default_folder(request: Request, protocol: EvalProtocol, store: str) -> Path:
+def _default_folder(task: str, protocol: EvalProtocol, store: str) -> Path:
     """Return `runs/TASK-STORE`, with the protocol where it is not the default."""
-    plain = make_protocol(task=request.task)
-    mark = "" if protocol == plain else "-" + re.sub("[ /:]+", "-", protocol.name)
-    return Path("runs") / f"{request.task}-{store_title(store)}{mark}"
+    mark = "" if protocol == make_protocol(task=task) else "-" + re.sub("[ /:]+", "-", protocol.name)
+    return Path("runs") / f"{task}-{store_title(store)}{mark}"
 
 
-def _print(report: PropagationReport, out: Path, talk: Talk) -> None:
-    from cosettle_cache.metrics.rows import score_table
+def _print_plan(given: dict[str, Any], protocol: EvalProtocol, talk: Talk) -> None:
+    """Print what was asked for, after a look at the files that it names."""
+    if given["features"] is not None:
+        open_features(given["features"], None, given["cache_size"])
+    for path in [*(given["projection"] or ()), given["manifest"]]:
+        if path is not None and not path.exists():
+            raise InputError(f"{path} does not exist", wanted="a file")
+    left_out = ("protocol", "override", "settings", "dry_run", "as_json", "quiet")
+    options = {name: value for name, value in given.items() if name not in left_out}
+    document = {"protocol": protocol.to_json(), **options, **asdict(given["settings"])}
+    talk.result(json.dumps(document, indent=2, default=str))
 
+
+def _print(
+    report: PropagationReport, out: Path, failures: Mapping[str, str], talk: Talk, *, as_json: bool
+) -> None:
+    from cosettle_cache.metrics.rows import score_table, summary_json
+
+    if as_json:
+        complete = not (report.interrupted or report.error)
+        document = {"complete": complete, "out": str(out), "failures": failures}
+        talk.result(json.dumps({**document, **summary_json(report.scores)}, indent=2))
+        return
     if report.scores:
         header, rows = score_table(report.scores)
         talk.table(
@@ -361,6 +236,17 @@ def _print(report: PropagationReport, out: Path, talk: Talk) -> None:
     talk.result(f"predictions, overlays and scores: {out}")
 
 
+def _end(report: PropagationReport, failures: Mapping[str, str]) -> int:
+    if report.error:
+        raise report.error
+    if report.interrupted:
+        return int(ExitCode.INTERRUPTED)
+    if failures:
+        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
+        raise UncleanError(f"{len(failures)} videos had failures", details=details)
+    return int(ExitCode.DONE)
+
+
 def _overrides(pairs: list[str]) -> dict[str, object]:
     kinds = {item.name: str(item.type) for item in fields(EvalProtocol)}
     return dict(_override(pair, kinds) for pair in pairs)
@@ -377,7 +263,3 @@ def _override(pair: str, kinds: dict[str, str]) -> tuple[str, object]:
         return key, {"int": int, "float": float}.get(kind, str)(text)
     except (ValueError, KeyError) as error:
         raise UsageError(f"{key} cannot be {text!r}", wanted=f"a value of type {kind}") from error
-
-
-def _plain(request: Request) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(request), default=str))  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
@@ -54,6 +55,18 @@ def check_choices(settings: Any) -> None:
         value, choices = getattr(settings, item.name), item.metadata.get("choices", ())
         if choices and value not in choices:
             raise UsageError(f"unknown {item.name} {value!r}", wanted=" or ".join(choices), found=value)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that a text such as 500MB or 1.5T means; units count in thousands."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", wanted="a number and kB, MB, GB or TB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +176,25 @@ class SpectralSettings:
     held_out: float = setting(0.2, "Share of clips to choose by.")
     max_held_out: int = 64
     seed: int = setting(0, "Which clips are held out.", min=0)
+
+
+@dataclass(frozen=True, slots=True)
+class PropagateSettings:
+    """How `propagate_store` works; the protocol decides what comes out.
+
+    `memory_limit` bounds the search of all kinds of tokens together, in bytes. `neighbors` is a folder where
+    neighbour lists are kept, and used again for other labels and temperatures.
+    """
+
+    restart: bool = setting(False, "Remove earlier results in --out first.", names=("--restart",))
+    overlays: str = setting("first", "Pictures of no, one or all videos.", choices=("none", "first", "all"))
+    search: str = setting("auto", "All are exact.", choices=("auto", "bf16", "faiss", "torch"))
+    memory_limit: int | None = setting(
+        None, "Most bytes that the search takes, as 500MB.", metavar="SIZE", parse=parse_bytes
+    )
+    neighbors: Path | None = setting(  # noqa: RUF009 - frozen
+        None, "Folder to keep neighbour lists in, and to take them from.", names=("--save-neighbors",)
+    )
 
 
 @dataclass(frozen=True, slots=True)

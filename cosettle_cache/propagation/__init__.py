@@ -13,16 +13,14 @@ from cosettle_cache.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from cosettle_cache.propagation.propagator import Propagator, propagate
-    from cosettle_cache.propagation.run import OVERLAYS, propagate_store
-    from cosettle_cache.propagation.video import PropagationReport
+    from cosettle_cache.propagation.run import PropagationReport, propagate_store
 
-__all__ = ["OVERLAYS", "PropagationReport", "Propagator", "propagate", "propagate_store"]
+__all__ = ["PropagationReport", "Propagator", "propagate", "propagate_store"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "OVERLAYS": "run",
-        "PropagationReport": "video",
+        "PropagationReport": "run",
         "Propagator": "propagator",
         "propagate": "propagator",
         "propagate_store": "run",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from cosettle_cache.core.console import human_bytes
 from cosettle_cache.core.errors import FingerprintError, UsageError
-from cosettle_cache.core.types import EvalProtocol, LabelKind, Video
+from cosettle_cache.core.types import EvalProtocol, Video
 from cosettle_cache.propagation.context import check_candidates
 from cosettle_cache.propagation.labels import Size
 from cosettle_cache.propagation.protocols import check_protocol, image_std
+from cosettle_cache.propagation.tasks import Task
 from cosettle_cache.search.masked import Ranker, SearchSize
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import resolve_size
@@ -16,33 +17,38 @@ _FLOAT_BYTES = 4
 
 
 def check_store(store: FeatureStore, protocol: EvalProtocol) -> None:
-    """Raise `FingerprintError` unless `store` holds every frame of its videos at the protocol's size."""
+    """Raise `FingerprintError` unless `store` holds every frame of its videos as the protocol has them."""
     check_protocol(protocol)
     if unlike := store.unlike_every_frame():
         raise _wrong_store(store, *unlike, protocol)
-    _check_std(store, protocol)
+    found = tuple(store.encoder.get("std", ()))
+    if found and image_std(protocol, found) != found:
+        raise FingerprintError(
+            f"the images of {store.path} were normalised otherwise than in the protocol {protocol.name}",
+            wanted=f"red_std {protocol.red_std:g}",
+            found=f"red_std {found[0]:g}",
+            hint=f"cosettle-cache extract --red-std {protocol.red_std:g}, or keep to the store with "
+            f"--set red_std={found[0]:g}; the protocol's name then says so",
+        )
     size = str(store.fingerprint.plan["size"])
     for video in store.manifest:
-        wanted, found = (input_size(rule, video) for rule in (protocol.size, size))
-        if wanted != found:
-            at = [f"{video.video_id} at {height}x{width}" for height, width in (wanted, found)]
-            raise _wrong_store(store, at[0], at[1], protocol)
+        at = [input_size(rule, video) for rule in (protocol.size, size)]
+        if at[0] != at[1]:
+            wanted, found_at = (f"{video.video_id} at {height}x{width}" for height, width in at)
+            raise _wrong_store(store, wanted, found_at, protocol)
     for layout in store.arrays:
         check_candidates(layout.grid, protocol)
 
 
-def input_size(rule: str, video: Video) -> Size:
-    """Return the (height, width) in pixels that a size rule gives for a video."""
-    return resolve_size(rule, video.height, video.width)
-
-
-def check_labels(store: FeatureStore, labels: LabelKind, task: str) -> None:
+def check_labels(store: FeatureStore, task: Task) -> None:
     """Raise `UsageError` when the videos of a store are annotated otherwise than a task needs."""
-    others = {str(video.label_kind) for video in store.manifest if video.label_kind not in (None, labels)}
+    others = {
+        str(video.label_kind) for video in store.manifest if video.label_kind not in (None, task.labels)
+    }
     if others:
         raise UsageError(
-            f"the videos of {store.path} are annotated otherwise than the task {task} needs",
-            wanted=str(labels),
+            f"the videos of {store.path} are annotated otherwise than the task {task.name} needs",
+            wanted=str(task.labels),
             found=", ".join(sorted(others)),
         )
 
@@ -69,18 +75,9 @@ def check_memory(
             )
 
 
-def _check_std(store: FeatureStore, protocol: EvalProtocol) -> None:
-    """Raise `FingerprintError` when the images were not normalised as the protocol has it."""
-    found = tuple(store.encoder.get("std", ()))
-    wanted = image_std(protocol, found) if found else found
-    if wanted != found:
-        raise FingerprintError(
-            f"the images of {store.path} were normalised otherwise than in the protocol {protocol.name}",
-            wanted=f"red_std {protocol.red_std:g}",
-            found=f"red_std {found[0]:g}",
-            hint=f"cosettle-cache extract --red-std {protocol.red_std:g}, or keep to the store with "
-            f"--set red_std={found[0]:g}; the protocol's name then says so",
-        )
+def input_size(rule: str, video: Video) -> Size:
+    """Return the (height, width) in pixels that a size rule gives for a video."""
+    return resolve_size(rule, video.height, video.width)
 
 
 def _wrong_store(store: FeatureStore, wanted: str, found: str, protocol: EvalProtocol) -> FingerprintError:

@@ -7,11 +7,10 @@ out again to the last bit. Files are written and read frame by frame.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.core.tables import open_table, stream_table
 from cosettle_cache.core.types import EvalProtocol, Grid
 from cosettle_cache.propagation.context import Neighbors
-from cosettle_cache.propagation.protocols import search_json
+from cosettle_cache.propagation.protocols import SEARCH_FIELDS
 
 #: Of the file layout below; raised when that changes.
 VERSION = 1
@@ -62,19 +61,13 @@ class NeighborsKey:
         cls, protocol: EvalProtocol, *, video_id: str, tokens: str, n_frames: int, grid: Grid
     ) -> NeighborsKey:
         """Return the key of one video's lists under a protocol."""
-        return cls(video_id, tokens, n_frames, grid, search_json(protocol))
+        search = {key: getattr(protocol, key) for key in SEARCH_FIELDS}
+        return cls(video_id, tokens, n_frames, grid, search)
 
     def to_json(self) -> dict[str, object]:
         """Return plain JSON types, flat."""
         size = {"n_frames": self.n_frames, "grid": str(self.grid)}
         return {"version": VERSION, "video_id": self.video_id, "tokens": self.tokens, **size, **self.search}
-
-
-def save_neighbors(path: Path, key: NeighborsKey, lists: Iterable[Neighbors]) -> None:
-    """Write the lists of a video's second to last frame; raise `InputError` unless they are as many."""
-    with neighbor_writer(path, key) as write:
-        for neighbors in lists:
-            write(neighbors)
 
 
 @contextmanager
@@ -104,12 +97,7 @@ def load_neighbors(path: Path, key: NeighborsKey) -> Iterator[Neighbors]:
     found = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b"{}"))
     if not found:
         raise InputError(f"{path} holds no neighbours", wanted="a file that --save-neighbors wrote")
-    _check_key(path, key.to_json(), found)
-    top_k = int(found["top_k"])
-    return (_from_rows(file.read_row_group(group), top_k) for group in range(file.num_row_groups))
-
-
-def _check_key(path: Path, wanted: Mapping[str, object], found: Mapping[str, Any]) -> None:
+    wanted = key.to_json()
     keys = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if keys:
         raise FingerprintError(
@@ -117,6 +105,8 @@ def _check_key(path: Path, wanted: Mapping[str, object], found: Mapping[str, Any
             details=[f"{name}: wanted {wanted.get(name)}, found {found.get(name)}" for name in keys],
             hint="search again, and keep the lists in another folder",
         )
+    top_k = int(found["top_k"])
+    return (_from_rows(file.read_row_group(group), top_k) for group in range(file.num_row_groups))
 
 
 def _to_rows(neighbors: Neighbors, frame: int, schema: pa.Schema) -> pa.RecordBatch:

@@ -6,7 +6,6 @@ map per frame comes out. Nothing is read or written, and nothing kept grows with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from cosettle_cache.search.masked import transition
 MIN_FRAMES = 2
 
 LabelMap = Float32[Tensor, "row col class"]
+AnyMap = Float[Tensor, "row col class"] | Float[np.ndarray, "row col class"]
 _Frame = TypeVar("_Frame", int, Tensor)
 
 
@@ -35,13 +35,14 @@ class LabelCarrier:
 
     def __init__(
         self,
-        first_labels: Float[Tensor, "row col class"],
+        first_labels: AnyMap,
         protocol: EvalProtocol,
         *,
         device: str | torch.device = "cpu",
     ) -> None:
         check_protocol(protocol)
         self._protocol, self._device = protocol, torch.device(device)
+        first_labels = torch.as_tensor(first_labels)
         self._shape = first_labels.shape
         n_cells, n_classes = first_labels[..., 0].numel(), first_labels.shape[2]
         # Place 0 is the first frame's for good; frame t > 0 goes to place 1 + (t - 1) % n_context.
@@ -97,7 +98,7 @@ class Propagator:
 
     def __init__(
         self,
-        first_labels: Float[Tensor, "row col class"],
+        first_labels: AnyMap,
         protocol: EvalProtocol,
         *,
         device: str | torch.device = "cpu",
@@ -134,20 +135,21 @@ class Propagator:
 
 def propagate(
     tokens: Float[Tensor, "frame row col dim"] | Float[np.ndarray, "frame row col dim"],
-    first_labels: Float[Tensor, "row col class"],
+    first_labels: AnyMap,
     protocol: EvalProtocol,
     *,
     device: str | torch.device = "cpu",
     search: str = "auto",
     memory_limit: int | None = None,
-) -> Float32[Tensor, "frame row col class"]:
-    """Return the label maps of a video; frame 0 is `first_labels`.
+) -> Float32[Tensor, "frame row col class"] | Float32[np.ndarray, "frame row col class"]:
+    """Return the label maps of a video; frame 0 is `first_labels`. They are numpy where that is.
 
     Raises `InputError` for a video of one frame, which has nothing to propagate to.
     """
     check_length(len(tokens))
     propagator = Propagator(first_labels, protocol, device=device, search=search, memory_limit=memory_limit)
-    return torch.stack([propagator.step(torch.as_tensor(frame)).cpu() for frame in tokens])
+    maps = torch.stack([propagator.step(torch.as_tensor(frame)).cpu() for frame in tokens])
+    return maps.numpy() if isinstance(first_labels, np.ndarray) else maps
 
 
 def check_length(n_frames: int) -> None:
@@ -156,43 +158,3 @@ def check_length(n_frames: int) -> None:
         raise InputError(
             "the video has nothing to propagate to", wanted=f"at least {MIN_FRAMES} frames", found=n_frames
         )
-
-
-def find_neighbors(
-    tokens: Iterable[Float[Tensor, "row col dim"]],
-    protocol: EvalProtocol,
-    *,
-    device: str | torch.device = "cpu",
-    search: str = "auto",
-    memory_limit: int | None = None,
-) -> Iterator[Neighbors]:
-    """Yield the neighbours of every frame but the first; tokens are taken frame by frame."""
-    context: ContextSearch | None = None
-    for frame in tokens:
-        if context is None:
-            rows, cols, dim = frame.shape
-            context = ContextSearch(
-                Grid(rows, cols),
-                dim,
-                protocol,
-                device=torch.device(device),
-                search=search,
-                memory_limit=memory_limit,
-            )
-        found = context.step(frame)
-        if found is not None:
-            yield found
-
-
-def carry_labels(
-    neighbors: Iterable[Neighbors],
-    first_labels: Float[Tensor, "row col class"],
-    protocol: EvalProtocol,
-    *,
-    device: str | torch.device = "cpu",
-) -> Iterator[LabelMap]:
-    """Yield the label map of every frame, the first included, along neighbours found before."""
-    carrier = LabelCarrier(first_labels, protocol, device=device)
-    yield carrier.first
-    for lists in neighbors:
-        yield carrier.step(lists)

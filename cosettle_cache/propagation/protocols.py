@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
 
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.core.settings import IMAGENET_RED_STD, replace_red_std
+from cosettle_cache.core.settings import replace_red_std
 from cosettle_cache.core.types import EvalProtocol
+from cosettle_cache.propagation.tasks import TASKS
 
 #: Fields that are one of a few words.
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -41,87 +42,12 @@ class Preset:
     source: str
 
 
-# T-CORE's engine with the values of the paper's Table 8c; the temperature is T-CORE's, the table has none.
-_COSETTLE = EvalProtocol(
-    name="cosettle",
-    size="480x880",
-    red_std=IMAGENET_RED_STD,
-    top_k=7,
-    keep_ties=False,
-    n_context=20,
-    radius=20.0,
-    window="disc",
-    mask_first=False,
-    first_frame_copies=True,
-    temperature=0.7,
-    label_encoding="bilinear",
-    norm_mask=False,
-    decode_size="input",
-    keypoint_top_k=5,
-)
-
-# 0.228 is a slip of the DINO script that RSP inherited; every score made with either contains it.
-_DINO = EvalProtocol(
-    name="dino",
-    size="short:480/64",
-    red_std=0.228,
-    top_k=5,
-    keep_ties=True,
-    n_context=7,
-    radius=12.0,
-    window="square",
-    mask_first=True,
-    first_frame_copies=False,
-    temperature=0.1,
-    label_encoding="nearest",
-    norm_mask=True,
-    decode_size="input",
-    keypoint_top_k=5,
-)
-
-_CRW = replace(
-    _COSETTLE, name="crw", size="native", top_k=10, radius=12.0, temperature=0.05, keypoint_top_k=3
-)
-
-# RSP resizes every clip to 480x880 beforehand, of which DINO's loader leaves 832 columns.
-_RSP = replace(_DINO, name="rsp", size="480x832", top_k=7, n_context=30, radius=30.0)
-
-_TABLE_8C = "Co-Settle Table 8c; engine and temperature of T-CORE 0ffcabe"
-_DINO_SCRIPT = "DINO 7c446df, eval_video_segmentation"
-_CRW_README = "videowalk 047f3f4, README"
-_CRW_THREAD = "videowalk 047f3f4, commands in its issue 10"
-_RSP_SCRIPT = "RSP 5ea2b91 with DINO's script"
-
-
-def _own_clips(davis: EvalProtocol, source: str) -> tuple[Preset, ...]:
-    """Clips that no benchmark fixes a size for: the DAVIS protocol at the frames' own size."""
-    native = replace(davis, size="native")
-    return tuple(Preset(task, native, f"{source}; own size") for task in ("sprites", "masks"))
-
-
-#: Every preset, in the order in which they are listed.
-PRESETS = (
-    Preset("davis", _COSETTLE, _TABLE_8C),
-    Preset("vip", replace(_COSETTLE, top_k=10), _TABLE_8C),
-    Preset("jhmdb", replace(_COSETTLE, size="320x320"), _TABLE_8C),
-    *_own_clips(_COSETTLE, _TABLE_8C),
-    Preset("davis", _DINO, _DINO_SCRIPT),
-    *_own_clips(_DINO, _DINO_SCRIPT),
-    Preset("davis", _CRW, _CRW_README),
-    Preset("vip", replace(_CRW, size="560x560", n_context=4), _CRW_THREAD),
-    Preset("jhmdb", replace(_CRW, size="320x320", n_context=7), _CRW_THREAD),
-    *_own_clips(_CRW, _CRW_README),
-    Preset("davis", _RSP, _RSP_SCRIPT),
-    *_own_clips(_RSP, _RSP_SCRIPT),
-)
-
-
 def list_presets(task: str | None = None) -> tuple[Preset, ...]:
-    """Return the presets of `task`, or all; raise `UsageError` for a task that none knows."""
-    known = {preset.task: None for preset in PRESETS}
-    if task is not None:
-        _find(known, task, "task")
-    return tuple(preset for preset in PRESETS if task in (None, preset.task))
+    """Return the presets of `task`, or all by protocol; raise `UsageError` for a task that none knows."""
+    rows = TASKS if task is None else {task: _find(TASKS, task, "task")}
+    known = [Preset(name, *pair) for name, row in rows.items() for pair in row.presets]
+    names = list(dict.fromkeys(preset.protocol.name for preset in known))
+    return tuple(sorted(known, key=lambda preset: names.index(preset.protocol.name)))
 
 
 def make_protocol(name: str = "cosettle", *, task: str = "davis", **overrides: object) -> EvalProtocol:
@@ -130,9 +56,11 @@ def make_protocol(name: str = "cosettle", *, task: str = "davis", **overrides: o
     Raises `UsageError` for an unknown preset, task or field (naming the nearest) and for values that no
     propagation can honour.
     """
-    by_task = _find(_by_name(), name, "protocol")
-    preset = _find(by_task, task, f"task of the {name} protocol")
-    settable = {item.name: getattr(preset, item.name) for item in fields(preset) if item.name != "name"}
+    by_name: dict[str, dict[str, EvalProtocol]] = {}
+    for item in list_presets():
+        by_name.setdefault(item.protocol.name, {})[item.task] = item.protocol
+    preset = _find(_find(by_name, name, "protocol"), task, f"task of the {name} protocol")
+    settable = {key: value for key, value in preset.to_json().items() if key != "name"}
     changed: dict[str, object] = {}
     for key, value in overrides.items():
         default = _find(settable, key, "protocol field")
@@ -166,19 +94,6 @@ def image_std(protocol: EvalProtocol, encoder_std: tuple[float, float, float]) -
     An encoder with statistics of its own keeps them: the slip that `red_std` repeats is one in ImageNet's.
     """
     return replace_red_std(encoder_std, protocol.red_std)
-
-
-def search_json(protocol: EvalProtocol) -> dict[str, object]:
-    """Return the fields that decide neighbours among given tokens."""
-    return {key: getattr(protocol, key) for key in SEARCH_FIELDS}
-
-
-def _by_name() -> dict[str, dict[str, EvalProtocol]]:
-    names = dict.fromkeys(preset.protocol.name for preset in PRESETS)
-    return {
-        name: {preset.task: preset.protocol for preset in PRESETS if preset.protocol.name == name}
-        for name in names
-    }
 
 
 def _find(known: Mapping[str, _T], key: str, what: str) -> _T:

@@ -12,13 +12,13 @@ from propagation_cases import clips, single_thread
 from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.core.tables import write_json
 from cosettle_cache.core.types import Grid
+from cosettle_cache.propagation.context import ContextSearch
 from cosettle_cache.propagation.neighbor_files import (
     NeighborsKey,
     load_neighbors,
     neighbor_writer,
-    save_neighbors,
 )
-from cosettle_cache.propagation.propagator import carry_labels, find_neighbors, propagate
+from cosettle_cache.propagation.propagator import LabelCarrier, propagate
 from cosettle_cache.propagation.protocols import make_protocol
 
 PROTOCOL = make_protocol(top_k=3, n_context=2)
@@ -35,10 +35,24 @@ def make_key(protocol=PROTOCOL, **changed):
     return NeighborsKey.of(protocol, **fields)
 
 
+def save(path, key, tokens, protocol):
+    rows, cols, dim = tokens.shape[1:]
+    search = ContextSearch(Grid(rows, cols), dim, protocol, device=torch.device("cpu"))
+    with neighbor_writer(path, key) as write:
+        for found in map(search.step, tokens):
+            if found is not None:
+                write(found)
+
+
+def carry(lists, first_labels, protocol):
+    carrier = LabelCarrier(first_labels, protocol)
+    return torch.stack([carrier.first, *map(carrier.step, lists)])
+
+
 @pytest.fixture
 def saved(tmp_path):
     tokens = torch.randn(4, 3, 5, 8, generator=torch.Generator().manual_seed(0))
-    save_neighbors(tmp_path / "dog.parquet", make_key(), find_neighbors(tokens, PROTOCOL))
+    save(tmp_path / "dog.parquet", make_key(), tokens, PROTOCOL)
     return tmp_path / "dog.parquet", tokens
 
 
@@ -47,10 +61,10 @@ def saved(tmp_path):
 def test_reuse_with_other_labels_and_temperature_equals_a_fresh_run(tmp_path_factory, clip):
     path = tmp_path_factory.mktemp("neighbors") / "clip.parquet"
     key = make_key(clip.protocol, n_frames=len(clip.tokens), grid=clip.grid)
-    save_neighbors(path, key, find_neighbors(clip.tokens, clip.protocol))
+    save(path, key, clip.tokens, clip.protocol)
     other = replace(clip.protocol, temperature=0.3)
     labels = clip.first_labels.flip(0).sqrt()
-    reused = torch.stack(list(carry_labels(load_neighbors(path, key), labels, other)))
+    reused = carry(load_neighbors(path, key), labels, other)
     assert torch.equal(reused, propagate(clip.tokens, labels, other))
 
 
@@ -94,4 +108,4 @@ def test_files_that_hold_no_neighbours_are_refused(tmp_path, saved):
 
 def test_labels_of_another_grid_are_refused(saved):
     with pytest.raises(InputError, match="not on the labels' grid"):
-        list(carry_labels(load_neighbors(saved[0], make_key()), torch.rand(3, 4, 2), PROTOCOL))
+        carry(load_neighbors(saved[0], make_key()), torch.rand(3, 4, 2), PROTOCOL)

@@ -139,7 +139,11 @@ def test_transitions_sum_to_one_and_count_copies(neighbours, temperature):
 def test_half_precision_arrays_are_taken_as_they_are():
     tokens, labels = torch.randn(4, 3, 5, 8).half(), torch.rand(3, 5, 2)
     protocol = make_protocol()
-    assert torch.equal(propagate(tokens.numpy(), labels, protocol), propagate(tokens, labels, protocol))
+    maps = propagate(tokens, labels, protocol)
+    assert torch.equal(propagate(tokens.numpy(), labels, protocol), maps)
+    for given_tokens in (tokens, tokens.numpy()):
+        found = propagate(given_tokens, labels.numpy(), protocol)
+        assert isinstance(found, np.ndarray) and np.array_equal(found, maps.numpy())
 
 
 def test_what_a_propagator_keeps_does_not_depend_on_the_length():

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from propagation_cases import make_squares, single_thread
+from propagation_cases import make_squares, propagate_store, single_thread
 from store_cases import folder_bytes
 
 from cosettle_cache.cli import run_command
@@ -21,7 +21,6 @@ from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.metrics.rows import read_scores
-from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import open_store
 from cosettle_cache.videos.masks import read_mask, write_mask

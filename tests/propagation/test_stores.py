@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from propagation_cases import make_squares, single_thread, square_mask
+from propagation_cases import make_squares, propagate_store, single_thread, square_mask
 from store_cases import PATCH, frames_case, pairs_case
 
 from cosettle_cache.core.errors import FingerprintError, OutputError, UsageError
 from cosettle_cache.heads.projection import Projection, projection_sha256
-from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import open_store
 from cosettle_cache.videos.davis import PALETTE, read_mask

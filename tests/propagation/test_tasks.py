@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from benchmark_cases import part_map, write_davis, write_frames, write_jhmdb, write_mat, write_vip
 from PIL import Image
-from propagation_cases import single_thread
+from propagation_cases import propagate_store, single_thread
 from store_cases import PATCH, Case
 
 from cosettle_cache.cli import run_command
@@ -19,7 +19,6 @@ from cosettle_cache.core.settings import FramesSettings
 from cosettle_cache.core.types import Grid, Manifest
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.metrics.rows import mean_scores, read_scores
-from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.propagation.score import find_problems, score_predictions
 from cosettle_cache.store import FeatureStore, open_store

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from store_cases import PATCH, Case
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cosettle_cache.core.settings import FramesSettings
+from cosettle_cache import propagation
+from cosettle_cache.core.settings import FramesSettings, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol, Grid, Slot
+from cosettle_cache.propagation import PropagationReport
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.videos.davis import build_davis_manifest, write_mask
@@ -30,6 +33,13 @@ SEARCHES = ("bf16", "torch", "faiss") if importlib.util.find_spec("faiss") else 
 TIE = 1e-12
 
 needs_faiss = pytest.mark.skipif("faiss" not in SEARCHES, reason="faiss is not installed")
+
+
+def propagate_store(*arguments: Any, **options: Any) -> PropagationReport:
+    """As the room's, with the fields of `PropagateSettings` among the keywords."""
+    names = {item.name for item in fields(PropagateSettings)} & options.keys()
+    settings = PropagateSettings(**{name: options.pop(name) for name in names})
+    return propagation.propagate_store(*arguments, settings=settings, **options)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from propagation_cases import make_squares
 
 from cosettle_cache.analysis.files import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
+from cosettle_cache.core.settings import PropagateSettings
 from cosettle_cache.core.tables import make_table, write_table
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.metrics.rows import write_scores
@@ -50,7 +51,7 @@ def make_runs(root: Path, *, overlays: str = "first", n_frames: int = 6) -> Made
         make_protocol(size="native", top_k=1),
         out,
         projections=[("mine", projection)],
-        overlays=overlays,
+        settings=PropagateSettings(overlays=overlays),
     )
     assert not report.failures
     write_scores(out, report.scores)

@@ -1,44 +1,101 @@
-"""The benchmarks: which labels a task has, how a video is opened, and what is drawn of it.
+"""The tasks of `propagate` and `score`, one row each: labels, files, figures, data and protocols.
 
-One row per task; a new benchmark is a row, and a module if its labels are of a new kind.
+The command line makes its choices and help from the table, so nothing heavy is imported here: a row names
+its functions as "module:function", and `load` imports them when they are used. A new task is a row; it may
+be added at run time, `TASKS["mine"] = Task(...)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import import_module
+from typing import Any
 
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.core.types import LabelKind, Video
-from cosettle_cache.propagation.tasks.base import Drawing, Setting, Subject
-from cosettle_cache.propagation.tasks.joints import draw_joint_clip, open_joint_clip
-from cosettle_cache.propagation.tasks.masks import draw_masks, open_masks
-from cosettle_cache.propagation.tasks.parts import draw_parts, open_part_clip
+from cosettle_cache.core.types import LabelKind
+from cosettle_cache.propagation import presets
+
+#: A function, or where it is: "module:function".
+Function = Callable[..., Any] | str
 
 
 @dataclass(frozen=True, slots=True)
-class Benchmark:
-    """`open` may raise `InputError`, which costs the video; `draw` finds all predictions on disk."""
+class Task:
+    """One task.
 
+    `labels` is what its videos are annotated with, `folder` the layout in `videos` that finds and reads
+    them, `presets` the protocols that were published for it, `columns` the fields of a score row that hold
+    its figures, the main one first. The functions: `open(video, data_root, setting)` returns a
+    `tasks.base.Subject` and may raise `InputError`, which costs the video; `draw(drawing)` draws a video of
+    which all predictions are on disk; `check(case)` returns what is wrong with somebody's predictions and
+    `score(case, row)` their score rows, both None where there is no truth to score against.
+    """
+
+    name: str
     labels: LabelKind
-    open: Callable[[Video, Path, Setting], Subject]
-    draw: Callable[[Drawing], None]
+    folder: str
+    presets: presets.Presets
+    columns: tuple[str, ...]
+    open: Function
+    draw: Function
+    check: Function | None = None
+    score: Function | None = None
 
 
-_MASKS = Benchmark(LabelKind.MASKS, open_masks, draw_masks)
+_HERE, _SCORE = "cosettle_cache.propagation.tasks", "cosettle_cache.propagation.score"
+_MASK_COLUMNS = ("jf_mean", "j_mean", "f_mean")
 
-BENCHMARKS = {
-    "davis": _MASKS,
-    "vip": Benchmark(LabelKind.PARTS, open_part_clip, draw_parts),
-    "jhmdb": Benchmark(LabelKind.KEYPOINTS, open_joint_clip, draw_joint_clip),
-    "sprites": _MASKS,
-    "masks": _MASKS,
+
+def _mask_task(name: str, protocols: presets.Presets, *, scored: bool = True) -> Task:
+    check, score = (f"{_SCORE}:check_masks", f"{_SCORE}:score_masks") if scored else (None, None)
+    functions = (f"{_HERE}.masks:open_masks", f"{_HERE}.masks:draw_masks", check, score)
+    return Task(name, LabelKind.MASKS, name, protocols, _MASK_COLUMNS if scored else (), *functions)
+
+
+#: Every task by name, in the order of help texts and tables.
+TASKS = {
+    task.name: task
+    for task in (
+        _mask_task("davis", presets.DAVIS),
+        Task(
+            name="vip",
+            labels=LabelKind.PARTS,
+            folder="vip",
+            presets=presets.VIP,
+            columns=("miou", "pixel_accuracy"),
+            open=f"{_HERE}.parts:open_part_clip",
+            draw=f"{_HERE}.parts:draw_parts",
+            check=f"{_SCORE}:check_parts",
+            score=f"{_SCORE}:score_parts",
+        ),
+        Task(
+            name="jhmdb",
+            labels=LabelKind.KEYPOINTS,
+            folder="jhmdb",
+            presets=presets.JHMDB,
+            columns=("pck_0_1", "pck_0_2", "strict_pck_0_1", "strict_pck_0_2"),
+            open=f"{_HERE}.joints:open_joint_clip",
+            draw=f"{_HERE}.joints:draw_joint_clip",
+            check=f"{_SCORE}:check_joints",
+            score=f"{_SCORE}:score_joints",
+        ),
+        _mask_task("sprites", presets.OWN_SIZE),
+        _mask_task("masks", presets.OWN_SIZE, scored=False),
+    )
 }
 
 
-def find_benchmark(task: str) -> Benchmark:
-    """Return the row of a task; raise `UsageError` for one that nobody knows."""
-    if task not in BENCHMARKS:
-        raise UsageError(f"there is no task {task}", wanted=", ".join(BENCHMARKS), found=task)
-    return BENCHMARKS[task]
+def find_task(name: str) -> Task:
+    """Return the row of a task; raise `UsageError` for one that is not in the table."""
+    if name not in TASKS:
+        raise UsageError(f"there is no task {name}", wanted=", ".join(TASKS), found=name)
+    return TASKS[name]
+
+
+def load(function: Function) -> Callable[..., Any]:
+    """Return a function that a row names, imported where it is given as text."""
+    if callable(function):
+        return function
+    module, _, name = function.partition(":")
+    return getattr(import_module(module), name)  # type: ignore[no-any-return]

@@ -35,33 +35,11 @@ from cosettle_cache.videos.masks import frame_stems, read_mask, sample_mask, wri
 
 
 @dataclass(frozen=True, slots=True)
-class MaskRules:
-    """How a protocol turns index maps into label maps and back."""
-
-    setting: Setting
-
-    def encode(self, mask: Mask) -> FirstLabels:
-        """Return the label map of a first frame."""
-        if self.setting.protocol.label_encoding == "nearest":
-            return encode_mask_nearest(mask, self.setting.grid)
-        return encode_mask(mask, self.setting.size, self.setting.grid)
-
-    def decode(
-        self, label_map: LabelMap, first: FirstLabels, annotation: Size, out: Size
-    ) -> UInt8[np.ndarray, "_ _"]:
-        """Return the index map of a label map at size `out`."""
-        protocol = self.setting.protocol
-        decode = decode_mask_stretched if protocol.norm_mask else decode_mask
-        at = self.setting.size if protocol.decode_size == "input" else annotation
-        return decode(label_map, first.object_ids, at, out)
-
-
-@dataclass(frozen=True, slots=True)
 class MaskSubject:
     """A video with objects."""
 
     sequence: DavisSequence
-    rules: MaskRules
+    setting: Setting
     first_mask: Mask
     first: FirstLabels
 
@@ -77,7 +55,7 @@ class MaskSubject:
     def decode(self, label_map: LabelMap) -> Mask:
         """Return the mask at the annotation's size."""
         size = self.first_mask.shape
-        return self.rules.decode(label_map, self.first, size, size)
+        return decode_index_map(label_map, self.first, self.setting, size, size)
 
     def begin(self, folder: Path) -> MaskPredictions:
         """Return empty predictions."""
@@ -118,8 +96,8 @@ class MaskPredictions:
 def open_masks(video: Video, data_root: Path, setting: Setting) -> MaskSubject:
     """Return a video with objects; raise `MediaError` for annotations that cannot be used."""
     sequence = open_sequence(video, data_root)
-    rules, first_mask = MaskRules(setting), sequence.first_mask()
-    return MaskSubject(sequence, rules, first_mask, rules.encode(first_mask))
+    first_mask = sequence.first_mask()
+    return MaskSubject(sequence, setting, first_mask, encode_index_map(first_mask, setting))
 
 
 def draw_masks(drawing: Drawing) -> None:
@@ -128,14 +106,31 @@ def draw_masks(drawing: Drawing) -> None:
     draw_index_maps(drawing, "{}.png", map(sequence.mask, range(drawing.video.n_frames)))
 
 
+def encode_index_map(mask: Mask, setting: Setting) -> FirstLabels:
+    """Return the label map of a first frame by the protocol's rule."""
+    if setting.protocol.label_encoding == "nearest":
+        return encode_mask_nearest(mask, setting.grid)
+    return encode_mask(mask, setting.size, setting.grid)
+
+
+def decode_index_map(
+    label_map: LabelMap, first: FirstLabels, setting: Setting, annotation: Size, out: Size
+) -> Mask:
+    """Return the index map of a label map at size `out` by the protocol's rule."""
+    decode = decode_mask_stretched if setting.protocol.norm_mask else decode_mask
+    at = setting.size if setting.protocol.decode_size == "input" else annotation
+    return decode(label_map, first.object_ids, at, out)
+
+
 def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]) -> None:
     """Lay index maps in files of the frames' names over the frames, at the frames' size."""
     video = drawing.video
-    names = frame_stems(video, drawing.data_root)
+    names, size = frame_stems(video, drawing.data_root), (video.height, video.width)
 
     def maps(folder: Path) -> Iterator[UInt8[np.ndarray, "_ _"]]:
-        paths = (folder / video.video_id / pattern.format(name) for name in names)
-        return (_at(read_mask(path), (video.height, video.width)) for path in paths)
+        for name in names:
+            mask = read_mask(folder / video.video_id / pattern.format(name))
+            yield mask if mask.shape == size else sample_mask(mask, size)
 
     write_overlays(
         iter_frames(video, drawing.data_root),
@@ -146,7 +141,3 @@ def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]
         fps=video.fps,
         folder=drawing.folder,
     )
-
-
-def _at(mask: UInt8[np.ndarray, "_ _"], size: Size) -> UInt8[np.ndarray, "_ _"]:
-    return mask if mask.shape == size else sample_mask(mask, size)

@@ -19,7 +19,7 @@ from cosettle_cache.metrics.rows import parts_row
 from cosettle_cache.propagation.labels import FirstLabels, Mask, Size
 from cosettle_cache.propagation.propagator import LabelMap
 from cosettle_cache.propagation.tasks.base import Drawing, Setting
-from cosettle_cache.propagation.tasks.masks import MaskRules, draw_index_maps
+from cosettle_cache.propagation.tasks.masks import decode_index_map, draw_index_maps, encode_index_map
 from cosettle_cache.videos.masks import sample_mask, write_mask
 from cosettle_cache.videos.vip import PARTS, PartSequence, open_parts
 
@@ -36,7 +36,7 @@ class PartSubject:
     """A clip with body parts."""
 
     sequence: PartSequence
-    rules: MaskRules
+    setting: Setting
     annotation: Size
     first: FirstLabels
 
@@ -51,9 +51,8 @@ class PartSubject:
 
     def decode(self, label_map: LabelMap) -> ClassMap:
         """Return the class map at the size that the argmax is taken at."""
-        setting = self.rules.setting
-        out = setting.size if setting.protocol.decode_size == "input" else self.annotation
-        return self.rules.decode(label_map, self.first, self.annotation, out)
+        out = self.setting.size if self.setting.protocol.decode_size == "input" else self.annotation
+        return decode_index_map(label_map, self.first, self.setting, self.annotation, out)
 
     def begin(self, folder: Path) -> PartPredictions:
         """Return empty predictions."""
@@ -92,8 +91,8 @@ class PartPredictions:
 def open_part_clip(video: Video, data_root: Path, setting: Setting) -> PartSubject:
     """Return a clip with body parts; raise `MediaError` for annotations that cannot be used."""
     sequence = open_parts(video, data_root)
-    rules, first_mask = MaskRules(setting), sequence.first_mask()
-    return PartSubject(sequence, rules, first_mask.shape, rules.encode(first_mask))
+    first_mask = sequence.first_mask()
+    return PartSubject(sequence, setting, first_mask.shape, encode_index_map(first_mask, setting))
 
 
 def draw_parts(drawing: Drawing) -> None:

@@ -1,0 +1,76 @@
+"""The constants of each code base by task, as data: pairs of a protocol and where its values were read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cosettle_cache.core.settings import IMAGENET_RED_STD
+from cosettle_cache.core.types import EvalProtocol
+
+#: Protocols of one task, each with its source.
+Presets = tuple[tuple[EvalProtocol, str], ...]
+
+# T-CORE's engine with the values of the paper's Table 8c; the temperature is T-CORE's, the table has none.
+_COSETTLE = EvalProtocol(
+    name="cosettle",
+    size="480x880",
+    red_std=IMAGENET_RED_STD,
+    top_k=7,
+    keep_ties=False,
+    n_context=20,
+    radius=20.0,
+    window="disc",
+    mask_first=False,
+    first_frame_copies=True,
+    temperature=0.7,
+    label_encoding="bilinear",
+    norm_mask=False,
+    decode_size="input",
+    keypoint_top_k=5,
+)
+
+# 0.228 is a slip of the DINO script that RSP inherited; every score made with either contains it.
+_DINO = EvalProtocol(
+    name="dino",
+    size="short:480/64",
+    red_std=0.228,
+    top_k=5,
+    keep_ties=True,
+    n_context=7,
+    radius=12.0,
+    window="square",
+    mask_first=True,
+    first_frame_copies=False,
+    temperature=0.1,
+    label_encoding="nearest",
+    norm_mask=True,
+    decode_size="input",
+    keypoint_top_k=5,
+)
+
+_CRW = replace(
+    _COSETTLE, name="crw", size="native", top_k=10, radius=12.0, temperature=0.05, keypoint_top_k=3
+)
+
+# RSP resizes every clip to 480x880 beforehand, of which DINO's loader leaves 832 columns.
+_RSP = replace(_DINO, name="rsp", size="480x832", top_k=7, n_context=30, radius=30.0)
+
+_TABLE_8C = "Co-Settle Table 8c; engine and temperature of T-CORE 0ffcabe"
+_DINO_SCRIPT = "DINO 7c446df, eval_video_segmentation"
+_CRW_README = "videowalk 047f3f4, README"
+_CRW_THREAD = "videowalk 047f3f4, commands in its issue 10"
+_RSP_SCRIPT = "RSP 5ea2b91 with DINO's script"
+
+DAVIS: Presets = ((_COSETTLE, _TABLE_8C), (_DINO, _DINO_SCRIPT), (_CRW, _CRW_README), (_RSP, _RSP_SCRIPT))
+VIP: Presets = (
+    (replace(_COSETTLE, top_k=10), _TABLE_8C),
+    (replace(_CRW, size="560x560", n_context=4), _CRW_THREAD),
+)
+JHMDB: Presets = (
+    (replace(_COSETTLE, size="320x320"), _TABLE_8C),
+    (replace(_CRW, size="320x320", n_context=7), _CRW_THREAD),
+)
+#: Clips that no benchmark fixes a size for: the DAVIS protocols at the frames' own size.
+OWN_SIZE: Presets = tuple(
+    (replace(protocol, size="native"), f"{source}; own size") for protocol, source in DAVIS
+)
