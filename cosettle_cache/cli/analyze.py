@@ -32,11 +32,10 @@ from cosettle_cache.cli.options import (
     Scheduler,
     Workers,
     exits,
-    hand_out,
     open_features,
     store_title,
 )
-from cosettle_cache.core.cluster import pick_device
+from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
 from cosettle_cache.core.files import make_folder
@@ -86,7 +85,7 @@ def analyze(
         talk.result(json.dumps(_dry(plan, [name for name, _ in heads], folder), indent=2))
         return int(ExitCode.DONE)
     remove_analysis(folder)
-    with hand_out(workers, scheduler, talk) as run:
+    with work_on(workers, scheduler, note=talk.note) as run:
         report = analyze_store(store, plan, heads, run=run, progress=talk.progress("analyze"))
     write_analysis(folder, store, report)
     _draw(folder, store, report)

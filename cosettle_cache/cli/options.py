@@ -6,8 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -19,7 +18,6 @@ from cosettle_cache.core.errors import CosettleError, ExitCode, UsageError
 from cosettle_cache.core.settings import DATA_ROOT_VARIABLE
 
 if TYPE_CHECKING:
-    from cosettle_cache.core.parallel import Run
     from cosettle_cache.store import FeatureStore
 
 DataRoot = Annotated[
@@ -94,18 +92,6 @@ def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, folders, strict=True))
 
 
-@contextmanager
-def hand_out(workers: int, scheduler: str | None, talk: Talk) -> Iterator[Run | None]:
-    """Yield what hands units of work to workers; None where this process does all."""
-    if not workers and scheduler is None:
-        yield None
-        return
-    from cosettle_cache.core.cluster import connect
-
-    with connect(workers=workers, scheduler=scheduler, note=talk.note) as cluster:
-        yield cluster.run
-
-
 def exits(command: Callable[..., int | None]) -> Callable[..., None]:
     """Make a typer command of a function: settings become options, results and known errors exit codes.
 
@@ -146,6 +132,8 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
             continue
         names, choices, parse = option.pop("names", ()), option.pop("choices", ()), option.pop("parse", None)
         kind, default = kinds[item.name], cast(Any, item.default)
+        if default is MISSING:
+            default = inspect.Parameter.empty
         if choices:
             kind = Literal[tuple(choices)]
         elif parse is not None:
@@ -162,7 +150,7 @@ def _settings(classes: Mapping[str, Any], values: dict[str, Any]) -> dict[str, A
     for name, settings in classes.items():
         typed: dict[str, Any] = {}
         for item in fields(settings):
-            if item.name in values:
+            if "help" in item.metadata:
                 value = values.pop(item.name)
                 parse = item.metadata.get("parse") or (tuple if isinstance(value, list) else None)
                 typed[item.name] = value if parse is None else parse(value)

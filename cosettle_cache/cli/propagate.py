@@ -320,8 +320,7 @@ def _workers(request: Request, stop: Event, talk: Talk) -> Iterator[tuple[Run | 
     if not request.workers and request.scheduler is None:
         yield None, pick_device(request.device)
         return
-    from cosettle_cache.core.cluster import connect
-    from cosettle_cache.extraction.jobs import check_workers
+    from cosettle_cache.core.cluster import check_workers, connect
 
     gpus = check_workers(request.workers, request.scheduler, request.device)
     # A video keeps all cores of its worker busy: one at a time.

@@ -20,10 +20,9 @@ from cosettle_cache.cli.options import (
     Scheduler,
     Workers,
     exits,
-    hand_out,
     store_title,
 )
-from cosettle_cache.core.cluster import pick_device
+from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds
 from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings
@@ -93,7 +92,7 @@ def fit(
     if dry_run:
         _dry_fit(store, settings, folder, talk)
         return
-    with hand_out(workers, scheduler, talk) as run:
+    with work_on(workers, scheduler, note=talk.note) as run:
         report = _fit(store, settings, folder, pick_device(device), run, talk)
     if as_json:
         talk.result(json.dumps(report.to_json(), indent=2))

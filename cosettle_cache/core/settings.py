@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillo
 def setting(default: Any, help: str, **option: Any) -> Any:
     """Return a dataclass field that is also an option: its default, and one line of help that names the unit.
 
+    A `default` of `dataclasses.MISSING` makes the option a required one.
     `option` may hold `names` (a tuple such as ("--batch",), where the option is not called like the field),
     `choices` (the words allowed), `parse` (text, or a list of texts, to value) and what `typer.Option` takes
     (`min`, `max`, `metavar`).
@@ -45,8 +46,8 @@ class PairsSettings:
     `size` is pixels per side; crop scale and aspect ranges and the flip probability are the released ones.
     """
 
-    n_views: int = 5
-    gap: float = 0.15
+    n_views: int = setting(5, "View sets per clip (pairs).", names=("--views",), min=1)
+    gap: float = setting(0.15, "Distance of a pair, share of the clip.", min=0, max=1)
     size: int = 224
     scale_min: float = 0.5
     scale_max: float = 1.0
@@ -62,10 +63,45 @@ class FramesSettings:
     """Every `every`-th frame once, resized by the size rule, plus `n_shifted` shifted encodings of each."""
 
     size: str = "480x880"
-    every: int = 1
-    n_shifted: int = 0
+    every: int = setting(1, "Take every k-th frame (frames).", min=1)
+    n_shifted: int = setting(0, "Shifted encodings per frame (frames).", names=("--shifted",), min=0)
     shift_ratio: float = 10.0
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSettings:
+    """Which frozen encoder, and how it computes; `encoders.load_backbone` says what each means.
+
+    `device` None is CUDA where there is one.
+    """
+
+    backbone: str = setting(MISSING, "mae_b, timm/MODEL_ID, or a family name with --weights FILE.")
+    weights: str | None = setting(None, "Checkpoint file, or 'random'; default: the published weights.")
+    device: str | None = setting(None, "cpu, cuda, cuda:1 ...; default: cuda where there is one.")
+    precision: str = setting("fp32", "fp32, bf16 or fp16 arithmetic in the encoder.")
+    compiled: bool = setting(False, "Put the encoder through torch.compile.", names=("--compile",))
+    red_std: float | None = setting(
+        None, "Red deviation instead of ImageNet's 0.229: 0.228 as DINO evaluates."
+    )
+    heads: int | None = setting(None, "Attention heads, where width/64 is wrong.")
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractSettings:
+    """How a store is filled. Without `workers` or a `scheduler` this process does the work.
+
+    `batch` and `decode_threads` None depend on the device and the cores, `slot_encodings` None on the bytes.
+    """
+
+    batch: int | None = setting(None, "Images per forward pass.", min=1)
+    decode_threads: int | None = setting(None, "Threads that prepare images.", min=1)
+    slot_encodings: int | None = setting(None, "Encodings per slot (shard).", min=1)
+    dtype: str = setting("float16", "Of stored tokens; int8 halves the bytes.", choices=("float16", "int8"))
+    codec: str = setting("none", "Compression of stored tokens.", choices=("none", "zstd"))
+    workers: int = setting(0, "Processes here, one per GPU; 0: this one.", min=0)
+    scheduler: str | None = setting(None, "A dask scheduler whose workers do it, as tcp://host:8786.")
+    retry_failed: bool = setting(False, "Encode failed slots again.", names=("--retry-failed",))
 
 
 @dataclass(frozen=True, slots=True)
