@@ -33,12 +33,11 @@ from cosettle_cache.cli.options import (
     Workers,
     exits,
     open_features,
-    store_title,
 )
 from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import make_folder, store_title
 from cosettle_cache.core.settings import ProbeSettings
 
 if TYPE_CHECKING:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import CosettleError, ExitCode, UsageError
-from cosettle_cache.core.settings import DATA_ROOT_VARIABLE
+from cosettle_cache.core.errors import CosettleError, ExitCode
+from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, parse_bytes
 
 if TYPE_CHECKING:
     from cosettle_cache.store import FeatureStore
@@ -58,38 +57,12 @@ class Drawn(StrEnum):
 
 DEFAULT_CACHE_SIZE = "20GB"
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes that a text such as 500MB or 1.5T means; units count in thousands."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is not a size", wanted="a number and kB, MB, GB or TB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
 
 def open_features(features: str, cache_dir: Path | None, cache_size: str) -> FeatureStore:
     """Open the store that `--features` names, local or at a URL."""
     from cosettle_cache.store import open_store
 
     return open_store(features, cache_dir=cache_dir, cache_bytes=parse_bytes(cache_size))
-
-
-def store_title(path: str) -> str:
-    """Return what folders of results are called after a store, local or at a URL."""
-    return PurePosixPath(path.rstrip("/")).stem
-
-
-def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return folders by name; those of one name by their parent's too."""
-    names = [folder.absolute().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = ["/".join(folder.absolute().parts[-2:]) for folder in folders]
-    if len(set(names)) < len(names):
-        raise UsageError("two folders have one name", wanted="different names", found=", ".join(names))
-    return dict(zip(names, folders, strict=True))
 
 
 def exits(command: Callable[..., int | None]) -> Callable[..., None]:

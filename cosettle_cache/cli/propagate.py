@@ -37,13 +37,12 @@ from cosettle_cache.cli.options import (
     Weights,
     Workers,
     open_features,
-    parse_bytes,
-    store_title,
 )
 from cosettle_cache.core.cluster import pick_device
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
-from cosettle_cache.core.settings import FITTING_SIZE
+from cosettle_cache.core.files import store_title
+from cosettle_cache.core.settings import FITTING_SIZE, parse_bytes
 from cosettle_cache.core.types import EvalProtocol
 from cosettle_cache.propagation.protocols import make_protocol
 

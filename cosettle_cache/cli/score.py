@@ -16,11 +16,10 @@ from cosettle_cache.cli.options import (
     DryRun,
     Json,
     Quiet,
-    name_folders,
 )
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import make_folder, name_folders
 from cosettle_cache.core.types import Grid, Score
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from cosettle_cache.cli.options import (
     Scheduler,
     Workers,
     exits,
-    store_title,
 )
 from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds
 from cosettle_cache.core.errors import ExitCode, UsageError
+from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings
 
 if TYPE_CHECKING:

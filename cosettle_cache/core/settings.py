@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import Fingerprint, Provenance
 
 #: Environment variable that names the data root when `--data-root` is absent.
@@ -23,6 +25,16 @@ DATA_ROOT_VARIABLE = "COSETTLE_DATA"
 
 #: A size rule that fits any patch of 16, for frames whose own size does not.
 FITTING_SIZE = "short:480/16"
+
+#: ImageNet's deviation of the red channel, which `red_std` stands in for, and those of green and blue.
+IMAGENET_RED_STD = 0.229
+_IMAGENET_OTHER_STD = (0.224, 0.225)
+
+#: Which queries a benchmark asks, and so which frames count (see `scored_frames`).
+QUERY_MODES = ("first", "strided")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 #: Packages whose versions can move a number; recorded with every store and score.
 VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillow", "av")
@@ -238,6 +250,14 @@ class SpritesSettings:
         return f"{self.height}p"
 
 
+def parse_bytes(text: str) -> int:
+    """Return the bytes that a text such as 500MB or 1.5T means; units count in thousands."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", wanted="a number and kB, MB, GB or TB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
 def digest(document: Any) -> str:
     """Return the hex SHA-256 of `document` as canonical JSON."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -253,7 +273,13 @@ def settings_json(
 
 def package_versions(*others: str) -> dict[str, str]:
     """Return the versions of the packages that can move a number, and of `others`."""
-    return {name: _version(name) for name in (*VERSIONED_PACKAGES, *others)}
+    versions = {}
+    for name in (*VERSIONED_PACKAGES, *others):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
 
 
 def make_provenance(
@@ -271,24 +297,10 @@ def make_provenance(
     )
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
 def cache_folder() -> Path:
     """Return the folder for generated and downloaded files (`$XDG_CACHE_HOME/cosettle-cache`)."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "cosettle-cache"
-
-
-#: ImageNet's deviation of the red channel, which `red_std` stands in for, and those of green and blue.
-IMAGENET_RED_STD = 0.229
-
-
-_IMAGENET_OTHER_STD = (0.224, 0.225)
 
 
 def replace_red_std(encoder_std: tuple[float, float, float], red_std: float) -> tuple[float, float, float]:
@@ -298,23 +310,24 @@ def replace_red_std(encoder_std: tuple[float, float, float], red_std: float) -> 
     return (red_std if tuple(others) == _IMAGENET_OTHER_STD else red, *others)  # type: ignore[return-value]
 
 
-def differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return one line per key in which two origins differ."""
     keys = sorted(wanted.keys() | found.keys())
     pairs = [(key, wanted.get(key, "(absent)"), found.get(key, "(absent)")) for key in keys]
     return [f"{key}: wanted {a}, found {b}" for key, a, b in pairs if a != b]
 
 
-def flat_text(document: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a nested document as text by dotted key."""
-    flat: dict[str, str] = {}
+def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested document by dotted key."""
+    values: dict[str, Any] = {}
     for key, value in document.items():
         if isinstance(value, Mapping):
-            flat |= flat_text(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
+            values[f"{prefix}{key}"] = value
+    return values
 
 
-#: Which queries a benchmark asks, and so which frames count (see `scored_frames`).
-QUERY_MODES = ("first", "strided")
+def flat_text(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the values of a nested document as text by dotted key."""
+    return {key: str(value) for key, value in flat(document).items()}

@@ -34,7 +34,6 @@ from store_cases import crash_case, folder_bytes, frames_case, pairs_case
 from test_crash import small_disk  # noqa: F401
 
 from cosettle_cache.cli import run_command
-from cosettle_cache.cli.options import parse_bytes
 from cosettle_cache.core.errors import (
     CosettleError,
     DamagedStoreError,
@@ -44,7 +43,7 @@ from cosettle_cache.core.errors import (
     RemoteError,
     UsageError,
 )
-from cosettle_cache.core.settings import PairsSettings, TrainSettings
+from cosettle_cache.core.settings import PairsSettings, TrainSettings, parse_bytes
 from cosettle_cache.encoders import load_backbone
 from cosettle_cache.extraction.run import extract, make_fingerprint
 from cosettle_cache.propagation import propagate_store
