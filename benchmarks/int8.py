@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.settings import FramesSettings, PropagateSettings
+from cosettle_cache.core.settings import EncoderSettings, FramesSettings, PropagateSettings
 from cosettle_cache.core.types import Manifest, Score
-from cosettle_cache.extraction.jobs import StoreJob, find_weights, run_job
+from cosettle_cache.extraction.jobs import find_weights
+from cosettle_cache.extraction.run import StoreJob, extract_store
 from cosettle_cache.metrics.rows import mean_scores, sequence_means
 from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
@@ -140,10 +141,8 @@ def _extract(out: Path, options: argparse.Namespace) -> str:
     settings = FramesSettings(size=make_protocol(task=options.task).size)
     videos = Manifest(data.manifest.videos[: options.videos], data.manifest.provenance)
     weights = find_weights(options.weights, options.data_root)
-    job = StoreJob(
-        replace(data, manifest=videos), options.backbone, weights, settings, str(out / "float16.zarr")
-    )
-    run_job(job, talk)
+    job = StoreJob(str(out / "float16.zarr"), data.root, EncoderSettings(options.backbone, weights), settings)
+    extract_store(job, job.plan(videos), videos, talk)
     return job.out
 
 

@@ -26,14 +26,12 @@ from cosettle_cache.cli.options import (
     Scheduler,
     Workers,
     exits,
-    hand_out,
     open_features,
-    store_title,
 )
-from cosettle_cache.core.cluster import pick_device
+from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UncleanError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import make_folder, store_title
 from cosettle_cache.core.settings import AnalyzeSettings, ExportSettings, PcaSettings, ProbeSettings
 
 if TYPE_CHECKING:
@@ -77,7 +75,7 @@ def analyze(
         _print_json(talk, {"out": str(folder), "tokens": ["raw", *names], **plan.to_json()})
         return
     remove_analysis(folder)
-    with hand_out(workers, scheduler, talk) as run:
+    with work_on(workers, scheduler, note=talk.note) as run:
         report = analyze_store(store, plan, heads, run=run, progress=talk.progress("analyze"))
     write_analysis(folder, store, report)
     if as_json:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from importlib import import_module
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import CosettleError, ExitCode, UsageError
+from cosettle_cache.core.errors import CosettleError, ExitCode
 from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, parse_bytes
 
 if TYPE_CHECKING:
-    from cosettle_cache.core.parallel import Run
     from cosettle_cache.store import FeatureStore
 
 DataRoot = Annotated[
@@ -68,33 +66,6 @@ def open_features(features: str, cache_dir: Path | None, cache_size: str) -> Fea
     return open_store(features, cache_dir=cache_dir, cache_bytes=parse_bytes(cache_size))
 
 
-def store_title(path: str) -> str:
-    """Return what folders of results are called after a store, local or at a URL."""
-    return PurePosixPath(path.rstrip("/")).stem
-
-
-def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
-    """Return folders by name; those of one name by their parent's too."""
-    names = [folder.absolute().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = ["/".join(folder.absolute().parts[-2:]) for folder in folders]
-    if len(set(names)) < len(names):
-        raise UsageError("two folders have one name", wanted="different names", found=", ".join(names))
-    return dict(zip(names, folders, strict=True))
-
-
-@contextmanager
-def hand_out(workers: int, scheduler: str | None, talk: Talk) -> Iterator[Run | None]:
-    """Yield what hands units of work to workers; None where this process does all."""
-    if not workers and scheduler is None:
-        yield None
-        return
-    from cosettle_cache.core.cluster import connect
-
-    with connect(workers=workers, scheduler=scheduler, note=talk.note) as cluster:
-        yield cluster.run
-
-
 def exits(command: Callable[..., int | None]) -> Callable[..., None]:
     """Make a typer command of a function: settings become options, results and known errors exit codes.
 
@@ -138,6 +109,8 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
             package, _, words = table.partition(":")
             option["help"] += ", ".join(getattr(import_module(package), words)) + "."
         kind, default = kinds[item.name], cast(Any, item.default)
+        if default is MISSING:
+            default = inspect.Parameter.empty
         if choices:
             kind = Literal[tuple(choices)]
         elif parse is not None:
@@ -156,7 +129,7 @@ def _settings(classes: Mapping[str, Any], values: dict[str, Any]) -> dict[str, A
     for name, settings in classes.items():
         typed: dict[str, Any] = {}
         for item in fields(settings):
-            if item.name in values:
+            if "help" in item.metadata:
                 value = values.pop(item.name)
                 parse = item.metadata.get("parse") or (tuple if isinstance(value, list) else None)
                 typed[item.name] = value if parse is None or value is None else parse(value)

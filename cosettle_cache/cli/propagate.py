@@ -28,11 +28,11 @@ from cosettle_cache.cli.options import (
     Weights,
     Workers,
     open_features,
-    store_title,
 )
 from cosettle_cache.core.cluster import pick_device
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
+from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import FITTING_SIZE, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol
 from cosettle_cache.propagation.protocols import make_protocol
@@ -177,8 +177,7 @@ def _workers(wish: StoreWish, stop: Event, talk: Talk) -> Iterator[tuple[Run | N
     if not wish.workers and wish.scheduler is None:
         yield None, pick_device(wish.device)
         return
-    from cosettle_cache.core.cluster import connect
-    from cosettle_cache.extraction.jobs import check_workers
+    from cosettle_cache.core.cluster import check_workers, connect
 
     gpus = check_workers(wish.workers, wish.scheduler, wish.device)
     # A video keeps all cores of its worker busy: one at a time.

@@ -14,11 +14,11 @@ from cosettle_cache.cli.options import (
     DryRun,
     Json,
     Quiet,
-    name_folders,
     open_features,
 )
 from cosettle_cache.core.console import Talk, human_bytes
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.files import name_folders
 
 
 def report(

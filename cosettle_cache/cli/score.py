@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, name_folders
+from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import make_folder, name_folders
 from cosettle_cache.core.types import Grid, Score
 
 if TYPE_CHECKING:

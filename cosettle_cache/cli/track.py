@@ -24,12 +24,11 @@ from cosettle_cache.cli.options import (
     Quiet,
     Weights,
     open_features,
-    store_title,
 )
 from cosettle_cache.core.cluster import pick_device
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import make_folder, store_title
 from cosettle_cache.core.settings import FITTING_SIZE, TrackSettings
 from cosettle_cache.core.types import LabelKind
 

@@ -20,12 +20,11 @@ from cosettle_cache.cli.options import (
     Scheduler,
     Workers,
     exits,
-    hand_out,
-    store_title,
 )
-from cosettle_cache.core.cluster import pick_device
+from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import SILENT, Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
+from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def _fit(
         talk.result(json.dumps({"out": str(folder), **plan_spectral(store, settings)}, indent=2))
         return
     talk.note(f"{folder}: spectral head, {settings.correspondence} correspondence, from {store.path}")
-    with hand_out(workers, scheduler, talk) as run:
+    with work_on(workers, scheduler, note=talk.note) as run:
         report = fit_spectral(
             store, settings, folder, device=pick_device(device), run=run, progress=talk.progress("fit")
         )

@@ -1,7 +1,7 @@
-"""Units of work over processes and machines: items go in, results come out as they get ready.
+"""Units of work over processes and machines: items go in, results come out in completion order.
 
-`connect` starts worker processes on this machine or joins a running dask scheduler; `Cluster.run` hands out
-items, a few at a time. A unit must be safe to repeat, for the item of a worker that dies is done again.
+`connect` starts worker processes on this machine or joins a running dask scheduler; `Cluster.run` submits
+items, a few at a time. A unit must be safe to repeat: the item of a worker that dies is done again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecClus
 
 from cosettle_cache import __version__
 from cosettle_cache.core.errors import ClusterError, CosettleError, UsageError
+from cosettle_cache.core.parallel import Run
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,10 +53,6 @@ _ended: set[str] = set()
 _unpickling = Lock()
 
 
-def _silent(text: str) -> None:
-    """Say nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """Workers to hand units of work to; made by `connect`. `note` hears of waiting and of lost workers.
@@ -64,7 +61,7 @@ class Cluster:
     """
 
     client: Client
-    note: Callable[[str], None] = _silent
+    note: Callable[[str], object] = lambda text: None
     patience_s: float = float("inf")
 
     def has_gpus(self) -> bool:
@@ -93,7 +90,12 @@ class Cluster:
             suspects, run.killers = run.killers, []
             for item in suspects:  # alone, so that nobody is blamed for a neighbour
                 yield from run.results([item])
-            run.check_killers()
+            if run.killers:
+                raise ClusterError(
+                    f"worker processes died over and over at item {', '.join(map(str, run.killers))}; "
+                    "everything else was done",
+                    hint="out of memory? try fewer workers or a smaller --batch, then run it again",
+                )
         finally:
             run.end()
 
@@ -105,7 +107,7 @@ def connect(
     scheduler: str | None = None,
     threads: int = 2,
     gpus: Sequence[str] = (),
-    note: Callable[[str], None] = _silent,
+    note: Callable[[str], object] = lambda text: None,
 ) -> Iterator[Cluster]:
     """Yield `workers` new processes on this machine, or the workers of the scheduler at an address.
 
@@ -120,6 +122,47 @@ def connect(
         return
     with _local_cluster(workers, threads, gpus) as cluster, closing(_client(cluster)) as client:
         yield Cluster(client, note, LOCAL_PATIENCE_S)
+
+
+@contextmanager
+def work_on(
+    workers: int,
+    scheduler: str | None,
+    device: str | None = "cpu",
+    *,
+    threads: int = 2,
+    stop: Event | None = None,
+    note: Callable[[str], object] = lambda text: None,
+) -> Iterator[Run | None]:
+    """Yield a function that runs units of work on workers; None where this process does all.
+
+    `device` None uses GPUs where workers have some, `cuda` only those; `threads` and `note` as in `connect`.
+    """
+    if not workers and scheduler is None:
+        yield None
+        return
+    gpus = check_workers(workers, scheduler, device)
+    with connect(workers=workers, scheduler=scheduler, threads=threads, gpus=gpus, note=note) as cluster:
+
+        def run(unit: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+            on_gpus = device == "cuda" or (device is None and cluster.has_gpus())
+            return cluster.run(unit, items, stop=stop, on_gpus=on_gpus)
+
+        yield run
+
+
+def check_workers(workers: int, scheduler: str | None, device: str | None) -> Sequence[str]:
+    """Return the GPUs of this machine to be dealt to workers; raise `UsageError` for what cannot be."""
+    if workers and scheduler:
+        raise UsageError("--workers and --scheduler exclude each other", wanted="one of the two")
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError("workers are dealt their GPUs", wanted="--device cpu or cuda", found=device)
+    if scheduler or pick_device(device) == "cpu":
+        return ()
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def share_of_cores(workers: int) -> int:
@@ -140,33 +183,26 @@ class _Run(Generic[Item]):
     ready: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
     killers: list[Item] = field(default_factory=list)
     ended: bool = False
-    workers: frozenset[str] = frozenset()
-    places: int = 0
+    workers: Mapping[str, int] = field(default_factory=dict)
     counted: float = float("-inf")
     seen: float = field(default_factory=time.monotonic)
 
     def results(self, items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
+        # Few at a time, not `Client.map`: the scheduler blames a death on all that its worker had in hand.
         waiting = iter(items)
         while True:
-            with _scheduler_errors():
-                self._census()
+            try:
+                self._count_workers()
                 if self.stop.is_set():
                     self._begin_no_more()
                 else:
-                    self._top_up(waiting)
+                    self._submit(waiting)
+            except OSError as error:  # distributed's own are among them
+                raise _scheduler_gone() from error
             if not self.in_hand or (self.ended and not self.workers):
                 return
             with suppress(Empty):
                 yield from self._answer(self.ready.get(timeout=POLL_S))
-
-    def check_killers(self) -> None:
-        """Raise `ClusterError` for the items that nobody survived."""
-        if self.killers:
-            names = ", ".join(map(str, self.killers))
-            raise ClusterError(
-                f"worker processes died over and over at item {names}; everything else was done",
-                hint="out of memory? try fewer workers or a smaller --batch, then run it again",
-            )
 
     def end(self) -> None:
         """Give up what is still in hand."""
@@ -175,17 +211,16 @@ class _Run(Generic[Item]):
                 self._begin_no_more()
                 self.cluster.client.cancel([future for future, _ in self.in_hand.values()])
 
-    def _top_up(self, waiting: Iterator[Item]) -> None:
+    def _submit(self, waiting: Iterator[Item]) -> None:
         # One at least: without workers it waits at the scheduler for the first to come.
-        for item in islice(waiting, max(0, max(1, self.places) - len(self.in_hand))):
+        for item in islice(waiting, max(0, max(1, sum(self.workers.values())) - len(self.in_hand))):
             future = self.cluster.client.submit(
                 _call, __version__, self.name, self.unit, item, pure=False, resources=self.resources
             )
             self.in_hand[future.key] = (future, item)
             future.add_done_callback(self.ready.put)
 
-    def _census(self) -> None:
-        """Count workers and their threads; say who left."""
+    def _count_workers(self) -> None:
         now = time.monotonic()
         if now - self.counted < CENSUS_S:
             return
@@ -196,10 +231,9 @@ class _Run(Generic[Item]):
             raise ClusterError("all worker processes died and none came back")
         if not threads and (self.workers or self.counted < 0):
             self.cluster.note("waiting for workers")
-        elif lost := self.workers - threads.keys():
+        elif lost := self.workers.keys() - threads.keys():
             self.cluster.note(f"workers lost: {len(lost)}; what they had in hand is done again")
-        self.workers, self.places = frozenset(threads), sum(threads.values())
-        self.counted = now
+        self.workers, self.counted = dict(threads), now
 
     def _begin_no_more(self) -> None:
         if not self.ended:
@@ -215,12 +249,15 @@ class _Run(Generic[Item]):
             self.killers.append(item)
         except CancelledError as error:
             raise _scheduler_gone() from error
-        except (ImportError, AttributeError) as error:
-            raise _not_installed(error) from error
-        except RuntimeError as error:
-            if "deserialization" not in str(error):  # the scheduler's, of a task
+        except (ImportError, AttributeError, RuntimeError) as error:
+            # A RuntimeError is the scheduler's when a task cannot be unpickled, else the unit's own.
+            if isinstance(error, RuntimeError) and "deserialization" not in str(error):
                 raise
-            raise _not_installed(error) from error
+            raise ClusterError(
+                "a worker or the scheduler cannot import what it is asked to do",
+                found=str(error).splitlines()[0].strip(),
+                hint="install the same version of cosettle-cache wherever the scheduler and the workers run",
+            ) from error
         else:
             if began:
                 yield item, result
@@ -251,26 +288,10 @@ def _end(run: str) -> None:
     _ended.add(run)
 
 
-def _not_installed(error: Exception) -> ClusterError:
-    return ClusterError(
-        "a worker or the scheduler cannot import what it is asked to do",
-        found=str(error).splitlines()[0].strip(),
-        hint="install the same version of cosettle-cache wherever the scheduler and the workers run",
-    )
-
-
 def _scheduler_gone() -> ClusterError:
     return ClusterError(
         "the scheduler does not answer any more", hint="run the same command again: what is finished is kept"
     )
-
-
-@contextmanager
-def _scheduler_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:  # distributed's own are among them
-        raise _scheduler_gone() from error
 
 
 def _client(address: str | SpecCluster) -> Client:
@@ -299,14 +320,28 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
         tempfile.TemporaryDirectory(prefix="cosettle-", ignore_cleanup_errors=True) as scratch,
         dask.config.set(settings),
     ):
+        common = {
+            "host": "127.0.0.1",
+            "nthreads": threads,
+            "local_directory": scratch,
+            "memory_limit": 0,
+            "dashboard": False,
+            "silence_logs": logging.CRITICAL,
+        }
         with _no_interrupts():
             cluster = SpecCluster(
-                scheduler={"cls": Scheduler, "options": _scheduler_options()},
+                scheduler={
+                    "cls": Scheduler,
+                    "options": {
+                        "host": "127.0.0.1",
+                        "port": 0,
+                        "dashboard": False,
+                        "dashboard_address": "127.0.0.1:0",
+                        "allowed_failures": LOCAL_DEATHS - 1,
+                    },
+                },
                 workers={
-                    number: {
-                        "cls": Nanny,
-                        "options": _worker_options(number, workers, threads, gpus, scratch),
-                    }
+                    number: {"cls": Nanny, "options": {**_worker_options(number, workers, gpus), **common}}
                     for number in range(workers)
                 },
                 silence_logs=logging.CRITICAL,
@@ -317,33 +352,13 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
             cluster.close(timeout=CLOSE_TIMEOUT_S)
 
 
-def _scheduler_options() -> dict[str, Any]:
-    return {
-        "host": "127.0.0.1",
-        "port": 0,
-        "dashboard": False,
-        "dashboard_address": "127.0.0.1:0",
-        "allowed_failures": LOCAL_DEATHS - 1,
-    }
-
-
-def _worker_options(
-    number: int, workers: int, threads: int, gpus: Sequence[str], scratch: str
-) -> dict[str, Any]:
+def _worker_options(number: int, workers: int, gpus: Sequence[str]) -> dict[str, Any]:
     cores = str(share_of_cores(workers))
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), cores)
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    return {
-        "host": "127.0.0.1",
-        "nthreads": threads,
-        "env": environment,
-        "resources": {"GPU": 1} if gpus else None,
-        "local_directory": scratch,
-        "memory_limit": 0,
-        "dashboard": False,
-        "silence_logs": logging.CRITICAL,
-    }
+    if not gpus:
+        return {"env": environment}
+    environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    return {"env": environment, "resources": {"GPU": 1}}
 
 
 @contextmanager

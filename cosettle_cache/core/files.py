@@ -10,10 +10,10 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
-from cosettle_cache.core.errors import OutputError
+from cosettle_cache.core.errors import OutputError, UsageError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -63,6 +63,21 @@ def make_folder(path: Path) -> Path:
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def store_title(path: str) -> str:
+    """Return what folders of results are called after a store, local or at a URL."""
+    return PurePosixPath(path.rstrip("/")).stem
+
+
+def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return folders by name; those of one name by their parent's too."""
+    names = [folder.absolute().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = ["/".join(folder.absolute().parts[-2:]) for folder in folders]
+    if len(set(names)) < len(names):
+        raise UsageError("two folders have one name", wanted="different names", found=", ".join(names))
+    return dict(zip(names, folders, strict=True))
 
 
 def temporary_name(path: Path) -> Path:

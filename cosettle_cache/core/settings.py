@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,17 @@ DATA_ROOT_VARIABLE = "COSETTLE_DATA"
 #: A size rule that fits any patch of 16, for frames whose own size does not.
 FITTING_SIZE = "short:480/16"
 
+#: ImageNet's deviation of the red channel, which `red_std` stands in for, and those of green and blue.
+IMAGENET_RED_STD = 0.229
+_IMAGENET_OTHER_STD = (0.224, 0.225)
+
 #: Which queries a benchmark asks, and so which frames count (see `scored_frames`).
 QUERY_MODES = ("first", "strided")
 #: How the visibility of a tracked point is estimated.
 OCCLUSIONS = ("cycle", "cosine", "never")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 #: Packages whose versions can move a number; recorded with every store and score.
 VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillow", "av")
@@ -42,6 +49,7 @@ MARGIN_GAMMA = 0.3
 def setting(default: Any, help: str, **option: Any) -> Any:
     """Return a dataclass field that is also an option: its default, and one line of help that names the unit.
 
+    A `default` of `dataclasses.MISSING` makes the option a required one.
     `option` may hold `names` (a tuple such as ("--batch",), where the option is not called like the field),
     `choices` (the words allowed), `table` (`package:NAME`, a room's table whose words are added to the help),
     `parse` (text, or a list of texts, to value) and what `typer.Option` takes (`min`, `max`, `metavar`).
@@ -55,10 +63,6 @@ def check_choices(settings: Any) -> None:
         value, choices = getattr(settings, item.name), item.metadata.get("choices", ())
         if choices and value not in choices:
             raise UsageError(f"unknown {item.name} {value!r}", wanted=" or ".join(choices), found=value)
-
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_bytes(text: str) -> int:
@@ -76,8 +80,8 @@ class PairsSettings:
     `size` is pixels per side; crop scale and aspect ranges and the flip probability are the released ones.
     """
 
-    n_views: int = 5
-    gap: float = 0.15
+    n_views: int = setting(5, "View sets per clip (pairs).", names=("--views",), min=1)
+    gap: float = setting(0.15, "Distance of a pair, share of the clip.", min=0, max=1)
     size: int = 224
     scale_min: float = 0.5
     scale_max: float = 1.0
@@ -93,8 +97,8 @@ class FramesSettings:
     """Every `every`-th frame once, resized by the size rule, plus `n_shifted` shifted encodings of each."""
 
     size: str = "480x880"
-    every: int = 1
-    n_shifted: int = 0
+    every: int = setting(1, "Take every k-th frame (frames).", min=1)
+    n_shifted: int = setting(0, "Shifted encodings per frame (frames).", names=("--shifted",), min=0)
     shift_ratio: float = 10.0
     seed: int = 0
 
@@ -107,6 +111,41 @@ def parse_weight(text: str) -> float | Literal["auto"]:
         return float(text)
     except ValueError as error:
         raise UsageError("no separability weight", wanted="a number or auto", found=text) from error
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSettings:
+    """Which frozen encoder, and how it computes; `encoders.load_backbone` says what each means.
+
+    `device` None is CUDA where there is one.
+    """
+
+    backbone: str = setting(MISSING, "mae_b, timm/MODEL_ID, or a family name with --weights FILE.")
+    weights: str | None = setting(None, "Checkpoint file, or 'random'; default: the published weights.")
+    device: str | None = setting(None, "cpu, cuda, cuda:1 ...; default: cuda where there is one.")
+    precision: str = setting("fp32", "fp32, bf16 or fp16 arithmetic in the encoder.")
+    compiled: bool = setting(False, "Put the encoder through torch.compile.", names=("--compile",))
+    red_std: float | None = setting(
+        None, "Red deviation instead of ImageNet's 0.229: 0.228 as DINO evaluates."
+    )
+    heads: int | None = setting(None, "Attention heads, where width/64 is wrong.")
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractSettings:
+    """How a store is filled. Without `workers` or a `scheduler` this process does the work.
+
+    `batch` and `decode_threads` None depend on the device and the cores, `slot_encodings` None on the bytes.
+    """
+
+    batch: int | None = setting(None, "Images per forward pass.", min=1)
+    decode_threads: int | None = setting(None, "Threads that prepare images.", min=1)
+    slot_encodings: int | None = setting(None, "Encodings per slot (shard).", min=1)
+    dtype: str = setting("float16", "Of stored tokens; int8 halves the bytes.", choices=("float16", "int8"))
+    codec: str = setting("none", "Compression of stored tokens.", choices=("none", "zstd"))
+    workers: int = setting(0, "Processes here, one per GPU; 0: this one.", min=0)
+    scheduler: str | None = setting(None, "A dask scheduler whose workers do it, as tcp://host:8786.")
+    retry_failed: bool = setting(False, "Encode failed slots again.", names=("--retry-failed",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +405,13 @@ def settings_json(
 
 def package_versions(*others: str) -> dict[str, str]:
     """Return the versions of the packages that can move a number, and of `others`."""
-    return {name: _version(name) for name in (*VERSIONED_PACKAGES, *others)}
+    versions = {}
+    for name in (*VERSIONED_PACKAGES, *others):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
 
 
 def make_provenance(
@@ -391,24 +436,10 @@ def make_provenance(
     )
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
 def cache_folder() -> Path:
     """Return the folder for generated and downloaded files (`$XDG_CACHE_HOME/cosettle-cache`)."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "cosettle-cache"
-
-
-#: ImageNet's deviation of the red channel, which `red_std` stands in for, and those of green and blue.
-IMAGENET_RED_STD = 0.229
-
-
-_IMAGENET_OTHER_STD = (0.224, 0.225)
 
 
 def replace_red_std(encoder_std: tuple[float, float, float], red_std: float) -> tuple[float, float, float]:
@@ -418,19 +449,24 @@ def replace_red_std(encoder_std: tuple[float, float, float], red_std: float) -> 
     return (red_std if tuple(others) == _IMAGENET_OTHER_STD else red, *others)  # type: ignore[return-value]
 
 
-def differing(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return one line per key in which two origins differ."""
     keys = sorted(wanted.keys() | found.keys())
     pairs = [(key, wanted.get(key, "(absent)"), found.get(key, "(absent)")) for key in keys]
     return [f"{key}: wanted {a}, found {b}" for key, a, b in pairs if a != b]
 
 
-def flat_text(document: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a nested document as text by dotted key."""
-    flat: dict[str, str] = {}
+def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested document by dotted key."""
+    values: dict[str, Any] = {}
     for key, value in document.items():
         if isinstance(value, Mapping):
-            flat |= flat_text(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
+            values[f"{prefix}{key}"] = value
+    return values
+
+
+def flat_text(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the values of a nested document as text by dotted key."""
+    return {key: str(value) for key, value in flat(document).items()}

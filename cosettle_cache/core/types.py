@@ -199,15 +199,6 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """One key in which two fingerprints differ."""
-
-    key: str
-    wanted: str
-    found: str
-
-
-@dataclass(frozen=True, slots=True)
 class Fingerprint:
     """Everything that decides the tokens of a store; two stores with equal fingerprints hold equal tokens."""
 
@@ -231,23 +222,6 @@ class Fingerprint:
     def from_json(cls, document: Mapping[str, Any]) -> Fingerprint:
         """Rebuild from `to_json`; unknown keys are refused by the constructor."""
         return cls(**document)
-
-    def differences(self, found: Fingerprint) -> list[Difference]:
-        """List the keys in which `found` differs from this (wanted) fingerprint, nested keys with dots."""
-        wanted_flat, found_flat = _flat(self.to_json()), _flat(found.to_json())
-        keys = sorted(wanted_flat.keys() | found_flat.keys())
-        pairs = ((key, wanted_flat.get(key, "(absent)"), found_flat.get(key, "(absent)")) for key in keys)
-        return [Difference(key, str(a), str(b)) for key, a, b in pairs if a != b]
-
-
-def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,6 @@
 
 Numbers of slots go in, committed slots come out in order. A batch never crosses a slot, so the bytes of a
 slot do not depend on where a run started, nor on which process fills it.
-
-Prepared images on their way to the encoder: each distinct view once per batch, copied one batch ahead.
-
-On a GPU the copy comes from pinned memory on a stream of its own, so that it overlaps with the batch before.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
 from threading import Event, Lock
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,61 +28,6 @@ from cosettle_cache.extraction.images import View, Views, make_views
 from cosettle_cache.store import Shard, StoreWriter
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import FrameReader
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedImage:
-    """One encoding's view and its position in the slot; encodings with equal pixels share the view."""
-
-    position: int
-    encoding: Encoding
-    view: View
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A batch on the device: distinct views, and for every image the number of its view and its shift."""
-
-    images: Sequence[PreparedImage]
-    pixels: Float[Tensor, "view 3 height width"]
-    views: Sequence[tuple[int, PositionShift | None]]
-
-
-class Uploader:
-    """Brings batches to one device, one ahead of whoever consumes them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        is_cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
-
-    def ahead(self, batches: Iterable[Sequence[PreparedImage]]) -> Iterator[Upload]:
-        """Yield the batches in order; the next one is already under way when one is yielded."""
-        waiting: Upload | None = None
-        for batch in batches:
-            upload = self._upload(batch)
-            if waiting is not None:
-                yield self._arrived(waiting)
-            waiting = upload
-        if waiting is not None:
-            yield self._arrived(waiting)
-
-    def _upload(self, batch: Sequence[PreparedImage]) -> Upload:
-        distinct = {id(image.view): image.view for image in batch}
-        number = {key: place for place, key in enumerate(distinct)}
-        pixels = torch.stack(list(distinct.values()))
-        if self._stream is not None:
-            with torch.cuda.stream(self._stream):
-                pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-        return Upload(batch, pixels, [(number[id(image.view)], image.encoding.shift) for image in batch])
-
-    def _arrived(self, upload: Upload) -> Upload:
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            upload.pixels.record_stream(current)
-        return upload
-
 
 #: Frames per decode task of a frame folder: small enough to spread over threads.
 FRAMES_PER_TASK = 4
@@ -122,7 +64,7 @@ class Clock:
             self.add({name: time.perf_counter() - started})
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Add seconds by stage, of another clock say."""
+        """Add seconds by stage."""
         with self.lock:
             for name, value in seconds.items():
                 self.seconds[name] += value
@@ -139,7 +81,25 @@ class _Task:
 
     @property
     def n_encodings(self) -> int:
-        return sum(len(items) for items in self.frames.values())
+        return sum(map(len, self.frames.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """One encoding's view and its position in the slot; encodings with equal pixels share the view."""
+
+    position: int
+    encoding: Encoding
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """A batch on the device: distinct views, and for every image the number of its view and its shift."""
+
+    images: Sequence[_Image]
+    pixels: Float[Tensor, "view 3 height width"]
+    views: Sequence[tuple[int, PositionShift | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +112,17 @@ class _Encoded:
     failures: Mapping[str, str]
 
 
-Images = list[PreparedImage] | MediaError
-Prepared = tuple[_Task, Future[Images]]
+_Images = list[_Image] | MediaError
+_Prepared = tuple[_Task, Future[_Images]]
 
 
 @dataclass(frozen=True, slots=True)
 class Filler:
     """One encoder and one store, with what lies between. Threads may share it: they take turns encoding.
 
-    `encoded` hears of every batch. Stages on the `clock`: `decode` and `write` are thread time, `encode` and
-    `wait_images` belong to whoever has the turn, `wait_writer` is time without a free slot buffer.
+    `encoded` is called with the size of every batch. Stages on the `clock`: `decode` and `write` are thread
+    time, `encode` and `wait_images` belong to the thread that encodes, `wait_writer` is time without a free
+    slot buffer.
     """
 
     plan: Plan
@@ -175,22 +136,36 @@ class Filler:
     clock: Clock = field(default_factory=Clock)
     turn: Lock = field(default_factory=Lock)
 
-    def fill(self, slots: Iterable[int], stop: Event) -> Iterator[FilledSlot]:
-        """Yield each of `slots` when it is committed; `stop` ends after the slot in hand.
+    def fill(self, slots: Iterable[int], stop: Event, *, retry_failed: bool = False) -> Iterator[FilledSlot]:
+        """Yield those of `slots` that no other writer holds, once committed; `stop` ends after the next one.
 
-        Raises `OutputError` when the store cannot be written; committed slots stay.
+        Each is claimed just before its first image is decoded. Raises `OutputError` when the store cannot be
+        written; committed slots stay.
         """
+        claimed: list[int] = []
+
+        def claim() -> Iterator[int]:
+            for index in slots:
+                if self.writer.claim(index, retry_failed=retry_failed):
+                    claimed.append(index)
+                    yield index
+
         commits: deque[Future[FilledSlot]] = deque()
-        with ThreadPoolExecutor(1, "write") as writers, closing(self._encode_slots(slots)) as encoded:
-            for item in encoded:
-                commits.append(writers.submit(self._commit, item))
-                yield from self._settle(commits, MAX_PENDING_COMMITS)
-                if stop.is_set():
-                    break
-            yield from self._settle(commits, 0)
+        try:
+            with ThreadPoolExecutor(1, "write") as writers, closing(self._encode_slots(claim())) as encoded:
+                for item in encoded:
+                    commits.append(writers.submit(self._commit, item))
+                    yield from self._settle(commits, MAX_PENDING_COMMITS)
+                    if stop.is_set():
+                        break
+                yield from self._settle(commits, 0)
+        finally:
+            # After an error or an interrupt some are prepared and not committed.
+            for index in claimed:
+                self.writer.release(index)
 
     def fill_one(self, index: int) -> FilledSlot:
-        """Fill one slot; while it is written, another thread has the encoder."""
+        """Fill one claimed slot; while it is written, another thread has the encoder."""
         (encoded,) = self._encode_slots([index])
         return self._commit(encoded)
 
@@ -206,86 +181,34 @@ class Filler:
         return FilledSlot(encoded.slot.index, encoded.n_encodings, encoded.failures)
 
     def _encode_slots(self, slots: Iterable[int]) -> Generator[_Encoded, None, None]:
-        with closing(self._ahead(self._tasks(slots))) as prepared:
+        with closing(self._prepared(slots)) as prepared:
             # Before the turn comes, the first images of a slot are under way.
             for _, results in groupby(prepared, key=lambda result: result[0].slot.index):
                 with self.turn:
                     encoded = self._encode_slot(results)
                 yield encoded
 
-    def _tasks(self, slots: Iterable[int]) -> Iterator[_Task]:
-        reader: FrameReader | None = None
-        for index in slots:
-            slot = self.plan.slot(index)
-            positions = enumerate(slot.encodings)
-            for video_id, items in groupby(positions, key=lambda item: item[1].video_id):
-                video = self.videos[video_id]
-                if reader is None or reader.video is not video:
-                    reader = FrameReader(video, self.data_root)
-                yield from self._video_tasks(slot, reader, list(items))
-
-    def _video_tasks(
-        self, slot: Slot, reader: FrameReader, items: Sequence[tuple[int, Encoding]]
-    ) -> Iterator[_Task]:
-        size = self.plan.recipe.image_size(reader.video)
-        views = make_views(self.plan, *size, self.backbone.mean, self.backbone.std)
-        by_frame: dict[int, list[tuple[int, Encoding]]] = {}
-        for position, encoding in items:
-            by_frame.setdefault(encoding.frame, []).append((position, encoding))
-        frames = sorted(by_frame)
-        # A video file is decoded forwards by one task; the frames of a folder are independent.
-        step = FRAMES_PER_TASK if reader.video.media_kind is MediaKind.FRAMES else len(frames)
-        for start in range(0, len(frames), step):
-            yield _Task(
-                slot, reader, views, {frame: by_frame[frame] for frame in frames[start : start + step]}
-            )
-
-    def _ahead(self, tasks: Iterable[_Task]) -> Generator[Prepared, None, None]:
-        """Prepare tasks in threads, yield them in order, hold a bounded number of images."""
-        pending: deque[Prepared] = deque()
-        n_pending = 0
-        try:
-            for task in tasks:
-                pending.append((task, self.decoders.submit(self._prepare, task)))
-                n_pending += task.n_encodings
-                while n_pending > BATCHES_AHEAD * self.batch_size and len(pending) > 1:
-                    n_pending -= pending[0][0].n_encodings
-                    yield pending.popleft()
-            while pending:
-                yield pending.popleft()
-        finally:
-            for _, future in pending:
-                future.cancel()
-
-    def _prepare(self, task: _Task) -> Images:
-        images: list[PreparedImage] = []
-        try:
-            with self.clock.stage("decode"):
-                decoded = task.reader.read(list(task.frames))
-                for items, image in zip(task.frames.values(), decoded, strict=True):
-                    views = task.views.prepare(image, [encoding for _, encoding in items])
-                    images += [PreparedImage(*item, view) for item, view in zip(items, views, strict=True)]
-        except MediaError as error:
-            return error
-        return images
-
-    def _encode_slot(self, results: Iterator[Prepared]) -> _Encoded:
+    def _encode_slot(self, results: Iterator[_Prepared]) -> _Encoded:
         first = next(results)
         slot = first[0].slot
         shard = self.writer.new_shard(slot)
         failures: dict[str, str] = {}
         n_encodings = 0
-        for upload in Uploader(self.backbone.device).ahead(self._batches(first, results, failures)):
-            self._encode(upload, shard, failures)
+        for upload in _uploads(self._batches(chain([first], results), failures), self.backbone.device):
+            with self.clock.stage("encode"):
+                half = self.backbone.encode_views(upload.pixels, upload.views).to(torch.float16)
+                finite = half.isfinite().flatten(1).all(dim=1).tolist()
+                shard.tokens[[image.position for image in upload.images]] = half.cpu().numpy()
+            for image, is_finite in zip(upload.images, finite, strict=True):
+                if not is_finite:
+                    failures[image.encoding.video_id] = NOT_FINITE
             n_encodings += len(upload.images)
             self.encoded(len(upload.images))
         return _Encoded(slot, shard, n_encodings, failures)
 
-    def _batches(
-        self, first: Prepared, others: Iterator[Prepared], failures: dict[str, str]
-    ) -> Iterator[list[PreparedImage]]:
-        batch: list[PreparedImage] = []
-        for task, future in chain([first], others):
+    def _batches(self, results: Iterable[_Prepared], failures: dict[str, str]) -> Iterator[list[_Image]]:
+        batch: list[_Image] = []
+        for task, future in results:
             with self.clock.stage("wait_images"):
                 images = future.result()
             if isinstance(images, MediaError):
@@ -301,11 +224,83 @@ class Filler:
         if batch:
             yield batch
 
-    def _encode(self, upload: Upload, shard: Shard, failures: dict[str, str]) -> None:
-        with self.clock.stage("encode"):
-            half = self.backbone.encode_views(upload.pixels, upload.views).to(torch.float16)
-            finite = half.isfinite().flatten(1).all(dim=1).tolist()
-            shard.tokens[[image.position for image in upload.images]] = half.cpu().numpy()
-        for image, is_finite in zip(upload.images, finite, strict=True):
-            if not is_finite:
-                failures[image.encoding.video_id] = NOT_FINITE
+    def _prepared(self, slots: Iterable[int]) -> Generator[_Prepared, None, None]:
+        """Prepare the images of slots in threads, yield them in order, hold a bounded number of images."""
+        pending: deque[_Prepared] = deque()
+        n_pending = 0
+        try:
+            for task in self._tasks(slots):
+                pending.append((task, self.decoders.submit(self._prepare, task)))
+                n_pending += task.n_encodings
+                while n_pending > BATCHES_AHEAD * self.batch_size and len(pending) > 1:
+                    n_pending -= pending[0][0].n_encodings
+                    yield pending.popleft()
+            while pending:
+                yield pending.popleft()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+    def _tasks(self, slots: Iterable[int]) -> Iterator[_Task]:
+        reader: FrameReader | None = None
+        for slot in map(self.plan.slot, slots):
+            positions = enumerate(slot.encodings)
+            for video_id, items in groupby(positions, key=lambda item: item[1].video_id):
+                video = self.videos[video_id]
+                if reader is None or reader.video is not video:
+                    reader = FrameReader(video, self.data_root)
+                size = self.plan.recipe.image_size(video)
+                views = make_views(self.plan, *size, self.backbone.mean, self.backbone.std)
+                for frames in _frames_of_tasks(video, items):
+                    yield _Task(slot, reader, views, frames)
+
+    def _prepare(self, task: _Task) -> _Images:
+        images: list[_Image] = []
+        try:
+            with self.clock.stage("decode"):
+                decoded = task.reader.read(list(task.frames))
+                for items, image in zip(task.frames.values(), decoded, strict=True):
+                    views = task.views.prepare(image, [encoding for _, encoding in items])
+                    images += [_Image(*item, view) for item, view in zip(items, views, strict=True)]
+        except MediaError as error:
+            return error
+        return images
+
+
+def _frames_of_tasks(
+    video: Video, items: Iterable[tuple[int, Encoding]]
+) -> Iterator[dict[int, list[tuple[int, Encoding]]]]:
+    by_frame: defaultdict[int, list[tuple[int, Encoding]]] = defaultdict(list)
+    for position, encoding in items:
+        by_frame[encoding.frame].append((position, encoding))
+    frames = sorted(by_frame)
+    # A video file is decoded forwards by one task; the frames of a folder are independent.
+    step = FRAMES_PER_TASK if video.media_kind is MediaKind.FRAMES else len(frames)
+    for start in range(0, len(frames), step):
+        yield {frame: by_frame[frame] for frame in frames[start : start + step]}
+
+
+def _uploads(batches: Iterable[Sequence[_Image]], device: torch.device) -> Iterator[_Upload]:
+    """Yield batches on the device, each distinct view once; the next is under way when one is yielded."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    waiting: _Upload | None = None
+    for batch in chain(batches, [None]):
+        upload = None if batch is None else _upload(batch, device, stream)
+        if waiting is not None:
+            if stream is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_stream(stream)
+                waiting.pixels.record_stream(current)
+            yield waiting
+        waiting = upload
+
+
+def _upload(batch: Sequence[_Image], device: torch.device, stream: Any) -> _Upload:
+    distinct = {id(image.view): image.view for image in batch}
+    number = {key: place for place, key in enumerate(distinct)}
+    pixels = torch.stack(list(distinct.values()))
+    if stream is not None:
+        # From pinned memory on a stream of its own, so that the copy overlaps with the batch before.
+        with torch.cuda.stream(stream):
+            pixels = pixels.pin_memory().to(device, non_blocking=True)
+    return _Upload(batch, pixels, [(number[id(image.view)], image.encoding.shift) for image in batch])

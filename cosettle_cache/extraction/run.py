@@ -1,32 +1,39 @@
-"""Stage one: manifest -> frames -> frozen encoder -> store, in this process or by many workers.
+"""Videos and a frozen encoder in, a store of patch tokens out, by this process or by many workers.
 
-A plan, a manifest and an encoder come in; out go committed slots and a report. Several extractions of one
-store share its slots: each is claimed just before it is worked on, and what a dead one left is taken over.
+Several extractions of one store share its slots: each is claimed just before it is worked on, and what a dead
+one left is taken over.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from os import getpid
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 from uuid import uuid4
 
-import torch
-
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.cluster import pick_device, share_of_cores, work_on
+from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.settings import FramesSettings, PairsSettings, package_versions
-from cosettle_cache.core.types import Fingerprint, Manifest, Video
-from cosettle_cache.encoders import Backbone, load_backbone
+from cosettle_cache.core.settings import (
+    EncoderSettings,
+    ExtractSettings,
+    FramesSettings,
+    PairsSettings,
+    package_versions,
+)
+from cosettle_cache.core.types import Fingerprint, Manifest
+from cosettle_cache.encoders import Backbone, describe_backbone, load_backbone
 from cosettle_cache.extraction.images import views_rule
 from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
 from cosettle_cache.store import StoreWriter, open_store, spec_version
+from cosettle_cache.store._local import is_url
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.manifest import manifest_digest
 
@@ -55,7 +62,7 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class ExtractReport:
-    """What one run of `extract` did; `failures` maps video ids to reasons, for this run's slots.
+    """What one extraction did; `failures` maps video ids to reasons.
 
     `n_slots_elsewhere` were committed by other extractions meanwhile; `n_processes` had a part in `n_slots`.
     """
@@ -80,29 +87,60 @@ class ExtractReport:
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractSpec:
-    """What a worker process needs to fill slots of a store that is there; paths are the worker's own.
+class StoreJob:
+    """One store to fill: where (path or URL), the folder of the media, the encoder, which views, and how.
 
-    `device`, `batch_size` and `decode_threads` None: the worker's choice. `run` tells two extractions apart.
+    Workers receive it with absolute paths; `run` distinguishes two extractions with equal settings.
     """
 
-    store: str
-    data_root: str
-    settings: PairsSettings | FramesSettings
-    backbone: str
-    weights: str | None = None
-    heads: int | None = None
-    precision: str = "fp32"
-    compiled: bool = False
-    device: str | None = None
-    batch_size: int | None = None
-    decode_threads: int | None = None
-    slot_encodings: int | None = None
-    dtype: str = "float16"
-    codec: str = "none"
-    retry_failed: bool = False
-    red_std: float | None = None
+    out: str
+    data_root: Path
+    encoder: EncoderSettings
+    views: PairsSettings | FramesSettings
+    settings: ExtractSettings = field(default_factory=ExtractSettings)
     run: str = field(default_factory=lambda: uuid4().hex)
+
+    def plan(self, manifest: Manifest) -> Plan:
+        """Return the plan of the store; reads at most the shapes of the weights."""
+        encoder = self.encoder
+        info = describe_backbone(encoder.backbone, weights=encoder.weights, heads=encoder.heads)
+        return make_plan(
+            manifest,
+            self.views,
+            patch=info.patch,
+            dim=info.dim,
+            slot_encodings=self.settings.slot_encodings,
+            dtype=self.settings.dtype,
+            codec=self.settings.codec,
+        )
+
+    def load_encoder(self, device: str) -> Backbone:
+        """Return the encoder on a device."""
+        encoder = self.encoder
+        return load_backbone(
+            encoder.backbone,
+            weights=encoder.weights,
+            device=device,
+            precision=encoder.precision,
+            heads=encoder.heads,
+            compiled=encoder.compiled,
+            red_std=encoder.red_std,
+        )
+
+    def open_writer(self, plan: Plan, manifest: Manifest, backbone: Backbone) -> StoreWriter:
+        """Create the store, or open the one that was made with the same settings."""
+        encoder = {
+            "name": backbone.name,
+            "weights_source": backbone.weights_source,
+            "weights_argument": self.encoder.weights,
+            "heads_argument": self.encoder.heads,
+            "patch": backbone.patch,
+            "dim": backbone.dim,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+        }
+        fingerprint = make_fingerprint(backbone, plan, manifest)
+        return StoreWriter.create_or_resume(self.out, plan.arrays, fingerprint, manifest, encoder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +152,117 @@ class SlotReport:
     seconds: Mapping[str, float]
 
 
-#: Hands items to workers and yields each with its result, as they get ready (`distributed.Cluster.run`).
+#: Calls a function on items in workers; yields (item, result) in completion order (`Cluster.run`).
 Runner = Callable[[Callable[[int], SlotReport], Iterable[int]], Iterator[tuple[int, SlotReport]]]
+
+
+def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> ExtractReport:
+    """Fill the store of a job, resuming what is there; the report's failures are those of the whole store.
+
+    The first Ctrl-C ends the extraction after the slots in hand. Raises `OutputError` when the store cannot
+    be written; committed slots stay.
+    """
+    settings = job.settings
+    if settings.workers or settings.scheduler:
+        report = _extract_with_workers(job, plan, manifest, talk)
+        return replace(report, failures=dict(open_store(job.out).failures))
+    device = pick_device(job.encoder.device)
+    backbone = job.load_encoder(device)
+    # A recipe of several commands is one process: the store's lock goes with the job, not with the process.
+    with closing(job.open_writer(plan, manifest, backbone)) as writer, interruptible(talk, "slot") as stop:
+        report = extract(
+            plan,
+            manifest,
+            job.data_root,
+            backbone,
+            writer,
+            batch_size=settings.batch or default_batch(plan, device),
+            decode_threads=settings.decode_threads or _decode_threads(),
+            retry_failed=settings.retry_failed,
+            progress=talk.progress("extract"),
+            stop=stop,
+            note=talk.note,
+        )
+    return replace(report, failures=dict(open_store(job.out).failures))
+
+
+def extract(
+    plan: Plan,
+    manifest: Manifest,
+    data_root: Path,
+    backbone: Backbone,
+    writer: StoreWriter,
+    *,
+    batch_size: int = 16,
+    decode_threads: int = 2,
+    retry_failed: bool = False,
+    progress: Progress = SILENT,
+    stop: Event | None = None,
+    note: Callable[[str], object] = lambda text: None,
+) -> ExtractReport:
+    """Encode every slot of `plan` that is not committed yet; `stop` ends after the slot in hand.
+
+    With `retry_failed` slots that list failed videos are encoded again as well. Slots that other writers
+    hold are waited for, which `note` reports once, and taken over if they are given up.
+
+    A video that cannot be decoded is recorded in the store and in the report and does not end the run.
+    Raises `OutputError` when the store cannot be written; committed slots stay.
+    """
+    clock, stop = Clock(), stop or Event()
+    videos = {video.video_id: video for video in manifest}
+    with ThreadPoolExecutor(decode_threads, "decode") as decoders:
+        filler = Filler(
+            plan, videos, data_root, backbone, writer, decoders, batch_size, progress.advance, clock
+        )
+        fill = partial(filler.fill, stop=stop, retry_failed=retry_failed)
+        return _fill_slots(fill, plan, writer, retry_failed, clock, progress, stop, note)
+
+
+def extract_across(
+    run: Runner,
+    job: StoreJob,
+    plan: Plan,
+    writer: StoreWriter,
+    *,
+    progress: Progress = SILENT,
+    stop: Event | None = None,
+    note: Callable[[str], object] = lambda text: None,
+) -> ExtractReport:
+    """Like `extract`, with the slots filled by worker processes through `run`, which has the same `stop`.
+
+    `writer` is this process's own, of the job's store. Errors of a worker are raised here.
+    """
+    clock, processes = Clock(), set[str]()
+
+    def fill(slots: Sequence[int]) -> Iterator[FilledSlot]:
+        for _, report in run(partial(fill_slot, job), slots):
+            clock.add(report.seconds)
+            if report.filled is not None:
+                processes.add(report.process)
+                progress.advance(report.filled.n_encodings)
+                yield report.filled
+
+    retry_failed = job.settings.retry_failed
+    report = _fill_slots(fill, plan, writer, retry_failed, clock, progress, stop or Event(), note)
+    return replace(report, n_processes=len(processes) or 1)
+
+
+def fill_slot(job: StoreJob, index: int) -> SlotReport:
+    """In a worker: fill slot `index`, unless somebody has it; the encoder is loaded with the first slot."""
+    process = f"{platform.node()}:{getpid()}"
+    with _opening:
+        if job not in _opened:
+            _opened.clear()
+            _opened[job] = _open(job)
+        filler = _opened[job]
+    if not filler.writer.claim(index, retry_failed=job.settings.retry_failed):
+        return SlotReport(process, None, {})
+    clock = Clock()
+    try:
+        filled = replace(filler, clock=clock).fill_one(index)
+    finally:
+        filler.writer.release(index)
+    return SlotReport(process, filled, dict(clock.seconds))
 
 
 def make_fingerprint(backbone: Backbone, plan: Plan, manifest: Manifest) -> Fingerprint:
@@ -142,223 +289,110 @@ def default_batch(plan: Plan, device: str) -> int:
     return max(1, BATCH_TOKENS[device.partition(":")[0]] // tokens)
 
 
-def extract(
-    plan: Plan,
-    manifest: Manifest,
-    data_root: Path,
-    backbone: Backbone,
-    writer: StoreWriter,
-    *,
-    batch_size: int = 16,
-    decode_threads: int = 2,
-    retry_failed: bool = False,
-    progress: Progress = SILENT,
-    stop: Event | None = None,
-    note: Callable[[str], object] = lambda text: None,
-) -> ExtractReport:
-    """Encode every slot of `plan` that is not committed yet; `stop` ends after the slot in hand.
-
-    With `retry_failed` slots that list failed videos are encoded again as well. Slots that other writers
-    hold are waited for, which `note` hears of once, and taken over if they are given up.
-
-    A video that cannot be decoded is recorded in the store and in the report and does not end the run.
-    Raises `OutputError` when the store cannot be written; committed slots stay.
-    """
-    work = _Work(plan, writer, retry_failed, progress, stop or Event(), note)
-    with ThreadPoolExecutor(decode_threads, "decode") as decoders:
-        filler = Filler(
-            plan,
-            _by_id(manifest),
-            data_root,
-            backbone,
-            writer,
-            decoders,
-            batch_size,
-            encoded=progress.advance,
-            clock=work.clock,
-        )
-        return work.run(partial(_fill_here, filler, work))
+def _decode_threads(n_processes: int = 1) -> int:
+    return min(MAX_DECODE_THREADS, share_of_cores(n_processes))
 
 
-def extract_across(
-    run: Runner,
-    spec: ExtractSpec,
+def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> ExtractReport:
+    settings = job.settings
+    with (
+        interruptible(talk, "slots") as stop,
+        work_on(settings.workers, settings.scheduler, job.encoder.device, stop=stop, note=talk.note) as run,
+    ):
+        assert run is not None
+        # Loaded here only to say what the tokens depend on; workers load their own, and compare.
+        backbone = job.load_encoder("cpu")
+        with closing(job.open_writer(plan, manifest, backbone)) as writer:
+            del backbone
+            progress = talk.progress("extract")
+            across = _for_workers(job)
+            return extract_across(run, across, plan, writer, progress=progress, stop=stop, note=talk.note)
+
+
+def _for_workers(job: StoreJob) -> StoreJob:
+    """Return a job with absolute paths: workers may have been started anywhere."""
+    weights, settings = job.encoder.weights, job.settings
+    if weights is not None and Path(weights).is_file():
+        weights = str(Path(weights).absolute())
+    if settings.workers and settings.decode_threads is None:
+        settings = replace(settings, decode_threads=_decode_threads(settings.workers))
+    return replace(
+        job,
+        out=job.out if is_url(job.out) else str(Path(job.out).absolute()),
+        data_root=job.data_root.absolute(),
+        encoder=replace(job.encoder, weights=weights),
+        settings=settings,
+    )
+
+
+def _fill_slots(
+    fill: Callable[[Sequence[int]], Iterator[FilledSlot]],
     plan: Plan,
     writer: StoreWriter,
-    *,
-    progress: Progress = SILENT,
-    stop: Event | None = None,
-    note: Callable[[str], object] = lambda text: None,
+    retry_failed: bool,
+    clock: Clock,
+    progress: Progress,
+    stop: Event,
+    note: Callable[[str], object],
 ) -> ExtractReport:
-    """Like `extract`, with the slots handed to worker processes by `run`; `stop` must be the runner's too.
-
-    `writer` is this process's own, of the store that `spec` names. Errors of a worker are raised here.
-    """
-    work = _Work(plan, writer, spec.retry_failed, progress, stop or Event(), note)
-    return work.run(partial(_fill_across, run, spec, work))
-
-
-def fill_slot(spec: ExtractSpec, index: int) -> SlotReport:
-    """In a worker: fill slot `index`, unless somebody has it; the encoder is loaded with the first slot."""
-    process = f"{platform.node()}:{os.getpid()}"
-    filler = _open_once(spec)
-    if not filler.writer.claim(index, retry_failed=spec.retry_failed):
-        return SlotReport(process, None, {})
-    clock = Clock()
+    """Call `fill`, which skips slots that others hold, until all are committed, by us or by others."""
+    todo = left = writer.todo(retry_failed=retry_failed)
+    filled: list[FilledSlot] = []
+    n_elsewhere, waiting = 0, False
+    progress.start(sum(map(plan.slot_length, todo)), "images")
     try:
-        filled = replace(filler, clock=clock).fill_one(index)
+        with clock.stage("total"):
+            while left:
+                ours = list(fill(left))
+                filled += ours
+                others = set(left).difference(slot.index for slot in ours)
+                left = sorted(others.intersection(writer.todo(retry_failed=retry_failed)))
+                elsewhere = others.difference(left)
+                n_elsewhere += len(elsewhere)
+                progress.advance(sum(map(plan.slot_length, elsewhere)))
+                if stop.is_set():
+                    break
+                if left and not ours:
+                    if not waiting:
+                        note(f"waiting for another extraction, which holds {len(left)} slots")
+                    waiting = True
+                    stop.wait(POLL_S)
     finally:
-        filler.writer.release(index)
-    return SlotReport(process, filled, dict(clock.seconds))
+        progress.finish()
+    return ExtractReport(
+        n_slots=len(filled),
+        n_slots_before=plan.n_slots - len(todo),
+        n_slots_elsewhere=n_elsewhere,
+        n_encodings=sum(slot.n_encodings for slot in filled),
+        n_processes=1,
+        failures={key: value for slot in filled for key, value in slot.failures.items()},
+        seconds=StageSeconds(**{item.name: clock.seconds[item.name] for item in fields(StageSeconds)}),
+        interrupted=bool(left),
+    )
 
 
-@dataclass(slots=True)
-class _Work:
-    """The slots of one run, gone over again and again until all are committed, by us or by others."""
-
-    plan: Plan
-    writer: StoreWriter
-    retry_failed: bool
-    progress: Progress
-    stop: Event
-    note: Callable[[str], object]
-    clock: Clock = field(default_factory=Clock)
-    processes: set[str] = field(default_factory=set)
-    filled: list[FilledSlot] = field(default_factory=list)
-    n_elsewhere: int = 0
-
-    def run(self, fill: Callable[[Sequence[int]], Iterator[FilledSlot]]) -> ExtractReport:
-        """Return the report of `fill`, which goes over slots once and skips those that others hold."""
-        todo = self.writer.todo(retry_failed=self.retry_failed)
-        self.progress.start(self._n_images(todo), "images")
-        try:
-            with self.clock.stage("total"):
-                left = self._go_over(todo, fill)
-        finally:
-            self.progress.finish()
-        return ExtractReport(
-            n_slots=len(self.filled),
-            n_slots_before=self.plan.n_slots - len(todo),
-            n_slots_elsewhere=self.n_elsewhere,
-            n_encodings=sum(slot.n_encodings for slot in self.filled),
-            n_processes=len(self.processes) or 1,
-            failures={key: value for slot in self.filled for key, value in slot.failures.items()},
-            seconds=StageSeconds(
-                **{item.name: self.clock.seconds[item.name] for item in fields(StageSeconds)}
-            ),
-            interrupted=bool(left),
-        )
-
-    def _go_over(
-        self, todo: Sequence[int], fill: Callable[[Sequence[int]], Iterator[FilledSlot]]
-    ) -> Sequence[int]:
-        """Return the slots that are left when all is done, or at `stop`."""
-        left, waiting = todo, False
-        while left:
-            filled = list(fill(left))
-            self.filled += filled
-            left = self._still_todo(left, {slot.index for slot in filled})
-            if self.stop.is_set():
-                break
-            if left and not filled:
-                if not waiting:
-                    self.note(f"waiting for another extraction, which holds {len(left)} slots")
-                waiting = True
-                self.stop.wait(POLL_S)
-        return left
-
-    def _still_todo(self, left: Sequence[int], filled: set[int]) -> list[int]:
-        open_slots = set(self.writer.todo(retry_failed=self.retry_failed))
-        elsewhere = [index for index in left if index not in filled and index not in open_slots]
-        self.n_elsewhere += len(elsewhere)
-        self.progress.advance(self._n_images(elsewhere))
-        return [index for index in left if index not in filled and index in open_slots]
-
-    def _n_images(self, slots: Sequence[int]) -> int:
-        return sum(self.plan.slot_length(index) for index in slots)
-
-
-def _fill_here(filler: Filler, work: _Work, slots: Sequence[int]) -> Iterator[FilledSlot]:
-    """Yield the slots that nobody else holds; each is claimed just before its first image is decoded."""
-    claimed: list[int] = []
-
-    def claim() -> Iterator[int]:
-        for index in slots:
-            if work.writer.claim(index, retry_failed=work.retry_failed):
-                claimed.append(index)
-                yield index
-
-    try:
-        yield from filler.fill(claim(), work.stop)
-    finally:
-        # After an error or an interrupt some are prepared and not committed.
-        for index in claimed:
-            work.writer.release(index)
-
-
-def _fill_across(run: Runner, spec: ExtractSpec, work: _Work, slots: Sequence[int]) -> Iterator[FilledSlot]:
-    for _, report in run(partial(fill_slot, spec), slots):
-        work.clock.add(report.seconds)
-        if report.filled is not None:
-            work.processes.add(report.process)
-            work.progress.advance(report.filled.n_encodings)
-            yield report.filled
-
-
-def _by_id(manifest: Manifest) -> dict[str, Video]:
-    return {video.video_id: video for video in manifest}
-
-
-#: In a worker: what the last spec opened. One is kept, for a worker may outlive many extractions.
-_opened: dict[ExtractSpec, Filler] = {}
+#: In a worker: what the last job opened. One is kept, for a worker may outlive many extractions.
+_opened: dict[StoreJob, Filler] = {}
 _opening = Lock()
 
 
-def _open_once(spec: ExtractSpec) -> Filler:
-    with _opening:
-        if spec not in _opened:
-            _opened.clear()
-            _opened[spec] = _open(spec)
-        return _opened[spec]
-
-
-def _open(spec: ExtractSpec) -> Filler:
-    """Return encoder, plan and writer of a spec; raise where they would not give the store's own tokens."""
-    data_root = Path(spec.data_root)
-    if not data_root.is_dir():
+def _open(job: StoreJob) -> Filler:
+    """Return encoder, plan and writer of a job; raise where they would not give the store's own tokens."""
+    if not job.data_root.is_dir():
         raise InputError(
-            f"{data_root} is not a folder on {platform.node()}",
+            f"{job.data_root} is not a folder on {platform.node()}",
             wanted="the data root under the same path on every worker",
         )
-    manifest = open_store(spec.store).manifest
-    device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = load_backbone(
-        spec.backbone,
-        weights=spec.weights,
-        device=device,
-        precision=spec.precision,
-        heads=spec.heads,
-        compiled=spec.compiled,
-        red_std=spec.red_std,
-    )
-    plan = make_plan(
-        manifest,
-        spec.settings,
-        patch=backbone.patch,
-        dim=backbone.dim,
-        slot_encodings=spec.slot_encodings,
-        dtype=spec.dtype,
-        codec=spec.codec,
-    )
-    fingerprint = make_fingerprint(backbone, plan, manifest)
-    writer = StoreWriter.create_or_resume(spec.store, plan.arrays, fingerprint, manifest, {})
-    threads = spec.decode_threads or min(MAX_DECODE_THREADS, len(os.sched_getaffinity(0)))
+    manifest = open_store(job.out).manifest
+    device = pick_device(job.encoder.device)
+    backbone = job.load_encoder(device)
+    plan = job.plan(manifest)
     return Filler(
         plan,
-        _by_id(manifest),
-        data_root,
+        {video.video_id: video for video in manifest},
+        job.data_root,
         backbone,
-        writer,
-        ThreadPoolExecutor(threads, "decode"),
-        spec.batch_size or default_batch(plan, device),
+        job.open_writer(plan, manifest, backbone),
+        ThreadPoolExecutor(job.settings.decode_threads or _decode_threads(), "decode"),
+        job.settings.batch or default_batch(plan, device),
     )

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cosettle_cache.core.errors import DamagedStoreError, FingerprintError, InputError
-from cosettle_cache.core.settings import digest
-from cosettle_cache.core.types import ArrayLayout, Difference, Fingerprint, Grid
+from cosettle_cache.core.settings import differing, digest, flat
+from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid
 from cosettle_cache.store._local import ReadStorage, is_store
 from cosettle_cache.store.format import (
     CODECS,
@@ -118,13 +118,13 @@ _ELSEWHERE = "write to another folder with --out, or repeat the settings of this
 def check_same(wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHERE) -> None:
     """Raise `FingerprintError` listing every difference that makes the tokens of the two stores differ."""
     wanted = Header.from_json(wanted.to_json())
-    differences = wanted.fingerprint.differences(found.fingerprint)
+    details = differing(flat(wanted.fingerprint.to_json()), flat(found.fingerprint.to_json()))
     if wanted.arrays != found.arrays:
-        differences.append(Difference("arrays", _arrays_text(wanted), _arrays_text(found)))
-    if differences:
+        details += differing({"arrays": _arrays_text(wanted)}, {"arrays": _arrays_text(found)})
+    if details:
         raise FingerprintError(
             f"{path} holds a store made with other settings",
-            details=[f"{item.key}: wanted {item.wanted}, found {item.found}" for item in differences],
+            details=details,
             hint=hint,
         )
 

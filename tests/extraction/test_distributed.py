@@ -23,14 +23,15 @@ from cosettle_cache.cli import run_command
 from cosettle_cache.core import cluster as distributed
 from cosettle_cache.core.cluster import Cluster, connect
 from cosettle_cache.core.errors import ClusterError, InputError, UsageError
-from cosettle_cache.core.settings import PairsSettings
+from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, PairsSettings
 from cosettle_cache.core.types import Manifest
-from cosettle_cache.extraction.run import ExtractSpec, extract_across, fill_slot
+from cosettle_cache.extraction.run import StoreJob, extract_across, fill_slot
 from cosettle_cache.store import StoreWriter, open_store
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.videos.manifest import read_manifest, write_manifest
 
 N_WORKERS = 2
+ENCODER = EncoderSettings("timm/test_vit", "random")
 WORDS = ["--backbone", "timm/test_vit", "--weights", "random", "--views", "20", "--size", "64"]
 WORDS += ["--slot-encodings", "60", "--batch", "4", "--quiet"]
 
@@ -222,9 +223,7 @@ def test_a_scheduler_goes_on_and_a_killed_worker_changes_nothing(
 ) -> None:
     manifest = read_manifest(clips.parent / "m.parquet")
     settings = PairsSettings(n_views=20, size=64)
-    spec = ExtractSpec(
-        str(interrupted), str(clips), settings, "timm/test_vit", "random", batch_size=4, slot_encodings=60
-    )
+    job = StoreJob(str(interrupted), clips, ENCODER, settings, ExtractSettings(batch=4, slot_encodings=60))
     plan = make_plan(manifest, settings, patch=16, dim=64, slot_encodings=60)
     before = open_store(interrupted)
     writer = writer_of(straight, interrupted, manifest)
@@ -232,7 +231,7 @@ def test_a_scheduler_goes_on_and_a_killed_worker_changes_nothing(
     with closing(writer), connect(scheduler=scheduler, note=notes.append) as cluster:
         cluster.client.wait_for_workers(2, timeout=600)
         progress = KillsOneWorker(cluster.client.run(os.getpid).values)
-        report = extract_across(cluster.run, spec, plan, writer, progress=progress)
+        report = extract_across(cluster.run, job, plan, writer, progress=progress)
     assert progress.killed
     assert (report.interrupted, report.n_slots_before) == (False, plan.n_slots - before.slot_states()["todo"])
     assert report.n_slots + report.n_slots_before + report.n_slots_elsewhere == plan.n_slots
@@ -245,14 +244,12 @@ def test_a_scheduler_goes_on_and_a_killed_worker_changes_nothing(
 def test_a_worker_without_the_data_or_the_code_says_so(
     scheduler: str, interrupted: Path, clips: Path, tmp_path: Path
 ) -> None:
-    spec = ExtractSpec(str(interrupted), str(tmp_path / "absent"), PairsSettings(), "timm/test_vit", "random")
+    job = StoreJob(str(interrupted), tmp_path / "absent", ENCODER, PairsSettings())
     with connect(scheduler=scheduler) as cluster:
         with pytest.raises(InputError, match="absent is not a folder on ") as caught:
-            list(cluster.run(partial(fill_slot, spec), [0]))
+            list(cluster.run(partial(fill_slot, job), [0]))
         assert "on worker" in caught.value.details[0]
-        elsewhere = ExtractSpec(
-            str(tmp_path / "s.zarr"), str(clips), PairsSettings(), "timm/test_vit", "random"
-        )
+        elsewhere = StoreJob(str(tmp_path / "s.zarr"), clips, ENCODER, PairsSettings())
         with pytest.raises(InputError, match=r"s\.zarr does not exist"):
             list(cluster.run(partial(fill_slot, elsewhere), [0]))
         with pytest.raises(ClusterError, match="cannot import"):
