@@ -27,22 +27,10 @@ from cosettle_cache.core.types import Grid, MediaKind, Video
 
 FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 VIDEO_SUFFIXES = frozenset(
-    {
-        ".mp4",
-        ".mkv",
-        ".avi",
-        ".gif",
-        ".webm",
-        ".mov",
-        ".m4v",
-        ".mpg",
-        ".mpeg",
-        ".wmv",
-        ".flv",
-        ".ts",
-        ".3gp",
-        ".ogv",
-    }
+    (
+        *(".mp4", ".mkv", ".avi", ".gif", ".webm", ".mov", ".m4v", ".mpg"),
+        *(".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"),
+    )
 )
 
 #: What the decoders raise for files that are broken, something else, or absurdly large.

@@ -10,7 +10,7 @@ import io
 import pickle
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Float64
 
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
-from cosettle_cache.core.types import Grid, LabelKind, Video
+from cosettle_cache.core.types import Grid, Video
 from cosettle_cache.videos.build import BuildResult, Clip, Source, build, entries, subfolders
 from cosettle_cache.videos.lists import Listed, locate, read_list
 from cosettle_cache.videos.masks import check_numbers, frame_stems
@@ -28,21 +28,8 @@ from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
 #: The joints in the order of `pos_img`.
 JOINTS = (
-    "neck",
-    "belly",
-    "face",
-    "right shoulder",
-    "left shoulder",
-    "right hip",
-    "left hip",
-    "right elbow",
-    "left elbow",
-    "right knee",
-    "left knee",
-    "right wrist",
-    "left wrist",
-    "right ankle",
-    "left ankle",
+    *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
+    *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
 )
 MAT_FILE = "joint_positions.mat"
 
@@ -73,7 +60,7 @@ def build_jhmdb_manifest(
     listed = [Listed(name) for name in names] or _read_lists(root, split)
     clips = [_clip(item, root) for item in listed or _all_clips(root)]
     source = Source("jhmdb", split if listed else "", root, data_root)
-    return build(clips, source, lambda clip: _labelled_video(clip, source))
+    return build(clips, source)
 
 
 def _read_lists(root: Path, split: str) -> list[Listed]:
@@ -95,15 +82,6 @@ def _clip(item: Listed, root: Path) -> Clip:
     if item.media is not None and item.labels is not None:
         media, labels = locate(root, item.media), locate(root, item.labels)
     return Clip(item.name, media, class_name, labels)
-
-
-def _labelled_video(clip: Clip, source: Source) -> Video:
-    video = source.video(clip)
-    if clip.labels is None or not clip.labels.is_file():
-        return video
-    video = replace(video, labels=source.relative(clip.labels), label_kind=LabelKind.KEYPOINTS)
-    joints = open_joints(video, source.data_root).joints
-    return replace(video, n_objects=joints.shape[1], labelled_frames=joints.shape[2])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -217,18 +217,4 @@ def build_tapvid_manifest(
         Clip(name, frames / name, labels=root / "tracks" / f"{name}.npz")
         for name in names or [path.name for path in subfolders(frames)]
     ]
-    return build(clips, source, lambda clip: _labelled_video(clip, source))
-
-
-def _labelled_video(clip: Clip, source: Source) -> Video:
-    assert clip.labels is not None
-    video = source.video(clip)
-    tracks = read_shares(clip.labels, video)
-    labels = source.relative(clip.labels)
-    return replace(
-        video,
-        labels=labels,
-        label_kind=LabelKind.TRACKS,
-        n_objects=len(tracks.points),
-        labelled_frames=tracks.n_frames,
-    )
+    return build(clips, source, lambda clip: source.labelled(clip, LabelKind.TRACKS, required=True))
