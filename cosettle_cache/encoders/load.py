@@ -1,22 +1,9 @@
-"""Encoders of the eight families: rows of the registry, and files of a family at any size.
+"""From a name and where its weights are to a frozen encoder on its device.
 
-A name and where its weights are come in; a `Backbone` goes out.
-
-The door to loaded encoders: a name, and where its weights are, to a frozen encoder on its device.
-
-Any ViT of timm as `timm/<model id>`: built and, for the published weights, loaded by timm itself.
-
-The images are normalised with the model's own mean and std, tokens equal timm's `forward_features`, and other
-sizes follow timm's own position resampling.
-
-What is known of an encoder before its weights are loaded; nothing is downloaded.
-
-Names of the table need no torch, files of a family no timm, so that planning and `--dry-run` answer at once.
-
-Published weights: from the hub client's cache, the hub or the publisher's address; fails within seconds.
-
-A source of the registry comes in, the path of a file goes out. `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and
-the proxy variables are respected.
+The name is a row of the registry, a family (its sizes come from the weights file) or `timm/<model id>` (built
+and, for published weights, loaded by timm itself). Published weights come from the hub client's cache, the
+hub or the publisher's address, or fail within seconds; `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the proxy
+variables are respected.
 """
 
 from __future__ import annotations
@@ -37,7 +24,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cosettle_cache.core.errors import CheckpointError, InputError, UsageError
+from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import output_errors, sha256_file, write_durably
 from cosettle_cache.core.settings import cache_folder, replace_red_std
 from cosettle_cache.core.types import Grid
@@ -87,33 +74,20 @@ def describe_backbone(
     """
     if name.startswith(TIMM_PREFIX):
         check_no_heads(name, heads)
-        return _describe_timm(name)
+        return describe(name)
     family = family_of(name)
     if name in BACKBONES:
         return make_info(name, family, BACKBONES[name].architecture)
     if weights is None or str(weights) == RANDOM:
         raise sizeless(name)
-    return _describe_file(name, weights, heads)
+    file = sort_tensors(str(weights), family, read_checkpoint(weights))
+    return make_info(name, family, infer_architecture(file, heads))
 
 
 def check_no_heads(name: str, heads: int | None) -> None:
     """Raise `UsageError` when heads are given for an encoder that has its own."""
     if heads is not None:
         raise UsageError(f"{name} has its own number of heads", wanted="no --heads", found=heads)
-
-
-def _describe_timm(name: str) -> BackboneInfo:
-
-    return describe(name)
-
-
-def _describe_file(name: str, weights: str | Path, heads: int | None) -> BackboneInfo:
-    from cosettle_cache.encoders.checkpoints import read_checkpoint
-    from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
-
-    family = family_of(name)
-    file = sort_tensors(str(weights), family, read_checkpoint(weights))
-    return make_info(name, family, infer_architecture(file, heads))
 
 
 #: Seconds to wait for the first answer of a server; the hub client alone would retry for half a minute.
@@ -468,7 +442,9 @@ def load_backbone(
     """
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
-    where = _device(device)
+    from cosettle_cache.core.cluster import pick_device  # brings dask
+
+    where = torch.device(pick_device(device))
     if name.startswith(TIMM_PREFIX):
         check_no_heads(name, heads)
         backbone = load_timm(name, weights, where, precision, seed)
@@ -479,13 +455,3 @@ def load_backbone(
     if compiled:
         backbone.compile_blocks()
     return backbone
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError("unknown device", wanted="cpu, cuda or cuda:N", found=name) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is available", wanted=name, found="cpu only", hint="--device cpu")
-    return device

@@ -1,24 +1,8 @@
 """The one encoder class: normalised images in, patch tokens out, by the released forward of its family.
 
-What the families do differently lies in their rows and in the body; here are sizes, shifts, precision and
-provenance.
-
-A timm ViT taken apart at its positions, so that one forward gives each image its own shift.
-
-Images and shifts come in; all tokens after the blocks and the family's final norm go out.
-
-Absolute position embeddings: brought to other grids by the family's rule, and shifted as Co-Settle does.
-
-Holds the embedding of the encoder's own grid; gives one embedding per image for any grid, plain or shifted.
-
-Rotary positions (DINOv3, EVA-02, RoPE-ViT): the tables of a grid, plain or shifted.
-
-A shift has no released counterpart here. It is the same idea on coordinates: those of the grid are
-refined to `int((1 + ratio) * grid)` steps over the same extent, and the crop at the shift's offsets is
-used. Attention between patches sees distances shrunk by `1 + ratio`; as rotations are relative, the
-offsets matter to prefix tokens only.
-
-Where an encoder's weights came from, with a digest; and random weights that repeat.
+A timm ViT is taken apart at its positions, so that one forward gives each image its own shift: absolute
+embeddings are resized by the family's rule and shifted as Co-Settle does; rotary ones (DINOv3, EVA-02,
+RoPE-ViT) get the same idea on coordinates. Beside it the record of where weights came from.
 """
 
 from __future__ import annotations
@@ -32,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -48,6 +33,7 @@ from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import sha256_file
 from cosettle_cache.core.types import Grid, PositionShift
 from cosettle_cache.encoders.registry import RANDOM, FinalNorm, PositionResize
+from cosettle_cache.videos.frames import check_grid
 
 if TYPE_CHECKING:
     from cosettle_cache.encoders.registry import BackboneInfo
@@ -170,22 +156,15 @@ class Backbone:
 
     def grid(self, height: int, width: int) -> Grid:
         """Return the grid of patch tokens of an image of this size in pixels."""
-        if height % self.patch or width % self.patch or not (height and width):
-            sizes = sorted({self._near(height, width, up) for up in (False, True)})
-            raise InputError(
-                f"the image size is not a multiple of the patch of {self.name}",
-                wanted=f"height and width multiples of {self.patch}",
-                found=f"{height}x{width}",
-                hint="the nearest sizes are " + " and ".join(f"{h}x{w}" for h, w in sizes),
-            )
-        return Grid(height // self.patch, width // self.patch)
+        hint = "the nearest sizes are {below} and {above}"
+        return check_grid(height, width, self.patch, f"an image for {self.name}", hint)
 
     def encode(
         self,
-        images: Float[Tensor, "n 3 height width"],
+        images: Float[Tensor, "n 3 height width"] | Float[np.ndarray, "n 3 height width"],
         shift: PositionShift | Sequence[PositionShift | None] | None = None,
     ) -> Float[Tensor, "n row col dim"]:
-        """Return the patch tokens of normalised images; no CLS, no registers.
+        """Return the patch tokens of normalised images (torch or numpy); no CLS, no registers.
 
         `shift` is one position shift for all images or one (or None) per image. Tokens are float32 in
         precision fp32, and on the encoder's device.
@@ -197,7 +176,7 @@ class Backbone:
 
     def encode_views(
         self,
-        images: Float[Tensor, "image 3 height width"],
+        images: Float[Tensor, "image 3 height width"] | Float[np.ndarray, "image 3 height width"],
         views: Sequence[tuple[int, PositionShift | None]],
     ) -> Float[Tensor, "n row col dim"]:
         """Return the patch tokens of views (image number, shift); views of one image share its patches.
@@ -215,8 +194,12 @@ class Backbone:
         self.precision = f"{self.precision} compiled"
 
     def _encode(
-        self, images: Tensor, image_of: Sequence[int] | None, shifts: Sequence[PositionShift | None]
+        self,
+        images: Tensor | np.ndarray,
+        image_of: Sequence[int] | None,
+        shifts: Sequence[PositionShift | None],
     ) -> Tensor:
+        images = torch.as_tensor(images)
         grid = self.grid(*images.shape[-2:])
         for shift in {shift for shift in shifts if shift is not None}:
             check_shift(grid, shift)
@@ -233,12 +216,6 @@ class Backbone:
             # Convolutions default to TF32, which moves tokens by 1e-3.
             return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         return nullcontext()
-
-    def _near(self, height: int, width: int, up: bool) -> tuple[int, int]:
-        def near(length: int) -> int:
-            return max(1, length // self.patch + int(up and length % self.patch > 0)) * self.patch
-
-        return near(height), near(width)
 
 
 Shifts = Sequence[PositionShift | None]
@@ -304,10 +281,7 @@ def split_positions(vit: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _rotary(vit: Any) -> Any:
-    if getattr(vit, "rope", None) is None:
-        return None
-
-    return Rotary(vit.rope, len(vit.blocks))
+    return None if getattr(vit, "rope", None) is None else Rotary(vit.rope, len(vit.blocks))
 
 
 def _embeddings(positions: Positions, grid: Grid, shifts: Shifts) -> Tensor:
@@ -325,7 +299,12 @@ def _embeddings(positions: Positions, grid: Grid, shifts: Shifts) -> Tensor:
 
 
 class Rotary:
-    """The rotary embedding of a timm Eva model; `tables` gives one sine-cosine table per block."""
+    """The rotary embedding of a timm Eva model; `tables` gives one sine-cosine table per block.
+
+    A shift has no released counterpart here: the grid's coordinates are refined to `int((1 + ratio) * grid)`
+    steps over the same extent, and the crop at the shift's offsets is used. Attention between patches sees
+    distances shrunk by `1 + ratio`; as rotations are relative, the offsets matter to prefix tokens only.
+    """
 
     def __init__(self, rope: Any, depth: int) -> None:
         self._rope = rope

@@ -40,7 +40,7 @@ class DataSet:
     def builder(self) -> Callable[..., Any] | None:
         """Return the function that builds a manifest; None where the row's own places do."""
         if not isinstance(self.build, str) or not self.build:
-            return self.build or None  # type: ignore[return-value]
+            return self.build or None
         module, _, name = self.build.partition(":")
         builder: Callable[..., Any] = getattr(import_module(f"cosettle_cache.videos.{module}"), name)
         return builder

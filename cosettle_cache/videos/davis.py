@@ -139,7 +139,7 @@ class DavisSequence:
         return mask
 
 
-def open_sequence(video: Video, data_root: Path) -> DavisSequence:
+def open_sequence(video: Video, data_root: str | Path) -> DavisSequence:
     """Return the annotated sequence of one manifest row, after a look at every annotation's name and size.
 
     See `open_mask_files` for what raises `MediaError`; so does a first annotation without an object.

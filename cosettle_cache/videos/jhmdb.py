@@ -93,7 +93,7 @@ class JointSequence:
     joints: Joints
 
 
-def open_joints(video: Video, data_root: Path) -> JointSequence:
+def open_joints(video: Video, data_root: str | Path) -> JointSequence:
     """Return the joints of one manifest row.
 
     Frames beyond the annotated ones are not scored; fewer frames than annotations, and a number missing
@@ -103,7 +103,7 @@ def open_joints(video: Video, data_root: Path) -> JointSequence:
         raise MediaError(f"{video.video_id} has no labels", hint="add its joints, rebuild the manifest")
     names = frame_stems(video, data_root)
     check_numbers(names, video.media)
-    joints = read_joints(data_root / video.labels)[:, :, video.first_frame :]
+    joints = read_joints(Path(data_root) / video.labels)[:, :, video.first_frame :]
     if joints.shape[2] > video.n_frames and not video.first_frame:
         raise MediaError(
             f"{video.media} has fewer frames than joints",
@@ -113,8 +113,9 @@ def open_joints(video: Video, data_root: Path) -> JointSequence:
     return JointSequence(video, names, joints[:, :, : video.n_frames])
 
 
-def read_joints(path: Path) -> Joints:
+def read_joints(path: str | Path) -> Joints:
     """Return `pos_img` of a MATLAB file in pixels counted from 0; the file counts from 1 (PROTOCOLS 2.1)."""
+    path = Path(path)
     if not path.is_file():
         raise MediaError(f"{path} does not exist", wanted="a file of joints")
     try:
@@ -158,17 +159,19 @@ def _cells_per_pixel(points: AnyPoints, image_size: tuple[int, int], grid: Grid)
     return scale.reshape(2, *(1,) * (points.ndim - 1))
 
 
-def write_predicted_joints(path: Path, points: Float32[np.ndarray, "2 joint frame"]) -> None:
+def write_predicted_joints(path: str | Path, points: Float32[np.ndarray, "2 joint frame"]) -> None:
     """Write joints in cells of the grid as the released scripts do, a pickled array (PROTOCOLS 2.4)."""
+    path = Path(path)
     with output_errors(path):
         path.write_bytes(pickle.dumps(points, protocol=2))
 
 
-def read_predicted_joints(path: Path) -> Float[np.ndarray, "2 joint frame"]:
+def read_predicted_joints(path: str | Path) -> Float[np.ndarray, "2 joint frame"]:
     """Return predicted joints from a released script's pickled array or from an `.npy` file.
 
     Of the pickle only a plain array is accepted: a file may come from a stranger.
     """
+    path = Path(path)
     try:
         content = path.read_bytes()
         points = (

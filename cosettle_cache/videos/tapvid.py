@@ -110,7 +110,7 @@ _JPEG_MARK = b"\xff\xd8"
 Clips = Mapping[str, Mapping[str, Any]]
 
 
-def read_tapvid(path: Path) -> Clips:
+def read_tapvid(path: str | Path) -> Clips:
     """Return the clips of a TAP-Vid pickle by name, checked whole; those of a list are numbered.
 
     `video` is uint8 `[frame height width 3]` or a sequence of JPEG files, `points` `[point frame 2]` in
@@ -118,7 +118,7 @@ def read_tapvid(path: Path) -> Clips:
     it. Only arrays and plain containers are read, nothing is executed; `MediaError` says what is wrong.
     """
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             content = ArrayUnpickler(file).load()
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", wanted="a pickle of TAP-Vid") from error
@@ -175,11 +175,12 @@ def check_empty(folder: Path) -> None:
         raise InputError(f"{folder} holds something already", wanted="a new or empty folder")
 
 
-def unpack_tapvid(clips: Clips, folder: Path, advance: Callable[[], None] = lambda: None) -> None:
+def unpack_tapvid(clips: Clips, folder: str | Path, advance: Callable[[], None] = lambda: None) -> None:
     """Write the clips of `read_tapvid` under `folder`; arrays become PNG, JPEG files stay what they are.
 
     The tracks of a clip are written after its frames, so that a clip with tracks is whole.
     """
+    folder = Path(folder)
     for name, clip in clips.items():
         frames = make_folder(folder / "frames" / name)
         for index, frame in enumerate(clip["video"]):

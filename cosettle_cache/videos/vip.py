@@ -20,20 +20,9 @@ from cosettle_cache.videos.masks import Mask, MaskFiles, open_mask_files
 
 #: Class of every value in `Category_ids`.
 PARTS = (
-    *(
-        "background",
-        "hat",
-        "hair",
-        "sun-glasses",
-        "upper-clothes",
-        "dress",
-        "coat",
-        "socks",
-        "pants",
-        "gloves",
-    ),
-    *("scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg"),
-    *("right-shoe", "left-shoe"),
+    *("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks"),
+    *("pants", "gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm"),
+    *("right-leg", "left-leg", "right-shoe", "left-shoe"),
 )
 #: Where the two published archives keep the classes.
 _LABELS = ("Annotations/Category_ids", "Category_ids")
@@ -90,7 +79,7 @@ class PartSequence:
         return self.files.read(index) if index in self.files.labelled else None
 
 
-def open_parts(video: Video, data_root: Path) -> PartSequence:
+def open_parts(video: Video, data_root: str | Path) -> PartSequence:
     """Return the parts of one manifest row, after a look at every annotation's name and size.
 
     See `open_mask_files` for what raises `MediaError`; so does a first frame without any part.
