@@ -2,8 +2,8 @@
 
 The name is a row of the registry, a family (its sizes come from the weights file) or `timm/<model id>` (built
 and, for published weights, loaded by timm itself). Published weights come from the hub client's cache, the
-hub or the publisher's address, or fail within seconds; `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the proxy
-variables are respected.
+hub or the publisher's address, or fail within seconds; `HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and the
+proxy variables are respected.
 """
 
 from __future__ import annotations
