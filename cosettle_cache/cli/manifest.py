@@ -14,6 +14,7 @@ from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, exits
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
 from cosettle_cache.core.types import Video
+from cosettle_cache.videos.datasets import DATASETS, listable
 
 app = typer.Typer(
     no_args_is_help=True, help="Build, check and show manifests (which videos, where, how long)."
@@ -27,9 +28,7 @@ ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="Parquet 
 def build(
     dataset: Annotated[
         str,
-        typer.Argument(
-            help="davis, vip, jhmdb, masks, kinetics, classes, ucf101, hmdb51, folder, tapvid or sprites."
-        ),
+        typer.Argument(help="; ".join(f"{name}: {row.help}" for name, row in DATASETS.items()) + "."),
     ],
     folder: Annotated[
         Path | None, typer.Argument(help="The dataset's folder; relative to the data root.")
@@ -71,7 +70,7 @@ def build(
 @app.command("from-list")
 @exits
 def from_list(
-    dataset: Annotated[str, typer.Argument(help="davis, vip, jhmdb or kinetics.")],
+    dataset: Annotated[str, typer.Argument(help=f"{', '.join(listable())}.")],
     listed: Annotated[Path, typer.Argument(metavar="LIST", help="Text, CSV or Parquet list of videos.")],
     out: Annotated[Path | None, typer.Option(help="File to write; default LIST.parquet.")] = None,
     folder: Annotated[str | None, typer.Option(help="The dataset's folder below a data root.")] = None,

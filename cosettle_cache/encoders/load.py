@@ -26,7 +26,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cosettle_cache.core.errors import CheckpointError, InputError, UsageError
+from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import output_errors, sha256_file, write_durably
 from cosettle_cache.core.settings import cache_folder, replace_red_std
 from cosettle_cache.core.types import Grid
@@ -85,7 +85,9 @@ def load_backbone(
     """
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
-    where = _device(device)
+    from cosettle_cache.core.cluster import pick_device  # brings dask
+
+    where = torch.device(pick_device(device))
     if name.startswith(TIMM_PREFIX):
         check_no_heads(name, heads)
         backbone = _load_timm(name, weights, where, precision, seed)
@@ -112,16 +114,6 @@ def _random(name: str, seed: int, make: Callable[[], Any]) -> tuple[Any, Weights
 
 def _file_weights(path: Path, source: str | None = None) -> Weights:
     return Weights(source or path.name, sha256_file(path))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError("unknown device", wanted="cpu, cuda or cuda:N", found=name) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is available", wanted=name, found="cpu only", hint="--device cpu")
-    return device
 
 
 def _load_family(

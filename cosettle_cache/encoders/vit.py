@@ -80,18 +80,10 @@ class Backbone:
 
     def grid(self, height: int, width: int) -> Grid:
         """Return the grid of patch tokens of an image of this size in pixels."""
-        if height % self.patch or width % self.patch or not (height and width):
-            patch = self.patch
-            down = [max(1, length // patch) * patch for length in (height, width)]
-            up = [max(1, -(-length // patch)) * patch for length in (height, width)]
-            sizes = [down] if down == up else [down, up]
-            raise InputError(
-                f"the image size is not a multiple of the patch of {self.name}",
-                wanted=f"height and width multiples of {self.patch}",
-                found=f"{height}x{width}",
-                hint="the nearest sizes are " + " and ".join(f"{h}x{w}" for h, w in sizes),
-            )
-        return Grid(height // self.patch, width // self.patch)
+        from cosettle_cache.videos.frames import check_grid  # brings the decoders
+
+        hint = "the nearest sizes are {below} and {above}"
+        return check_grid(height, width, self.patch, f"an image for {self.name}", hint)
 
     def encode(
         self,

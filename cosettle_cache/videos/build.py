@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cosettle_cache.core.errors import CosettleError, InputError, MediaError
-from cosettle_cache.core.types import Manifest, Video
+from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
+from cosettle_cache.core.types import LabelKind, Manifest, Video
+from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.frames import VIDEO_SUFFIXES, natural_key, probe
 from cosettle_cache.videos.manifest import is_safe_path
 
@@ -37,6 +40,34 @@ class BuildResult:
     failures: Mapping[str, str]
 
 
+def build_manifest(name: str, root: str | Path, data_root: str | Path, **options: Any) -> BuildResult:
+    """Return the manifest of the folder `root` in the layout `name`, and the reasons of what was left out.
+
+    Media paths are relative to `data_root`. `options` are the layout's own; all have `split`, and `names` to
+    restrict and order the clips. Raises `UsageError` for an unknown layout and `InputError` for a folder
+    without a usable clip.
+    """
+    if name not in DATASETS:
+        raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
+    row = DATASETS[name]
+    result: BuildResult = (row.builder() or partial(_build_row, name))(
+        Path(root), Path(data_root), **{"split": row.split} | options
+    )
+    return result
+
+
+def _build_row(name: str, root: Path, data_root: Path, split: str, names: Sequence[str] = ()) -> BuildResult:
+    """Return the clips at the places that the row names; one without labels becomes a row without."""
+    row = DATASETS[name]
+    listed = names or [path.name for path in subfolders(root / row.media.partition("{name}")[0])]
+    labels = row.labels or None
+    clips = [
+        Clip(clip, root / row.media.format(name=clip), labels=labels and root / labels.format(name=clip))
+        for clip in listed
+    ]
+    return build(clips, Source(name, split, root, data_root))
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a manifest's videos come from: layout and folder, and what its media paths are relative to."""
@@ -47,7 +78,9 @@ class Source:
     data_root: Path
 
     def relative(self, path: Path) -> str:
-        """Return `path`, which lies under `root`, as a manifest writes it."""
+        """Return `path`, which lies under the data root, as a manifest writes it."""
+        if not path.is_relative_to(self.root):
+            return path_in(path, self.data_root).as_posix()
         return (path_in(self.root, self.data_root) / path.relative_to(self.root)).as_posix()
 
     def video(self, clip: Clip) -> Video:
@@ -69,6 +102,15 @@ class Source:
             class_name=clip.class_name,
         )
 
+    def labelled(self, clip: Clip, kind: LabelKind | None, *, required: bool = False) -> Video:
+        """Return the row of one clip with its labels; without them only where they are not `required`."""
+        video = self.video(clip)
+        if kind is None or clip.labels is None or not (required or clip.labels.exists()):
+            return video
+        video = replace(video, labels=self.relative(clip.labels), label_kind=kind)
+        n_objects, n_labelled = count_labels(video, self.data_root)
+        return replace(video, n_objects=n_objects, labelled_frames=n_labelled)
+
     def provenance(self) -> dict[str, str]:
         """Return what a manifest says about its making."""
         return {
@@ -84,13 +126,15 @@ def build(
 ) -> BuildResult:
     """Return the rows of `clips`, in order, and a reason for every one that cannot be a row.
 
-    `make_video` (default `source.video`) makes one row or raises. Raises `InputError` when no row is left.
+    `make_video` (default `source.labelled` by the data set's kind) makes one row or raises. Raises
+    `InputError` when no row is left.
     """
+    make = make_video or (lambda clip: source.labelled(clip, DATASETS[source.dataset].label_kind))
     provenance = source.provenance()
     if not clips:
         raise InputError(f"{source.root} holds no clips", wanted=f"the {source.dataset} layout")
     with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(lambda clip: _attempt(make_video or source.video, clip), clips))
+        rows = list(pool.map(lambda clip: _attempt(make, clip), clips))
     videos = tuple(row for row in rows if isinstance(row, Video))
     failures = {
         source.relative(clip.path): row
@@ -108,6 +152,30 @@ def _attempt(make_video: Callable[[Clip], Video], clip: Clip) -> Video | str:
         return make_video(clip)
     except CosettleError as error:
         return error.summary
+
+
+def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:
+    """Return how many objects a row's labels hold and how many frames are annotated.
+
+    With `decode` every mask is read. Raises `MediaError` for what cannot be read.
+    """
+    # The readers' modules also hold the layouts' builders, which import this one.
+    from cosettle_cache.videos.davis import open_sequence
+    from cosettle_cache.videos.jhmdb import open_joints
+    from cosettle_cache.videos.queries import open_tracks
+    from cosettle_cache.videos.vip import open_parts
+
+    if video.label_kind is LabelKind.KEYPOINTS:
+        joints = open_joints(video, data_root).joints
+        return joints.shape[1], joints.shape[2]
+    if video.label_kind is LabelKind.TRACKS:
+        tracks = open_tracks(video, data_root)
+        return len(tracks.points), tracks.n_frames
+    opener = open_sequence if video.label_kind is LabelKind.MASKS else open_parts
+    sequence = opener(video, data_root)
+    for index in range(video.n_frames if decode else 0):
+        sequence.mask(index)
+    return sequence.n_objects, len(sequence.files.labelled)
 
 
 def path_in(root: Path, data_root: Path) -> Path:

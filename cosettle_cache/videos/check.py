@@ -7,12 +7,9 @@ from pathlib import Path
 
 from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import MediaError
-from cosettle_cache.core.types import LabelKind, Manifest, Video
-from cosettle_cache.videos.davis import open_sequence
+from cosettle_cache.core.types import Manifest, Video
+from cosettle_cache.videos.build import count_labels
 from cosettle_cache.videos.frames import MediaInfo, iter_frames, probe
-from cosettle_cache.videos.jhmdb import open_joints
-from cosettle_cache.videos.queries import open_tracks
-from cosettle_cache.videos.vip import open_parts
 
 
 def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: Progress) -> dict[str, str]:
@@ -41,7 +38,7 @@ def _check_video(video: Video, data_root: Path, decode: bool) -> None:
         for _ in iter_frames(video, data_root):
             pass
     if video.label_kind is not None:
-        n_labelled = _check_labels(video, data_root, decode)
+        _, n_labelled = count_labels(video, data_root, decode=decode)
         if n_labelled < video.labelled_frames:
             raise MediaError(
                 f"{video.labels} lacks annotations",
@@ -67,16 +64,3 @@ def _measured(video: Video, info: MediaInfo) -> Video:
             found=f"{info.height}x{info.width}",
         )
     return replace(video, n_frames=n_frames, height=info.height, width=info.width)
-
-
-def _check_labels(video: Video, data_root: Path, decode: bool) -> int:
-    """Return how many frames are annotated; raise `MediaError` for what cannot be read."""
-    if video.label_kind is LabelKind.KEYPOINTS:
-        return int(open_joints(video, data_root).joints.shape[2])
-    if video.label_kind is LabelKind.TRACKS:
-        return open_tracks(video, data_root).n_frames
-    opener = open_sequence if video.label_kind is LabelKind.MASKS else open_parts
-    sequence = opener(video, data_root)
-    for index in range(video.n_frames if decode else 1):
-        sequence.mask(index)
-    return len(sequence.files.labelled)

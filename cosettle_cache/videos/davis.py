@@ -1,12 +1,8 @@
-"""The DAVIS layout: `JPEGImages/480p/NAME/00000.jpg`, `Annotations/480p/NAME/00000.png`, lists of names.
+"""Object masks: the DAVIS layout, and anybody's own clips with a first mask.
 
-In comes a folder in this layout (any resolution folder), out go a manifest and a sequence's masks as maps of
-object numbers.
-
-Anybody's own clips with a first mask: `CLIP.mp4` or a folder `CLIP` of frames, and `CLIP.png` beside it.
-
-In comes a folder of such clips, or one clip and its mask; out goes a manifest whose rows are annotated in the
-first frame. Nothing else need be known to propagate.
+In comes a folder `JPEGImages/480p/NAME/00000.jpg`, `Annotations/480p/NAME/00000.png` with lists of names, or
+one of `CLIP.mp4` (or a folder `CLIP` of frames) with `CLIP.png` beside it; out go a manifest, and a
+sequence's masks as maps of object numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +24,6 @@ from cosettle_cache.videos.build import (
     entries,
     is_video_file,
     name_clips,
-    path_in,
     subfolders,
 )
 from cosettle_cache.videos.masks import PALETTE, VOID, Mask, MaskFiles, open_mask_files, read_mask, write_mask
@@ -67,8 +62,8 @@ def build_davis_manifest(
     frames, masks = root / "JPEGImages" / resolution, root / "Annotations" / resolution
     names = names or _listed_names(root, split)
     source = Source(dataset, split if names else "", root, data_root)
-    clips = [Clip(name, frames / name) for name in names or [path.name for path in subfolders(frames)]]
-    return build(clips, source, lambda clip: _labelled_video(clip, masks / clip.path.name, source))
+    names = names or [path.name for path in subfolders(frames)]
+    return build([Clip(name, frames / name, labels=masks / name) for name in names], source)
 
 
 def _only_resolution(root: Path) -> str:
@@ -93,15 +88,6 @@ def _listed_names(root: Path, split: str) -> list[str]:
     if not names:
         raise InputError(f"{lists[split]} lists no sequences", wanted="one name per line")
     return names
-
-
-def _labelled_video(clip: Clip, masks: Path, source: Source) -> Video:
-    video = source.video(clip)
-    if not masks.is_dir():
-        return video
-    video = replace(video, labels=source.relative(masks), label_kind=LabelKind.MASKS)
-    sequence = open_sequence(video, source.data_root)
-    return replace(video, n_objects=sequence.n_objects, labelled_frames=len(sequence.labelled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +139,7 @@ class DavisSequence:
         return mask
 
 
-def open_sequence(video: Video, data_root: Path) -> DavisSequence:
+def open_sequence(video: Video, data_root: str | Path) -> DavisSequence:
     """Return the annotated sequence of one manifest row, after a look at every annotation's name and size.
 
     See `open_mask_files` for what raises `MediaError`; so does a first annotation without an object.
@@ -200,14 +186,11 @@ def _beside(path: Path) -> Path:
 
 
 def _masked_clip(clip: Clip, mask: Path, source: Source) -> Video:
-    video = source.video(clip)
     if not mask.is_file():
+        source.video(clip)  # what is wrong with the clip itself comes first
         raise MediaError(
             f"{clip.video_id} has no first mask",
             wanted=f"{mask.name} beside it, of the frames' size",
             hint="save object numbers (0 for the background) as a palette or grey PNG",
         )
-    labels = path_in(mask, source.data_root).as_posix()
-    video = replace(video, labels=labels, label_kind=LabelKind.MASKS)
-    sequence = open_sequence(video, source.data_root)
-    return replace(video, n_objects=sequence.n_objects, labelled_frames=1)
+    return source.labelled(replace(clip, labels=mask), LabelKind.MASKS)

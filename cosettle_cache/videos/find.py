@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Manifest
-from cosettle_cache.videos import build_manifest
-from cosettle_cache.videos.build import entries, is_video_file
+from cosettle_cache.videos.build import build_manifest, entries, is_video_file
+from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.manifest import read_manifest
 from cosettle_cache.videos.sprites import ensure_sprites
 
 SPRITES, MASKS = "sprites", "masks"
-
-#: Folders looked for under the data root, most specific first: (dataset layout, folder).
-TRAINING_FOLDERS = (
-    ("kinetics", "kinetics400/train"),
-    ("kinetics", "kinetics400"),
-    ("kinetics", "k400/train"),
-    ("kinetics", "k400"),
-    ("folder", "clips"),
-)
-#: Per benchmark: what tells its folder, and the folders looked for under the data root.
-BENCHMARK_FOLDERS = {
-    "davis": ("JPEGImages", ("DAVIS", "davis-2017", "davis", ".")),
-    "vip": ("Images", ("VIP", "VIP_Fine", "vip", ".")),
-    "jhmdb": ("Rename_Images", ("JHMDB", "jhmdb", ".")),
-    "tapvid": ("tracks", ("tapvid_davis", "tapvid", ".")),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +52,9 @@ def _check_root(data_root: Path) -> None:
 
 
 def training_data(data_root: Path | None, talk: Talk) -> Data:
-    """Return clips to train on: the first training folder under the data root, else the sprites."""
-    return _find(data_root, TRAINING_FOLDERS, "clips to train on", "train", talk)
+    """Return clips to train on: those of the first such data set under the data root, else the sprites."""
+    names = [name for name, row in DATASETS.items() if row.label_kind is None]
+    return _first_of(names, "clips to train on", "train", SPRITES, data_root, talk)
 
 
 def evaluation_data(task: str, data_root: Path | None, talk: Talk) -> Data:
@@ -78,17 +63,7 @@ def evaluation_data(task: str, data_root: Path | None, talk: Talk) -> Data:
         return sprites_data("val")
     if task == MASKS:
         return _own_clips(data_root, talk)
-    if data_root is None:
-        data = sprites_data("val", task)
-        talk.note(f"no --data-root given: using the {data.origin}")
-        return data
-    _check_root(data_root)
-    folder = _benchmark_folder(task, data_root)
-    if folder is not None:
-        return _build(task, folder, data_root, "val", talk)
-    data = sprites_data("val", task)
-    talk.note(f"no {task} data under {data_root}: using the {data.origin}")
-    return data
+    return _first_of([task], f"{task} data", "val", task, data_root, talk)
 
 
 def benchmark_data(task: str, data_root: Path | None) -> Data:
@@ -96,18 +71,12 @@ def benchmark_data(task: str, data_root: Path | None) -> Data:
     if data_root is None:
         raise UsageError(f"where is {task}?", wanted="--data-root FOLDER or --manifest FILE")
     _check_root(data_root)
-    folder = _benchmark_folder(task, data_root)
+    row = DATASETS[task]
+    folder = row.find(data_root)
     if folder is None:
-        mark, names = BENCHMARK_FOLDERS[task]
-        wanted = ", ".join(f"{name}/{mark}" for name in names)
+        wanted = ", ".join(f"{name}/{row.mark}" for name in row.folders)
         raise InputError(f"{data_root} holds no {task} data", wanted=f"one of {wanted}")
-    built = build_manifest(task, folder, data_root)
-    return Data(built.manifest, data_root, f"{folder} ({len(built.manifest)} videos)", built.failures)
-
-
-def _benchmark_folder(task: str, data_root: Path) -> Path | None:
-    mark, names = BENCHMARK_FOLDERS[task]
-    return next((data_root / name for name in names if (data_root / name / mark).is_dir()), None)
+    return _built(task, folder, data_root)
 
 
 def sprites_data(split: str, layout: str = SPRITES) -> Data:
@@ -128,29 +97,30 @@ def _own_clips(data_root: Path | None, talk: Talk) -> Data:
         )
     _check_root(data_root)
     is_clip = not any(path.is_dir() or is_video_file(path) for path in entries(data_root))
-    return _build(MASKS, data_root, data_root.absolute().parent if is_clip else data_root, "", talk)
+    return _built(MASKS, data_root, data_root.absolute().parent if is_clip else data_root, talk)
 
 
-def _find(
-    data_root: Path | None, folders: tuple[tuple[str, str], ...], what: str, split: str, talk: Talk
+def _first_of(
+    names: Sequence[str], what: str, split: str, layout: str, data_root: Path | None, talk: Talk
 ) -> Data:
+    """Return the first data set of `names` under the data root, else the sprites in a layout."""
     if data_root is None:
-        data = sprites_data(split)
-        talk.note(f"no --data-root given: using the {data.origin}")
-        return data
-    _check_root(data_root)
-    for layout, name in folders:
-        if (data_root / name).is_dir():
-            return _build(layout, data_root / name, data_root, split, talk)
-    data = sprites_data(split)
-    talk.note(f"no {what} under {data_root}: using the {data.origin}")
+        why = "no --data-root given"
+    else:
+        _check_root(data_root)
+        for name in names:
+            folder = DATASETS[name].find(data_root)
+            if folder is not None:
+                return _built(name, folder, data_root, talk)
+        why = f"no {what} under {data_root}"
+    data = sprites_data(split, layout)
+    talk.note(f"{why}: using the {data.origin}")
     return data
 
 
-def _build(layout: str, folder: Path, data_root: Path, split: str, talk: Talk) -> Data:
-    # A folder of training clips is its own split.
-    options = {"split": split} if layout in BENCHMARK_FOLDERS else {}
-    built = build_manifest(layout, folder, data_root, **options)
-    for media, reason in built.failures.items():
-        talk.warn(f"left out {media}: {reason}")
+def _built(name: str, folder: Path, data_root: Path, talk: Talk | None = None) -> Data:
+    """Return a folder's videos; `talk` says what was left out."""
+    built = build_manifest(name, folder, data_root)
+    for media, reason in built.failures.items() if talk else ():
+        talk.warn(f"left out {media}: {reason}")  # type: ignore[union-attr]
     return Data(built.manifest, data_root, f"{folder} ({len(built.manifest)} videos)", built.failures)

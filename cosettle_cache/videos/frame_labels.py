@@ -82,8 +82,9 @@ def flat_name(video_id: str) -> str:
     return f"{match[1]}_stereo01_{match[2]}" if match else flat
 
 
-def open_frame_labels(root: Path) -> FrameLabels:
+def open_frame_labels(root: str | Path) -> FrameLabels:
     """Return the labels under `root`; raise `InputError` when its mapping is missing or malformed."""
+    root = Path(root)
     path = root / "mapping.txt"
     if not (root / "groundTruth").is_dir() or not path.is_file():
         raise InputError(f"{root} holds no frame labels", wanted="groundTruth/ and mapping.txt in it")

@@ -27,22 +27,10 @@ from cosettle_cache.core.types import Grid, MediaKind, Video
 
 FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 VIDEO_SUFFIXES = frozenset(
-    {
-        ".mp4",
-        ".mkv",
-        ".avi",
-        ".gif",
-        ".webm",
-        ".mov",
-        ".m4v",
-        ".mpg",
-        ".mpeg",
-        ".wmv",
-        ".flv",
-        ".ts",
-        ".3gp",
-        ".ogv",
-    }
+    (
+        *(".mp4", ".mkv", ".avi", ".gif", ".webm", ".mov", ".m4v", ".mpg"),
+        *(".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"),
+    )
 )
 
 #: What the decoders raise for files that are broken, something else, or absurdly large.
@@ -75,8 +63,9 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts)
 
 
-def frame_names(folder: Path) -> list[str]:
+def frame_names(folder: str | Path) -> list[str]:
     """Return the image files of `folder` in natural order; raise `MediaError` when there are none."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise MediaError(f"{folder} does not exist", wanted="a folder of frames")
     names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in FRAME_SUFFIXES]
@@ -86,12 +75,13 @@ def frame_names(folder: Path) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-def probe(path: Path) -> MediaInfo:
+def probe(path: str | Path) -> MediaInfo:
     """Return what `path` holds, without decoding more than its first frame.
 
     Frames of a video file are counted by its packets. Raises `MediaError` for a missing, empty, undecodable
     file and for a folder whose frames differ in size.
     """
+    path = Path(path)
     if path.is_dir():
         return _probe_folder(path)
     n_frames, fps = _count_packets(path)
@@ -99,12 +89,14 @@ def probe(path: Path) -> MediaInfo:
     return MediaInfo(MediaKind.FILE, n_frames, first.shape[0], first.shape[1], fps)
 
 
-def read_frame(video: Video, data_root: Path, index: int) -> Image8:
+def read_frame(video: Video, data_root: str | Path, index: int) -> Image8:
     """Return one frame; for a video file this decodes up to it."""
     return next(iter_frames(video, data_root, [index]))
 
 
-def iter_frames(video: Video, data_root: Path, indices: Sequence[int] | None = None) -> Iterator[Image8]:
+def iter_frames(
+    video: Video, data_root: str | Path, indices: Sequence[int] | None = None
+) -> Iterator[Image8]:
     """Yield the frames `indices` (ascending; default all of the row), each `[height width 3]` RGB.
 
     Raises `MediaError` when a frame is missing, cannot be decoded, or differs from the row's size.
@@ -116,7 +108,7 @@ def iter_frames(video: Video, data_root: Path, indices: Sequence[int] | None = N
             wanted=f"0 to {video.n_frames - 1}",
             found=str(max(wanted)),
         )
-    path = data_root / video.media
+    path = Path(data_root) / video.media
     absolute = [video.first_frame + index for index in wanted]
     source = _folder_frames if video.media_kind is MediaKind.FRAMES else _file_frames
     for image in source(path, absolute):
@@ -295,14 +287,18 @@ def _fit(side: str, target: int, multiple: int, height: int, width: int) -> tupl
     return (target, fitted) if height == anchor else (fitted, target)
 
 
-def check_grid(height: int, width: int, patch: int, what: str) -> Grid:
-    """Return the grid of an image size in pixels; raise `InputError` if the patch does not divide it."""
+def check_grid(height: int, width: int, patch: int, what: str, hint: str = "--size {below}") -> Grid:
+    """Return the grid of an image size in pixels; raise `InputError` if the patch does not divide it.
+
+    `what` is encoded at that size; `{below}` and `{above}` in `hint` become the nearest sizes that fit.
+    """
     if height >= patch and width >= patch and height % patch == 0 and width % patch == 0:
         return Grid(height // patch, width // patch)
-    near = f"{max(height // patch, 1) * patch}x{max(width // patch, 1) * patch}"
+    below = f"{max(height // patch, 1) * patch}x{max(width // patch, 1) * patch}"
+    above = f"{max(-(-height // patch), 1) * patch}x{max(-(-width // patch), 1) * patch}"
     raise InputError(
         f"{what} would be encoded at a size that is not a multiple of the patch",
         wanted=f"multiples of {patch} pixels",
         found=f"{height}x{width}",
-        hint=f"--size {near}",
+        hint=hint.format(below=below, above=above),
     )

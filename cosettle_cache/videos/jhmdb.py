@@ -10,7 +10,7 @@ import io
 import pickle
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Float64
 
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
-from cosettle_cache.core.types import Grid, LabelKind, Video
+from cosettle_cache.core.types import Grid, Video
 from cosettle_cache.videos.build import BuildResult, Clip, Source, build, entries, subfolders
 from cosettle_cache.videos.lists import Listed, locate, read_list
 from cosettle_cache.videos.masks import check_numbers, frame_stems
@@ -28,21 +28,8 @@ from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
 #: The joints in the order of `pos_img`.
 JOINTS = (
-    "neck",
-    "belly",
-    "face",
-    "right shoulder",
-    "left shoulder",
-    "right hip",
-    "left hip",
-    "right elbow",
-    "left elbow",
-    "right knee",
-    "left knee",
-    "right wrist",
-    "left wrist",
-    "right ankle",
-    "left ankle",
+    *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
+    *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
 )
 MAT_FILE = "joint_positions.mat"
 
@@ -73,7 +60,7 @@ def build_jhmdb_manifest(
     listed = [Listed(name) for name in names] or _read_lists(root, split)
     clips = [_clip(item, root) for item in listed or _all_clips(root)]
     source = Source("jhmdb", split if listed else "", root, data_root)
-    return build(clips, source, lambda clip: _labelled_video(clip, source))
+    return build(clips, source)
 
 
 def _read_lists(root: Path, split: str) -> list[Listed]:
@@ -97,15 +84,6 @@ def _clip(item: Listed, root: Path) -> Clip:
     return Clip(item.name, media, class_name, labels)
 
 
-def _labelled_video(clip: Clip, source: Source) -> Video:
-    video = source.video(clip)
-    if clip.labels is None or not clip.labels.is_file():
-        return video
-    video = replace(video, labels=source.relative(clip.labels), label_kind=LabelKind.KEYPOINTS)
-    joints = open_joints(video, source.data_root).joints
-    return replace(video, n_objects=joints.shape[1], labelled_frames=joints.shape[2])
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class JointSequence:
     """One clip and its joints: (x, y) in pixels from 0, which may lie outside the image."""
@@ -115,7 +93,7 @@ class JointSequence:
     joints: Joints
 
 
-def open_joints(video: Video, data_root: Path) -> JointSequence:
+def open_joints(video: Video, data_root: str | Path) -> JointSequence:
     """Return the joints of one manifest row.
 
     Frames beyond the annotated ones are not scored; fewer frames than annotations, and a number missing
@@ -125,7 +103,7 @@ def open_joints(video: Video, data_root: Path) -> JointSequence:
         raise MediaError(f"{video.video_id} has no labels", hint="add its joints, rebuild the manifest")
     names = frame_stems(video, data_root)
     check_numbers(names, video.media)
-    joints = read_joints(data_root / video.labels)[:, :, video.first_frame :]
+    joints = read_joints(Path(data_root) / video.labels)[:, :, video.first_frame :]
     if joints.shape[2] > video.n_frames and not video.first_frame:
         raise MediaError(
             f"{video.media} has fewer frames than joints",
@@ -135,8 +113,9 @@ def open_joints(video: Video, data_root: Path) -> JointSequence:
     return JointSequence(video, names, joints[:, :, : video.n_frames])
 
 
-def read_joints(path: Path) -> Joints:
+def read_joints(path: str | Path) -> Joints:
     """Return `pos_img` of a MATLAB file in pixels counted from 0; the file counts from 1 (PROTOCOLS 2.1)."""
+    path = Path(path)
     if not path.is_file():
         raise MediaError(f"{path} does not exist", wanted="a file of joints")
     try:
@@ -180,17 +159,19 @@ def _cells_per_pixel(points: AnyPoints, image_size: tuple[int, int], grid: Grid)
     return scale.reshape(2, *(1,) * (points.ndim - 1))
 
 
-def write_predicted_joints(path: Path, points: Float32[np.ndarray, "2 joint frame"]) -> None:
+def write_predicted_joints(path: str | Path, points: Float32[np.ndarray, "2 joint frame"]) -> None:
     """Write joints in cells of the grid as the released scripts do, a pickled array (PROTOCOLS 2.4)."""
+    path = Path(path)
     with output_errors(path):
         path.write_bytes(pickle.dumps(points, protocol=2))
 
 
-def read_predicted_joints(path: Path) -> Float[np.ndarray, "2 joint frame"]:
+def read_predicted_joints(path: str | Path) -> Float[np.ndarray, "2 joint frame"]:
     """Return predicted joints from a released script's pickled array or from an `.npy` file.
 
     Of the pickle only a plain array is accepted: a file may come from a stranger.
     """
+    path = Path(path)
     try:
         content = path.read_bytes()
         points = (

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import sha256_file
 from cosettle_cache.core.tables import read_table
-from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
+from cosettle_cache.core.types import Manifest, MediaKind, Video
+from cosettle_cache.videos.datasets import DATASETS, listable
 
 #: Folders that begin the place of a clip; what follows is its name.
 _MEDIA_FOLDERS = ("Images", "Rename_Images", "JPEGImages")
@@ -37,33 +38,9 @@ class Listed:
     n_objects: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where a data set keeps a clip `{name}` under its own folder, and that folder's usual place."""
-
-    folder: str
-    split: str
-    media: str
-    labels: str | None = None
-    label_kind: LabelKind | None = None
-
-
-PLACES = {
-    "davis": Places("DAVIS", "val", "JPEGImages/480p/{name}", "Annotations/480p/{name}", LabelKind.MASKS),
-    "vip": Places("VIP", "val", "Images/{name}", "Annotations/Category_ids/{name}", LabelKind.PARTS),
-    "jhmdb": Places(
-        "JHMDB",
-        "split1_test",
-        "Rename_Images/{name}",
-        "joint_positions/{name}/joint_positions.mat",
-        LabelKind.KEYPOINTS,
-    ),
-    "kinetics": Places("kinetics400/val", "val", "{name}"),
-}
-
-
-def read_list(path: Path) -> tuple[Listed, ...]:
+def read_list(path: str | Path) -> tuple[Listed, ...]:
     """Return the lines of a list in order; raise `InputError` for a missing, empty or malformed one."""
+    path = Path(path)
     if path.suffix in (".csv", ".parquet"):
         listed = [_from_row(row, path) for row in read_table(path).to_pylist()]
     else:
@@ -74,18 +51,21 @@ def read_list(path: Path) -> tuple[Listed, ...]:
 
 
 def list_manifest(
-    dataset: str, path: Path, *, folder: str | None, split: str | None, source: str
+    dataset: str, path: str | Path, *, folder: str | None, split: str | None, source: str
 ) -> Manifest:
     """Return the manifest of a list: rows at the data set's usual places under `folder`, unknown sizes 0.
 
     `source` says in words where the list comes from; it stands in the provenance with the list's digest.
     Raises `UsageError` for a data set whose places are not known.
     """
-    if dataset not in PLACES:
-        raise UsageError(f"no list makes a manifest of {dataset}", wanted=", ".join(PLACES), found=dataset)
-    places = PLACES[dataset]
-    root, split = PurePosixPath(folder or places.folder), split or places.split
-    videos = tuple(_row(item, dataset, places, root, split) for item in read_list(path))
+    if dataset not in listable():
+        raise UsageError(
+            f"no list makes a manifest of {dataset}", wanted=", ".join(listable()), found=dataset
+        )
+    row, path = DATASETS[dataset], Path(path)
+    root = PurePosixPath(folder or row.list_folder or next(iter(row.folders), dataset))
+    split = split or row.list_split or row.split or ""
+    videos = tuple(_row(item, dataset, root, split) for item in read_list(path))
     provenance = {
         "builder": dataset,
         "root": str(root),
@@ -98,23 +78,22 @@ def list_manifest(
     return Manifest(videos, {key: text for key, text in provenance.items() if text})
 
 
-def _row(item: Listed, dataset: str, places: Places, root: PurePosixPath, split: str) -> Video:
-    labels = places.labels and str(root / places.labels.format(name=item.name))
-    class_name, _, _ = item.name.rpartition("/")
+def _row(item: Listed, dataset: str, root: PurePosixPath, split: str) -> Video:
+    row = DATASETS[dataset]
     return Video(
         video_id=item.name,
-        media=str(root / places.media.format(name=item.name)),
+        media=str(root / row.media.format(name=item.name)),
         media_kind=MediaKind.FRAMES,
         n_frames=item.n_frames,
         height=item.height,
         width=item.width,
         dataset=dataset,
         split=split,
-        labels=labels,
-        label_kind=places.label_kind,
-        labelled_frames=item.n_frames if labels else 0,
+        labels=str(root / row.labels.format(name=item.name)) if row.labels else None,
+        label_kind=row.label_kind,
+        labelled_frames=item.n_frames if row.labels else 0,
         n_objects=item.n_objects,
-        class_name=class_name or None,
+        class_name=item.name.rpartition("/")[0] or None,
     )
 
 

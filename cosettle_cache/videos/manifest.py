@@ -84,14 +84,14 @@ def manifest_from_table(table: pa.Table, origin: str = "the manifest", *, listed
     return Manifest(videos, read_metadata(table))
 
 
-def read_manifest(path: Path, *, listed: bool = False) -> Manifest:
+def read_manifest(path: str | Path, *, listed: bool = False) -> Manifest:
     """Read a Parquet or CSV manifest; only a published list (`listed`) may leave sizes open."""
-    return manifest_from_table(read_table(path, SCHEMA), str(path), listed=listed)
+    return manifest_from_table(read_table(Path(path), SCHEMA), str(path), listed=listed)
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
+def write_manifest(path: str | Path, manifest: Manifest) -> None:
     """Write a manifest as Parquet, or as CSV (without provenance) when `path` ends in .csv."""
-    write_table(path, manifest_table(manifest))
+    write_table(Path(path), manifest_table(manifest))
 
 
 def manifest_digest(manifest: Manifest) -> str:

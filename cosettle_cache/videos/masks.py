@@ -33,8 +33,9 @@ VOID = 255
 Mask = UInt8[np.ndarray, "height width"]
 
 
-def read_mask(path: Path) -> Mask:
+def read_mask(path: str | Path) -> Mask:
     """Return the indices in a palette or 8-bit grey image; raise `MediaError` for any other."""
+    path = Path(path)
     with decode_errors(path), Image.open(path) as image:
         if image.mode not in ("P", "L", "1") or _is_stretched(image):
             raise MediaError(
@@ -56,11 +57,11 @@ def sample_mask(mask: Mask, size: tuple[int, int]) -> UInt8[np.ndarray, "_ _"]:
     return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
-def write_mask(path: Path, mask: Mask) -> None:
+def write_mask(path: str | Path, mask: Mask) -> None:
     """Write indices as an 8-bit palette PNG in the benchmark's colours; raise `OutputError` if it cannot."""
     image = Image.fromarray(mask)
     image.putpalette(PALETTE.tobytes())
-    encoded = BytesIO()
+    encoded, path = BytesIO(), Path(path)
     image.save(encoded, format="PNG")
     with output_errors(path):
         path.write_bytes(encoded.getvalue())
@@ -99,7 +100,7 @@ class MaskFiles:
         return read_mask(self.path_of(index))
 
 
-def open_mask_files(video: Video, data_root: Path, *, numbered: bool = True) -> MaskFiles:
+def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = True) -> MaskFiles:
     """Return the annotations of one manifest row, after a look at every one's name and size.
 
     Raises `MediaError` for a missing annotation (all are listed), for one of another size than the frames,
@@ -108,7 +109,7 @@ def open_mask_files(video: Video, data_root: Path, *, numbered: bool = True) -> 
     """
     if video.labels is None:
         raise MediaError(f"{video.video_id} has no labels", hint="add its annotations, rebuild the manifest")
-    path = data_root / video.labels
+    path = Path(data_root) / video.labels
     names = frame_stems(video, data_root)
     if numbered:
         check_numbers(names, video.media)
@@ -121,12 +122,12 @@ def open_mask_files(video: Video, data_root: Path, *, numbered: bool = True) -> 
     return MaskFiles(video, names, frozenset(present), path)
 
 
-def frame_stems(video: Video, data_root: Path) -> tuple[str, ...]:
+def frame_stems(video: Video, data_root: str | Path) -> tuple[str, ...]:
     """Return the names of a row's frames without suffix; those of a video file are numbers from `00000`."""
     used = range(video.first_frame, video.first_frame + video.n_frames)
     if video.media_kind is MediaKind.FILE:
         return tuple(f"{index:05d}" for index in used)
-    names = frame_names(data_root / video.media)
+    names = frame_names(Path(data_root) / video.media)
     if len(names) < used.stop:
         raise MediaError(
             f"{video.media} ends early", wanted=f"{used.stop} frames", found=f"{len(names)} frames"

@@ -44,7 +44,7 @@ class Queries:
         return len(self.frames)
 
 
-def open_tracks(video: Video, data_root: Path) -> PointTracks:
+def open_tracks(video: Video, data_root: str | Path) -> PointTracks:
     """Return the true tracks of one manifest row, in pixels of the video.
 
     Those of the sprites follow from their settings; others lie in the row's file. Raises `MediaError` for a
@@ -53,7 +53,7 @@ def open_tracks(video: Video, data_root: Path) -> PointTracks:
     if video.dataset == "sprites":
         from cosettle_cache.videos.sprites.tracks import sprites_tracks
 
-        return sprites_tracks(video.video_id, read_settings(data_root))
+        return sprites_tracks(video.video_id, read_settings(Path(data_root)))
     if video.labels is None or video.label_kind is not LabelKind.TRACKS:
         raise MediaError(
             f"{video.video_id} has no tracks",
@@ -61,7 +61,7 @@ def open_tracks(video: Video, data_root: Path) -> PointTracks:
             found=f"labels of the kind {video.label_kind}" if video.label_kind else "no labels",
             hint="--queries FILE tracks points of your own, without scores",
         )
-    return read_shares(data_root / video.labels, video)
+    return read_shares(Path(data_root) / video.labels, video)
 
 
 def sample_queries(tracks: PointTracks, query_mode: str, stride: int = 5) -> Queries:
@@ -83,13 +83,13 @@ def sample_queries(tracks: PointTracks, query_mode: str, stride: int = 5) -> Que
     return Queries(frames, tracks.points[index, frames], index)
 
 
-def read_queries(path: Path, manifest: Manifest) -> dict[str, Queries]:
+def read_queries(path: str | Path, manifest: Manifest) -> dict[str, Queries]:
     """Return a file's points by video; columns `video_id` (if there are several videos), `frame`, `x`, `y`.
 
     `frame` counts from 0, `x` and `y` are pixels from the corner of the image. Raises `InputError` naming the
     row that is not in a video of the manifest.
     """
-    table = read_table(path, QUERY_SCHEMA)
+    table = read_table(Path(path), QUERY_SCHEMA)
     missing = [name for name in ("frame", "x", "y") if name not in table.column_names]
     if missing:
         found = ", ".join(table.column_names)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -110,7 +110,7 @@ _JPEG_MARK = b"\xff\xd8"
 Clips = Mapping[str, Mapping[str, Any]]
 
 
-def read_tapvid(path: Path) -> Clips:
+def read_tapvid(path: str | Path) -> Clips:
     """Return the clips of a TAP-Vid pickle by name, checked whole; those of a list are numbered.
 
     `video` is uint8 `[frame height width 3]` or a sequence of JPEG files, `points` `[point frame 2]` in
@@ -118,7 +118,7 @@ def read_tapvid(path: Path) -> Clips:
     it. Only arrays and plain containers are read, nothing is executed; `MediaError` says what is wrong.
     """
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             content = ArrayUnpickler(file).load()
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", wanted="a pickle of TAP-Vid") from error
@@ -175,11 +175,12 @@ def check_empty(folder: Path) -> None:
         raise InputError(f"{folder} holds something already", wanted="a new or empty folder")
 
 
-def unpack_tapvid(clips: Clips, folder: Path, advance: Callable[[], None] = lambda: None) -> None:
+def unpack_tapvid(clips: Clips, folder: str | Path, advance: Callable[[], None] = lambda: None) -> None:
     """Write the clips of `read_tapvid` under `folder`; arrays become PNG, JPEG files stay what they are.
 
     The tracks of a clip are written after its frames, so that a clip with tracks is whole.
     """
+    folder = Path(folder)
     for name, clip in clips.items():
         frames = make_folder(folder / "frames" / name)
         for index, frame in enumerate(clip["video"]):
@@ -217,18 +218,4 @@ def build_tapvid_manifest(
         Clip(name, frames / name, labels=root / "tracks" / f"{name}.npz")
         for name in names or [path.name for path in subfolders(frames)]
     ]
-    return build(clips, source, lambda clip: _labelled_video(clip, source))
-
-
-def _labelled_video(clip: Clip, source: Source) -> Video:
-    assert clip.labels is not None
-    video = source.video(clip)
-    tracks = read_shares(clip.labels, video)
-    labels = source.relative(clip.labels)
-    return replace(
-        video,
-        labels=labels,
-        label_kind=LabelKind.TRACKS,
-        n_objects=len(tracks.points),
-        labelled_frames=tracks.n_frames,
-    )
+    return build(clips, source, lambda clip: source.labelled(clip, LabelKind.TRACKS, required=True))

@@ -7,39 +7,22 @@ frames between them lie elsewhere in the data set and play no role (PROTOCOLS 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cosettle_cache.core.errors import MediaError
-from cosettle_cache.core.types import LabelKind, Video
+from cosettle_cache.core.types import Video
 from cosettle_cache.videos.build import BuildResult, Clip, Source, build, subfolders
 from cosettle_cache.videos.lists import Listed, locate, read_list
 from cosettle_cache.videos.masks import Mask, MaskFiles, open_mask_files
 
 #: Class of every value in `Category_ids`.
 PARTS = (
-    "background",
-    "hat",
-    "hair",
-    "sun-glasses",
-    "upper-clothes",
-    "dress",
-    "coat",
-    "socks",
-    "pants",
-    "gloves",
-    "scarf",
-    "skirt",
-    "torso-skin",
-    "face",
-    "right-arm",
-    "left-arm",
-    "right-leg",
-    "left-leg",
-    "right-shoe",
-    "left-shoe",
+    *("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks"),
+    *("pants", "gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm"),
+    *("right-leg", "left-leg", "right-shoe", "left-shoe"),
 )
 #: Where the two published archives keep the classes.
 _LABELS = ("Annotations/Category_ids", "Category_ids")
@@ -58,7 +41,7 @@ def build_vip_manifest(
         Clip(path.name, path, labels=labels / path.name) for path in subfolders(root / "Images")
     ]
     source = Source("vip", split if listed else "", root, data_root)
-    return build(clips, source, lambda clip: _labelled_video(clip, source))
+    return build(clips, source)
 
 
 def _read_lists(root: Path, split: str) -> list[Listed]:
@@ -75,21 +58,17 @@ def _clip(item: Listed, root: Path, labels: Path) -> Clip:
     return Clip(item.name, locate(root, item.media), labels=locate(root, item.labels))
 
 
-def _labelled_video(clip: Clip, source: Source) -> Video:
-    video = source.video(clip)
-    if clip.labels is None or not clip.labels.is_dir():
-        return video
-    video = replace(video, labels=source.relative(clip.labels), label_kind=LabelKind.PARTS)
-    parts = open_parts(video, source.data_root)
-    return replace(video, n_objects=len(parts.first_classes), labelled_frames=len(parts.files.labelled))
-
-
 @dataclass(frozen=True, slots=True)
 class PartSequence:
     """One clip and its parts; `first_classes` are those of the first frame, background aside."""
 
     files: MaskFiles
     first_classes: tuple[int, ...]
+
+    @property
+    def n_objects(self) -> int:
+        """Number of parts in the first frame."""
+        return len(self.first_classes)
 
     def first_mask(self) -> Mask:
         """Return the classes of the first frame; a value that is no class is background."""
@@ -100,7 +79,7 @@ class PartSequence:
         return self.files.read(index) if index in self.files.labelled else None
 
 
-def open_parts(video: Video, data_root: Path) -> PartSequence:
+def open_parts(video: Video, data_root: str | Path) -> PartSequence:
     """Return the parts of one manifest row, after a look at every annotation's name and size.
 
     See `open_mask_files` for what raises `MediaError`; so does a first frame without any part.

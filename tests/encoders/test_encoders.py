@@ -233,6 +233,11 @@ def test_number_of_shifts(tiny):
         tiny.encode(torch.zeros(2, 3, 32, 32), [None])
 
 
+def test_images_are_torch_or_numpy(tiny):
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    assert torch.equal(tiny.encode(images.numpy()), tiny.encode(images))
+
+
 def test_size_that_is_no_multiple_of_the_patch(tiny):
     with pytest.raises(InputError) as caught:
         tiny.grid(100, 64)
@@ -370,7 +375,7 @@ def test_parameter_counts_are_those_of_the_models():
 
 
 def test_the_documentation_has_every_encoder_and_every_quirk():
-    text = (Path(__file__).parents[2] / "docs/backbones.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/encoders.md").read_text()
     for row in BACKBONES.values():
         assert f"| `{row.name}` | {row.n_parameters / 1e6:.1f} M |" in text
         assert str(row.source) in text

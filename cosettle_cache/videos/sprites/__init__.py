@@ -35,12 +35,12 @@ def build_sprites_manifest(
     return build_davis_manifest(root, data_root, split, names, dataset="sprites")
 
 
-def ensure_sprites(folder: Path | None = None, settings: SpritesSettings | None = None) -> Path:
+def ensure_sprites(folder: str | Path | None = None, settings: SpritesSettings | None = None) -> Path:
     """Return a data root that holds the sprites clips, after drawing them if they are not there yet.
 
     `folder` must be new, empty, or hold clips of the same settings; the default lies in the cache folder.
     """
-    root = folder or cache_folder() / f"sprites-v{VERSION}"
+    root = Path(folder) if folder is not None else cache_folder() / f"sprites-v{VERSION}"
     settings = settings or SpritesSettings()
     if not _holds(root, settings):
         _draw_into(root, settings)

@@ -1,0 +1,112 @@
+"""The table of data sets: a row says how a folder is laid out, what it annotates, where it is looked for.
+
+Light to import: builders are named as text and imported when a manifest is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cosettle_cache.core.types import LabelKind
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """One data set; `help` says in a few words what it holds.
+
+    `folders` are looked for under the data root, most specific first; one counts when it holds the folder
+    `mark`. Rows with folders and without `label_kind` are clips to train on. `media` and `labels` are the
+    places of the clip `{name}` under the data set's folder: a published list becomes a manifest by them, and
+    so does a folder whose row has no `build`. `list_folder` and `list_split` are those of a published list
+    where they differ from the first of `folders` and from `split`. `build` is `module:function` of this room,
+    or a function, called with (root, data_root) and the options `split`, `names`.
+    """
+
+    help: str
+    build: str | Callable[..., Any] = ""
+    label_kind: LabelKind | None = None
+    split: str | None = ""
+    folders: tuple[str, ...] = ()
+    mark: str = ""
+    media: str = ""
+    labels: str = ""
+    list_folder: str = ""
+    list_split: str = ""
+
+    def builder(self) -> Callable[..., Any] | None:
+        """Return the function that builds a manifest; None where the row's own places do."""
+        if not isinstance(self.build, str) or not self.build:
+            return self.build or None
+        module, _, name = self.build.partition(":")
+        builder: Callable[..., Any] = getattr(import_module(f"cosettle_cache.videos.{module}"), name)
+        return builder
+
+    def find(self, data_root: Path) -> Path | None:
+        """Return the data set's folder under the data root, None where there is none."""
+        found = (data_root / name for name in self.folders if (data_root / name / self.mark).is_dir())
+        return next(found, None)
+
+
+DATASETS: dict[str, DataSet] = {
+    "davis": DataSet(
+        "object masks of DAVIS",
+        "davis:build_davis_manifest",
+        LabelKind.MASKS,
+        split="val",
+        folders=("DAVIS", "davis-2017", "davis", "."),
+        mark="JPEGImages",
+        media="JPEGImages/480p/{name}",
+        labels="Annotations/480p/{name}",
+    ),
+    "vip": DataSet(
+        "body parts of VIP",
+        "vip:build_vip_manifest",
+        LabelKind.PARTS,
+        split="val",
+        folders=("VIP", "VIP_Fine", "vip", "."),
+        mark="Images",
+        media="Images/{name}",
+        labels="Annotations/Category_ids/{name}",
+    ),
+    "jhmdb": DataSet(
+        "joints of JHMDB",
+        "jhmdb:build_jhmdb_manifest",
+        LabelKind.KEYPOINTS,
+        split="val",
+        folders=("JHMDB", "jhmdb", "."),
+        mark="Rename_Images",
+        media="Rename_Images/{name}",
+        labels="joint_positions/{name}/joint_positions.mat",
+        list_split="split1_test",
+    ),
+    "masks": DataSet("your clips, a first mask beside each", "davis:build_masks_manifest", LabelKind.MASKS),
+    "kinetics": DataSet(
+        "class folders of clips",
+        "folders:build_kinetics_manifest",
+        folders=("kinetics400/train", "kinetics400", "k400/train", "k400"),
+        media="{name}",
+        list_folder="kinetics400/val",
+        list_split="val",
+    ),
+    "classes": DataSet("class folders at any depth", "folders:build_classes_manifest"),
+    "ucf101": DataSet("UCF101 with its lists", "folders:build_ucf101_manifest", split=None),
+    "hmdb51": DataSet("HMDB51 with its lists", "folders:build_hmdb51_manifest", split=None),
+    "folder": DataSet("any folder of clips", "folders:build_folder_manifest", folders=("clips",)),
+    "sprites": DataSet("the built-in clips", "sprites:build_sprites_manifest", LabelKind.MASKS, split="val"),
+    "tapvid": DataSet(
+        "unpacked TAP-Vid tracks",
+        "tapvid:build_tapvid_manifest",
+        LabelKind.TRACKS,
+        folders=("tapvid_davis", "tapvid", "."),
+        mark="tracks",
+    ),
+}
+
+
+def listable() -> list[str]:
+    """Return the data sets of which a published list makes a manifest."""
+    return [name for name, row in DATASETS.items() if row.media]
