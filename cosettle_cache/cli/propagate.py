@@ -160,8 +160,8 @@ def _open_store(
     wish: StoreWish, protocol: EvalProtocol, features: str, cache_dir: Path | None, cache_size: str
 ) -> tuple[FeatureStore, Path, dict[str, str]]:
     """Return the store at `features`, the root of its media, and what failed when it was made."""
+    from cosettle_cache.core.files import is_url
     from cosettle_cache.propagation.checks import check_store
-    from cosettle_cache.store._local import is_url
     from cosettle_cache.videos.find import media_root
 
     if (wish.workers or wish.scheduler) and not is_url(features):

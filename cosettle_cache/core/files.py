@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -177,3 +178,11 @@ def _groups(chunks: Iterable[Buffer]) -> Iterator[list[memoryview]]:
 def _write_all(descriptor: int, buffers: Sequence[memoryview]) -> None:
     while buffers:
         buffers = unfilled(buffers, os.writev(descriptor, buffers))
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_url(path: str | Path) -> bool:
+    """Say whether `path` is the URL of an object store."""
+    return bool(_URL.match(str(path)))

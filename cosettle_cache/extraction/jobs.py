@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds
+from cosettle_cache.core.files import is_url
 from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, FramesSettings, digest
 from cosettle_cache.core.types import Manifest
 from cosettle_cache.extraction.run import ExtractReport, StoreJob, extract_store
 from cosettle_cache.store import open_store
-from cosettle_cache.store._local import is_url
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.find import Data
 from cosettle_cache.videos.manifest import manifest_digest

@@ -21,6 +21,7 @@ from uuid import uuid4
 from cosettle_cache.core.cluster import pick_device, share_of_cores, work_on
 from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.files import is_url
 from cosettle_cache.core.settings import (
     EncoderSettings,
     ExtractSettings,
@@ -33,7 +34,6 @@ from cosettle_cache.encoders import Backbone, describe_backbone, load_backbone
 from cosettle_cache.extraction.images import views_rule
 from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
 from cosettle_cache.store import StoreWriter, open_store, spec_version
-from cosettle_cache.store._local import is_url
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.manifest import manifest_digest
 

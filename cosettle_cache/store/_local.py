@@ -50,8 +50,6 @@ else:
 #: A local disk serves this many readers at once without getting slower.
 _LOCAL_READERS = min(4, os.cpu_count() or 1)
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-
 
 @runtime_checkable
 class RangeFile(Protocol):
@@ -128,20 +126,6 @@ class Storage(ReadStorage, Protocol):
 
     def delete(self, name: str) -> None:
         """Remove a file for good, if it is there."""
-
-
-def is_url(path: str | Path) -> bool:
-    """Say whether `path` is the URL of an object store."""
-    return bool(_URL.match(str(path)))
-
-
-def open_storage(path: str | Path) -> Storage:
-    """Return the place called `path`, a local path or a URL such as `s3://bucket/store.zarr`."""
-    if not is_url(path):
-        return LocalStorage(Path(path))
-    from cosettle_cache.store.remote import ObjectStorage
-
-    return ObjectStorage(str(path))
 
 
 class LocalStorage:

@@ -37,7 +37,7 @@ from cosettle_cache.core.parallel import map_ahead
 from cosettle_cache.core.settings import FramesSettings, PairsSettings
 from cosettle_cache.core.tables import read_metadata
 from cosettle_cache.core.types import ArrayLayout, Encoding, Manifest, PlanKind
-from cosettle_cache.store._local import TEMPORARY, RangeFile, ReadStorage, open_storage
+from cosettle_cache.store._local import TEMPORARY, RangeFile, ReadStorage
 from cosettle_cache.store._shards import (
     ShardLostError,
     checksum_bytes,
@@ -71,6 +71,7 @@ from cosettle_cache.store.index import (
     video_rows,
 )
 from cosettle_cache.store.plan import Plan, make_plan
+from cosettle_cache.store.remote import open_storage
 from cosettle_cache.videos.manifest import manifest_digest, manifest_from_table
 
 #: Bytes read at once; a larger chunk is read whole.

@@ -20,12 +20,12 @@ from cosettle_cache.core.errors import DamagedStoreError, InputError, UsageError
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
 from cosettle_cache.store._cache import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store._chunks import ChunkSource, flat_rows
-from cosettle_cache.store._local import ReadStorage, cached_property, open_storage
+from cosettle_cache.store._local import ReadStorage, cached_property
 from cosettle_cache.store.create import HEADER_COPY
 from cosettle_cache.store.format import MANIFEST, BytesError, SlotState
 from cosettle_cache.store.header import check_array, read_header, repair_hint
 from cosettle_cache.store.index import Catalog, unseal
-from cosettle_cache.store.remote import ObjectStorage
+from cosettle_cache.store.remote import ObjectStorage, open_storage
 from cosettle_cache.videos.manifest import manifest_from_table
 
 SampleIds = Sequence[int] | Int[np.ndarray, " n"]

@@ -13,6 +13,7 @@ import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
 
@@ -25,8 +26,8 @@ from zarr.core.buffer import BufferPrototype
 from zarr.storage import ObjectStore, WrapperStore
 
 from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError
-from cosettle_cache.core.files import Buffer
-from cosettle_cache.store._local import RangeFile, ReadStorage, cached_property
+from cosettle_cache.core.files import Buffer, is_url
+from cosettle_cache.store._local import LocalStorage, RangeFile, ReadStorage, Storage, cached_property
 
 #: Requests in flight; a request takes tens of milliseconds and moves a few tens of MB/s.
 _PARALLEL_REQUESTS = 16
@@ -334,3 +335,10 @@ def _read(storage: ReadStorage, key: str, byte_range: ByteRequest | None) -> byt
     data = bytearray(byte_range.end - byte_range.start)
     n_read = storage.open(key).read([memoryview(data)], byte_range.start)
     return bytes(data[:n_read])
+
+
+def open_storage(path: str | Path) -> Storage:
+    """Return the place called `path`, a local path or a URL such as `s3://bucket/store.zarr`."""
+    if not is_url(path):
+        return LocalStorage(Path(path))
+    return ObjectStorage(str(path))

@@ -17,14 +17,14 @@ from cosettle_cache.propagation.protocols import list_presets, make_protocol
 from cosettle_cache.propagation.tasks import TASKS, find_task, load
 from cosettle_cache.propagation.tasks.masks import MaskSubject, open_masks
 from cosettle_cache.store import open_store
-from cosettle_cache.videos import BUILDERS
+from cosettle_cache.videos import DATASETS
 from cosettle_cache.videos.masks import read_mask
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_row_is_whole(name):
     row = find_task(name)
-    assert row.name == name and row.labels in LabelKind and row.folder in BUILDERS
+    assert row.name == name and row.labels in LabelKind and row.folder in DATASETS
     assert callable(load(row.open)) and callable(load(row.draw))
     assert {preset.task for preset in list_presets(name)} == {name}
     assert all(isinstance(protocol, EvalProtocol) and source for protocol, source in row.presets)

@@ -23,7 +23,7 @@ from cosettle_cache.core.errors import (
     UsageError,
 )
 from cosettle_cache.store import copy_store, plan_copy, repair_store, verify_store
-from cosettle_cache.store._local import open_storage
+from cosettle_cache.store.remote import open_storage
 
 
 @pytest.fixture

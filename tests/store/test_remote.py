@@ -49,9 +49,9 @@ from cosettle_cache.extraction.run import extract, make_fingerprint
 from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import StoreWriter, copy_store, open_store, verify_store
-from cosettle_cache.store._local import open_storage
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.store.reader import FeatureStore
+from cosettle_cache.store.remote import open_storage
 from cosettle_cache.training.run import train
 
 
