@@ -1,0 +1,41 @@
+"""What is known of an encoder before its weights are loaded: sizes and normalisation; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosettle_cache.encoders.registry import (
+    BACKBONES,
+    RANDOM,
+    TIMM_PREFIX,
+    BackboneInfo,
+    check_no_heads,
+    family_of,
+    make_info,
+    sizeless,
+)
+
+
+def describe_backbone(
+    name: str, *, weights: str | Path | None = None, heads: int | None = None
+) -> BackboneInfo:
+    """Return the sizes and the normalisation of an encoder; nothing is downloaded.
+
+    The table or timm knows them; for a family's name they come from the shapes in the weights file. Names of
+    the table need no torch, files of a family no timm, so that `--dry-run` answers at once.
+    """
+    if name.startswith(TIMM_PREFIX):
+        from cosettle_cache.encoders.load import describe_timm
+
+        check_no_heads(name, heads)
+        return describe_timm(name)
+    family = family_of(name)
+    if name in BACKBONES:
+        return make_info(name, family, BACKBONES[name].architecture)
+    if weights is None or str(weights) == RANDOM:
+        raise sizeless(name)
+    from cosettle_cache.encoders.checkpoints import read_checkpoint
+    from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
+
+    file = sort_tensors(str(weights), family, read_checkpoint(weights))
+    return make_info(name, family, infer_architecture(file, heads))
