@@ -1,4 +1,4 @@
-"""What is known of an encoder before its weights are loaded: sizes and normalisation; nothing is downloaded."""
+"""What is known of an encoder before its weights are loaded: sizes, normalisation; nothing is downloaded."""
 
 from __future__ import annotations
 
