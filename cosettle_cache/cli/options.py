@@ -31,7 +31,7 @@ Weights = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")]
 CacheDir = Annotated[
-    Path | None, typer.Option(help="Folder for copies of a remote store's shards; docs/remote.md.")
+    Path | None, typer.Option(help="Folder for copies of a remote store's shards; docs/machines.md.")
 ]
 CacheSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of these copies.")]
 FramesStore = Annotated[str, typer.Option(help="A frames store, local or at a URL.")]
