@@ -24,7 +24,7 @@ store, 130 interrupted.
 NAMES = """# Python names
 
 Made by `python -m cosettle_cache.cli.reference docs` from the docstrings; a test keeps it true. All are
-imported from `cosettle_cache` and stay stable. A path is `str` or `Path`, an array numpy or torch, everywhere.
+imported from `cosettle_cache` and stay stable. A path is `str` or `Path`, an array numpy or torch.
 Shapes are written as [jaxtyping](https://docs.kidger.site/jaxtyping/) does it. Wrong input raises a
 `cosettle_cache.core.errors.CosettleError` that says what was wanted and what was found.
 """
