@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float16, UInt8, UInt64
 from cosettle_cache.core.files import Buffer
 from cosettle_cache.core.types import ArrayLayout
 from cosettle_cache.store._int8 import quantize
-from cosettle_cache.store._local import RangeFile
 from cosettle_cache.store.format import (
     ALIGNMENT,
     CHECKSUM_BYTES,
@@ -24,6 +23,7 @@ from cosettle_cache.store.format import (
     chunk_bytes,
     chunks_per_shard,
 )
+from cosettle_cache.store.remote import RangeFile
 
 _ENTRY = np.dtype("<u8")
 

@@ -20,7 +20,7 @@ from cosettle_cache.core.errors import CosettleError, InputError
 from cosettle_cache.core.files import make_folder, output_errors, sync, temporary_name, write_durably
 from cosettle_cache.core.tables import read_metadata, with_metadata
 from cosettle_cache.core.types import ArrayLayout, Manifest
-from cosettle_cache.store._local import Storage, WriterLock, is_store, is_temporary
+from cosettle_cache.store._local import WriterLock, is_temporary
 from cosettle_cache.store._shards import ZSTD_LEVEL
 from cosettle_cache.store.format import (
     DTYPES,
@@ -32,7 +32,7 @@ from cosettle_cache.store.format import (
 )
 from cosettle_cache.store.header import ATTRIBUTE, AXES, FILL_VALUES, Header, lost_header
 from cosettle_cache.store.index import seal
-from cosettle_cache.store.remote import ObjectStorage
+from cosettle_cache.store.remote import ObjectStorage, Storage, is_store
 from cosettle_cache.videos.manifest import manifest_table
 
 #: Key of the manifest's metadata with a copy of the header, from which a damaged one is restored.

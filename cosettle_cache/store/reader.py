@@ -20,12 +20,12 @@ from cosettle_cache.core.errors import DamagedStoreError, InputError, UsageError
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
 from cosettle_cache.store._cache import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store._chunks import ChunkSource, flat_rows
-from cosettle_cache.store._local import ReadStorage, cached_property
+from cosettle_cache.store._local import cached_property
 from cosettle_cache.store.create import HEADER_COPY
 from cosettle_cache.store.format import MANIFEST, BytesError, SlotState
 from cosettle_cache.store.header import check_array, read_header, repair_hint
 from cosettle_cache.store.index import Catalog, unseal
-from cosettle_cache.store.remote import ObjectStorage, open_storage
+from cosettle_cache.store.remote import ObjectStorage, Storage, open_storage
 from cosettle_cache.videos.manifest import manifest_from_table
 
 SampleIds = Sequence[int] | Int[np.ndarray, " n"]
@@ -44,7 +44,7 @@ def open_store(
     """
     storage = open_storage(path)
     if cache_dir is not None and isinstance(storage, ObjectStorage):
-        return FeatureStore(CachedStorage(storage, cache_dir, cache_bytes))
+        return FeatureStore(CachedStorage(storage.path, cache_dir, cache_bytes))
     return FeatureStore(storage)
 
 
@@ -54,7 +54,7 @@ class FeatureStore:
     Tokens are float16 `[... row col channel]`, as the encoder gave them.
     """
 
-    def __init__(self, storage: ReadStorage) -> None:
+    def __init__(self, storage: Storage) -> None:
         header = read_header(storage)
         for layout in header.arrays:
             check_array(storage, layout)
@@ -219,7 +219,7 @@ class FeatureStore:
 
     @cached_property
     def _catalog(self) -> Catalog:
-        return Catalog(self._chunks.read_outline(), self.arrays)
+        return Catalog(self._chunks.read_index(outlined=True), self.arrays)
 
     @property
     def _sample_shape(self) -> tuple[int, int, int, int]:

@@ -32,7 +32,7 @@ from cosettle_cache.core.errors import DamagedStoreError, UsageError
 from cosettle_cache.core.files import Buffer, is_url, make_folder, overwrite_durably
 from cosettle_cache.core.parallel import map_ahead
 from cosettle_cache.core.types import Fingerprint, PlanKind
-from cosettle_cache.store._local import Storage, is_store, sole_writer
+from cosettle_cache.store._local import sole_writer
 from cosettle_cache.store.check import (
     Metadata,
     VerifyReport,
@@ -56,7 +56,7 @@ from cosettle_cache.store.format import (
 from cosettle_cache.store.header import check_same, read_header, repair_hint
 from cosettle_cache.store.index import Damage, Part, decode_part
 from cosettle_cache.store.reader import FeatureStore
-from cosettle_cache.store.remote import open_storage
+from cosettle_cache.store.remote import Storage, is_store, open_storage
 from cosettle_cache.store.writer import StoreWriter
 
 #: A slot in hand may take its shard's bytes of memory where it goes to an object store.

@@ -18,7 +18,7 @@ from jaxtyping import Float16
 from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.core.files import Buffer, is_url, output_errors
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Manifest, Slot
-from cosettle_cache.store._local import SlotClaims, Storage, WriterLock, is_store, is_temporary
+from cosettle_cache.store._local import SlotClaims, WriterLock, is_temporary
 from cosettle_cache.store._shards import ShardEncoder
 from cosettle_cache.store.create import create_store, remove_dead_builds, restore_manifest
 from cosettle_cache.store.format import (
@@ -34,7 +34,7 @@ from cosettle_cache.store.format import (
 )
 from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
 from cosettle_cache.store.index import ShardFacts, committed_shards, encode_part, read_part
-from cosettle_cache.store.remote import open_storage
+from cosettle_cache.store.remote import Storage, is_store, open_storage
 
 
 @dataclass(frozen=True, slots=True)
