@@ -42,7 +42,7 @@ from cosettle_cache.store.check import (
     inspect_metadata,
     verify_storage,
 )
-from cosettle_cache.store.create import create_from_files
+from cosettle_cache.store.create import create_store
 from cosettle_cache.store.format import (
     INDEX_GROUP,
     MANIFEST,
@@ -247,7 +247,7 @@ def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage
 def _open_target(source: Storage, target: Storage, metadata: Metadata) -> StoreWriter:
     if not is_store(target):
         files = {name: source.read(name) for name in [*metadata.files, MANIFEST]}
-        create_from_files(target, metadata.header.arrays, files)
+        create_store(target, metadata.header.arrays, files)
         check_same(metadata.header, read_header(target), target.path)  # a rival may have been faster
     return StoreWriter(target, metadata.header.arrays)
 
