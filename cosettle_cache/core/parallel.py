@@ -1,11 +1,7 @@
-"""Units of work handed out, here or to workers, and their results put in order again.
+"""Units of work done here, in threads or by workers, and their results put in order again.
 
 Floating-point sums depend on their order: who adds up results in the order of the items has the same bits
 whoever did the work, and however fast.
-
-Work on several slots at once, in threads.
-
-In come a task and slots; results come out in order, a bounded number of slots ahead, until told to stop.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ class Numbered(Protocol):
 
 
 Item = TypeVar("Item", bound=Numbered)
+AnyItem = TypeVar("AnyItem")
 Result = TypeVar("Result")
 
 #: Does a unit of work for every item and yields (item, result) in any order; `Cluster.run` is one.
@@ -70,9 +67,6 @@ def in_order(
             awaited = next(order, None)
 
 
-AnyItem = TypeVar("AnyItem")
-
-
 def map_ahead(
     task: Callable[[AnyItem], Result],
     items: Iterable[AnyItem],
@@ -100,10 +94,7 @@ def map_ahead(
         for item in items:
             if stop is not None and stop.is_set():
                 break
-            if os.getpid() == process:
-                pending.append((item, pool.submit(task, item)))
-            else:
-                pending.append((item, Future()))
+            pending.append((item, pool.submit(task, item) if os.getpid() == process else Future()))
             if len(pending) > (n_threads if n_ahead is None else n_ahead):
                 yield finish()
         while pending:

@@ -1,7 +1,6 @@
 """A bounded local copy of a remote store's shards: each is fetched whole once, then read from disk.
 
-In come an object storage and a folder; out goes a storage whose shards are local files. Several processes and
-several stores may share the folder.
+Several processes and several stores may share the folder.
 """
 
 from __future__ import annotations
@@ -10,18 +9,15 @@ import fcntl
 import hashlib
 import os
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
 
 from cosettle_cache.core.errors import OutputError
 from cosettle_cache.core.files import make_folder, output_errors, write_durably
-from cosettle_cache.store._local import LocalFile, RangeFile, is_temporary
-from cosettle_cache.store.remote import ObjectStorage
+from cosettle_cache.core.parallel import map_ahead
+from cosettle_cache.store._local import LocalFile, is_temporary
+from cosettle_cache.store.remote import ObjectFile, ObjectStorage
 
 #: Bytes of shards kept when the caller does not say.
 DEFAULT_CACHE_BYTES = 20 * 10**9
@@ -32,24 +28,11 @@ _SUFFIX = ".shard"
 _PIECE_BYTES = 4 * 2**20
 _PIECES_AHEAD = 4
 
-#: Readers, each of which may be fetching a shard.
-_N_READERS = 4
-
 #: A half-written copy that nothing was added to for so long belongs to a process that died.
 _ABANDONED_S = 900
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """An object in one state: what a file in the folder is a copy of."""
-
-    name: str
-    size: int
-    tag: str
-    path: Path
-
-
-class CachedStorage:
+class CachedStorage(ObjectStorage):
     """An object storage for reading, its shards through at most `limit` bytes of files in `folder`.
 
     A file's name says which object in which state it copies, so a shard written again is fetched again.
@@ -57,154 +40,96 @@ class CachedStorage:
     process removes is gone from the disk, whoever reads it fetches it again.
     """
 
-    local = None
-    n_readers = _N_READERS
+    #: Each of them may be fetching a shard.
+    n_readers = 4
     stretch_bytes = 0
 
-    def __init__(self, remote: ObjectStorage, folder: Path, limit: int = DEFAULT_CACHE_BYTES) -> None:
-        self.remote = remote
+    def __init__(self, url: str, folder: Path, limit: int = DEFAULT_CACHE_BYTES) -> None:
+        super().__init__(url)
         self.folder = make_folder(folder.absolute())
         self.limit = self.room = limit
-        self.path = remote.path
 
-    def read(self, name: str) -> bytes:
-        """Return a whole file, from the object store."""
-        return self.remote.read(name)
+    def __reduce__(self) -> tuple[object, ...]:
+        return (CachedStorage, (self.path, self.folder, self.limit))
 
-    def open(self, name: str) -> RangeFile:
+    def open(self, name: str) -> ObjectFile:
         """Return the local copy of a shard, fetched first if it is not here; one request if it is."""
-        copy = self._copy(name)
-        self.open_copy(copy)
-        return CachedFile(self, copy)
-
-    def open_copy(self, copy: _Copy) -> LocalFile:
-        """Open a copy, fetched if it is not here (any more)."""
-        while True:
-            try:
-                os.utime(copy.path)
-                return LocalFile(copy.path)
-            except FileNotFoundError:
-                self._fetch(copy)  # and look again: another process may need the room at once
+        file = _CachedFile(self, name)
+        file.open()
+        return file
 
     def forget(self, name: str) -> None:
         """Remove the copy of a shard, whose bytes turned out wrong."""
         with suppress(FileNotFoundError):
-            self._copy(name).path.unlink()
+            _CachedFile(self, name).path.unlink()
 
-    def size(self, name: str) -> int:
-        """Return the bytes of a file."""
-        return self.remote.size(name)
-
-    def exists(self, name: str) -> bool:
-        """Say whether there is a file of that name."""
-        return self.remote.exists(name)
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names directly in `folder`."""
-        return self.remote.names(folder)
-
-    def walk(self) -> Iterator[tuple[str, int]]:
-        """Yield name and bytes of every file of the store."""
-        return self.remote.walk()
-
-    def zarr_store(self) -> Any:
-        """Return a Zarr store over the object store, its shards from the copies."""
-        return self.remote.zarr_view(self)
-
-    def _copy(self, name: str) -> _Copy:
-        size, tag = self.remote.state(name)
-        state = f"{self.path}\0{name}\0{size}\0{tag}"
-        file = hashlib.sha256(state.encode()).hexdigest()[:40] + _SUFFIX
-        return _Copy(name, size, tag, self.folder / file)
-
-    def _fetch(self, copy: _Copy) -> None:
-        with _errors(copy.path), _alone(copy.path):
-            # Another thread or process may have fetched it while this one waited.
-            if not copy.path.exists():
-                self._make_room(copy.size)
-                write_durably(copy.path, self._pieces(copy))
-
-    def _pieces(self, copy: _Copy) -> Iterator[memoryview]:
-        """Yield the object's bytes in order, the next pieces on their way."""
-        pending: deque[Future[memoryview]] = deque()
-        with ThreadPoolExecutor(_PIECES_AHEAD, "fetch") as pool:
-            for start in range(0, copy.size, _PIECE_BYTES):
-                pending.append(pool.submit(self.remote.read_range, copy.name, start, _PIECE_BYTES, copy.tag))
-                if len(pending) > _PIECES_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-
-    def _make_room(self, n_bytes: int) -> None:
+    def make_room(self, n_bytes: int) -> None:
         """Remove the copies unused for longest until `n_bytes` fit; others may do so at the same time."""
-        files = sorted(_files(self.folder))
-        excess = sum(file.size for file in files) + n_bytes - self.limit
-        for file in files:
+        files = []
+        for path in self.folder.iterdir():
+            if path.suffix == _SUFFIX or is_temporary(path):
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    files.append((status.st_mtime, status.st_size, path))
+        excess = sum(size for _, size, _ in files) + n_bytes - self.limit
+        for used, size, path in sorted(files):
             if excess <= 0:
                 return
-            if not is_temporary(file.path) or file.used < time.time() - _ABANDONED_S:
-                file.path.unlink(missing_ok=True)
-                excess -= file.size
+            if not is_temporary(path) or used < time.time() - _ABANDONED_S:
+                path.unlink(missing_ok=True)
+                excess -= size
 
 
-class CachedFile:
-    """The local copy of a shard, opened for each read, so that it may be removed at any moment."""
+class _CachedFile(ObjectFile):
+    """The local copy `path` of a shard in its present state, opened for each read: it may go at any time."""
 
-    def __init__(self, storage: CachedStorage, copy: _Copy) -> None:
-        self._storage, self._copy = storage, copy
+    _storage: CachedStorage
+
+    def __init__(self, storage: CachedStorage, name: str) -> None:
+        super().__init__(storage, name)
+        self._size, self._tag = storage.state(name)
+        state = f"{storage.path}\0{name}\0{self._size}\0{self._tag}"
+        self.path = storage.folder / (hashlib.sha256(state.encode()).hexdigest()[:40] + _SUFFIX)
 
     def size(self) -> int:
         """Return the bytes of the shard."""
-        return self._copy.size
+        return self._size
 
     def read_tail(self, length: int) -> bytes:
-        """Return the last bytes."""
-        return self._file.read_tail(length)
+        """Return the last `length` bytes, or all where there are fewer."""
+        return self.open().read_tail(length)
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill `buffers` from `offset` on."""
-        return self._file.read(buffers, offset)
+        """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
+        return self.open().read(buffers, offset)
 
-    def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Leave everything to `read`, so that the copy is opened once."""
+    def open(self) -> LocalFile:
+        """Open the copy, fetched if it is not here (any more)."""
+        while True:
+            try:
+                os.utime(self.path)
+                return LocalFile(self.path, os.O_RDONLY)
+            except FileNotFoundError:
+                self._fetch()  # and look again: another process may need the room at once
 
-    @property
-    def _file(self) -> LocalFile:
-        return self._storage.open_copy(self._copy)
+    def _fetch(self) -> None:
+        lock_path = self.path.parent / f".{self.path.name[:2]}.lock"
+        try:
+            # Other threads and processes wait for the lock; it dies with its holder. On a file system without
+            # locks the copy is fetched twice, nothing worse.
+            with output_errors(self.path), lock_path.open("w") as lock:
+                with suppress(
+                    OSError
+                ):  # a file system without locks: the copy is fetched twice, nothing worse
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if not self.path.exists():
+                    self._storage.make_room(self._size)
+                    starts = range(0, self._size, _PIECE_BYTES)
+                    with closing(map_ahead(self._piece, starts, _PIECES_AHEAD)) as pieces:
+                        write_durably(self.path, pieces)
+        except OutputError as error:
+            hint = "choose another folder with --cache-dir, or a smaller --cache-size"
+            raise OutputError(f"the shard cache cannot be used: {error.message}", hint=hint) from error
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class _File:
-    """A file of the folder: time of last use, bytes, path."""
-
-    used: float
-    size: int
-    path: Path
-
-
-def _files(folder: Path) -> Iterator[_File]:
-    """Yield the copies in the folder, those in the making too."""
-    for path in folder.iterdir():
-        if path.suffix == _SUFFIX or is_temporary(path):
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                yield _File(status.st_mtime, status.st_size, path)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keep other threads and processes from fetching the same copy; the lock dies with its holder."""
-    with (path.parent / f".{path.name[:2]}.lock").open("w") as file:
-        with suppress(OSError):  # a file system without locks: the copy is fetched twice, nothing worse
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _errors(path: Path) -> Iterator[None]:
-    try:
-        with output_errors(path):
-            yield
-    except OutputError as error:
-        hint = "choose another folder with --cache-dir, or a smaller --cache-size"
-        raise OutputError(f"the shard cache cannot be used: {error.message}", hint=hint) from error
+    def _piece(self, start: int) -> memoryview:
+        return self._storage.read_range(self._name, start, _PIECE_BYTES, self._tag)

@@ -1,7 +1,7 @@
 """Shards: the bytes of one slot in Zarr's sharding format, written whole and read chunk by chunk.
 
-In come tokens and which chunks exist; out go the pieces of the file. Reading parses a shard's index once and
-then fetches each chunk with one request straight into the caller's memory, checksum verified.
+Reading parses a shard's index once and then fetches each chunk with one request straight into the caller's
+memory, checksum verified.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float16, UInt8, UInt64
 from cosettle_cache.core.files import Buffer
 from cosettle_cache.core.types import ArrayLayout
 from cosettle_cache.store._int8 import quantize
-from cosettle_cache.store._local import RangeFile
 from cosettle_cache.store.format import (
     ALIGNMENT,
     CHECKSUM_BYTES,
@@ -24,6 +23,7 @@ from cosettle_cache.store.format import (
     chunk_bytes,
     chunks_per_shard,
 )
+from cosettle_cache.store.remote import RangeFile
 
 _ENTRY = np.dtype("<u8")
 
@@ -75,8 +75,12 @@ class ShardEncoder:
         first = number * self._layout.chunk_encodings
         tokens = self._tokens[first : first + self._layout.chunk_encodings]
         stored = quantize(tokens) if self._layout.dtype == "int8" else tokens
-        raw = np.ascontiguousarray(stored).data.cast("B")
-        return _zstd(raw) if self._layout.codec == "zstd" else raw
+        raw: Buffer = np.ascontiguousarray(stored).data.cast("B")
+        if self._layout.codec == "zstd":
+            from numcodecs import Zstd
+
+            raw = Zstd(level=ZSTD_LEVEL).encode(raw)
+        return raw
 
 
 class ShardReader:
@@ -112,15 +116,22 @@ class ShardReader:
 
         Raises `ChunkMissingError`, another `BytesError` when one is damaged or they do not lie side by side.
         """
-        offset = self._check_neighbours(first, len(outs))
+        start, _ = self.check_present(first)
+        stride = self._raw_size + self._padding
+        for place in range(len(outs)):
+            offset, size = self.check_present(first + place)
+            if size != self._raw_size:
+                raise BytesError(f"a chunk has {size} bytes")
+            if offset != start + place * stride:
+                raise BytesError("chunks do not lie side by side")
         # Only the last checksum is read without the zeros behind it.
         gaps = [bytearray(CHECKSUM_BYTES + self._padding) for _ in outs[1:]] + [bytearray(CHECKSUM_BYTES)]
         buffers: list[memoryview] = []
         for out, gap in zip(outs, gaps, strict=True):
             buffers += (out.data, memoryview(gap))
-        wanted = len(outs) * (self._raw_size + self._padding) - self._padding
+        wanted = len(outs) * stride - self._padding
         try:
-            n_read = self._file.read(buffers, offset)
+            n_read = self._file.read(buffers, start)
         except OSError as error:
             raise BytesError(f"a chunk cannot be read ({error.strerror})") from error
         if n_read < wanted:
@@ -128,17 +139,6 @@ class ShardReader:
         for out, gap in zip(outs, gaps, strict=True):
             if checksum_bytes(out.data) != gap[:CHECKSUM_BYTES]:
                 raise BytesError("the checksum of a chunk does not match")
-
-    def _check_neighbours(self, first: int, n_chunks: int) -> int:
-        """Return where chunk `first` begins, with the other `n_chunks - 1` right behind it."""
-        start, _ = self.check_present(first)
-        for place in range(n_chunks):
-            offset, size = self.check_present(first + place)
-            if size != self._raw_size:
-                raise BytesError(f"a chunk has {size} bytes")
-            if offset != start + place * (self._raw_size + self._padding):
-                raise BytesError("chunks do not lie side by side")
-        return start
 
 
 def read_entries(file: RangeFile, layout: ArrayLayout) -> UInt64[np.ndarray, "chunk 2"]:
@@ -166,13 +166,6 @@ def padding_after(size: int) -> int:
 def checksum_bytes(data: Buffer) -> bytes:
     """Return the CRC-32C of `data` as it lies behind it."""
     return int(crc32c(data)).to_bytes(CHECKSUM_BYTES, "little")
-
-
-def _zstd(raw: Buffer) -> Buffer:
-    from numcodecs import Zstd
-
-    encoded: Buffer = Zstd(level=ZSTD_LEVEL).encode(raw)
-    return encoded
 
 
 def decoded_bytes(chunk: Buffer) -> int:

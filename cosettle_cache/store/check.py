@@ -37,7 +37,7 @@ from cosettle_cache.core.parallel import map_ahead
 from cosettle_cache.core.settings import FramesSettings, PairsSettings
 from cosettle_cache.core.tables import read_metadata
 from cosettle_cache.core.types import ArrayLayout, Encoding, Manifest, PlanKind
-from cosettle_cache.store._local import TEMPORARY, RangeFile, ReadStorage
+from cosettle_cache.store._local import TEMPORARY
 from cosettle_cache.store._shards import (
     ShardLostError,
     checksum_bytes,
@@ -71,7 +71,7 @@ from cosettle_cache.store.index import (
     video_rows,
 )
 from cosettle_cache.store.plan import Plan, make_plan
-from cosettle_cache.store.remote import open_storage
+from cosettle_cache.store.remote import RangeFile, Storage, open_storage
 from cosettle_cache.videos.manifest import manifest_digest, manifest_from_table
 
 #: Bytes read at once; a larger chunk is read whole.
@@ -219,7 +219,7 @@ class Metadata:
     damages: tuple[Damage, ...]
 
 
-def inspect_metadata(storage: ReadStorage) -> Metadata:
+def inspect_metadata(storage: Storage) -> Metadata:
     """Compare every small file with what it must be; a damaged header is taken from the manifest's copy.
 
     Raises `InputError` when there is no store, `DamagedStoreError` when neither header can be trusted.
@@ -239,7 +239,7 @@ def inspect_metadata(storage: ReadStorage) -> Metadata:
     return Metadata(header, files, manifest, tuple(damages))
 
 
-def _find_header(storage: ReadStorage, copy: Header | None) -> tuple[Header, str | None]:
+def _find_header(storage: Storage, copy: Header | None) -> tuple[Header, str | None]:
     """Return the store's header and, where that is the manifest's copy, why."""
     try:
         header = read_header(storage)
@@ -259,7 +259,7 @@ def _find_header(storage: ReadStorage, copy: Header | None) -> tuple[Header, str
     return header, None
 
 
-def _check_one_store(storage: ReadStorage, header: Header, copy: Header) -> None:
+def _check_one_store(storage: Storage, header: Header, copy: Header) -> None:
     try:
         check_same(header, copy, f"{storage.path}/{MANIFEST}")
     except FingerprintError as error:
@@ -270,7 +270,7 @@ def _check_one_store(storage: ReadStorage, header: Header, copy: Header) -> None
         ) from error
 
 
-def _read_manifest(storage: ReadStorage) -> tuple[pa.Table | None, str | None]:
+def _read_manifest(storage: Storage) -> tuple[pa.Table | None, str | None]:
     try:
         return unseal(storage.read(MANIFEST)), None
     except FileNotFoundError:
@@ -279,15 +279,13 @@ def _read_manifest(storage: ReadStorage) -> tuple[pa.Table | None, str | None]:
         return None, str(error)
 
 
-def _header_copy(storage: ReadStorage, table: pa.Table) -> Header | None:
+def _header_copy(storage: Storage, table: pa.Table) -> Header | None:
     """Return the copy of the header; stores of the first release have none."""
     text = read_metadata(table).get(HEADER_COPY)
     return None if text is None else parse_header(json.loads(text), storage.path)
 
 
-def _check_manifest(
-    storage: ReadStorage, header: Header, table: pa.Table
-) -> tuple[Manifest | None, str | None]:
+def _check_manifest(storage: Storage, header: Header, table: pa.Table) -> tuple[Manifest | None, str | None]:
     try:
         manifest = manifest_from_table(table, MANIFEST)
     except CosettleError as error:
@@ -297,7 +295,7 @@ def _check_manifest(
     return manifest, None
 
 
-def _wanted_files(storage: ReadStorage, header: Header, *, trusted: bool) -> dict[str, bytes]:
+def _wanted_files(storage: Storage, header: Header, *, trusted: bool) -> dict[str, bytes]:
     """Return the metadata that follows from the header; one whose digest is right stays as it stands."""
     files = metadata_files(header)
     if trusted:
@@ -307,14 +305,14 @@ def _wanted_files(storage: ReadStorage, header: Header, *, trusted: bool) -> dic
     return files
 
 
-def _document_damages(storage: ReadStorage, wanted: Mapping[str, bytes]) -> Iterator[Damage]:
+def _document_damages(storage: Storage, wanted: Mapping[str, bytes]) -> Iterator[Damage]:
     for name, data in wanted.items():
         fault = _document_fault(storage, name, json.loads(data))
         if fault:
             yield Damage(name, fault)
 
 
-def _document_fault(storage: ReadStorage, name: str, wanted: Mapping[str, Any]) -> str | None:
+def _document_fault(storage: Storage, name: str, wanted: Mapping[str, Any]) -> str | None:
     try:
         data = storage.read(name)
         found = json.loads(data)
@@ -416,7 +414,7 @@ def verify_store(path: str | Path, *, progress: Progress = SILENT, stop: Event |
     return verify_storage(storage, inspect_metadata(storage), progress, stop or Event())
 
 
-def verify_storage(storage: ReadStorage, metadata: Metadata, progress: Progress, stop: Event) -> VerifyReport:
+def verify_storage(storage: Storage, metadata: Metadata, progress: Progress, stop: Event) -> VerifyReport:
     """Check every file of a store whose metadata was inspected."""
     slots = SlotTable(metadata.header.arrays)
     committed, folder_damages = find_committed(storage, slots)
@@ -442,7 +440,7 @@ def verify_storage(storage: ReadStorage, metadata: Metadata, progress: Progress,
 
 @dataclass(slots=True)
 class _Verification:
-    storage: ReadStorage
+    storage: Storage
     metadata: Metadata
     damages: list[Damage]
     n_verified: int = 0
@@ -459,7 +457,7 @@ class _Verification:
         self.damages += report.damages
 
 
-def check_slot(storage: ReadStorage, metadata: Metadata, place: SlotPlace) -> SlotReport:
+def check_slot(storage: Storage, metadata: Metadata, place: SlotPlace) -> SlotReport:
     """Check a committed slot, again if it was written again meanwhile."""
     while True:
         try:
@@ -473,7 +471,7 @@ def check_slot(storage: ReadStorage, metadata: Metadata, place: SlotPlace) -> Sl
             return report
 
 
-def find_committed(storage: ReadStorage, slots: SlotTable) -> tuple[list[SlotPlace], list[Damage]]:
+def find_committed(storage: Storage, slots: SlotTable) -> tuple[list[SlotPlace], list[Damage]]:
     """Return the committed slots in order, and the index folders that cannot be listed."""
     committed: list[SlotPlace] = []
     damages: list[Damage] = []
@@ -500,7 +498,7 @@ def lost_shard(place: SlotPlace, part: Part, reason: str) -> Damage:
     return Damage(place.shard_name, reason, place.index, _encodings(place, part, chunks))
 
 
-def _check_files(storage: ReadStorage, metadata: Metadata, place: SlotPlace, data: bytes) -> SlotReport:
+def _check_files(storage: Storage, metadata: Metadata, place: SlotPlace, data: bytes) -> SlotReport:
     try:
         part = decode_part(data, place)
     except BytesError as error:
@@ -528,7 +526,7 @@ def _part_damage(metadata: Metadata, place: SlotPlace, reason: str) -> Damage:
     return Damage(place.part_name, f"{reason} ({rows})", place.index, encodings)
 
 
-def _is_unchanged(storage: ReadStorage, place: SlotPlace, before: bytes) -> bool:
+def _is_unchanged(storage: Storage, place: SlotPlace, before: bytes) -> bool:
     try:
         return storage.read(place.part_name) == before
     except OSError:
@@ -541,7 +539,7 @@ def _encodings(place: SlotPlace, part: Part, chunks: set[int]) -> tuple[VideoRow
     return tuple(video_rows(part.table.take(pa.array(rows, pa.int64()))))
 
 
-def _strange_files(storage: ReadStorage, metadata: Metadata, slots: SlotTable) -> Iterator[str]:
+def _strange_files(storage: Storage, metadata: Metadata, slots: SlotTable) -> Iterator[str]:
     """Yield what lies in the store and is not part of it."""
     known = {*metadata.files, MANIFEST}
     for index in range(len(slots)):

@@ -1,7 +1,6 @@
 """Making a store: group, arrays and manifest appear under the final name at once, or not at all.
 
-In come a header and a manifest; out go a handful of small files. Zarr writes the metadata, so that it is what
-Zarr reads.
+Zarr writes the metadata, so that it is what Zarr reads.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from cosettle_cache.core.errors import CosettleError, InputError
 from cosettle_cache.core.files import make_folder, output_errors, sync, temporary_name, write_durably
 from cosettle_cache.core.tables import read_metadata, with_metadata
 from cosettle_cache.core.types import ArrayLayout, Manifest
-from cosettle_cache.store._local import Storage, WriterLock, is_store, is_temporary
+from cosettle_cache.store._local import WriterLock, is_temporary
 from cosettle_cache.store._shards import ZSTD_LEVEL
 from cosettle_cache.store.format import (
     DTYPES,
@@ -32,52 +31,43 @@ from cosettle_cache.store.format import (
 )
 from cosettle_cache.store.header import ATTRIBUTE, AXES, FILL_VALUES, Header, lost_header
 from cosettle_cache.store.index import seal
-from cosettle_cache.store.remote import ObjectStorage
+from cosettle_cache.store.remote import ObjectStorage, Storage, is_store
 from cosettle_cache.videos.manifest import manifest_table
 
 #: Key of the manifest's metadata with a copy of the header, from which a damaged one is restored.
 HEADER_COPY = "store_header"
 
 
-def create_store(storage: Storage, header: Header, manifest: Manifest) -> None:
-    """Create an empty store, in an empty or absent place; a rival who was faster wins.
+def create_store(storage: Storage, arrays: Sequence[ArrayLayout], files: Mapping[str, bytes]) -> None:
+    """Create an empty store of metadata and manifest in an empty or absent place; a faster rival wins.
 
     Raises `InputError` when the place holds something else, `OutputError` when it cannot be written.
     """
-    files = {**metadata_files(header), MANIFEST: manifest_file(header, manifest)}
-    create_from_files(storage, header.arrays, files)
-
-
-def create_from_files(storage: Storage, arrays: Sequence[ArrayLayout], files: Mapping[str, bytes]) -> None:
-    """Create an empty store from the bytes of its metadata and manifest; raises as `create_store` does."""
     if isinstance(storage, ObjectStorage):
         _create_objects(storage, files)
     else:
-        assert storage.local is not None
         _create_folder(storage.local, arrays, files)
-
-
-def restore_manifest(storage: Storage, header: Header, manifest: Manifest) -> None:
-    """Write the manifest of a store that has lost it; `header` is the store's own."""
-    if not storage.exists(MANIFEST):
-        storage.write(MANIFEST, [manifest_file(header, manifest)])
 
 
 def remove_dead_builds(path: Path) -> None:
     """Remove the unfinished stores beside `path` that nobody works on any more."""
-    for sibling in _builds(path):
-        try:
-            lock = WriterLock(sibling)
-        except FileNotFoundError:
-            continue  # it has become the store meanwhile
-        if lock.alone:
-            shutil.rmtree(sibling, ignore_errors=True)
-        lock.close()
+    try:
+        siblings = list(path.parent.iterdir())
+    except PermissionError:
+        return  # a folder may be written and not listed
+    for sibling in siblings:
+        if is_temporary(sibling) and sibling.name.startswith(f".{path.name}.") and sibling.is_dir():
+            with suppress(FileNotFoundError):  # it has become the store meanwhile
+                lock = WriterLock(sibling)
+                if lock.alone:
+                    shutil.rmtree(sibling, ignore_errors=True)
+                lock.close()
 
 
 def metadata_files(header: Header) -> dict[str, bytes]:
     """Return the Zarr metadata of a store by name; the same bytes with any version of Zarr."""
     import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
     from zarr.storage import MemoryStore
 
     memory = MemoryStore()
@@ -85,7 +75,21 @@ def metadata_files(header: Header) -> dict[str, bytes]:
     tokens = root.create_group(TOKENS_GROUP)
     root.create_group(INDEX_GROUP)
     for layout in header.arrays:
-        tokens.create_array(str(layout.grid), **_array_settings(layout))
+        inner = (layout.grid.rows, layout.grid.cols, layout.stored_channels)
+        fill = FILL_VALUES[layout.dtype]
+        tokens.create_array(
+            str(layout.grid),
+            shape=(layout.n_encodings, *inner),
+            shards=(layout.slot_encodings, *inner),
+            chunks=(layout.chunk_encodings, *inner),
+            dtype=DTYPES[layout.dtype],
+            fill_value=math.nan if fill == "NaN" else fill,
+            filters=None,
+            compressors=[ZstdCodec(level=ZSTD_LEVEL)] * (layout.codec == "zstd") + [Crc32cCodec()],
+            dimension_names=AXES,
+            # One file per shard in one folder: one folder to flush and to list.
+            chunk_key_encoding={"name": "default", "separator": "."},
+        )
     documents = {name: json.loads(value.to_bytes()) for name, value in memory._store_dict.items()}
     return {name: metadata_bytes(plain_metadata(document)) for name, document in documents.items()}
 
@@ -104,25 +108,6 @@ def manifest_file(header: Header, manifest: Manifest) -> bytes:
     """Return the sealed manifest, with a copy of the header."""
     table = manifest_table(manifest)
     return seal(with_metadata(table, {**read_metadata(table), HEADER_COPY: header.to_text()}))
-
-
-def _array_settings(layout: ArrayLayout) -> dict[str, Any]:
-    from zarr.codecs import Crc32cCodec, ZstdCodec
-
-    inner = (layout.grid.rows, layout.grid.cols, layout.stored_channels)
-    fill = FILL_VALUES[layout.dtype]
-    return {
-        "shape": (layout.n_encodings, *inner),
-        "shards": (layout.slot_encodings, *inner),
-        "chunks": (layout.chunk_encodings, *inner),
-        "dtype": DTYPES[layout.dtype],
-        "fill_value": math.nan if fill == "NaN" else fill,
-        "filters": None,
-        "compressors": [ZstdCodec(level=ZSTD_LEVEL)] * (layout.codec == "zstd") + [Crc32cCodec()],
-        "dimension_names": AXES,
-        # One file per shard in one folder: one folder to flush and to list.
-        "chunk_key_encoding": {"name": "default", "separator": "."},
-    }
 
 
 def _create_objects(storage: ObjectStorage, files: Mapping[str, bytes]) -> None:
@@ -154,11 +139,20 @@ def _create_folder(path: Path, arrays: Sequence[ArrayLayout], files: Mapping[str
         remove_dead_builds(path)
         build, lock = _start_build(path)
         try:
-            _write_files(build, files)
+            for name, data in files.items():
+                (build / name).parent.mkdir(parents=True, exist_ok=True)
+                write_durably(build / name, [data])
             for layout in arrays:
                 (build / part_folder(layout.grid)).mkdir()
-            _sync_folders(build)
-            _publish(build, path)
+            for folder, _, _ in os.walk(build):
+                sync(Path(folder))
+            try:
+                build.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(build)  # a rival was faster
+            sync(path.parent)
             lock.close()
         except BaseException:
             shutil.rmtree(build, ignore_errors=True)
@@ -170,19 +164,11 @@ def _start_build(path: Path) -> tuple[Path, WriterLock]:
     while True:
         build = temporary_name(path)
         build.mkdir()
-        try:
+        with suppress(FileNotFoundError):
             lock = WriterLock(build)
-        except FileNotFoundError:
-            continue
-        if build.exists():
-            return build, lock
-        lock.close()
-
-
-def _write_files(build: Path, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        (build / name).parent.mkdir(parents=True, exist_ok=True)
-        write_durably(build / name, [data])
+            if build.exists():
+                return build, lock
+            lock.close()
 
 
 def _find_obstacle(path: Path) -> CosettleError | None:
@@ -197,25 +183,3 @@ def _find_obstacle(path: Path) -> CosettleError | None:
         found="a folder with other files" if path.is_dir() else "a file",
         hint="choose another --out",
     )
-
-
-def _publish(build: Path, path: Path) -> None:
-    try:
-        build.rename(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        shutil.rmtree(build)
-    sync(path.parent)
-
-
-def _builds(path: Path) -> Iterator[Path]:
-    with suppress(PermissionError):  # a folder may be written and not listed
-        for sibling in path.parent.iterdir():
-            if is_temporary(sibling) and sibling.name.startswith(f".{path.name}.") and sibling.is_dir():
-                yield sibling
-
-
-def _sync_folders(root: Path) -> None:
-    for folder, _, _ in os.walk(root):
-        sync(Path(folder))

@@ -1,7 +1,4 @@
-"""The format's names and arithmetic: where every array, shard, index part and chunk of a store lies.
-
-Pure functions of array layouts, with nothing read or written; `docs/store.md` says the same in words.
-"""
+"""Where every array, shard, index part and chunk of a store lies; `docs/store.md` says the same in words."""
 
 from __future__ import annotations
 
@@ -102,10 +99,6 @@ class SlotTable:
             raise IndexError(f"slot {index} of {len(self)}")
         number = bisect_right(self.firsts, index) - 1
         return SlotPlace(index, self.arrays[number], index - self.firsts[number])
-
-    def index_of(self, array: int, shard: int) -> int:
-        """Return the number of shard `shard` of array number `array`."""
-        return self.firsts[array] + shard
 
 
 def check_arrays(arrays: Sequence[ArrayLayout]) -> None:

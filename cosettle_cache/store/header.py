@@ -15,7 +15,6 @@ from typing import Any
 from cosettle_cache.core.errors import DamagedStoreError, FingerprintError, InputError
 from cosettle_cache.core.settings import differing, digest, flat
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid
-from cosettle_cache.store._local import ReadStorage, is_store
 from cosettle_cache.store.format import (
     CODECS,
     DTYPES,
@@ -25,6 +24,7 @@ from cosettle_cache.store.format import (
     array_folder,
     spec_version,
 )
+from cosettle_cache.store.remote import Storage, is_store
 
 ATTRIBUTE = "cosettle_cache"
 AXES = ("encoding", "row", "col", "channel")
@@ -73,7 +73,7 @@ class Header:
         return cls(Fingerprint.from_json(document["fingerprint"]), arrays, document["encoder"])
 
 
-def read_header(storage: ReadStorage) -> Header:
+def read_header(storage: Storage) -> Header:
     """Read the header; `InputError` when this is no store or a newer one, `DamagedStoreError` when broken."""
     return parse_header(_read_attribute(storage), storage.path)
 
@@ -98,7 +98,7 @@ def repair_hint(path: str) -> str:
     return f"cosettle-cache store repair {path}, then the same extract command again"
 
 
-def check_array(storage: ReadStorage, layout: ArrayLayout) -> None:
+def check_array(storage: Storage, layout: ArrayLayout) -> None:
     """Raise `DamagedStoreError` when the Zarr metadata of an array is not what its layout says."""
     name = f"{array_folder(layout.grid)}/{ROOT_METADATA}"
     damage = f"the array metadata {name} of {storage.path} is damaged"
@@ -129,7 +129,7 @@ def check_same(wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHE
         )
 
 
-def _read_attribute(storage: ReadStorage) -> dict[str, Any]:
+def _read_attribute(storage: Storage) -> dict[str, Any]:
     path = storage.path
     # The manifest first: a store that is being made appears all at once, between two looks as well.
     has_manifest = storage.local is not None and storage.exists(MANIFEST)
@@ -154,7 +154,7 @@ def lost_header(path: str | Path) -> DamagedStoreError:
     return DamagedStoreError(f"{path} has lost its {ROOT_METADATA}", hint=repair_hint(str(path)))
 
 
-def _no_store(storage: ReadStorage) -> InputError:
+def _no_store(storage: Storage) -> InputError:
     path, local = storage.path, storage.local
     if local is None:
         return InputError(f"{path} holds no store", wanted=f"an object {ROOT_METADATA}", hint=_make_one(path))

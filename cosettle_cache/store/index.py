@@ -31,8 +31,9 @@ from jaxtyping import Int64
 from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.core.tables import encode_parquet, make_table, read_metadata, with_metadata
 from cosettle_cache.core.types import ArrayLayout, Encoding, Role, Slot
-from cosettle_cache.store._local import ReadStorage, cached_property
+from cosettle_cache.store._local import cached_property
 from cosettle_cache.store.format import PART_SUFFIX, BytesError, SlotPlace, part_folder
+from cosettle_cache.store.remote import Storage
 
 SEAL_KEY = "seal"
 _MARK = b"file-crc32c="
@@ -153,7 +154,7 @@ def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> 
     return seal(with_metadata(make_table(rows, SCHEMA), metadata))
 
 
-def read_part(storage: ReadStorage, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
+def read_part(storage: Storage, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
     """Read an index part, or some columns of it; `row` and `slot` must be among them.
 
     Raises `BytesError` when it is unreadable, damaged, or another slot's.
@@ -185,7 +186,7 @@ def outline(table: pa.Table) -> pa.Table:
     return table.filter(wanted)
 
 
-def committed_shards(storage: ReadStorage, layout: ArrayLayout) -> list[int]:
+def committed_shards(storage: Storage, layout: ArrayLayout) -> list[int]:
     """Return the shards of an array that have an index part, in order: one folder listing."""
     folder = part_folder(layout.grid)
     try:

@@ -1,6 +1,6 @@
 """Plans: manifest and settings -> slots, as pure functions, before anything is decoded or encoded.
 
-A plan knows every encoding of a store and where it goes. Random choices come from a hash of seed, video and
+Random choices come from a hash of seed, video and
 view, so any slot can be computed anywhere, in any order, with the same result.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate
 from typing import Any
 
 from cosettle_cache.core.settings import FramesSettings, PairsSettings, settings_json
@@ -27,6 +27,7 @@ from cosettle_cache.core.types import (
     Slot,
     Video,
 )
+from cosettle_cache.store.format import SlotTable
 from cosettle_cache.videos.frames import check_grid, resolve_size
 
 #: A shard of this size is large enough to read at disk speed and small enough to lose; see docs/store.md.
@@ -37,7 +38,10 @@ ENCODINGS_PER_SAMPLE = 3
 
 @dataclass(frozen=True, slots=True)
 class PairsRecipe:
-    """Which encodings a video gets in a pairs plan: per view set plain a, plain b, shifted a."""
+    """Which encodings a video gets in a pairs plan: per view set plain a, plain b, shifted a.
+
+    `unit` is the number of encodings that a slot should not split, so that a clip is decoded once.
+    """
 
     settings: PairsSettings
     patch: int
@@ -46,7 +50,7 @@ class PairsRecipe:
 
     @property
     def unit(self) -> int:
-        """Encodings that a slot should not split, so that a clip is decoded once."""
+        """All encodings of a video."""
         return self.settings.n_views * ENCODINGS_PER_SAMPLE
 
     def image_size(self, video: Video) -> tuple[int, int]:
@@ -58,10 +62,23 @@ class PairsRecipe:
         return self.unit
 
     def encoding(self, video: Video, row: int) -> Encoding:
-        """Return encoding number `row` of `video`."""
+        """Return encoding number `row` of `video`; one crop and flip for the three of a sample.
+
+        The recipe is the released one (PROTOCOLS 5.6, 7.3), except that the shift is drawn per sample instead
+        of per batch, so that a sample does not depend on its neighbours.
+        """
+        settings = self.settings
         view, part = divmod(row, ENCODINGS_PER_SAMPLE)
-        side = self.settings.size // self.patch
-        return make_sample(self.settings, video, view, Grid(side, side))[part]
+        draw = _uniforms(settings.seed, video.video_id, view, n=9)
+        frame_a, frame_b = choose_pair(video.n_frames, settings.gap, draw[0], draw[1])
+        crop = choose_crop(settings, draw[2:6])
+        flip = draw[6] < settings.flip_probability
+        role = (Role.A, Role.B, Role.SHIFTED)[part]
+        side = settings.size // self.patch
+        shift = (
+            _draw_shift(settings.shift_ratio, Grid(side, side), draw[7:9]) if role is Role.SHIFTED else None
+        )
+        return Encoding(video.video_id, frame_b if role is Role.B else frame_a, view, role, crop, flip, shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,31 +114,18 @@ class FramesRecipe:
         return -(-video.n_frames // self.settings.every)
 
 
-Recipe = PairsRecipe | FramesRecipe
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """The rows `[start, stop)` of one array that belong to one video."""
-
-    video: Video
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class _ArrayPlan:
-    layout: ArrayLayout
-    first_slot: int
-    spans: tuple[_Span, ...]
-
-
 @dataclass(frozen=True)
 class Plan:
-    """All slots of a store. `slot(i)` is computed on demand; nothing grows with the number of encodings."""
+    """All slots of a store. `slot(i)` is computed on demand; nothing grows with the number of encodings.
 
-    recipe: Recipe
-    _arrays: tuple[_ArrayPlan, ...]
+    There is one layout per grid. `_videos` has the videos of each array, `_starts` the first row of each
+    video in its array.
+    """
+
+    recipe: PairsRecipe | FramesRecipe
+    arrays: tuple[ArrayLayout, ...]
+    _videos: tuple[tuple[Video, ...], ...]
+    _starts: tuple[tuple[int, ...], ...]
 
     @property
     def kind(self) -> PlanKind:
@@ -129,14 +133,9 @@ class Plan:
         return self.recipe.kind
 
     @property
-    def arrays(self) -> tuple[ArrayLayout, ...]:
-        """One layout per grid."""
-        return tuple(array.layout for array in self._arrays)
-
-    @property
     def n_slots(self) -> int:
         """Number of slots over all arrays."""
-        return sum(layout.n_slots for layout in self.arrays)
+        return len(SlotTable(self.arrays))
 
     @property
     def n_encodings(self) -> int:
@@ -150,34 +149,25 @@ class Plan:
 
     def slot(self, index: int) -> Slot:
         """Return slot `index` (0 to `n_slots` - 1)."""
-        array, shard, rows = self._locate(index)
-        return Slot(index, array.layout.grid, shard, rows.start, tuple(self._encodings(array, rows)))
+        place = SlotTable(self.arrays).place(index)
+        array = self.arrays.index(place.layout)
+        videos, starts = self._videos[array], self._starts[array]
+        number = bisect_right(starts, place.rows.start) - 1
+        encodings = []
+        for row in place.rows:
+            while number + 1 < len(starts) and row >= starts[number + 1]:
+                number += 1
+            encodings.append(self.recipe.encoding(videos[number], row - starts[number]))
+        return Slot(index, place.layout.grid, place.shard, place.rows.start, tuple(encodings))
 
     def slot_length(self, index: int) -> int:
         """Return how many encodings slot `index` holds."""
-        return len(self._locate(index)[2])
+        return len(SlotTable(self.arrays).place(index).rows)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan's kind and settings, as they stand in a store's fingerprint."""
         slots = {str(layout.grid): layout.slot_encodings for layout in self.arrays}
         return {"kind": str(self.kind), "slot_encodings": slots, **settings_json(self.recipe.settings)}
-
-    def _locate(self, index: int) -> tuple[_ArrayPlan, int, range]:
-        """Return the array of a slot, its number there and its rows."""
-        if not 0 <= index < self.n_slots:
-            raise IndexError(f"slot {index} of {self.n_slots}")
-        array = self._arrays[bisect_right([a.first_slot for a in self._arrays], index) - 1]
-        shard = index - array.first_slot
-        start = shard * array.layout.slot_encodings
-        return array, shard, range(start, min(start + array.layout.slot_encodings, array.layout.n_encodings))
-
-    def _encodings(self, array: _ArrayPlan, rows: range) -> Iterator[Encoding]:
-        first = bisect_right(array.spans, rows.start, key=lambda span: span.start) - 1
-        for span in islice(array.spans, first, None):
-            if span.start >= rows.stop:
-                return
-            for row in range(max(rows.start, span.start), min(rows.stop, span.stop)):
-                yield self.recipe.encoding(span.video, row - span.start)
 
 
 def make_plan(
@@ -193,43 +183,26 @@ def make_plan(
     """Return the plan of all encodings of `manifest` for an encoder of `patch` pixels and `dim` channels.
 
     `slot_encodings` overrides the slot size (rounded down to whole samples in a pairs plan); `dtype` and
-    `codec` say how tokens are stored (see `ArrayLayout`). Raises
-    `InputError` when an image size is not a multiple of the patch.
+    `codec` say how tokens are stored (see `ArrayLayout`). Raises `InputError` when an image size is not a
+    multiple of the patch.
     """
-    recipe = _make_recipe(settings, patch)
+    is_pairs = isinstance(settings, PairsSettings)
+    recipe = PairsRecipe(settings, patch) if is_pairs else FramesRecipe(settings, patch)
     by_grid: dict[Grid, list[Video]] = {}
     for video in manifest:
         grid = check_grid(*recipe.image_size(video), patch, video.video_id)
         by_grid.setdefault(grid, []).append(video)
-    arrays: list[_ArrayPlan] = []
-    first_slot = 0
+    arrays: list[ArrayLayout] = []
+    all_starts: list[tuple[int, ...]] = []
     for grid, videos in sorted(by_grid.items()):
-        spans = _spans(recipe, videos)
-        whole = ArrayLayout(grid, spans[-1].stop, 1, recipe.chunk_encodings, dim, dtype, codec)
-        layout = replace(whole, slot_encodings=_slot_encodings(recipe, whole, slot_encodings))
-        arrays.append(_ArrayPlan(layout, first_slot, spans))
-        first_slot += layout.n_slots
-    return Plan(recipe, tuple(arrays))
-
-
-def make_sample(
-    settings: PairsSettings, video: Video, view: int, grid: Grid
-) -> tuple[Encoding, Encoding, Encoding]:
-    """Return one training sample: plain frame a, plain frame b, shifted frame a; one crop and flip for all.
-
-    The recipe is the released one (PROTOCOLS 5.6, 7.3), except that the shift is drawn per sample instead of
-    per batch, so that a sample does not depend on its neighbours.
-    """
-    draw = _uniforms(settings.seed, video.video_id, view, n=9)
-    frame_a, frame_b = choose_pair(video.n_frames, settings.gap, draw[0], draw[1])
-    crop = choose_crop(settings, draw[2:6])
-    flip = draw[6] < settings.flip_probability
-    shift = _draw_shift(settings.shift_ratio, grid, draw[7:9])
-    return (
-        Encoding(video.video_id, frame_a, view, Role.A, crop, flip),
-        Encoding(video.video_id, frame_b, view, Role.B, crop, flip),
-        Encoding(video.video_id, frame_a, view, Role.SHIFTED, crop, flip, shift),
-    )
+        *starts, n_encodings = accumulate(map(recipe.n_encodings, videos), initial=0)
+        layout = ArrayLayout(grid, n_encodings, 1, recipe.chunk_encodings, dim, dtype, codec)
+        wanted = slot_encodings or min(MAX_SLOT_ENCODINGS, SLOT_BYTES // layout.encoding_bytes)
+        unit = recipe.unit if wanted >= recipe.unit else recipe.chunk_encodings
+        arrays.append(replace(layout, slot_encodings=max(wanted // unit, 1) * unit))
+        all_starts.append(tuple(starts))
+    by_array = tuple(tuple(videos) for _, videos in sorted(by_grid.items()))
+    return Plan(recipe, tuple(arrays), by_array, tuple(all_starts))
 
 
 def choose_pair(n_frames: int, gap: float, first: float, second: float) -> tuple[int, int]:
@@ -257,27 +230,6 @@ def choose_crop(settings: PairsSettings, draw: Sequence[float]) -> Crop:
     width = min(round(math.sqrt(area * aspect)), size)
     height = min(round(math.sqrt(area / aspect)), size)
     return Crop(int(draw[2] * (size - height + 1)), int(draw[3] * (size - width + 1)), height, width)
-
-
-def _make_recipe(settings: PairsSettings | FramesSettings, patch: int) -> Recipe:
-    if isinstance(settings, PairsSettings):
-        return PairsRecipe(settings, patch)
-    return FramesRecipe(settings, patch)
-
-
-def _spans(recipe: Recipe, videos: Sequence[Video]) -> tuple[_Span, ...]:
-    spans: list[_Span] = []
-    start = 0
-    for video in videos:
-        spans.append(_Span(video, start, start + recipe.n_encodings(video)))
-        start = spans[-1].stop
-    return tuple(spans)
-
-
-def _slot_encodings(recipe: Recipe, layout: ArrayLayout, asked: int | None) -> int:
-    wanted = asked or min(MAX_SLOT_ENCODINGS, SLOT_BYTES // layout.encoding_bytes)
-    unit = recipe.unit if wanted >= recipe.unit else recipe.chunk_encodings
-    return max(wanted // unit, 1) * unit
 
 
 def _draw_shift(ratio: float, grid: Grid, draw: Sequence[float]) -> PositionShift:

@@ -1,12 +1,10 @@
 """Reading a store: which slots are committed, what they hold, and the tokens themselves.
 
-The index decides what exists, never Zarr; every chunk is checked against its checksum. In come video or
-sample ids; out go float16 arrays, or an error that names what is damaged or not there.
+The index decides what exists, never Zarr; every chunk is checked against its checksum.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +18,16 @@ from cosettle_cache.core.errors import DamagedStoreError, InputError, UsageError
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
 from cosettle_cache.store._cache import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store._chunks import ChunkSource, flat_rows
-from cosettle_cache.store._local import ReadStorage, cached_property
+from cosettle_cache.store._local import cached_property
 from cosettle_cache.store.create import HEADER_COPY
 from cosettle_cache.store.format import MANIFEST, BytesError, SlotState
 from cosettle_cache.store.header import check_array, read_header, repair_hint
 from cosettle_cache.store.index import Catalog, unseal
-from cosettle_cache.store.remote import ObjectStorage, open_storage
+from cosettle_cache.store.plan import ENCODINGS_PER_SAMPLE
+from cosettle_cache.store.remote import ObjectStorage, Storage, open_storage
 from cosettle_cache.videos.manifest import manifest_from_table
 
 SampleIds = Sequence[int] | Int[np.ndarray, " n"]
-ENCODINGS_PER_SAMPLE = 3
 _RESUME = "run the same extract command again; it goes on with the slots that are missing"
 
 
@@ -44,7 +42,7 @@ def open_store(
     """
     storage = open_storage(path)
     if cache_dir is not None and isinstance(storage, ObjectStorage):
-        return FeatureStore(CachedStorage(storage, cache_dir, cache_bytes))
+        return FeatureStore(CachedStorage(storage.path, cache_dir, cache_bytes))
     return FeatureStore(storage)
 
 
@@ -54,7 +52,7 @@ class FeatureStore:
     Tokens are float16 `[... row col channel]`, as the encoder gave them.
     """
 
-    def __init__(self, storage: ReadStorage) -> None:
+    def __init__(self, storage: Storage) -> None:
         header = read_header(storage)
         for layout in header.arrays:
             check_array(storage, layout)
@@ -108,12 +106,11 @@ class FeatureStore:
         """Return the number of slots that are todo, done and failed."""
         n_committed = int(self._chunks.committed.sum())
         n_failed = len(self._catalog.failed_slots)
-        counts = {
-            SlotState.TODO: self.n_slots - n_committed,
-            SlotState.DONE: n_committed - n_failed,
-            SlotState.FAILED: n_failed,
+        return {
+            str(SlotState.TODO): self.n_slots - n_committed,
+            str(SlotState.DONE): n_committed - n_failed,
+            str(SlotState.FAILED): n_failed,
         }
-        return Counter({str(state): count for state, count in counts.items()})
 
     @property
     def failures(self) -> dict[str, str]:
@@ -157,7 +154,7 @@ class FeatureStore:
                 raise InputError(f"{self.path} has no such frames of {video_id}", wanted=wanted, found=found)
             rows = rows[np.asarray(frames, np.int64)]
         layout = self.arrays[array]
-        out = np.empty((len(rows), layout.grid.rows, layout.grid.cols, layout.n_channels), np.float16)
+        out = np.empty((len(rows), *_token_shape(layout)), np.float16)
         self._chunks.read_many(array, rows, flat_rows(out))
         return out
 
@@ -167,8 +164,7 @@ class FeatureStore:
         A frame stays as it is; one that is kept may hold up to 4 MiB of its neighbours in memory.
         """
         array, rows = self._plain_rows(video_id)
-        layout = self.arrays[array]
-        shape = (layout.grid.rows, layout.grid.cols, layout.n_channels)
+        shape = _token_shape(self.arrays[array])
         return (flat.reshape(shape) for flat in self._chunks.stream(array, rows))
 
     stream_tokens = iter_tokens
@@ -208,8 +204,13 @@ class FeatureStore:
 
     def read_encodings(self, grid: Grid, rows: SampleIds, out: Float16[np.ndarray, "n row col dim"]) -> None:
         """Fill `out`, C-contiguous, with rows of the array of `grid`, in any order (frames plan)."""
-        array = self._array_of(grid)
-        _check_buffer("encodings", (len(rows), grid.rows, grid.cols, self.arrays[array].n_channels), out)
+        self._check_plan(PlanKind.FRAMES)
+        grids = [layout.grid for layout in self.arrays]
+        if grid not in grids:
+            found = ", ".join(map(str, grids))
+            raise InputError(f"{self.path} has no array of {grid} tokens", found=found)
+        array = grids.index(grid)
+        _check_buffer("encodings", (len(rows), *_token_shape(self.arrays[array])), out)
         self._chunks.read_many(array, np.asarray(rows, np.int64), flat_rows(out))
 
     def sample_slots(self, ids: SampleIds) -> Int64[np.ndarray, " n"]:
@@ -219,20 +220,11 @@ class FeatureStore:
 
     @cached_property
     def _catalog(self) -> Catalog:
-        return Catalog(self._chunks.read_outline(), self.arrays)
+        return Catalog(self._chunks.read_index(outlined=True), self.arrays)
 
     @property
     def _sample_shape(self) -> tuple[int, int, int, int]:
-        layout = self.arrays[0]
-        return (ENCODINGS_PER_SAMPLE, layout.grid.rows, layout.grid.cols, layout.n_channels)
-
-    def _array_of(self, grid: Grid) -> int:
-        self._check_plan(PlanKind.FRAMES)
-        arrays = {layout.grid: number for number, layout in enumerate(self.arrays)}
-        if grid not in arrays:
-            found = ", ".join(str(known) for known in arrays)
-            raise InputError(f"{self.path} has no array of {grid} tokens", found=found)
-        return arrays[grid]
+        return (ENCODINGS_PER_SAMPLE, *_token_shape(self.arrays[0]))
 
     def _plain_rows(self, video_id: str) -> tuple[int, Int64[np.ndarray, " frame"]]:
         """Return the array and the rows of a video's plain encodings; raise `InputError` unless all exist."""
@@ -243,21 +235,17 @@ class FeatureStore:
         if not self._is_present(self._videos[video_id]):
             reason = self.failures.get(video_id, "some of its slots have not been extracted yet")
             raise InputError(f"{self.path} does not hold all tokens of {video_id}: {reason}", hint=_RESUME)
-        array, rows = self._catalog.plain_rows[video_id]
-        return array, rows
+        return self._catalog.plain_rows[video_id]
 
     @cached_property
     def _videos(self) -> dict[str, Video]:
         return {video.video_id: video for video in self.manifest}
 
     def _is_present(self, video: Video) -> bool:
-        return self._catalog.n_present.get(video.video_id, 0) == self._n_planned(video)
-
-    def _n_planned(self, video: Video) -> int:
         plan = self.fingerprint.plan
-        if self.plan_kind is PlanKind.PAIRS:
-            return int(plan.get("n_views", 1))
-        return -(-video.n_frames // int(plan.get("every", 1)))
+        n_kept = -(-video.n_frames // int(plan.get("every", 1)))
+        n_planned = int(plan.get("n_views", 1)) if self.plan_kind is PlanKind.PAIRS else n_kept
+        return self._catalog.n_present.get(video.video_id, 0) == n_planned
 
     def _check_plan(self, kind: PlanKind) -> None:
         if self.plan_kind is not kind:
@@ -267,6 +255,10 @@ class FeatureStore:
                 found=f"a {self.plan_kind} plan",
                 hint=f"cosettle-cache extract --plan {kind} makes one",
             )
+
+
+def _token_shape(layout: ArrayLayout) -> tuple[int, int, int]:
+    return (layout.grid.rows, layout.grid.cols, layout.n_channels)
 
 
 def _check_buffer(what: str, wanted: tuple[int, ...], out: Float16[np.ndarray, "..."]) -> None:

@@ -2,8 +2,6 @@
 
 A put is atomic, so nothing needs a temporary name. Credentials and endpoints come from the usual environment
 variables of each service. An object store cannot be used across a fork: processes are spawned.
-
-What Zarr reads a store behind a URL through: our own reads, with their errors, retries and copies.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,37 +25,43 @@ from zarr.storage import ObjectStore, WrapperStore
 
 from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError
 from cosettle_cache.core.files import Buffer, is_url
-from cosettle_cache.store._local import LocalStorage, RangeFile, ReadStorage, Storage, cached_property
+from cosettle_cache.store._local import LocalFile, LocalStorage
+from cosettle_cache.store.format import ROOT_METADATA
 
-#: Requests in flight; a request takes tens of milliseconds and moves a few tens of MB/s.
-_PARALLEL_REQUESTS = 16
 
-#: Neighbouring bytes asked for at once: enough that a request is mostly transfer, few enough to spread.
-_STRETCH_BYTES = 4 * 2**20
+def _retries(n: int, *, within_s: int, pause_s: int) -> dict[str, Any]:
+    pauses = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=pause_s), "base": 2}
+    return {"max_retries": n, "retry_timeout": timedelta(seconds=within_s), "backoff": pauses}
+
 
 #: Until a store has answered once, its address or network may be wrong: say so within seconds.
-_HASTY = {
-    "max_retries": 5,
-    "retry_timeout": timedelta(seconds=10),
-    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=3), "base": 2},
-}
+_HASTY = _retries(5, within_s=10, pause_s=3)
 
 #: Afterwards a failure is an outage or a store that is too busy, and is waited out for about two minutes.
-_PATIENT = {
-    "max_retries": 60,
-    "retry_timeout": timedelta(seconds=120),
-    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=5), "base": 2},
-}
+_PATIENT = _retries(60, within_s=120, pause_s=5)
 
+_SERVICES = (S3Store, GCSStore, AzureStore)
 _REFUSALS = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+_WANTED_URL = "a folder, or a URL such as s3://bucket/store.zarr, gs://... or az://..."
+_CREDENTIALS_HINT = "check the service's environment variables (S3: AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
+_ENDPOINT_HINT = "check the network, and the address if it is your own (S3: AWS_ENDPOINT_URL)"
+
+
+class StaleObjectError(OSError):
+    """An object is not in the state that was asked for."""
 
 
 class ObjectStorage:
-    """The objects below one URL; pickling keeps the URL, never the connection."""
+    """The objects below one URL; absent ones raise `FileNotFoundError`. See `LocalStorage` for the numbers.
+
+    Pickling keeps the URL, never the connection.
+    """
 
     local = None
-    n_readers = _PARALLEL_REQUESTS
-    stretch_bytes = _STRETCH_BYTES
+    #: Requests in flight; a request takes tens of milliseconds and moves a few tens of MB/s.
+    n_readers = 16
+    #: Enough that a request is mostly transfer, few enough to spread.
+    stretch_bytes = 4 * 2**20
     room = 0
 
     #: The process whose threads carry the requests: a forked child has none of them and would wait for ever.
@@ -66,13 +70,14 @@ class ObjectStorage:
     def __init__(self, url: str) -> None:
         self.path = url.rstrip("/")
         self._answered = False
+        self._clients: dict[bool, Any] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         return (ObjectStorage, (self.path,))
 
     def read(self, name: str) -> bytes:
         """Return a whole object."""
-        with self._reading(name):
+        with self._asking(name):
             return bytes(obstore.get(self._client, name).bytes())
 
     def read_range(self, name: str, start: int, length: int, tag: str | None = None) -> memoryview:
@@ -80,7 +85,7 @@ class ObjectStorage:
 
         Raises `StaleObjectError` when the object is in another state.
         """
-        with self._reading(name):
+        with self._asking(name):
             try:
                 options: Any = {"range": (start, start + length)} | ({"if_match": tag} if tag else {})
                 return memoryview(obstore.get(self._client, name, options=options).bytes())
@@ -91,7 +96,7 @@ class ObjectStorage:
 
     def read_tail(self, name: str, length: int) -> bytes:
         """Return the last `length` bytes of an object, or all where there are fewer."""
-        with self._reading(name):
+        with self._asking(name):
             try:
                 options: Any = {"range": {"suffix": length}}
                 return bytes(obstore.get(self._client, name, options=options).bytes())
@@ -99,118 +104,94 @@ class ObjectStorage:
                 if not _is_about_the_range(error):
                     raise
         # Azure has no ranges from the end, and an empty object has no range at all.
-        size = self.size(name)
+        size, _ = self.state(name)
         start = max(0, size - length)
         return bytes(self.read_range(name, start, size - start)) if size else b""
 
-    def open(self, name: str) -> RangeFile:
-        """Return an object, nothing of it asked for yet; every read is one request."""
+    def open(self, name: str) -> ObjectFile:
+        """Return an object, nothing of it asked for yet."""
         return ObjectFile(self, name)
-
-    def size(self, name: str) -> int:
-        """Return the bytes of an object."""
-        return self.state(name)[0]
 
     def state(self, name: str) -> tuple[int, str]:
         """Return the bytes of an object, and the tag that changes with its content."""
-        with self._reading(name):
+        with self._asking(name):
             head = obstore.head(self._client, name)
             return int(head["size"]), str(head["e_tag"])
 
     def exists(self, name: str) -> bool:
         """Say whether there is an object of that name."""
         try:
-            self.size(name)
+            self.state(name)
         except FileNotFoundError:
             return False
         return True
 
     def names(self, folder: str) -> list[str]:
         """Return the names of the objects directly below `folder`; none where there are none."""
-        with self._reading(folder):
+        with self._asking(folder):
             listed = obstore.list_with_delimiter(self._client, folder)
             return [str(item["path"]).rpartition("/")[2] for item in listed["objects"]]
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """Yield name and bytes of every object below the URL."""
-        with self._reading(""):
+        with self._asking(""):
             for batch in obstore.list(self._client):
                 yield from ((str(item["path"]), int(item["size"])) for item in batch)
 
     def write(self, name: str, pieces: Iterable[Buffer]) -> None:
-        """Put one object, whole or not at all."""
-        with self._writing(name):
+        """Put one object, whole or not at all; raise `OutputError` when that is impossible."""
+        with self._asking(name, to_write=True):
             obstore.put(self._client, name, b"".join(pieces))
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Put an object unless there is one of that name; say whether it was put.
-
-        Where the service cannot do that, the object is put in any case.
-        """
-        with self._writing(name):
+    def create(self, name: str, data: bytes) -> None:
+        """Put an object unless there is one of that name, where the service can do that."""
+        with self._asking(name, to_write=True):
             try:
                 obstore.put(self._client, name, data, mode="create")
             except exceptions.AlreadyExistsError:
-                return False
+                return
             except exceptions.NotSupportedError:
                 obstore.put(self._client, name, data)
-        return True
 
     def delete(self, name: str) -> None:
         """Remove an object, if it is there."""
-        with self._writing(name):
-            try:
-                obstore.delete(self._client, name)
-            except FileNotFoundError:
-                return
+        with self._asking(name, to_write=True), suppress(FileNotFoundError):
+            obstore.delete(self._client, name)
 
     def forget(self, name: str) -> None:
-        """Nothing is kept."""
+        """Drop what is kept of an object whose bytes turned out wrong."""
 
     def zarr_store(self) -> Any:
-        """Return a Zarr store over the same objects."""
-        return self.zarr_view(self)
-
-    def zarr_view(self, storage: ReadStorage) -> Any:
-        """Return a Zarr store that reads through `storage`, which is this one or a cache of it."""
-        from zarr.storage import ObjectStore
-
-        return ZarrView(ObjectStore(self._client, read_only=True), storage)
+        """Return what `zarr.open` takes, read-only."""
+        return _ZarrView(ObjectStore(self._client, read_only=True), self)
 
     @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
-        """Turn what the service says into our errors; an absent object stays `FileNotFoundError`."""
+    def _asking(self, name: str, *, to_write: bool = False) -> Iterator[None]:
+        """Turn what the service says into our errors; an absent object to read stays `FileNotFoundError`."""
+        url = f"{self.path}/{name}".rstrip("/")
         try:
             yield
-        except FileNotFoundError:
-            self._answered = True
-            raise
         except exceptions.PreconditionError as error:
-            raise StaleObjectError(f"{self._url(name)} has changed") from error
+            raise StaleObjectError(f"{url} has changed") from error
         except (exceptions.BaseError, OSError) as error:
-            raise self._error(RemoteError, f"{self._url(name)} cannot be read", error) from error
+            if to_write:
+                raise self._error(OutputError, f"{url} cannot be written", error) from error
+            if isinstance(error, FileNotFoundError):
+                self._answered = True
+                raise
+            raise self._error(RemoteError, f"{url} cannot be read", error) from error
         self._answered = True
-
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (exceptions.BaseError, OSError) as error:
-            raise self._error(OutputError, f"{self._url(name)} cannot be written", error) from error
-        self._answered = True
-
-    def _url(self, name: str) -> str:
-        return f"{self.path}/{name}".rstrip("/")
 
     def _error(self, kind: type[CosettleError], what: str, error: BaseException) -> CosettleError:
-        if " 404 " in _line(error):
+        line = _line(error)
+        if " 404 " in line:
             return kind(f"{what}: there is no such bucket", hint="create it first, or mend the URL")
         if isinstance(error, _REFUSALS):
-            return kind(f"{what}: access is refused", found=_line(error), hint=_CREDENTIALS_HINT)
-        if "HTTP error" in _line(error):
+            return kind(f"{what}: access is refused", found=line, hint=_CREDENTIALS_HINT)
+        if "HTTP error" in line:
             reason = "the object store does not answer" + (" any more" if self._answered else "")
-            return kind(f"{what}: {reason}", found=_line(error), hint=_ENDPOINT_HINT)
-        return kind(what, found=_line(error), hint=_CREDENTIALS_HINT)
+            return kind(f"{what}: {reason}", found=line, hint=_ENDPOINT_HINT)
+        return kind(what, found=line, hint=_CREDENTIALS_HINT)
 
     @property
     def _client(self) -> Any:
@@ -223,53 +204,10 @@ class ObjectStorage:
                 wanted="processes that are spawned",
                 hint="multiprocessing.get_context('spawn'); a DataLoader takes it as multiprocessing_context",
             )
-        return self._patient if self._answered else self._hasty
-
-    @cached_property
-    def _hasty(self) -> Any:
-        return _connect(self.path, _HASTY)
-
-    @cached_property
-    def _patient(self) -> Any:
-        return _connect(self.path, _PATIENT)
-
-
-class StaleObjectError(OSError):
-    """An object is not in the state that was asked for."""
-
-
-class ObjectFile:
-    """An object; of its bytes nothing is kept, so every read is a request."""
-
-    def __init__(self, storage: ObjectStorage, name: str) -> None:
-        self._storage, self._name = storage, name
-
-    def size(self) -> int:
-        """Return the bytes of the object."""
-        return self._storage.size(self._name)
-
-    def read_tail(self, length: int) -> bytes:
-        """Return the last bytes with one request."""
-        return self._storage.read_tail(self._name, length)
-
-    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill `buffers` from `offset` on with one request."""
-        data = self._storage.read_range(self._name, offset, sum(map(len, buffers)))
-        rest = data
-        for buffer in buffers:
-            n_bytes = min(len(buffer), len(rest))
-            buffer[:n_bytes] = rest[:n_bytes]
-            rest = rest[n_bytes:]
-        return len(data)
-
-    def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Nothing is kept."""
-
-
-_SERVICES = (S3Store, GCSStore, AzureStore)
-_WANTED_URL = "a folder, or a URL such as s3://bucket/store.zarr, gs://... or az://..."
-_CREDENTIALS_HINT = "check the service's environment variables (S3: AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
-_ENDPOINT_HINT = "check the network, and the address if it is your own (S3: AWS_ENDPOINT_URL)"
+        answered = self._answered
+        if answered not in self._clients:
+            self._clients[answered] = _connect(self.path, _PATIENT if answered else _HASTY)
+        return self._clients[answered]
 
 
 def _connect(url: str, retries: dict[str, Any]) -> Any:
@@ -297,10 +235,42 @@ def _line(error: BaseException) -> str:
     return line.partition(": <?xml")[0].removeprefix("Generic ")[:240]
 
 
-class ZarrView(WrapperStore[ObjectStore[Any]]):
-    """The objects of a storage; metadata comes from the object store, chunks through the storage's files."""
+class ObjectFile:
+    """An object read at any offset, by any number of threads; every call is a request."""
 
-    def __init__(self, store: ObjectStore[Any], storage: ReadStorage) -> None:
+    def __init__(self, storage: ObjectStorage, name: str) -> None:
+        self._storage, self._name = storage, name
+
+    def size(self) -> int:
+        """Return the bytes of the object."""
+        return self._storage.state(self._name)[0]
+
+    def read_tail(self, length: int) -> bytes:
+        """Return the last `length` bytes, or all where there are fewer."""
+        return self._storage.read_tail(self._name, length)
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
+        data = self._storage.read_range(self._name, offset, sum(map(len, buffers)))
+        rest = data
+        for buffer in buffers:
+            n_bytes = min(len(buffer), len(rest))
+            buffer[:n_bytes] = rest[:n_bytes]
+            rest = rest[n_bytes:]
+        return len(data)
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Do nothing: what is not asked for is not kept."""
+
+
+Storage = LocalStorage | ObjectStorage
+RangeFile = LocalFile | ObjectFile
+
+
+class _ZarrView(WrapperStore[ObjectStore[Any]]):
+    """What Zarr reads a storage behind a URL through: with its errors, retries and copies."""
+
+    def __init__(self, store: ObjectStore[Any], storage: ObjectStorage) -> None:
         super().__init__(store)
         self._storage = storage
 
@@ -325,7 +295,7 @@ class ZarrView(WrapperStore[ObjectStore[Any]]):
             yield [(number, found)]
 
 
-def _read(storage: ReadStorage, key: str, byte_range: ByteRequest | None) -> bytes:
+def _read(storage: ObjectStorage, key: str, byte_range: ByteRequest | None) -> bytes:
     if byte_range is None:
         return storage.read(key)
     if isinstance(byte_range, SuffixByteRequest):
@@ -339,6 +309,9 @@ def _read(storage: ReadStorage, key: str, byte_range: ByteRequest | None) -> byt
 
 def open_storage(path: str | Path) -> Storage:
     """Return the place called `path`, a local path or a URL such as `s3://bucket/store.zarr`."""
-    if not is_url(path):
-        return LocalStorage(Path(path))
-    return ObjectStorage(str(path))
+    return ObjectStorage(str(path)) if is_url(path) else LocalStorage(Path(path))
+
+
+def is_store(storage: Storage) -> bool:
+    """Say whether the place holds a Zarr v3 node of any kind."""
+    return storage.exists(ROOT_METADATA)

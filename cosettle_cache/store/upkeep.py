@@ -32,7 +32,7 @@ from cosettle_cache.core.errors import DamagedStoreError, UsageError
 from cosettle_cache.core.files import Buffer, is_url, make_folder, overwrite_durably
 from cosettle_cache.core.parallel import map_ahead
 from cosettle_cache.core.types import Fingerprint, PlanKind
-from cosettle_cache.store._local import Storage, is_store, sole_writer
+from cosettle_cache.store._local import sole_writer
 from cosettle_cache.store.check import (
     Metadata,
     VerifyReport,
@@ -42,7 +42,7 @@ from cosettle_cache.store.check import (
     inspect_metadata,
     verify_storage,
 )
-from cosettle_cache.store.create import create_from_files
+from cosettle_cache.store.create import create_store
 from cosettle_cache.store.format import (
     INDEX_GROUP,
     MANIFEST,
@@ -56,7 +56,7 @@ from cosettle_cache.store.format import (
 from cosettle_cache.store.header import check_same, read_header, repair_hint
 from cosettle_cache.store.index import Damage, Part, decode_part
 from cosettle_cache.store.reader import FeatureStore
-from cosettle_cache.store.remote import open_storage
+from cosettle_cache.store.remote import Storage, is_store, open_storage
 from cosettle_cache.store.writer import StoreWriter
 
 #: A slot in hand may take its shard's bytes of memory where it goes to an object store.
@@ -247,7 +247,7 @@ def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage
 def _open_target(source: Storage, target: Storage, metadata: Metadata) -> StoreWriter:
     if not is_store(target):
         files = {name: source.read(name) for name in [*metadata.files, MANIFEST]}
-        create_from_files(target, metadata.header.arrays, files)
+        create_store(target, metadata.header.arrays, files)
         check_same(metadata.header, read_header(target), target.path)  # a rival may have been faster
     return StoreWriter(target, metadata.header.arrays)
 

@@ -1,13 +1,13 @@
 """Writing a store slot by slot: the shard first, durably, then the index part that commits it.
 
-In come tokens and failures per slot; out go two files. Any number of writers may work on one store: each
-claims the slots it works on, and one that dies leaves committed slots and nothing that a reader looks at.
+Any number of writers may work on one store: each claims the slots it works on, and one that dies leaves
+committed slots and nothing that a reader looks at.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from jaxtyping import Float16
 from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.core.files import Buffer, is_url, output_errors
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Manifest, Slot
-from cosettle_cache.store._local import SlotClaims, Storage, WriterLock, is_store, is_temporary
+from cosettle_cache.store._local import SlotClaims, WriterLock, is_temporary
 from cosettle_cache.store._shards import ShardEncoder
-from cosettle_cache.store.create import create_store, remove_dead_builds, restore_manifest
+from cosettle_cache.store.create import create_store, manifest_file, metadata_files, remove_dead_builds
 from cosettle_cache.store.format import (
     INDEX_GROUP,
+    MANIFEST,
     ROOT_METADATA,
     TOKENS_GROUP,
     BytesError,
@@ -34,7 +35,7 @@ from cosettle_cache.store.format import (
 )
 from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
 from cosettle_cache.store.index import ShardFacts, committed_shards, encode_part, read_part
-from cosettle_cache.store.remote import open_storage
+from cosettle_cache.store.remote import Storage, is_store, open_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,16 @@ class StoreWriter:
         self._storage = storage
         self._lock: WriterLock | None = None
         self._claims: SlotClaims | None = None
-        if storage.local is not None:
-            self._lock_folder(storage.local)
+        folder = storage.local
+        if folder is None:
+            return
+        with output_errors(folder):
+            self._lock = WriterLock(folder / INDEX_GROUP / ROOT_METADATA)
+            self._claims = SlotClaims(folder / TOKENS_GROUP / ROOT_METADATA)
+            if self._lock.alone:
+                _remove_leftovers(folder, arrays)
+                remove_dead_builds(folder)
+            self._lock.share()
 
     @classmethod
     def create_or_resume(
@@ -76,10 +85,12 @@ class StoreWriter:
         storage = open_storage(path if is_url(path) else os.path.realpath(path))
         wanted = Header(fingerprint, tuple(arrays), encoder)
         if not is_store(storage):
-            create_store(storage, wanted, manifest)
+            files = {**metadata_files(wanted), MANIFEST: manifest_file(wanted, manifest)}
+            create_store(storage, wanted.arrays, files)
         header = read_header(storage)
         check_same(wanted, header, storage.path)
-        restore_manifest(storage, header, manifest)
+        if not storage.exists(MANIFEST):  # the store has lost it
+            storage.write(MANIFEST, [manifest_file(header, manifest)])
         return cls(storage, wanted.arrays)
 
     @property
@@ -94,7 +105,9 @@ class StoreWriter:
 
     def todo(self, *, retry_failed: bool = False) -> list[int]:
         """Return the slots without a commit mark, and with `retry_failed` those that list failures too."""
-        committed = set(self._committed())
+        committed: set[int] = set()
+        for first, layout in zip(self.slots.firsts, self.slots.arrays, strict=False):
+            committed |= {first + shard for shard in committed_shards(self._storage, layout)}
         if retry_failed:
             committed -= {index for index in committed if self._has_failures(self.slots.place(index))}
         return [index for index in range(self.n_slots) if index not in committed]
@@ -132,13 +145,21 @@ class StoreWriter:
         """
         place = self._place(slot)
         if self._is_todo(place, retry_failed=True):
-            self._write(place, slot, shard, failures)
+            layout = place.layout
+            reasons = [failures.get(encoding.video_id) for encoding in slot.encodings]
+            errors = _spread_over_chunks(reasons, layout.chunk_encodings)
+            present = np.array([error is None for error in errors[:: layout.chunk_encodings]])
+            encoder = ShardEncoder(layout, shard.tokens, present)
+
+            def part() -> bytes:
+                return encode_part(slot, errors, ShardFacts(encoder.n_bytes, encoder.chunks_checksum))
+
+            self._put(place, encoder, part)
         self.release(place.index)
 
     def adopt(self, index: int, shard: Iterable[Buffer], part: bytes) -> None:
         """Commit a slot whose shard and index part exist elsewhere; both are written as they are."""
-        place = self.slots.place(index)
-        self._put(place, shard, lambda: part)
+        self._put(self.slots.place(index), shard, lambda: part)
         self.release(index)
 
     def close(self) -> None:
@@ -147,36 +168,11 @@ class StoreWriter:
             if lock is not None:
                 lock.close()
 
-    def _write(self, place: SlotPlace, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
-        layout = place.layout
-        reasons = [failures.get(encoding.video_id) for encoding in slot.encodings]
-        errors = _spread_over_chunks(reasons, layout.chunk_encodings)
-        present = np.array([error is None for error in errors[:: layout.chunk_encodings]])
-        encoder = ShardEncoder(layout, shard.tokens, present)
-
-        def part() -> bytes:
-            return encode_part(slot, errors, ShardFacts(encoder.n_bytes, encoder.chunks_checksum))
-
-        self._put(place, encoder, part)
-
     def _put(self, place: SlotPlace, shard: Iterable[Buffer], part: Callable[[], bytes]) -> None:
         # Withdrawn first: a committed shard never changes.
         self._storage.delete(place.part_name)
         self._storage.write(place.shard_name, shard)
         self._storage.write(place.part_name, [part()])
-
-    def _lock_folder(self, folder: Path) -> None:
-        with output_errors(folder):
-            self._lock = WriterLock(folder / INDEX_GROUP / ROOT_METADATA)
-            self._claims = SlotClaims(folder / TOKENS_GROUP / ROOT_METADATA)
-            if self._lock.alone:
-                _remove_leftovers(folder, self.slots.arrays)
-                remove_dead_builds(folder)
-            self._lock.share()
-
-    def _committed(self) -> Iterator[int]:
-        for first, layout in zip(self.slots.firsts, self.slots.arrays, strict=False):
-            yield from (first + shard for shard in committed_shards(self._storage, layout))
 
     def _is_todo(self, place: SlotPlace, retry_failed: bool) -> bool:
         if not self._storage.exists(place.part_name):
