@@ -199,7 +199,7 @@ class Trainer:
         self, learners: Sequence[Learner], replicas: Replicas = ALONE, part_bytes: int | None = None
     ) -> None:
         self.learners = tuple(learners)
-        self._replicas, self._part_bytes = replicas, part_bytes
+        self.replicas, self._part_bytes = replicas, part_bytes
         self._device = learners[0].device
         self._started = False
 
@@ -223,7 +223,7 @@ class Trainer:
         return [] if self._started else self._finish(active, batch.portion.step)
 
     def _finish(self, active: Sequence[Learner], step: Step) -> list[StepFigures | None]:
-        self._replicas.add_up([tensor for learner in active for tensor in learner.sums()])
+        self.replicas.add_up([tensor for learner in active for tensor in learner.sums()])
         values = torch.stack([learner.finish_gradient() for learner in active]).tolist()
         found = {id(a): a.finish_step(step, line) for a, line in zip(active, values, strict=True)}
         return [found.get(id(learner)) for learner in self.learners]
