@@ -84,7 +84,10 @@ def train(
     plan, origin = plan_stream(stream, members), stream.origin(members)
     files = RunFiles(make_folder(out))
     folders = [files.member(member.name) for member in members]
-    heads = [Projection(plan.dim, m.settings.head, init=plan.init, seed=m.settings.seed) for m in members]
+    heads = [
+        Projection(plan.sample_shape[-1], m.settings.head, init=plan.init, seed=m.settings.seed)
+        for m in members
+    ]
     learners = [Learner(head.to(device), m.settings) for head, m in zip(heads, members, strict=True)]
     if replicas.is_first and not (resume and files.checkpoint.exists()):
         for item in (files, *folders):

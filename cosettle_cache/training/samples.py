@@ -6,7 +6,7 @@ shards. A sample is the views that a walk visits on its way out, and the first o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
@@ -71,19 +71,31 @@ def walk_of(n_views: int) -> tuple[int, ...]:
     return (*out, *reversed(out[1:-1]), n_views - 1)
 
 
-class PairsSamples:
+class _StoreSamples:
+    """What both kinds of stores share: `n_rounds` epochs of samples of `n_frames` plain views."""
+
+    def __init__(self, store: FeatureStore, n_frames: int, n_rounds: int) -> None:
+        layout = store.arrays[0]
+        self._store, self.n_rounds = store, n_rounds
+        self.shape = (n_frames + 1, layout.grid.rows, layout.grid.cols, layout.n_channels)
+
+    def will_need(self, slots: Ids) -> None:
+        """Let shards come into the page cache."""
+        self._store.will_need(slots)
+
+
+class PairsSamples(_StoreSamples):
     """The samples of a pairs store; epoch `e` visits view set `e` modulo their number."""
 
     def __init__(self, store: FeatureStore) -> None:
         table = store.sample_table
         if not len(table):
             raise InputError("this store holds no samples yet", hint="run the extract command to its end")
-        self._store, self._table = store, table
+        self._table = table
         self._ids = table["sample"].to_numpy().astype(np.int64)
         views = table["view"].to_numpy()
         self._by_view: list[Ids] = [self._ids[views == view] for view in np.unique(views)]
-        self.shape = _sample_shape(store.arrays[0], 2)
-        self.n_rounds = len(self._by_view)
+        super().__init__(store, 2, len(self._by_view))
 
     def epoch_ids(self, epoch: int) -> Ids:
         """Return the ids of a view set."""
@@ -92,10 +104,6 @@ class PairsSamples:
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
         """Fill `out` with the samples `ids`."""
         self._store.read_into(ids, out)
-
-    def will_need(self, slots: Ids) -> None:
-        """Let shards come into the page cache."""
-        self._store.will_need(slots)
 
     def slots(self, ids: Ids) -> Ids:
         """Return the slot of each sample."""
@@ -121,18 +129,16 @@ class Clip:
     shifted: Int64[np.ndarray, "shift frame"]
 
 
-class FramesSamples:
+class FramesSamples(_StoreSamples):
     """Samples drawn from a frames store with shifted encodings: every epoch draws each clip's frames anew.
 
     Sample `clip + n_clips * epoch` is a draw from seed, epoch and clip, so that ids stay plain numbers.
     """
 
     def __init__(self, store: FeatureStore, settings: TrainSettings) -> None:
-        self._store, self._settings = store, settings
-        self._layout = _only_array(store)
+        self._settings, self._layout = settings, _only_array(store)
         self._clips = _clips(store, settings.palindrome)
-        self.shape = _sample_shape(self._layout, settings.palindrome)
-        self.n_rounds = settings.epochs
+        super().__init__(store, settings.palindrome, settings.epochs)
 
     def epoch_ids(self, epoch: int) -> Ids:
         """Return one id per clip."""
@@ -142,10 +148,6 @@ class FramesSamples:
         """Fill `out` with the samples `ids`."""
         rows = np.concatenate([self._rows(int(sample)) for sample in ids])
         self._store.read_encodings(self._layout.grid, rows, out.reshape(len(rows), *out.shape[2:]))
-
-    def will_need(self, slots: Ids) -> None:
-        """Let shards come into the page cache."""
-        self._store.will_need(slots)
 
     def slots(self, ids: Ids) -> Ids:
         """Return the slot of each sample's first frame."""
@@ -196,8 +198,8 @@ class JoinedSamples:
 
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
         """Fill `out` with the samples `ids`; each run of one source is one read."""
-        for number, start, stop in self._runs(ids):
-            self._sources[number].read_into(ids[start:stop] // len(self._sources), out[start:stop])
+        for source, local, place in self._runs(ids):
+            source.read_into(local, out[place])
 
     def will_need(self, slots: Ids) -> None:
         """Let shards of all sources come into the page cache."""
@@ -207,8 +209,7 @@ class JoinedSamples:
 
     def slots(self, ids: Ids) -> Ids:
         """Return the slot of each sample; slots of different sources differ."""
-        n = len(self._sources)
-        found = np.empty(len(ids), np.int64)
+        found, n = np.empty(len(ids), np.int64), len(self._sources)
         for number, source in enumerate(self._sources):
             mine = ids % n == number
             found[mine] = source.slots(ids[mine] // n) * n + number
@@ -216,11 +217,10 @@ class JoinedSamples:
 
     def videos(self, ids: Ids) -> list[str]:
         """Return the clip of each sample."""
-        return [
-            name
-            for number, start, stop in self._runs(ids)
-            for name in self._sources[number].videos(ids[start:stop] // len(self._sources))
-        ]
+        names: list[str] = []
+        for source, local, _ in self._runs(ids):
+            names += source.videos(local)
+        return names
 
     def name(self, sample: int) -> str:
         """Name a sample by what its source calls it and the number of the store."""
@@ -228,11 +228,13 @@ class JoinedSamples:
         name = self._sources[number].name(local)
         return name if len(self._sources) == 1 else f"store {number + 1}, {name}"
 
-    def _runs(self, ids: Ids) -> list[tuple[int, int, int]]:
-        """Return (source, start, stop) of every run of one source."""
-        number = ids % len(self._sources)
+    def _runs(self, ids: Ids) -> Iterator[tuple[Samples, Ids, slice]]:
+        """Yield the source, its own ids and the place of every run of one source."""
+        local, number = np.divmod(ids, len(self._sources))
         bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ids)]
-        return [(int(number[a]), a, b) for a, b in pairwise(bounds) if b > a]
+        for start, stop in pairwise(bounds):
+            if stop > start:
+                yield self._sources[number[start]], local[start:stop], slice(start, stop)
 
 
 def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> JoinedSamples:
@@ -240,8 +242,16 @@ def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> Joi
 
     Raises `InputError` for a store without shifted views, `FingerprintError` for stores of several encoders.
     """
+    wanted = stores[0].fingerprint.to_json()
     for store in stores[1:]:
-        _check_same_encoder(stores[0], store)
+        found = store.fingerprint.to_json()
+        differing = [key for key in ENCODER_KEYS if wanted[key] != found[key]]
+        if differing:
+            raise FingerprintError(
+                f"{store.path} holds tokens of another encoder than {stores[0].path}",
+                details=[f"{key}: wanted {wanted[key]}, found {found[key]}" for key in differing],
+                hint="train on each store alone, or extract one of them again",
+            )
     sources = [_source(store, settings) for store in stores]
     for store, source in zip(stores, sources, strict=True):
         if source.shape != sources[0].shape:
@@ -256,14 +266,12 @@ def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> Joi
 def find_not_finite(samples: Samples, ids: Ids) -> Ids:
     """Return the ids among `ids` whose tokens are not all finite, reading them once more."""
     buffer = np.empty((min(len(ids), _SCAN_SAMPLES), *samples.shape), np.float16)
-    bad = [np.empty(0, np.int64)]
+    finite = np.empty(len(ids), bool)
     for start in range(0, len(ids), _SCAN_SAMPLES):
         part = ids[start : start + _SCAN_SAMPLES]
         samples.read_into(part, buffer[: len(part)])
-        finite = np.isfinite(buffer[: len(part)]).reshape(len(part), -1).all(1)
-        bad.append(part[~finite])
-    found: Ids = np.concatenate(bad)
-    return found
+        finite[start : start + len(part)] = np.isfinite(buffer[: len(part)]).all((1, 2, 3, 4))
+    return ids[~finite]
 
 
 def choose_frames(n_frames: int, gap: float, draws: Sequence[float]) -> tuple[int, ...]:
@@ -290,10 +298,6 @@ def _source(store: FeatureStore, settings: TrainSettings) -> Samples:
             hint="cosettle-cache extract --plan frames --shifted 1 makes one",
         )
     return PairsSamples(store)
-
-
-def _sample_shape(layout: ArrayLayout, n_frames: int) -> tuple[int, int, int, int]:
-    return (n_frames + 1, layout.grid.rows, layout.grid.cols, layout.n_channels)
 
 
 def _only_array(store: FeatureStore) -> ArrayLayout:
@@ -332,14 +336,3 @@ def _clips(store: FeatureStore, n_frames: int) -> tuple[Clip, ...]:
     if not found:
         raise InputError(f"no clip of {store.path} has {n_frames} frames and all its shifted encodings")
     return tuple(found)
-
-
-def _check_same_encoder(first: FeatureStore, other: FeatureStore) -> None:
-    wanted, found = first.fingerprint.to_json(), other.fingerprint.to_json()
-    details = [f"{k}: wanted {wanted[k]}, found {found[k]}" for k in ENCODER_KEYS if wanted[k] != found[k]]
-    if details:
-        raise FingerprintError(
-            f"{other.path} holds tokens of another encoder than {first.path}",
-            details=details,
-            hint="train on each store alone, or extract one of them again",
-        )
