@@ -66,10 +66,18 @@ def validate(
     means = torch.zeros(len(active), 5)
     for group in groups:
         samples.read_into(group, buffer[: len(group)])
-        tokens = torch.from_numpy(buffer[: len(group)]).to(active[0].device).float()
-        means += len(group) / len(ids) * torch.stack([_measure(item, tokens) for item in active]).cpu()
-    lines = iter(means.tolist())
-    return [_figures(step, next(lines)) if item.diverged_at is None else None for item in learners]
+        originals = Originals(torch.from_numpy(buffer[: len(group)]).to(active[0].device).float())
+        figures = []
+        for learner in active:
+            terms = transfer_loss(learner.project, originals, **learner.objective(originals))
+            distances = token_distances(learner.project(originals.tokens))
+            figures.append(torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, *distances]))
+        means += len(group) / len(ids) * torch.stack(figures).cpu()
+    found: dict[int, ValidationFigures] = {}
+    for learner, line in zip(active, means.tolist(), strict=True):
+        margin = line[-2] - MARGIN_GAMMA * line[-1]
+        found[id(learner)] = ValidationFigures(step.number, step.epoch, *line, margin)
+    return [found.get(id(learner)) for learner in learners]
 
 
 def token_distances(
@@ -87,15 +95,3 @@ def token_distances(
     distances = torch.cdist(plain[0], plain[0], compute_mode="donot_use_mm_for_euclid_dist")
     between = distances.sum() / max(2 * n * (n - 1) * plain.shape[1], 1)
     return between, within
-
-
-def _measure(learner: Learner, tokens: Float[Tensor, "n view row col dim"]) -> Float[Tensor, " figure"]:
-    originals = Originals(tokens)
-    terms = transfer_loss(learner.project, originals, **learner.objective(originals))
-    between, within = token_distances(learner.project(tokens))
-    return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, between, within])
-
-
-def _figures(step: Step, means: Sequence[float]) -> ValidationFigures:
-    between, within = means[-2:]
-    return ValidationFigures(step.number, step.epoch, *means, between - MARGIN_GAMMA * within)
