@@ -6,21 +6,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.options import (
-    Device,
-    DryRun,
-    Json,
-    Quiet,
-    Scheduler,
-    Workers,
-    exits,
-)
+from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, Scheduler, Workers, exits
 from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import SILENT, Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
@@ -28,10 +20,8 @@ from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from cosettle_cache.heads.projection import ProjectionInfo
     from cosettle_cache.training.plan import TrainPlan
     from cosettle_cache.training.run import TrainReport
-    from cosettle_cache.training.spectral import SpectralReport
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Make the closed-form head; look into and export any."
@@ -93,12 +83,8 @@ def _fit(
         )
     for warning in report.warnings:
         talk.warn(warning)
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else _fit_text(report))
-
-
-def _fit_text(report: SpectralReport) -> str:
     before, after = report.raw_measured, report.measured
-    return (
+    text = (
         f"{report.folder / 'projection.safetensors'}: lambda {report.spectral_lambda:.4g}, "
         f"{report.n_directions} of {report.dim} directions, {report.n_differences} pairs of tokens, "
         f"{human_seconds(report.seconds)}\n"
@@ -106,6 +92,7 @@ def _fit_text(report: SpectralReport) -> str:
         f"D_intra {before.d_intra:.4f} -> {after.d_intra:.4f}, margin {before.margin:.4f} -> "
         f"{after.margin:.4f} (predicted {report.raw_predicted.margin:.4f} -> {report.predicted.margin:.4f})"
     )
+    talk.result(json.dumps(report.to_json(), indent=2) if as_json else text)
 
 
 @app.command()
@@ -118,25 +105,15 @@ def info(file: File, as_json: Json = False) -> None:
     from cosettle_cache.heads.projection import describe_projection
 
     found = describe_projection(file)
-    Talk().result(json.dumps(asdict(found), indent=2) if as_json else _info_text(found))
-
-
-def _info_text(found: ProjectionInfo) -> str:
-    linears = [
-        f"linear {number}: singular values {values.largest:.4g} (largest), {values.median:.4g} (median), "
-        f"{values.smallest:.4g} (smallest), rank {values.rank} of {found.dim}"
-        for number, values in enumerate(found.singular_values, 1)
-    ]
-    lines = [
-        f"layout: {found.layout}",
-        f"head: {found.head}",
-        f"dim: {found.dim}",
-        f"parameters: {found.n_parameters}",
-        f"sha256: {found.sha256}",
-        *linears,
-        *(f"{key}: {text}" for key, text in found.provenance.items()),
-    ]
-    return "\n".join(lines)
+    lines = [f"layout: {found.layout}", f"head: {found.head}", f"dim: {found.dim}"]
+    lines += [f"parameters: {found.n_parameters}", f"sha256: {found.sha256}"]
+    for number, values in enumerate(found.singular_values, 1):
+        lines.append(
+            f"linear {number}: singular values {values.largest:.4g} (largest), {values.median:.4g} (median), "
+            f"{values.smallest:.4g} (smallest), rank {values.rank} of {found.dim}"
+        )
+    lines += [f"{key}: {text}" for key, text in found.provenance.items()]
+    Talk().result(json.dumps(asdict(found), indent=2) if as_json else "\n".join(lines))
 
 
 @app.command()
@@ -210,16 +187,8 @@ def train(
         if replicas.is_first:
             _announce(talk, plan, settings.head, folder, features)
         progress = talk.progress("train") if replicas.is_first else SILENT
-        report = room.train(
-            stores,
-            settings,
-            folder,
-            sweep=axes,
-            device=place,
-            progress=progress,
-            stop=stop,
-            replicas=replicas,
-        )
+        options = {"sweep": axes, "device": place, "progress": progress, "stop": stop, "replicas": replicas}
+        report = room.train(stores, settings, folder, **options)
         if replicas.is_first:
             _tell(talk, report, plan, as_json)
     if report.interrupted:
@@ -228,9 +197,8 @@ def train(
 
 
 def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[str]) -> None:
-    default = TrainSettings(head=settings.head, seed=settings.seed)
-    names = [field.name for field in fields(default)]
-    useless = [name for name in names if getattr(settings, name) != getattr(default, name)]
+    default = asdict(TrainSettings(head=settings.head, seed=settings.seed))
+    useless = [name for name, value in asdict(settings).items() if value != default[name]]
     if len(features) > 1 or sweep or useless:
         raise UsageError(
             "the spectral head is computed from one store, without training",
