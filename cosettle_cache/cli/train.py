@@ -186,9 +186,10 @@ def train(
     with join_replicas(pick_device(device)) as (replicas, place), interruptible(talk, "step") as stop:
         if replicas.is_first:
             _announce(talk, plan, settings.head, folder, features)
-        progress = talk.progress("train") if replicas.is_first else SILENT
-        options = {"sweep": axes, "device": place, "progress": progress, "stop": stop, "replicas": replicas}
-        report = room.train(stores, settings, folder, **options)
+        bar = talk.progress("train") if replicas.is_first else SILENT
+        report = room.train(
+            stores, settings, folder, sweep=axes, device=place, progress=bar, stop=stop, replicas=replicas
+        )
         if replicas.is_first:
             _tell(talk, report, plan, as_json)
     if report.interrupted:

@@ -285,9 +285,9 @@ def report_member(files: RunFiles, name: str, diverged_at: int | None, sha256: s
     """Return the report of a member from what it wrote."""
     figures = read_figures(files.metrics) if files.metrics.exists() else []
     validation = read_validation(files.validation)
-    steps = (figures[0], figures[-1]) if figures else (None, None)
-    epochs = (validation[0], validation[-1]) if validation else (None, None)
-    return MemberReport(name, files.folder, *steps, *epochs, diverged_at, sha256)
+    first, last = next(iter(figures), None), next(reversed(figures), None)
+    epochs = next(iter(validation), None), next(reversed(validation), None)
+    return MemberReport(name, files.folder, first, last, *epochs, diverged_at, sha256)
 
 
 def curves_table(figures: Mapping[str, Sequence[StepFigures]]) -> pa.Table:

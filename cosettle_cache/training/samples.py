@@ -25,7 +25,7 @@ from cosettle_cache.store.plan import choose_pair
 from cosettle_cache.training.batches import Ids
 
 #: What must be equal for tokens of several stores to lie in one space.
-ENCODER_KEYS = ("backbone", "weights_sha256", "token_rule", "position_rule", "preprocessing")
+_ENCODER_KEYS = ("backbone", "weights_sha256", "token_rule", "position_rule", "preprocessing")
 
 #: Samples that a scan reads at a time.
 _SCAN_SAMPLES = 64
@@ -80,11 +80,10 @@ class _StoreSamples:
         self.shape = (n_frames + 1, layout.grid.rows, layout.grid.cols, layout.n_channels)
 
     def will_need(self, slots: Ids) -> None:
-        """Let shards come into the page cache."""
         self._store.will_need(slots)
 
 
-class PairsSamples(_StoreSamples):
+class _PairsSamples(_StoreSamples):
     """The samples of a pairs store; epoch `e` visits view set `e` modulo their number."""
 
     def __init__(self, store: FeatureStore) -> None:
@@ -98,30 +97,25 @@ class PairsSamples(_StoreSamples):
         super().__init__(store, 2, len(self._by_view))
 
     def epoch_ids(self, epoch: int) -> Ids:
-        """Return the ids of a view set."""
         return self._by_view[epoch % self.n_rounds]
 
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
-        """Fill `out` with the samples `ids`."""
         self._store.read_into(ids, out)
 
     def slots(self, ids: Ids) -> Ids:
-        """Return the slot of each sample."""
         return self._store.sample_slots(ids)
 
     def videos(self, ids: Ids) -> list[str]:
-        """Return the clip of each sample."""
         rows = pa.array(np.searchsorted(self._ids, ids))
         return [str(name) for name in self._table["video_id"].take(rows).to_pylist()]
 
     def name(self, sample: int) -> str:
-        """Name a sample by its clip and view set."""
         row = int(np.searchsorted(self._ids, sample))
         return f"sample {sample}: {self._table['video_id'][row]}, view set {self._table['view'][row]}"
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class _Clip:
     """Rows of a clip's encodings: the plain ones by frame, the shifted ones by shift and frame."""
 
     video_id: str
@@ -129,7 +123,7 @@ class Clip:
     shifted: Int64[np.ndarray, "shift frame"]
 
 
-class FramesSamples(_StoreSamples):
+class _FramesSamples(_StoreSamples):
     """Samples drawn from a frames store with shifted encodings: every epoch draws each clip's frames anew.
 
     Sample `clip + n_clips * epoch` is a draw from seed, epoch and clip, so that ids stay plain numbers.
@@ -141,25 +135,20 @@ class FramesSamples(_StoreSamples):
         super().__init__(store, settings.palindrome, settings.epochs)
 
     def epoch_ids(self, epoch: int) -> Ids:
-        """Return one id per clip."""
         return np.arange(len(self._clips)) + epoch * len(self._clips)
 
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
-        """Fill `out` with the samples `ids`."""
         rows = np.concatenate([self._rows(int(sample)) for sample in ids])
         self._store.read_encodings(self._layout.grid, rows, out.reshape(len(rows), *out.shape[2:]))
 
     def slots(self, ids: Ids) -> Ids:
-        """Return the slot of each sample's first frame."""
         firsts = np.array([self._rows(int(sample))[0] for sample in ids], np.int64)
         return firsts // self._layout.slot_encodings
 
     def videos(self, ids: Ids) -> list[str]:
-        """Return the clip of each sample."""
         return [self._clips[int(sample) % len(self._clips)].video_id for sample in ids]
 
     def name(self, sample: int) -> str:
-        """Name a sample by its clip and frames."""
         clip, frames, shift = self._draw(sample)
         shown = ", ".join(map(str, frames))
         return f"sample {sample}: {clip.video_id}, kept frames {shown}, shift {shift + 1}"
@@ -168,7 +157,7 @@ class FramesSamples(_StoreSamples):
         clip, frames, shift = self._draw(sample)
         return np.append(clip.plain[list(frames)], clip.shifted[shift, frames[0]])
 
-    def _draw(self, sample: int) -> tuple[Clip, tuple[int, ...], int]:
+    def _draw(self, sample: int) -> tuple[_Clip, tuple[int, ...], int]:
         epoch, number = divmod(sample, len(self._clips))
         clip, settings = self._clips[number], self._settings
         draws = np.random.default_rng((settings.seed, epoch, number)).random(1 + settings.palindrome)
@@ -245,7 +234,7 @@ def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> Joi
     wanted = stores[0].fingerprint.to_json()
     for store in stores[1:]:
         found = store.fingerprint.to_json()
-        differing = [key for key in ENCODER_KEYS if wanted[key] != found[key]]
+        differing = [key for key in _ENCODER_KEYS if wanted[key] != found[key]]
         if differing:
             raise FingerprintError(
                 f"{store.path} holds tokens of another encoder than {stores[0].path}",
@@ -289,7 +278,7 @@ def choose_frames(n_frames: int, gap: float, draws: Sequence[float]) -> tuple[in
 
 def _source(store: FeatureStore, settings: TrainSettings) -> Samples:
     if store.plan_kind is PlanKind.FRAMES:
-        return FramesSamples(store, settings)
+        return _FramesSamples(store, settings)
     if settings.palindrome != 2:
         raise UsageError(
             "a pairs store has two frames of a clip in one crop, which is too few for longer walks",
@@ -297,7 +286,7 @@ def _source(store: FeatureStore, settings: TrainSettings) -> Samples:
             found=f"{store.path}, palindrome {settings.palindrome}",
             hint="cosettle-cache extract --plan frames --shifted 1 makes one",
         )
-    return PairsSamples(store)
+    return _PairsSamples(store)
 
 
 def _only_array(store: FeatureStore) -> ArrayLayout:
@@ -318,7 +307,7 @@ def _only_array(store: FeatureStore) -> ArrayLayout:
     return store.arrays[0]
 
 
-def _clips(store: FeatureStore, n_frames: int) -> tuple[Clip, ...]:
+def _clips(store: FeatureStore, n_frames: int) -> tuple[_Clip, ...]:
     """Return the clips that have enough frames and whose encodings are all present, in row order.
 
     A clip's rows follow each other: plain by frame, then shifted by shift and frame (docs/store.md).
@@ -332,7 +321,7 @@ def _clips(store: FeatureStore, n_frames: int) -> tuple[Clip, ...]:
     for name, mine in zip(names[order], np.split(rows, starts[order][1:]), strict=True):
         n_kept, rest = divmod(len(mine), n_plans)
         if name in present and not rest and n_kept >= n_frames and mine[-1] - mine[0] + 1 == len(mine):
-            found.append(Clip(str(name), mine[:n_kept], mine[n_kept:].reshape(n_plans - 1, n_kept)))
+            found.append(_Clip(str(name), mine[:n_kept], mine[n_kept:].reshape(n_plans - 1, n_kept)))
     if not found:
         raise InputError(f"no clip of {store.path} has {n_frames} frames and all its shifted encodings")
     return tuple(found)

@@ -269,29 +269,22 @@ def _try(
     extra = [] if settings.spectral_lambda is None else [settings.spectral_lambda]
     lambdas = [*sorted({*spectrum.candidates(settings.n_lambdas).tolist(), *extra}), math.inf]
     gains = np.stack([spectrum.gains(item) for item in lambdas])
-    inter, intra = _measure(unit, groups, spectrum, torch.from_numpy(gains).to(unit.device))
-    kept = (gains > 0).sum(1).tolist()
-    measured = [Margin.of(*pair, settings.gamma) for pair in zip(inter, intra, strict=True)]
-    predicted = [spectrum.predict(item, settings.gamma) for item in lambdas]
-    return tuple(map(Trial, lambdas, kept, measured, predicted))
-
-
-def _measure(
-    unit: GatherUnit, groups: Sequence[FramePairs], spectrum: Spectrum, gains: Tensor
-) -> tuple[list[float], list[float]]:
-    """Return the distances between and within the videos of `groups` per gain, all videos alike."""
-    basis = torch.from_numpy(spectrum.basis).to(unit.device)
+    basis, weights = (torch.from_numpy(array).to(unit.device) for array in (spectrum.basis, gains))
     by_video: dict[int, list[Tensor]] = defaultdict(list)
     representatives: list[Tensor] = []
     for group in groups:
         for part, first, second, standing in unit.batches(group):
-            distances = intra_distances(first, second, basis, gains)
+            distances = intra_distances(first, second, basis, weights)
             for video, distance in zip(part.video.tolist(), distances, strict=True):
                 by_video[video].append(distance)
             representatives.append(standing)
+    # All videos count alike.
     intra = torch.stack([torch.stack(items).mean(0) for items in by_video.values()]).mean(0)
-    inter = inter_distances(torch.cat(representatives), basis, gains)
-    return inter.tolist(), intra.tolist()
+    inter = inter_distances(torch.cat(representatives), basis, weights)
+    pairs = zip(inter.tolist(), intra.tolist(), strict=True)
+    measured = [Margin.of(*pair, settings.gamma) for pair in pairs]
+    predicted = [spectrum.predict(item, settings.gamma) for item in lambdas]
+    return tuple(map(Trial, lambdas, (gains > 0).sum(1).tolist(), measured, predicted))
 
 
 def _warnings(

@@ -49,7 +49,8 @@ class HeldOut:
     def ids(self) -> Ids:
         """The held-out samples of the first epoch, by which all epochs are measured."""
         first = self.samples.epoch_ids(0)
-        return first[self(first)]
+        held_out: Ids = first[self(first)]
+        return held_out
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def validate(
     found: dict[int, ValidationFigures] = {}
     for learner, line in zip(active, means.tolist(), strict=True):
         margin = line[-2] - MARGIN_GAMMA * line[-1]
-        found[id(learner)] = ValidationFigures(step.number, step.epoch, *line, margin)
+        found[id(learner)] = ValidationFigures(step.number, step.epoch, *[*line, margin])
     return [found.get(id(learner)) for learner in learners]
 
 
