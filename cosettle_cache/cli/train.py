@@ -210,8 +210,8 @@ def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[st
 
 def _announce(talk: Talk, plan: TrainPlan, head: str, folder: Path, features: list[str]) -> None:
     heads = f"{len(plan.members)} members" if plan.members[0] else f"{head} head"
-    stores = " and ".join(features)
-    talk.note(f"{folder}: {heads}, {plan.n_steps} steps of {plan.batch_size} samples of {stores}")
+    steps = f"{plan.n_steps} steps of {plan.batch_size} samples"
+    talk.note(f"{folder}: {heads}, {steps} of {' and '.join(features)}")
     if plan.n_held_out:
         talk.note(f"{plan.n_held_out} of {plan.n_clips} clips are held out for validation")
     if plan.n_dropped:
@@ -226,17 +226,17 @@ def _tell(talk: Talk, report: TrainReport, plan: TrainPlan, as_json: bool) -> No
         talk.warn(f"{member.name} diverged at step {member.diverged_at} and has no projection")
     steps = report.steps_before + report.steps
     result = report.folder / ("sweep.json" if report.members[0].name else "projection.safetensors")
+    text = ""
     if as_json:
-        talk.result(json.dumps(report.to_json(), indent=2))
+        text = json.dumps(report.to_json(), indent=2)
     elif report.interrupted:
-        talk.result(f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again")
+        text = f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again"
     elif report.steps == 0:
-        talk.result(f"{result}: all {plan.n_steps} steps were done already")
-    else:
-        _tell_result(talk, report, result)
+        text = f"{result}: all {plan.n_steps} steps were done already"
+    if text:
+        talk.result(text)
+        return
 
-
-def _tell_result(talk: Talk, report: TrainReport, result: Path) -> None:
     from cosettle_cache.training.log import comparison
 
     member, is_sweep = report.members[0], bool(report.members[0].name)

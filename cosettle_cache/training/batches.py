@@ -26,9 +26,6 @@ from torch import Tensor
 
 Ids = NDArray[np.int64]
 
-#: Returns the ids of an epoch in the order of visiting, drawn from the generator alone.
-Shuffle = Callable[[Ids, np.random.Generator], Ids]
-
 #: One buffer in use, one ready, one being filled.
 _N_BUFFERS = 3
 
@@ -76,7 +73,7 @@ class EpochOrder:
     ids_of: Callable[[int], Ids]
     batch_size: int
     seed: int
-    shuffle: Shuffle = shuffle_samples
+    shuffle: Callable[[Ids, np.random.Generator], Ids] = shuffle_samples
     held_out: Callable[[Ids], NDArray[np.bool_]] | None = None
     arrange: Callable[[Ids], Ids] | None = None
 

@@ -19,17 +19,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
+from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.files import output_errors, write_durably
 from cosettle_cache.core.settings import (
     SpectralSettings,
     TrainSettings,
-    differing,
     digest,
     package_versions,
     settings_json,
 )
-from cosettle_cache.core.tables import make_table
 from cosettle_cache.store import FeatureStore
 
 #: What to do about a folder that holds something else.
@@ -197,16 +195,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
-def check_origin(path: Path, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raise `FingerprintError` listing every key in which a checkpoint's origin differs from this run's."""
-    if details := differing(wanted, found):
-        raise FingerprintError(
-            f"{path} was made with other settings or on another store",
-            details=details,
-            hint=START_OVER,
-        )
-
-
 _ARROW_TYPES = {"int": pa.int64(), "float": pa.float64()}
 CURVES_SCHEMA = pa.schema(
     [("member", pa.string()), *((item.name, _ARROW_TYPES[str(item.type)]) for item in fields(StepFigures))]
@@ -288,12 +276,6 @@ def report_member(files: RunFiles, name: str, diverged_at: int | None, sha256: s
     first, last = next(iter(figures), None), next(reversed(figures), None)
     epochs = next(iter(validation), None), next(reversed(validation), None)
     return MemberReport(name, files.folder, first, last, *epochs, diverged_at, sha256)
-
-
-def curves_table(figures: Mapping[str, Sequence[StepFigures]]) -> pa.Table:
-    """Return the figures of every step of every member, members in order."""
-    rows = [{"member": name, **asdict(item)} for name, items in figures.items() for item in items]
-    return make_table(rows, CURVES_SCHEMA)
 
 
 def comparison(members: Sequence[MemberReport]) -> tuple[list[str], list[list[str]]]:

@@ -16,16 +16,17 @@ from threading import Event
 from typing import Any
 
 from cosettle_cache.core.console import SILENT, Progress
-from cosettle_cache.core.errors import CheckpointError, InputError
+from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.core.settings import TrainSettings
-from cosettle_cache.core.tables import write_json, write_table
+from cosettle_cache.core.settings import TrainSettings, differing
+from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.pictures.charts import curves_chart, save_chart
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.training.batches import ALONE, BatchRing, Ids, Replicas, Step
 from cosettle_cache.training.learner import Learner, Trainer
 from cosettle_cache.training.log import (
+    CURVES_SCHEMA,
     START_OVER,
     Checkpoint,
     FiguresLog,
@@ -33,9 +34,7 @@ from cosettle_cache.training.log import (
     StepFigures,
     TrainReport,
     ValidationFigures,
-    check_origin,
     comparison,
-    curves_table,
     figure_columns,
     projection_provenance,
     read_checkpoint,
@@ -126,12 +125,16 @@ def train(
 def _restore(path: Path, learners: Sequence[Learner], origin: dict[str, str]) -> Checkpoint:
     """Take up the checkpoint at `path`; without one, return that of a run before its first step.
 
-    Raises `CheckpointError` for states of another width or that are not finite.
+    Raises `FingerprintError` listing every key in which it differs from this run's, and `CheckpointError` for
+    states of another width or that are not finite.
     """
     if not path.exists():
         return Checkpoint(0, origin, [(0, 0)] * len(learners), [])
     checkpoint = read_checkpoint(path)
-    check_origin(path, origin, checkpoint.origin)
+    if details := differing(origin, checkpoint.origin):
+        raise FingerprintError(
+            f"{path} was made with other settings or on another store", details=details, hint=START_OVER
+        )
     for learner, state in zip(learners, checkpoint.learners, strict=True):
         try:
             learner.load_state(state)
@@ -289,7 +292,8 @@ def _write(
             save_projection(mine.projection, learner.projection, provenance)
     write_json(files.report, report.to_json())
     if members[0].name:
-        write_table(files.table, curves_table(figures))
+        rows = [{"member": name, **asdict(line)} for name, lines in figures.items() for line in lines]
+        write_table(files.table, make_table(rows, CURVES_SCHEMA))
         save_chart(curves_chart(steps, held_out), files.curves, files.curves_svg)
         header, rows = comparison(report.members)
         write_json(files.comparison, {"header": header, "rows": rows})
