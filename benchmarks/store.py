@@ -44,7 +44,7 @@ from store_bench import (
 )
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.settings import FramesSettings
+from cosettle_cache.core.settings import FramesSettings, TrainSettings
 from cosettle_cache.core.types import Manifest, MediaKind, Video
 from cosettle_cache.store import FeatureStore, Shard, open_store
 from cosettle_cache.store.plan import make_plan
@@ -56,7 +56,7 @@ from cosettle_cache.training.batches import (
     make_portions,
     make_steps,
 )
-from cosettle_cache.training.samples import PairsSamples
+from cosettle_cache.training.samples import make_samples
 
 THREADS = min(4, os.cpu_count() or 1)
 #: Samples of the two stores whose reading and writing must take the same memory.
@@ -204,7 +204,7 @@ def _random_cold(bench: Bench, repeats: int) -> Figures:
 
 def _shard_order_cold(bench: Bench, repeats: int) -> Figures:
     """`train --order shards` without the training, window 2, against one pass over the file."""
-    samples = PairsSamples(open_store(bench.path))
+    samples = make_samples([open_store(bench.path)], TrainSettings())
     shuffle = ShuffleShards(samples.slots, window=2)
     order = EpochOrder(samples.epoch_ids, BATCH, seed=0, shuffle=shuffle)
 

@@ -6,21 +6,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.options import (
-    Device,
-    DryRun,
-    Json,
-    Quiet,
-    Scheduler,
-    Workers,
-    exits,
-)
+from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, Scheduler, Workers, exits
 from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import SILENT, Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
@@ -28,10 +20,8 @@ from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from cosettle_cache.heads.projection import ProjectionInfo
     from cosettle_cache.training.plan import TrainPlan
     from cosettle_cache.training.run import TrainReport
-    from cosettle_cache.training.spectral import SpectralReport
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Make the closed-form head; look into and export any."
@@ -93,12 +83,8 @@ def _fit(
         )
     for warning in report.warnings:
         talk.warn(warning)
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else _fit_text(report))
-
-
-def _fit_text(report: SpectralReport) -> str:
     before, after = report.raw_measured, report.measured
-    return (
+    text = (
         f"{report.folder / 'projection.safetensors'}: lambda {report.spectral_lambda:.4g}, "
         f"{report.n_directions} of {report.dim} directions, {report.n_differences} pairs of tokens, "
         f"{human_seconds(report.seconds)}\n"
@@ -106,6 +92,7 @@ def _fit_text(report: SpectralReport) -> str:
         f"D_intra {before.d_intra:.4f} -> {after.d_intra:.4f}, margin {before.margin:.4f} -> "
         f"{after.margin:.4f} (predicted {report.raw_predicted.margin:.4f} -> {report.predicted.margin:.4f})"
     )
+    talk.result(json.dumps(report.to_json(), indent=2) if as_json else text)
 
 
 @app.command()
@@ -118,25 +105,15 @@ def info(file: File, as_json: Json = False) -> None:
     from cosettle_cache.heads.projection import describe_projection
 
     found = describe_projection(file)
-    Talk().result(json.dumps(asdict(found), indent=2) if as_json else _info_text(found))
-
-
-def _info_text(found: ProjectionInfo) -> str:
-    linears = [
-        f"linear {number}: singular values {values.largest:.4g} (largest), {values.median:.4g} (median), "
-        f"{values.smallest:.4g} (smallest), rank {values.rank} of {found.dim}"
-        for number, values in enumerate(found.singular_values, 1)
-    ]
-    lines = [
-        f"layout: {found.layout}",
-        f"head: {found.head}",
-        f"dim: {found.dim}",
-        f"parameters: {found.n_parameters}",
-        f"sha256: {found.sha256}",
-        *linears,
-        *(f"{key}: {text}" for key, text in found.provenance.items()),
-    ]
-    return "\n".join(lines)
+    lines = [f"layout: {found.layout}", f"head: {found.head}", f"dim: {found.dim}"]
+    lines += [f"parameters: {found.n_parameters}", f"sha256: {found.sha256}"]
+    for number, values in enumerate(found.singular_values, 1):
+        lines.append(
+            f"linear {number}: singular values {values.largest:.4g} (largest), {values.median:.4g} (median), "
+            f"{values.smallest:.4g} (smallest), rank {values.rank} of {found.dim}"
+        )
+    lines += [f"{key}: {text}" for key, text in found.provenance.items()]
+    Talk().result(json.dumps(asdict(found), indent=2) if as_json else "\n".join(lines))
 
 
 @app.command()
@@ -209,16 +186,9 @@ def train(
     with join_replicas(pick_device(device)) as (replicas, place), interruptible(talk, "step") as stop:
         if replicas.is_first:
             _announce(talk, plan, settings.head, folder, features)
-        progress = talk.progress("train") if replicas.is_first else SILENT
+        bar = talk.progress("train") if replicas.is_first else SILENT
         report = room.train(
-            stores,
-            settings,
-            folder,
-            sweep=axes,
-            device=place,
-            progress=progress,
-            stop=stop,
-            replicas=replicas,
+            stores, settings, folder, sweep=axes, device=place, progress=bar, stop=stop, replicas=replicas
         )
         if replicas.is_first:
             _tell(talk, report, plan, as_json)
@@ -228,9 +198,8 @@ def train(
 
 
 def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[str]) -> None:
-    default = TrainSettings(head=settings.head, seed=settings.seed)
-    names = [field.name for field in fields(default)]
-    useless = [name for name in names if getattr(settings, name) != getattr(default, name)]
+    default = asdict(TrainSettings(head=settings.head, seed=settings.seed))
+    useless = [name for name, value in asdict(settings).items() if value != default[name]]
     if len(features) > 1 or sweep or useless:
         raise UsageError(
             "the spectral head is computed from one store, without training",
@@ -241,8 +210,8 @@ def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[st
 
 def _announce(talk: Talk, plan: TrainPlan, head: str, folder: Path, features: list[str]) -> None:
     heads = f"{len(plan.members)} members" if plan.members[0] else f"{head} head"
-    stores = " and ".join(features)
-    talk.note(f"{folder}: {heads}, {plan.n_steps} steps of {plan.batch_size} samples of {stores}")
+    steps = f"{plan.n_steps} steps of {plan.batch_size} samples"
+    talk.note(f"{folder}: {heads}, {steps} of {' and '.join(features)}")
     if plan.n_held_out:
         talk.note(f"{plan.n_held_out} of {plan.n_clips} clips are held out for validation")
     if plan.n_dropped:
@@ -257,17 +226,17 @@ def _tell(talk: Talk, report: TrainReport, plan: TrainPlan, as_json: bool) -> No
         talk.warn(f"{member.name} diverged at step {member.diverged_at} and has no projection")
     steps = report.steps_before + report.steps
     result = report.folder / ("sweep.json" if report.members[0].name else "projection.safetensors")
+    text = ""
     if as_json:
-        talk.result(json.dumps(report.to_json(), indent=2))
+        text = json.dumps(report.to_json(), indent=2)
     elif report.interrupted:
-        talk.result(f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again")
+        text = f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again"
     elif report.steps == 0:
-        talk.result(f"{result}: all {plan.n_steps} steps were done already")
-    else:
-        _tell_result(talk, report, result)
+        text = f"{result}: all {plan.n_steps} steps were done already"
+    if text:
+        talk.result(text)
+        return
 
-
-def _tell_result(talk: Talk, report: TrainReport, result: Path) -> None:
     from cosettle_cache.training.log import comparison
 
     member, is_sweep = report.members[0], bool(report.members[0].name)

@@ -56,8 +56,7 @@ class TokenKind:
 
     def on(self, device: torch.device) -> TokenKind:
         """Return the same kind with its projection on a device, ready for use."""
-        head = self.projection
-        return self if head is None else replace(self, projection=head.to(device).eval())
+        return self if (head := self.projection) is None else replace(self, projection=head.to(device).eval())
 
     def saved(self, folder: Path) -> TokenKind:
         """Return the same kind with its projection in a file there, for other processes."""

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head
 METADATA_KEY = "cosettle-cache.projection.1"
 
 #: Layouts that a projection can be exported to.
-FORMATS = ("cosettle",)
+_FORMATS = ("cosettle",)
 
+#: How a head can start: truncated normal (0.02), Xavier uniform, or PyTorch's own rule.
+INITS = ("trunc_normal", "xavier_uniform", "pytorch")
 
-#: Gives a linear map its first values.
-Init = Callable[[Any, Generator], None]
+_INIT_BY_FAMILY = {"mae": "xavier_uniform", "mocov3": "xavier_uniform", "clip": "pytorch"}
 
 
 class Projection(nn.Module):
@@ -56,11 +57,11 @@ class Projection(nn.Module):
             for _ in range(row.n_linears)
         )
         self.norm = nn.Identity() if row.closed_form else nn.LayerNorm(dim)
-        start: Init = _identity if row.closed_form else find_init(init)
+        if init not in INITS:
+            raise UsageError("unknown init", wanted=" or ".join(INITS), found=init)
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for linear in self.linears:
-                start(linear, generator)
+        for linear in self.linears:
+            _start(linear, "identity" if row.closed_form else init, generator)
 
     def forward(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
         """Project every token on its own."""
@@ -88,47 +89,25 @@ def _map(linear: nn.Linear, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor
     return mapped.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], linear.out_features)
 
 
-def _trunc_normal(linear: nn.Linear, generator: Generator) -> None:
-    nn.init.trunc_normal_(linear.weight, std=0.02, generator=generator)
+@torch.no_grad()
+def _start(linear: Any, init: str, generator: Generator) -> None:
+    if init == "identity":
+        nn.init.eye_(linear.weight)
+        return
     nn.init.zeros_(linear.bias)
-
-
-def _xavier_uniform(linear: nn.Linear, generator: Generator) -> None:
-    nn.init.xavier_uniform_(linear.weight, generator=generator)
-    nn.init.zeros_(linear.bias)
-
-
-def _pytorch(linear: nn.Linear, generator: Generator) -> None:
-    bound = 1 / math.sqrt(linear.in_features)
-    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
-    nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
-
-
-def _identity(linear: nn.Linear, generator: Generator) -> None:
-    nn.init.eye_(linear.weight)
-
-
-#: How a head can start: truncated normal (0.02), Xavier uniform, or PyTorch's own rule.
-INITS: Mapping[str, Init] = {
-    "trunc_normal": _trunc_normal,
-    "xavier_uniform": _xavier_uniform,
-    "pytorch": _pytorch,
-}
-
-_INIT_BY_FAMILY = {"mae": "xavier_uniform", "mocov3": "xavier_uniform", "clip": "pytorch"}
+    if init == "trunc_normal":
+        nn.init.trunc_normal_(linear.weight, std=0.02, generator=generator)
+    elif init == "xavier_uniform":
+        nn.init.xavier_uniform_(linear.weight, generator=generator)
+    else:
+        bound = 1 / math.sqrt(linear.in_features)
+        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
+        nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
 
 
 def released_init(backbone: str) -> str:
     """Return the init that the released code gives a head on `backbone` (`mae_b`, say; PROTOCOLS 7.1.6)."""
-    family, _, _ = backbone.partition("_")
-    return _INIT_BY_FAMILY.get(family, "trunc_normal")
-
-
-def find_init(name: str) -> Init:
-    """Return the initialisation called `name`; raise `UsageError` when there is none."""
-    if name not in INITS:
-        raise UsageError("unknown init", wanted=" or ".join(INITS), found=name)
-    return INITS[name]
+    return _INIT_BY_FAMILY.get(backbone.partition("_")[0], "trunc_normal")
 
 
 def projection_sha256(projection: Projection) -> str:
@@ -201,27 +180,23 @@ class ProjectionInfo:
     provenance: Mapping[str, str]
 
 
+@torch.no_grad()
 def describe_projection(path: str | Path) -> ProjectionInfo:
     """Return what is in our own file or in a checkpoint of the authors."""
-    projection = load_projection(path)
-    matrices = [item for item in projection.parameters() if item.ndim == 2]
+    projection, values = load_projection(path), []
+    for matrix in (item for item in projection.parameters() if item.ndim == 2):
+        found = torch.linalg.svdvals(matrix.double())
+        rank = int((found > found[0] * len(matrix) * torch.finfo(matrix.dtype).eps).sum())
+        values.append(SingularValues(found[0].item(), found.median().item(), found[-1].item(), rank))
     return ProjectionInfo(
         layout="cosettle" if _read_document(path) is None else "cosettle-cache",
         head=projection.head,
         dim=projection.dim,
         n_parameters=sum(item.numel() for item in projection.parameters()),
         sha256=projection_sha256(projection),
-        singular_values=tuple(map(_singular_values, matrices)),
+        singular_values=tuple(values),
         provenance=read_provenance(path),
     )
-
-
-@torch.no_grad()
-def _singular_values(matrix: Tensor) -> SingularValues:
-    values = torch.linalg.svdvals(matrix.double())
-    threshold = values[0] * len(matrix) * torch.finfo(matrix.dtype).eps
-    rank = int((values > threshold).sum())
-    return SingularValues(values[0].item(), values.median().item(), values[-1].item(), rank)
 
 
 def export_projection(path_in: str | Path, path_out: str | Path, format: str = "cosettle") -> None:
@@ -237,8 +212,8 @@ def export_projection(path_in: str | Path, path_out: str | Path, format: str = "
 
 def exported_tensors(path: str | Path, format: str = "cosettle") -> dict[str, Tensor]:
     """Return the tensors that `export_projection` would write, by their names there."""
-    if format not in FORMATS:
-        raise UsageError(f"there is no layout {format!r}", wanted=" or ".join(FORMATS), found=format)
+    if format not in _FORMATS:
+        raise UsageError(f"there is no layout {format!r}", wanted=" or ".join(_FORMATS), found=format)
     projection = load_projection(path)
     if not HEADS[projection.head].released:
         raise CheckpointError(
@@ -248,8 +223,8 @@ def exported_tensors(path: str | Path, format: str = "cosettle") -> dict[str, Te
             hint="load it with cosettle_cache.load_projection, or train one of these heads",
         )
     # The authors' CLIP keeps its projection inside the visual tower (PROTOCOLS 7.5).
-    family, _, _ = read_provenance(path).get("backbone", "").partition("_")
-    prefix = "visual.adapter.adapter." if family == "clip" else "adapter.adapter."
+    is_clip = read_provenance(path).get("backbone", "").partition("_")[0] == "clip"
+    prefix = "visual.adapter.adapter." if is_clip else "adapter.adapter."
     several = len(projection.linears) > 1
     state = projection.state_dict().items()
     return {prefix + _authors_name(name, several): tensor.contiguous() for name, tensor in state}

@@ -1,13 +1,8 @@
 """Feeding: which samples an epoch visits in which order, and a ring of batch buffers that one thread fills.
 
 Sample ids go in; batches of float16 tokens in reused buffers come out, read while the last one is in use.
-
-Reads of a shard-shuffled order are announced to the store one window of shards ahead.
-
-Replicas: the processes of one training run, started by torchrun, one per GPU (or core group).
-
-Each works on its share of every batch; sums of gradients and figures go out to all. A process on its own is
-one replica, and then nothing is exchanged.
+Reads in an order by shards are announced to the store one window of shards ahead. Replicas, the processes of
+one run as torchrun starts them, each work on their share of every batch and add up gradients and figures.
 """
 
 from __future__ import annotations
@@ -20,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -32,17 +26,8 @@ from torch import Tensor
 
 Ids = NDArray[np.int64]
 
-#: Batches of sample ids of an epoch; the same for the same epoch, whenever it is asked.
-EpochBatches = Callable[[int], Sequence[Ids]]
-
-#: Returns the ids of an epoch in the order of visiting, drawn from the generator alone.
-Shuffle = Callable[[Ids, np.random.Generator], Ids]
-
-#: Returns the part of a step's ids that this process works on.
-Shares = Callable[[Ids], Ids]
-
 #: One buffer in use, one ready, one being filled.
-N_BUFFERS = 3
+_N_BUFFERS = 3
 
 
 @runtime_checkable
@@ -70,15 +55,10 @@ class ShuffleShards:
 
     def __call__(self, ids: Ids, generator: np.random.Generator) -> Ids:
         """Return the ids in such an order."""
-        windows = self.windows(ids, generator)
+        _, shard = np.unique(self.slots_of(ids), return_inverse=True)
+        windows = generator.permutation(shard.max() + 1)[shard] // self.window
         shuffled = generator.permutation(len(ids))
         return ids[shuffled[np.argsort(windows[shuffled], kind="stable")]]
-
-    def windows(self, ids: Ids, generator: np.random.Generator) -> Ids:
-        """Return the number of the window in which each sample is visited, from a fresh generator."""
-        _, shard = np.unique(self.slots_of(ids), return_inverse=True)
-        windows: Ids = generator.permutation(shard.max() + 1)[shard] // self.window
-        return windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +73,7 @@ class EpochOrder:
     ids_of: Callable[[int], Ids]
     batch_size: int
     seed: int
-    shuffle: Shuffle = shuffle_samples
+    shuffle: Callable[[Ids, np.random.Generator], Ids] = shuffle_samples
     held_out: Callable[[Ids], NDArray[np.bool_]] | None = None
     arrange: Callable[[Ids], Ids] | None = None
 
@@ -106,13 +86,9 @@ class EpochOrder:
         batches = np.split(ids[: n_batches * self.batch_size], n_batches) if n_batches else [ids]
         return [self.arrange(batch) for batch in batches] if self.arrange else batches
 
-    def generator(self, epoch: int) -> np.random.Generator:
-        """Return what the order of an epoch is drawn from."""
-        return np.random.default_rng((self.seed, epoch))
-
     def visited(self, epoch: int) -> Ids:
         """Return the training samples of an epoch in their order, a remainder included."""
-        ids = self.shuffle(self.ids_of(epoch), self.generator(epoch))
+        ids = self.shuffle(self.ids_of(epoch), np.random.default_rng((self.seed, epoch)))
         return ids if self.held_out is None else ids[~self.held_out(ids)]
 
 
@@ -127,7 +103,7 @@ class Step:
     ids: Ids
 
 
-def make_steps(batches: EpochBatches, epochs: int, start: int = 0) -> Iterator[Step]:
+def make_steps(batches: Callable[[int], Sequence[Ids]], epochs: int, start: int = 0) -> Iterator[Step]:
     """Yield the steps of a run from number `start` on, so that a resumed run sees what the whole run saw."""
     first = 0
     for epoch in range(epochs):
@@ -149,7 +125,7 @@ class Portion:
 
 
 def make_portions(
-    steps: Iterable[Step], n_portions: int = 1, share: Shares | None = None
+    steps: Iterable[Step], n_portions: int = 1, share: Callable[[Ids], Ids] | None = None
 ) -> Iterator[Portion]:
     """Yield every step in `n_portions` parts of nearly equal size; `share` picks this process's ids."""
     for step in steps:
@@ -167,7 +143,7 @@ class Batch:
 
 
 class BatchRing:
-    """Iterates over the batches of `portions`, reading ahead in one thread into `N_BUFFERS` reused buffers.
+    """Iterates over the batches of `portions`, reading ahead in one thread into three reused buffers.
 
     `capacity` is the largest portion, `pin` puts the buffers in page-locked memory for copies to a GPU. Use
     as a context manager; `waited_s` counts the seconds that the consumer stood still for data.
@@ -186,8 +162,13 @@ class BatchRing:
         self._source, self._portions = source, portions
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[Tensor, Batch] | BaseException | None] = queue.SimpleQueue()
-        for _ in range(N_BUFFERS):
-            self._free.put(_make_buffer((capacity, *sample_shape), pin))
+        shape = (capacity, *sample_shape)
+        for _ in range(_N_BUFFERS):
+            # NumPy's memory comes in huge pages: four times as fast to touch first as torch's.
+            if pin:
+                self._free.put(torch.empty(shape, dtype=torch.float16, pin_memory=True))
+            else:
+                self._free.put(torch.from_numpy(np.empty(shape, np.float16)))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
 
@@ -195,9 +176,7 @@ class BatchRing:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._free.put(torch.empty(0))  # wakes the thread where it waits for a buffer
         self._thread.join()
@@ -228,13 +207,6 @@ class BatchRing:
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)  # raised again where the batch is asked for
-
-
-def _make_buffer(shape: tuple[int, ...], pin: bool) -> Float16[Tensor, "n view row col dim"]:
-    """Return uninitialised memory; NumPy's comes in huge pages: four times as fast to touch first."""
-    if pin:
-        return torch.empty(shape, dtype=torch.float16, pin_memory=True)
-    return torch.from_numpy(np.empty(shape, np.float16))
 
 
 def announced(

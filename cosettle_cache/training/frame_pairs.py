@@ -1,8 +1,7 @@
 """Pairs of neighbouring frames in a store: which there are, in groups of slots, and their tokens.
 
-A store comes in; a list of groups that can be worked through anywhere, in any order, and a reader that fills
-one buffer again and again go out. In a pairs store a pair is a sample's plain frames, in a frames store two
-plain frames that follow each other.
+In a pairs store a pair is a sample's plain frames, in a frames store two plain frames that follow each other.
+Groups can be worked through anywhere, in any order.
 """
 
 from __future__ import annotations
@@ -27,6 +26,9 @@ _SAMPLE = 3
 
 _COLUMNS = ["array", "row", "slot", "video_id", "frame", "view", "role"]
 
+Frames = Float16[np.ndarray, "pair row col dim"]
+Marks = Bool[np.ndarray, " pair"]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FramePairs:
@@ -42,20 +44,15 @@ class FramePairs:
     video: Int64[np.ndarray, " pair"]
     first: Int64[np.ndarray, " pair"]
     second: Int64[np.ndarray, " pair"]
-    representative: Bool[np.ndarray, " pair"]
+    representative: Marks
 
     def __len__(self) -> int:
         return len(self.first)
 
-    def select(self, chosen: Bool[np.ndarray, " pair"] | slice) -> FramePairs:
+    def select(self, chosen: Marks | slice) -> FramePairs:
         """Return the chosen pairs of this group."""
         columns = (self.video, self.first, self.second, self.representative)
         return FramePairs(self.number, self.grid, *(column[chosen] for column in columns))
-
-    def batches(self, size: int) -> Iterator[FramePairs]:
-        """Yield the pairs in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.select(slice(start, start + size))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,51 +73,44 @@ def list_pairs(store: FeatureStore) -> PairList:
 
     Raises `InputError` when there are none.
     """
-    index = store.index
-    present = index.filter(pc.is_null(index["error"])).select(_COLUMNS)
-    table = _sample_pairs(present) if store.plan_kind is PlanKind.PAIRS else _neighbor_pairs(store, present)
-    if not len(table):
+    present = store.index.filter(pc.is_null(store.index["error"])).select(_COLUMNS)
+    if store.plan_kind is PlanKind.PAIRS:
+        firsts, seconds, chosen = _sample_pairs(present)
+    else:
+        firsts, seconds, chosen = _neighbor_pairs(present, int(store.fingerprint.plan.get("every", 1)))
+    if not len(firsts):
         raise InputError(
             f"{store.path} holds no two frames of one clip",
             wanted="samples, or clips of two frames and more",
             hint="run the extract command to its end",
         )
+    columns = {name: firsts[name] for name in ("array", "slot", "video_id")}
+    columns |= {"first": firsts["row"], "second": pa.array(seconds), "representative": pa.array(chosen)}
+    table = pa.table(columns).sort_by([("slot", "ascending"), ("first", "ascending")])
     video_ids, video = np.unique(table["video_id"].to_numpy(), return_inverse=True)
     return PairList(tuple(map(str, video_ids)), tuple(_groups(store, table, video)))
 
 
-def _sample_pairs(present: pa.Table) -> pa.Table:
-    """Return a table of rows `first` and `second` for the plain frames of every sample."""
+def _sample_pairs(present: pa.Table) -> tuple[pa.Table, Int64[np.ndarray, " pair"], Marks]:
+    """Return first frames, rows of second frames, and representatives, for the plain frames of samples."""
     firsts = present.filter(pc.equal(present["role"], str(Role.A)))
     firsts = firsts.sort_by([("video_id", "ascending"), ("view", "ascending")])
-    videos = firsts["video_id"].to_numpy()
-    lowest = np.zeros(len(videos), bool)
-    lowest[np.unique(videos, return_index=True)[1]] = True
-    return _pair_table(firsts, pc.add(firsts["row"], 1), lowest)
+    lowest = np.zeros(len(firsts), bool)
+    lowest[np.unique(firsts["video_id"].to_numpy(), return_index=True)[1]] = True
+    return firsts, firsts["row"].to_numpy() + 1, lowest
 
 
-def _neighbor_pairs(store: FeatureStore, present: pa.Table) -> pa.Table:
-    """Return a table of rows `first` and `second` for plain frames that follow each other in a video."""
+def _neighbor_pairs(present: pa.Table, every: int) -> tuple[pa.Table, Int64[np.ndarray, " pair"], Marks]:
+    """Return the same for plain frames that follow each other in a video, which keeps one in `every`."""
     plain = present.filter(pc.equal(present["role"], str(Role.PLAIN)))
     plain = plain.sort_by([("video_id", "ascending"), ("frame", "ascending")])
     videos, frames = plain["video_id"].to_numpy(), plain["frame"].to_numpy()
-    step = int(store.fingerprint.plan.get("every", 1))
-    follows = (videos[1:] == videos[:-1]) & (frames[1:] - frames[:-1] == step)
+    follows = (videos[1:] == videos[:-1]) & (frames[1:] - frames[:-1] == every)
     firsts = plain.slice(0, len(follows)).filter(pa.array(follows))
-    seconds = plain["row"].to_numpy()[1:][follows]
-    kept = firsts["video_id"].to_numpy()
-    middle = np.zeros(len(kept), bool)
-    _, start, count = np.unique(kept, return_index=True, return_counts=True)
+    middle = np.zeros(len(firsts), bool)
+    _, start, count = np.unique(firsts["video_id"].to_numpy(), return_index=True, return_counts=True)
     middle[start + count // 2] = True
-    return _pair_table(firsts, seconds, middle)
-
-
-def _pair_table(
-    firsts: pa.Table, seconds: Int64[np.ndarray, " pair"] | pa.ChunkedArray, chosen: Bool[np.ndarray, " pair"]
-) -> pa.Table:
-    columns = {name: firsts[name] for name in ("array", "slot", "video_id")}
-    columns |= {"first": firsts["row"], "second": pa.array(seconds), "representative": pa.array(chosen)}
-    return pa.table(columns).sort_by([("slot", "ascending"), ("first", "ascending")])
+    return firsts, plain["row"].to_numpy()[1:][follows], middle
 
 
 def _groups(store: FeatureStore, table: pa.Table, video: Int64[np.ndarray, " pair"]) -> Iterator[FramePairs]:
@@ -136,27 +126,26 @@ def _groups(store: FeatureStore, table: pa.Table, video: Int64[np.ndarray, " pai
         yield FramePairs(number, grid, video[part], first[part], second[part], chosen[part])
 
 
-class PairReader:
-    """Reads pairs of one grid into one buffer; what `read` returns is valid until the next call."""
+def read_pairs(
+    store: FeatureStore, group: FramePairs, size: int
+) -> Iterator[tuple[FramePairs, Frames, Frames]]:
+    """Yield up to `size` pairs of a group at a time, with the tokens of their first and second frames.
 
-    def __init__(self, store: FeatureStore, grid: Grid, capacity: int) -> None:
-        layout = next(layout for layout in store.arrays if layout.grid == grid)
-        self._store, self._grid = store, grid
-        self._samples = store.plan_kind is PlanKind.PAIRS
-        views = (_SAMPLE,) if self._samples else ()
-        n_rows = capacity if self._samples else 2 * capacity
-        self._buffer = np.empty((n_rows, *views, grid.rows, grid.cols, layout.n_channels), np.float16)
-
-    def read(
-        self, pairs: FramePairs
-    ) -> tuple[Float16[np.ndarray, "pair row col dim"], Float16[np.ndarray, "pair row col dim"]]:
-        """Return the tokens of the first and of the second frames, at most `capacity` pairs."""
-        if self._samples:
-            samples = self._buffer[: len(pairs)]
-            self._store.read_into(pairs.first // _SAMPLE, samples)
-            return samples[:, 0], samples[:, 1]
+    One buffer is filled again and again: tokens are valid until the next ones are asked for.
+    """
+    layout = next(layout for layout in store.arrays if layout.grid == group.grid)
+    in_samples, size = store.plan_kind is PlanKind.PAIRS, min(size, len(group))
+    n_rows = (size, _SAMPLE) if in_samples else (2 * size,)
+    buffer = np.empty((*n_rows, group.grid.rows, group.grid.cols, layout.n_channels), np.float16)
+    for start in range(0, len(group), size):
+        part = group.select(slice(start, start + size))
+        if in_samples:
+            samples = buffer[: len(part)]
+            store.read_into(part.first // _SAMPLE, samples)
+            yield part, samples[:, 0], samples[:, 1]
+            continue
         # Every frame but the ends of a video is in two pairs and is read once.
-        rows, place = np.unique(np.concatenate([pairs.first, pairs.second]), return_inverse=True)
-        frames = self._buffer[: len(rows)]
-        self._store.read_encodings(self._grid, rows, frames)
-        return frames[place[: len(pairs)]], frames[place[len(pairs) :]]
+        rows, place = np.unique(np.concatenate([part.first, part.second]), return_inverse=True)
+        frames = buffer[: len(rows)]
+        store.read_encodings(group.grid, rows, frames)
+        yield part, frames[place[: len(part)]], frames[place[len(part) :]]

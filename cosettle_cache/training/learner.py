@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float16
+from jaxtyping import Float
 from torch import Tensor
 
 from cosettle_cache.core.settings import TrainSettings
@@ -34,6 +34,7 @@ _TERMS = tuple(field.name for field in fields(LossTerms))
 _TOTAL, _CYCLE, _SEPARABILITY, _COSINE, _RETURN = map(
     _TERMS.index, ("total", "cycle", "separability", "identity_cosine", "return_probability")
 )
+_OPTIONS = ("temperature", "window", "regularizer", "reduction")
 
 
 def learning_rate(settings: TrainSettings, position: float) -> float:
@@ -47,39 +48,6 @@ def learning_rate(settings: TrainSettings, position: float) -> float:
     return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-def make_optimizer(projection: Projection, settings: TrainSettings) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only (no biases, no LayerNorm)."""
-    matrices = [item for item in projection.parameters() if item.ndim > 1]
-    vectors = [item for item in projection.parameters() if item.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
-
-
-class Balance:
-    """Weighs the separability loss so that its gradient is `ratio` times as long as the cycle loss's."""
-
-    def __init__(self, parameters: Sequence[Tensor], ratio: float) -> None:
-        self._parameters, self._ratio = parameters, ratio
-        self.cycle_gradients = [torch.zeros_like(item) for item in parameters]
-
-    def add(self, cycle: Float[Tensor, ""]) -> None:
-        """Add the gradient of a cycle loss; its graph is kept for the backward pass of the separability."""
-        found = torch.autograd.grad(cycle, self._parameters, retain_graph=True)
-        torch._foreach_add_(self.cycle_gradients, found)
-
-    def apply(self) -> Tensor:
-        """Turn gradients of the separability into those of the whole objective; return the weight, 0-d."""
-        separability = [item.grad for item in self._parameters if item.grad is not None]
-        length = torch.nn.utils.get_total_norm(separability).clamp(min=torch.finfo(torch.float32).tiny)
-        weight = self._ratio * torch.nn.utils.get_total_norm(self.cycle_gradients) / length
-        for gradient, cycle in zip(separability, self.cycle_gradients, strict=True):
-            gradient.mul_(weight).add_(cycle)
-        return weight
-
-
 class Learner:
     """A projection in training: its settings, optimiser and schedule; where it is, so is the work.
 
@@ -88,13 +56,21 @@ class Learner:
 
     def __init__(self, projection: Projection, settings: TrainSettings, name: str = "") -> None:
         self.projection, self.settings, self.name = projection, settings, name
-        self.optimizer = make_optimizer(projection, settings)
-        self.diverged_at: int | None = None
-        self.device = next(projection.parameters()).device
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self._parameters = list(projection.parameters())
-        auto = settings.separability_weight == "auto"
-        self._balance = Balance(self._parameters, settings.gradient_ratio) if auto else None
+        # Weight decay on matrices only: no biases, no LayerNorm.
+        groups = [
+            {
+                "params": [item for item in self._parameters if item.ndim > 1],
+                "weight_decay": settings.weight_decay,
+            },
+            {"params": [item for item in self._parameters if item.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
+        self.diverged_at: int | None = None
+        self.device = self._parameters[0].device
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self._auto = settings.separability_weight == "auto"
+        self._cycle_gradients = [torch.zeros_like(item) for item in self._parameters] if self._auto else []
         self._means = torch.zeros(len(_TERMS), device=self.device)
 
     def state(self) -> dict[str, Any]:
@@ -118,27 +94,23 @@ class Learner:
         for item in self._parameters:
             item.grad = torch.zeros_like(item) if item.grad is None else item.grad.zero_()
         self._means.zero_()
-        if self._balance:
-            torch._foreach_zero_(self._balance.cycle_gradients)
+        if self._auto:
+            torch._foreach_zero_(self._cycle_gradients)
 
     def objective(self, originals: Originals) -> dict[str, Any]:
         """Return the options of `transfer_loss`; with an automatic weight its parts alone count."""
-        run = self.settings
-        return {
-            "temperature": run.temperature,
-            "separability_weight": 1.0 if run.separability_weight == "auto" else run.separability_weight,
-            "window": run.window,
-            "regularizer": run.regularizer,
-            "reduction": run.reduction,
-            "walk": walk_of(originals.tokens.shape[1]),
-        }
+        options = {name: getattr(self.settings, name) for name in _OPTIONS}
+        weight = 1.0 if self._auto else self.settings.separability_weight
+        return options | {"separability_weight": weight, "walk": walk_of(originals.tokens.shape[1])}
 
     def add(self, originals: Originals, share: float) -> None:
         """Add the gradients and figures of a part that is `share` of the step's samples."""
         terms = transfer_loss(self.project, originals, **self.objective(originals))
-        if self._balance:
-            self._balance.add(self._scaler.scale(terms.cycle * share))
-        objective = terms.separability if self._balance else terms.total
+        if self._auto:
+            cycle = self._scaler.scale(terms.cycle * share)
+            found = torch.autograd.grad(cycle, self._parameters, retain_graph=True)
+            torch._foreach_add_(self._cycle_gradients, found)
+        objective = terms.separability if self._auto else terms.total
         torch.autograd.backward(self._scaler.scale(objective * share))
         values = torch.stack([getattr(terms, name).detach() for name in _TERMS])
         # Means of parts add up to those of the step, but cosines do not: their squared lengths do. Where no
@@ -148,19 +120,26 @@ class Learner:
 
     def sums(self) -> list[Tensor]:
         """Return what processes add up before the step ends."""
-        return [*self._gradients(), *(self._balance.cycle_gradients if self._balance else []), self._means]
+        return [*self._gradients(), *self._cycle_gradients, self._means]
 
     def finish_gradient(self) -> Float[Tensor, " figure"]:
-        """Weigh, measure and clip the gradient; return the terms, the separability weight and the norm."""
-        means = self._means
+        """Weigh, measure and clip the gradient; return the terms, the separability weight and the norm.
+
+        An automatic weight makes the separability's gradient `gradient_ratio` times as long as the cycle's.
+        """
+        means, gradients = self._means, self._gradients()
         means[_COSINE] = (means[_RETURN] / means[_COSINE].sqrt()).nan_to_num(0.0)
-        if self._balance:
-            weight = self._balance.apply()
+        if self._auto:
+            length = torch.nn.utils.get_total_norm(gradients).clamp(min=torch.finfo(torch.float32).tiny)
+            wanted = self.settings.gradient_ratio * torch.nn.utils.get_total_norm(self._cycle_gradients)
+            weight = wanted / length
+            for gradient, cycle in zip(gradients, self._cycle_gradients, strict=True):
+                gradient.mul_(weight).add_(cycle)
             means[_TOTAL] = means[_CYCLE] + weight * means[_SEPARABILITY]
         else:
             weight = torch.tensor(self.settings.separability_weight, device=self.device)
         self._scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(self._gradients())
+        norm = torch.nn.utils.get_total_norm(gradients)
         if self.settings.clip_gradient:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.settings.clip_gradient, norm)
         return torch.cat([means, weight.view(1), norm.view(1)])
@@ -199,7 +178,7 @@ class Trainer:
         self, learners: Sequence[Learner], replicas: Replicas = ALONE, part_bytes: int | None = None
     ) -> None:
         self.learners = tuple(learners)
-        self._replicas, self._part_bytes = replicas, part_bytes
+        self.replicas, self._part_bytes = replicas, part_bytes
         self._device = learners[0].device
         self._started = False
 
@@ -214,24 +193,17 @@ class Trainer:
                 learner.start_step()
         # The end of a step waits for its figures, and so for its last copy; other copies are waited for here.
         samples = batch.samples.to(self._device, non_blocking=batch.portion.ends_step)
-        n_step = len(batch.portion.step.ids)
-        for part in _parts(samples, self._part_bytes):
+        step = batch.portion.step
+        limit = self._part_bytes or PART_BYTES.get(samples.device.type, PART_BYTES["cpu"])
+        n_part = max(limit // (4 * math.prod(samples.shape[1:])), 1)
+        for part in torch.split(samples, n_part) if len(samples) else ():
             originals = Originals(part.float())
             for learner in active:
-                learner.add(originals, len(part) / n_step)
+                learner.add(originals, len(part) / len(step.ids))
         self._started = not batch.portion.ends_step
-        return [] if self._started else self._finish(active, batch.portion.step)
-
-    def _finish(self, active: Sequence[Learner], step: Step) -> list[StepFigures | None]:
-        self._replicas.add_up([tensor for learner in active for tensor in learner.sums()])
+        if self._started:
+            return []
+        self.replicas.add_up([tensor for learner in active for tensor in learner.sums()])
         values = torch.stack([learner.finish_gradient() for learner in active]).tolist()
         found = {id(a): a.finish_step(step, line) for a, line in zip(active, values, strict=True)}
         return [found.get(id(learner)) for learner in self.learners]
-
-
-def _parts(samples: Float16[Tensor, "n view row col dim"], part_bytes: int | None) -> Sequence[Tensor]:
-    if not len(samples):
-        return ()
-    limit = part_bytes or PART_BYTES.get(samples.device.type, PART_BYTES["cpu"])
-    sample_bytes = 4 * math.prod(samples.shape[1:])
-    return torch.split(samples, max(limit // sample_bytes, 1))

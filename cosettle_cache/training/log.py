@@ -19,75 +19,39 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
+from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.files import output_errors, write_durably
 from cosettle_cache.core.settings import (
     SpectralSettings,
     TrainSettings,
-    differing,
     digest,
     package_versions,
     settings_json,
 )
-from cosettle_cache.core.tables import make_table
 from cosettle_cache.store import FeatureStore
 
+#: What to do about a folder that holds something else.
+START_OVER = "choose another folder with --out, or remove this one to start over"
 
-@dataclass(frozen=True, slots=True)
+
 class RunFiles:
     """Where the results of a run lie, or of one member of a sweep."""
 
-    folder: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        """What a stopped run goes on from, with all its members."""
-        return self.folder / "checkpoint.pt"
-
-    @property
-    def metrics(self) -> Path:
-        """One line of figures per step."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def validation(self) -> Path:
-        """One line of figures per epoch, on the held-out clips."""
-        return self.folder / "validation.jsonl"
-
-    @property
-    def curves(self) -> Path:
-        """The picture of the figures."""
-        return self.folder / "curves.png"
-
-    @property
-    def curves_svg(self) -> Path:
-        """The same, for reports."""
-        return self.folder / "curves.svg"
-
-    @property
-    def projection(self) -> Path:
-        """The result; there once the run is complete."""
-        return self.folder / "projection.safetensors"
-
-    @property
-    def report(self) -> Path:
-        """The report as JSON."""
-        return self.folder / "train.json"
-
-    @property
-    def scalars(self) -> Path:
-        """The folder for TensorBoard."""
-        return self.folder / "tensorboard"
-
-    @property
-    def table(self) -> Path:
-        """The figures of every step of every member of a sweep."""
-        return self.folder / "curves.parquet"
-
-    @property
-    def comparison(self) -> Path:
-        """The members of a sweep side by side, as JSON."""
-        return self.folder / "sweep.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        #: What a stopped run goes on from, with all its members.
+        self.checkpoint = folder / "checkpoint.pt"
+        #: One line of figures per step, and one per epoch on the held-out clips.
+        self.metrics, self.validation = folder / "metrics.jsonl", folder / "validation.jsonl"
+        #: The picture of the figures.
+        self.curves, self.curves_svg = folder / "curves.png", folder / "curves.svg"
+        #: The result; there once the run is complete.
+        self.projection = folder / "projection.safetensors"
+        self.report = folder / "train.json"
+        #: The folder for TensorBoard.
+        self.scalars = folder / "tensorboard"
+        #: The figures of every step of every member of a sweep, and the members side by side.
+        self.table, self.comparison = folder / "curves.parquet", folder / "sweep.json"
 
     def member(self, name: str) -> RunFiles:
         """Return the files of a member of a sweep; without a name, these."""
@@ -95,18 +59,8 @@ class RunFiles:
 
     def clear(self) -> None:
         """Remove what an earlier run left, so that nothing of it passes for this one's."""
-        names = (
-            "checkpoint",
-            "metrics",
-            "validation",
-            "curves",
-            "curves_svg",
-            "projection",
-            "report",
-            "table",
-            "comparison",
-        )
-        for path in [*(getattr(self, name) for name in names), *self.scalars.glob("events.*")]:
+        own = [path for name, path in vars(self).items() if name not in ("folder", "scalars")]
+        for path in [*own, *self.scalars.glob("events.*")]:
             with output_errors(path):
                 path.unlink(missing_ok=True)
 
@@ -167,7 +121,7 @@ class FiguresLog:
                 f"{path} is shorter than when the checkpoint was taken",
                 wanted=f"{n_bytes} bytes or more",
                 found=f"{found} bytes",
-                hint="choose another folder with --out, or remove this one to start over",
+                hint=START_OVER,
             )
 
     def close(self) -> None:
@@ -221,37 +175,24 @@ class Checkpoint:
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` so that the name always holds a whole one."""
-    document = {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
     buffer = io.BytesIO()
-    torch.save(document, buffer)
+    torch.save({name: getattr(checkpoint, name) for name in Checkpoint.__slots__}, buffer)
     write_durably(path, [buffer.getbuffer()])
-
-
-#: What torch's restricted reader meets in a damaged file, or in one that holds something else.
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU; raise `CheckpointError` when it is damaged or none of ours."""
+    # What torch's restricted reader meets in a damaged file, or in one that holds something else.
+    unreadable = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError)
     try:
         data = io.BytesIO(path.read_bytes())
         return Checkpoint(**torch.load(data, map_location="cpu", weights_only=True))
-    except _UNREADABLE as error:
+    except unreadable as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of a training run",
             found=(str(error) or type(error).__name__).splitlines()[0][:120],
-            hint="choose another folder with --out, or remove this one to start over",
+            hint=START_OVER,
         ) from error
-
-
-def check_origin(path: Path, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raise `FingerprintError` listing every key in which a checkpoint's origin differs from this run's."""
-    if details := differing(wanted, found):
-        raise FingerprintError(
-            f"{path} was made with other settings or on another store",
-            details=details,
-            hint="choose another folder with --out, or remove this one to start over",
-        )
 
 
 _ARROW_TYPES = {"int": pa.int64(), "float": pa.float64()}
@@ -324,34 +265,17 @@ class TrainReport:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
         members = [asdict(member) | {"folder": str(member.folder)} for member in self.members]
-        return asdict(self) | {
-            "folder": str(self.folder),
-            "samples_per_s": self.samples_per_s,
-            "members": members,
-            "warnings": list(self.warnings),
-        }
+        lists = {"members": members, "warnings": list(self.warnings)}
+        return asdict(self) | {"folder": str(self.folder), "samples_per_s": self.samples_per_s} | lists
 
 
 def report_member(files: RunFiles, name: str, diverged_at: int | None, sha256: str) -> MemberReport:
     """Return the report of a member from what it wrote."""
     figures = read_figures(files.metrics) if files.metrics.exists() else []
     validation = read_validation(files.validation)
-    return MemberReport(
-        name=name,
-        folder=files.folder,
-        first=figures[0] if figures else None,
-        last=figures[-1] if figures else None,
-        first_validation=validation[0] if validation else None,
-        last_validation=validation[-1] if validation else None,
-        diverged_at=diverged_at,
-        projection_sha256=sha256,
-    )
-
-
-def curves_table(figures: Mapping[str, Sequence[StepFigures]]) -> pa.Table:
-    """Return the figures of every step of every member, members in order."""
-    rows = [{"member": name, **asdict(item)} for name, items in figures.items() for item in items]
-    return make_table(rows, CURVES_SCHEMA)
+    first, last = next(iter(figures), None), next(reversed(figures), None)
+    epochs = next(iter(validation), None), next(reversed(validation), None)
+    return MemberReport(name, files.folder, first, last, *epochs, diverged_at, sha256)
 
 
 def comparison(members: Sequence[MemberReport]) -> tuple[list[str], list[list[str]]]:
@@ -362,7 +286,7 @@ def comparison(members: Sequence[MemberReport]) -> tuple[list[str], list[list[st
     validated = any(member.last_validation for member in members)
     header = ["member", "loss", "cycle", "separability", "weight", "cycle accuracy"]
     header += ["held-out cycle accuracy", "held-out margin"] if validated else []
-    return header, [_row(member, validated) for member in sorted(members, key=_rank)]
+    return header, [_row(member, len(header)) for member in sorted(members, key=_rank)]
 
 
 def _rank(member: MemberReport) -> tuple[bool, float]:
@@ -371,15 +295,15 @@ def _rank(member: MemberReport) -> tuple[bool, float]:
     return False, -(member.last_validation.margin if member.last_validation else member.last.cycle_accuracy)
 
 
-def _row(member: MemberReport, validated: bool) -> list[str]:
+def _row(member: MemberReport, n_columns: int) -> list[str]:
+    last, held_out, cells = member.last, member.last_validation, [member.name]
     if member.diverged_at is not None:
-        return [member.name, f"diverged at step {member.diverged_at}", *[""] * (6 if validated else 4)]
-    last, held_out = member.last, member.last_validation
-    names = ("total", "cycle", "separability", "separability_weight", "cycle_accuracy")
-    cells = [f"{getattr(last, name):.4g}" if last else "" for name in names]
-    if validated:
-        cells += [f"{held_out.cycle_accuracy:.4f}", f"{held_out.margin:.4f}"] if held_out else ["", ""]
-    return [member.name, *cells]
+        cells.append(f"diverged at step {member.diverged_at}")
+    elif last:
+        names = ("total", "cycle", "separability", "separability_weight", "cycle_accuracy")
+        cells += [f"{getattr(last, name):.4g}" for name in names]
+        cells += [f"{held_out.cycle_accuracy:.4f}", f"{held_out.margin:.4f}"] if held_out else []
+    return cells + [""] * (n_columns - len(cells))
 
 
 def projection_provenance(

@@ -110,12 +110,11 @@ def transfer_loss(
 
 #: A separability loss: (unit projected tokens, tokens of the encoder, reduction) -> the loss; or, where that
 #: is cheaper than autograd, the loss and a function that computes its gradient in the first as a new tensor.
-Regularizer = Callable[[Tensor, Originals, str], Tensor | tuple[Tensor, Callable[[], Tensor]]]
+Loss = tuple[Float[Tensor, ""], Callable[[], Tensor]]
+Regularizer = Callable[[Tensor, Originals, str], Tensor | Loss]
 
 
-def kl(
-    projected: Tensor, originals: Originals, reduction: str
-) -> tuple[Float[Tensor, ""], Callable[[], Tensor]]:
+def kl(projected: Tensor, originals: Originals, reduction: str) -> Loss:
     """KL divergence between softmax(z) and softmax(p) over the channels, for unit tokens z, p = g(z) (Eq. 3).
 
     `released`: KL(z || p), summed over tokens, mean over samples. `token-mean`: KL(p || z), mean over tokens
@@ -138,9 +137,7 @@ def kl(
     return loss, lambda: difference.sub(mean).mul_(probabilities).mul_(scale)
 
 
-def cosine(
-    projected: Tensor, originals: Originals, reduction: str
-) -> tuple[Float[Tensor, ""], Callable[[], Tensor]]:
+def cosine(projected: Tensor, originals: Originals, reduction: str) -> Loss:
     """(1 - cosine) / dim of unit tokens, nearly the KL divergence; summed up over tokens as that is."""
     dim = projected.shape[-1]
     scale = 1 / (len(projected) * dim) if reduction == "released" else 1 / projected.numel()
@@ -148,9 +145,7 @@ def cosine(
     return loss, lambda: originals.unit * -scale
 
 
-def mse(
-    projected: Tensor, originals: Originals, reduction: str
-) -> tuple[Float[Tensor, ""], Callable[[], Tensor]]:
+def mse(projected: Tensor, originals: Originals, reduction: str) -> Loss:
     """Squared difference of unit tokens, its mean over samples, tokens and channels in either reduction.
 
     That is 2 / dim * (1 - mean cosine) (Table 15).
@@ -235,9 +230,7 @@ def _cycle(
     return cycle_loss(transition) * n_walks, transition
 
 
-def _separability(
-    unit: Tensor, originals: Originals, settings: _Settings
-) -> tuple[Float[Tensor, ""], Callable[[], Tensor]]:
+def _separability(unit: Tensor, originals: Originals, settings: _Settings) -> Loss:
     found = REGULARIZERS[settings.regularizer](unit, originals, settings.reduction)
     if isinstance(found, tuple):
         return found

@@ -39,25 +39,12 @@ from cosettle_cache.training.validate import HeldOut
 Value = str | int | float
 
 #: Settings that decide the stream of batches or how it is worked through: all members share them.
-STREAM_SETTINGS = frozenset(
-    [
-        "epochs",
-        "batch_size",
-        "accumulate",
-        "precision",
-        "seed",
-        "order",
-        "shard_window",
-        "validation",
-        "palindrome",
-        "gap",
-        "checkpoint_every",
-    ]
-)
+_STREAM_SETTINGS = {"epochs", "batch_size", "accumulate", "precision", "seed", "order", "shard_window"}
+_STREAM_SETTINGS |= {"validation", "palindrome", "gap", "checkpoint_every"}
 
 #: Type of every setting, and those that may differ between the members of a sweep.
 _KINDS: dict[str, type[Value]] = {name: type(value) for name, value in settings_json(TrainSettings()).items()}
-SWEEPABLE = tuple(name for name in _KINDS if name not in STREAM_SETTINGS)
+SWEEPABLE = tuple(name for name in _KINDS if name not in _STREAM_SETTINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +67,32 @@ def parse_axis(text: str) -> Axis:
     """Return the axis written as `name=value,value`; raise `UsageError` when it means nothing."""
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_")
-    _check_name(name)
+    if name in _STREAM_SETTINGS:
+        raise UsageError(
+            f"{name} cannot be swept: all members of a sweep learn from the same batches",
+            wanted=", ".join(SWEEPABLE),
+            found=name,
+            hint="train once per value, each with its own --out",
+        )
+    if name not in SWEEPABLE:
+        close = difflib.get_close_matches(name, SWEEPABLE, n=1)
+        hint = f"did you mean {close[0]}?" if close else None
+        raise UsageError(
+            "a sweep over an unknown setting", wanted=", ".join(SWEEPABLE), found=name, hint=hint
+        )
     parsed = tuple(_parse_value(name, value.strip()) for value in values.split(","))
     if len(set(parsed)) < len(parsed):
         raise UsageError(f"the sweep over {name} names a value twice", found=values)
     return Axis(name, parsed)
+
+
+def _parse_value(name: str, text: str) -> Value:
+    kind = _KINDS[name]
+    try:
+        return text if name == "separability_weight" and text == "auto" else kind(text)
+    except ValueError as error:
+        wanted = f"{kind.__name__} values"
+        raise UsageError(f"{name} cannot be {text!r}", wanted=wanted, found=text) from error
 
 
 def make_members(settings: TrainSettings, axes: Sequence[Axis]) -> tuple[Member, ...]:
@@ -101,35 +109,9 @@ def make_members(settings: TrainSettings, axes: Sequence[Axis]) -> tuple[Member,
     return tuple(members)
 
 
-def _check_name(name: str) -> None:
-    if name in STREAM_SETTINGS:
-        raise UsageError(
-            f"{name} cannot be swept: all members of a sweep learn from the same batches",
-            wanted=", ".join(SWEEPABLE),
-            found=name,
-            hint="train once per value, each with its own --out",
-        )
-    if name not in SWEEPABLE:
-        close = difflib.get_close_matches(name, SWEEPABLE, n=1)
-        hint = f"did you mean {close[0]}?" if close else None
-        raise UsageError(
-            "a sweep over an unknown setting", wanted=", ".join(SWEEPABLE), found=name, hint=hint
-        )
-
-
-def _parse_value(name: str, text: str) -> Value:
-    kind = _KINDS[name]
-    if name == "separability_weight" and text == "auto":
-        return text
-    try:
-        return kind(text)
-    except ValueError as error:
-        wanted = f"{kind.__name__} values"
-        raise UsageError(f"{name} cannot be {text!r}", wanted=wanted, found=text) from error
-
-
 #: Tokens of a sample over channels in the released setting: what the default separability weight is made for.
-RELEASED_TOKENS_PER_DIM = 588 / 768
+_RELEASED_TOKENS_PER_DIM = 588 / 768
+_RELEASED_FORM = ("kl", "released")
 
 #: How an epoch is shuffled: all samples, or shards and then samples within a window of shards.
 ORDERS = ("samples", "shards")
@@ -156,32 +138,26 @@ class Stream:
         return HeldOut(self.samples, self.settings.validation, self.settings.seed)
 
     @cached_property
-    def shuffle_shards(self) -> ShuffleShards | None:
-        """The order by shards, if that was asked for."""
-        if self.settings.order != "shards":
-            return None
-        return ShuffleShards(self.samples.slots, self.settings.shard_window)
-
-    @cached_property
     def order(self) -> EpochOrder:
         """The batches of every epoch."""
+        settings, samples = self.settings, self.samples
+        by_shard = ShuffleShards(samples.slots, settings.shard_window)
         return EpochOrder(
-            self.samples.epoch_ids,
-            self.settings.step_samples,
-            self.settings.seed,
-            self.shuffle_shards or shuffle_samples,
-            self.held_out if self.settings.validation else None,
-            self.samples.arrange if len(self.stores) > 1 else None,
+            samples.epoch_ids,
+            settings.step_samples,
+            settings.seed,
+            by_shard if settings.order == "shards" else shuffle_samples,
+            self.held_out if settings.validation else None,
+            samples.arrange if len(self.stores) > 1 else None,
         )
 
     def portions(self, start: int, replicas: Replicas) -> Iterator[Portion]:
         """Yield this process's reads from step `start` on."""
         steps = make_steps(self.order, self.settings.epochs, start)
         portions = make_portions(steps, self.settings.accumulate, replicas.share)
-        if self.shuffle_shards is None:
+        if self.settings.order != "shards":
             return portions
-        window = self.settings.shard_window
-        return announced(portions, window, self.samples.slots, self.samples.will_need)
+        return announced(portions, self.settings.shard_window, self.samples.slots, self.samples.will_need)
 
     def capacity(self, replicas: Replicas) -> int:
         """Return the size of the largest portion."""
@@ -189,20 +165,21 @@ class Stream:
         return math.ceil(share / self.settings.accumulate)
 
     def origin(self, members: Sequence[Member]) -> dict[str, str]:
-        """Return what decides the parameters of a run; how often it saves does not."""
-        settings = {member.name or "settings": settings_json(member.settings) for member in members}
-        for document in settings.values():
-            del document["checkpoint_every"]
-        stores = {
-            f"store{number or ''}": store.fingerprint.to_json() for number, store in enumerate(self.stores)
-        }
-        return flat_text({**settings, **stores, "samples": self._samples_json()})
+        """Return what decides the parameters of a run; how often it saves does not.
 
-    def _samples_json(self) -> dict[str, Any]:
-        """Return what says which samples the stores hold: they may have been half-written."""
+        Samples are listed as well: a store of the same fingerprint may have been half-written.
+        """
+        document: dict[str, Any] = {}
+        for member in members:
+            settings = settings_json(member.settings)
+            del settings["checkpoint_every"]
+            document[member.name or "settings"] = settings
+        for number, store in enumerate(self.stores):
+            document[f"store{number or ''}"] = store.fingerprint.to_json()
         rounds = [self.samples.epoch_ids(epoch) for epoch in range(self.samples.n_rounds)]
-        clips = self.samples.videos(rounds[0])
-        return {"n": sum(map(len, rounds)), "digest": digest([clips, [ids.tolist() for ids in rounds]])}
+        listed = [self.samples.videos(rounds[0]), [ids.tolist() for ids in rounds]]
+        document["samples"] = {"n": sum(map(len, rounds)), "digest": digest(listed)}
+        return flat_text(document)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +204,6 @@ class TrainPlan:
     init: str
     read_bytes: int
     warnings: tuple[str, ...]
-
-    @property
-    def dim(self) -> int:
-        """Channels of a token."""
-        return self.sample_shape[-1]
 
     @property
     def sample_bytes(self) -> int:
@@ -273,10 +245,9 @@ def make_train_plan(
 
 def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:
     """Return the plan of training `members` on `stream`."""
-    _check_stream_settings(stream.settings)
     _, rows, cols, dim = shape = stream.samples.shape
     for member in members:
-        _check_objective(member.settings, rows, cols)
+        _check_settings(member.settings, rows, cols)
     epochs = range(stream.settings.epochs)
     sizes = [[len(ids) for ids in stream.order(epoch)] for epoch in epochs]
     if not all(sizes):
@@ -302,21 +273,17 @@ def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:
     )
 
 
-def _check_stream_settings(settings: TrainSettings) -> None:
-    if settings.order not in ORDERS:
-        raise UsageError("unknown order", wanted=" or ".join(ORDERS), found=settings.order)
-    if settings.precision not in PRECISIONS:
-        raise UsageError("unknown precision", wanted=" or ".join(PRECISIONS), found=settings.precision)
+def _check_settings(settings: TrainSettings, rows: int, cols: int) -> None:
+    check_trainable(settings.head)
+    find_regularizer(settings.regularizer, settings.reduction)
+    check_window(rows, cols, settings.window)
+    for name, names in (("order", ORDERS), ("precision", PRECISIONS)):
+        if getattr(settings, name) not in names:
+            raise UsageError(f"unknown {name}", wanted=" or ".join(names), found=getattr(settings, name))
     if not 0 <= settings.validation < 1:
         raise UsageError("validation is a share of the clips", wanted="0 to 1", found=settings.validation)
     if settings.palindrome < 2:
         raise UsageError("a walk visits two frames or more", wanted="2 or more", found=settings.palindrome)
-
-
-def _check_objective(settings: TrainSettings, rows: int, cols: int) -> None:
-    check_trainable(settings.head)
-    find_regularizer(settings.regularizer, settings.reduction)
-    check_window(rows, cols, settings.window)
     if not settings.temperature > 0:
         raise UsageError("the temperature divides cosines", wanted="above 0", found=settings.temperature)
     for name, bound in _BOUNDS.items():
@@ -328,7 +295,18 @@ def _check_objective(settings: TrainSettings, rows: int, cols: int) -> None:
 
 def _warnings(stream: Stream, members: Sequence[Member]) -> Iterator[str]:
     settings = stream.settings
-    yield from dict.fromkeys(w for member in members for w in _weight_warnings(stream, member.settings))
+    views, rows, cols, dim = stream.samples.shape
+    ratio = views * rows * cols / dim / _RELEASED_TOKENS_PER_DIM
+    released = [
+        m.settings for m in members if (m.settings.regularizer, m.settings.reduction) == _RELEASED_FORM
+    ]
+    for weight in dict.fromkeys(item.separability_weight for item in released):
+        if weight == "auto" or abs(ratio - 1) <= 0.01:
+            continue
+        yield (
+            f"the separability weight acts {ratio:.3g} times as strongly on these tokens as on the released "
+            f"588 of 768 channels; {weight / ratio:.3g} would act as {weight:.3g} did there"
+        )
     smallest = min(len(stream.order.visited(epoch)) for epoch in range(settings.epochs))
     if smallest < settings.step_samples:
         yield (
@@ -345,15 +323,3 @@ def _warnings(stream: Stream, members: Sequence[Member]) -> Iterator[str]:
         todo, failed = states.get(SlotState.TODO, 0), states.get(SlotState.FAILED, 0)
         if todo or failed:
             yield f"the store is not complete: {todo} slots to do, {failed} with failed clips"
-
-
-def _weight_warnings(stream: Stream, settings: TrainSettings) -> Iterator[str]:
-    views, rows, cols, dim = stream.samples.shape
-    ratio = views * rows * cols / dim / RELEASED_TOKENS_PER_DIM
-    weight = settings.separability_weight
-    released = settings.regularizer == "kl" and settings.reduction == "released"
-    if released and weight != "auto" and abs(ratio - 1) > 0.01:
-        yield (
-            f"the separability weight acts {ratio:.3g} times as strongly on these tokens as on the released "
-            f"588 of 768 channels; {weight / ratio:.3g} would act as {weight:.3g} did there"
-        )

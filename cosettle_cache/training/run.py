@@ -8,35 +8,33 @@ without a sweep has one member. A run that was stopped goes on where it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
-from types import TracebackType
 from typing import Any
 
 from cosettle_cache.core.console import SILENT, Progress
-from cosettle_cache.core.errors import CheckpointError, InputError
+from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.core.settings import TrainSettings
-from cosettle_cache.core.tables import write_json, write_table
+from cosettle_cache.core.settings import TrainSettings, differing
+from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.pictures.charts import curves_chart, save_chart
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.training.batches import ALONE, Batch, BatchRing, Ids, Replicas, Step
+from cosettle_cache.training.batches import ALONE, BatchRing, Ids, Replicas, Step
 from cosettle_cache.training.learner import Learner, Trainer
 from cosettle_cache.training.log import (
+    CURVES_SCHEMA,
+    START_OVER,
     Checkpoint,
     FiguresLog,
-    MemberReport,
     RunFiles,
     StepFigures,
     TrainReport,
     ValidationFigures,
-    check_origin,
     comparison,
-    curves_table,
     figure_columns,
     projection_provenance,
     read_checkpoint,
@@ -55,88 +53,8 @@ from cosettle_cache.training.plan import (
     make_train_plan,
     plan_stream,
 )
-from cosettle_cache.training.samples import find_not_finite
+from cosettle_cache.training.samples import JoinedSamples, find_not_finite
 from cosettle_cache.training.validate import validate
-
-
-class Journal:
-    """Open files of a run's members, in their order, from step `step` on.
-
-    `n_bytes` says how much of each member's figures is kept.
-    """
-
-    def __init__(
-        self, files: RunFiles, names: Sequence[str], step: int, n_bytes: Sequence[tuple[int, int]]
-    ) -> None:
-        self._checkpoint = files.checkpoint
-        self._pages = [_Page(files.member(a), step, *b) for a, b in zip(names, n_bytes, strict=True)]
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for page in self._pages:
-            page.close()
-
-    def steps(self, figures: Sequence[StepFigures | None]) -> None:
-        """Write the figures of a step, one line per member that still learns."""
-        for page, item in zip(self._pages, figures, strict=False):
-            if item is not None:
-                page.metrics.append(item)
-                page.scalars.add("train", item)
-
-    def validation(self, figures: Sequence[ValidationFigures | None]) -> None:
-        """Write the figures of an epoch on held-out clips, one line per member that still learns."""
-        for page, item in zip(self._pages, figures, strict=False):
-            if item is not None:
-                page.validation.append(item)
-                page.scalars.add("validation", item)
-
-    def save(self, step: int, origin: Mapping[str, str], learners: Sequence[Learner]) -> None:
-        """Write a checkpoint after `step` steps, once all lines before it are safely on disk."""
-        if self._pages:
-            n_bytes = [(page.metrics.sync(), page.validation.sync()) for page in self._pages]
-            states = [learner.state() for learner in learners]
-            write_checkpoint(self._checkpoint, Checkpoint(step, dict(origin), n_bytes, states))
-
-
-class _Page:
-    def __init__(self, files: RunFiles, step: int, n_metrics: int, n_validation: int) -> None:
-        make_folder(files.folder)
-        self.metrics = FiguresLog(files.metrics, n_metrics)
-        self.validation = FiguresLog(files.validation, n_validation)
-        self.scalars = Scalars(files.scalars, step)
-
-    def close(self) -> None:
-        self.metrics.close()
-        self.validation.close()
-        self.scalars.close()
-
-
-class Scalars:
-    """TensorBoard's view of the figures; nothing is written where the `tensorboard` package is absent."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._writer: Any = None
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder), purge_step=first_step)
-
-    def add(self, group: str, figures: StepFigures | ValidationFigures) -> None:
-        """Write every figure under `group/name`."""
-        if self._writer is not None:
-            for name, value in asdict(figures).items():
-                if name != "step":
-                    self._writer.add_scalar(f"{group}/{name}", value, figures.step)
-
-    def close(self) -> None:
-        """Write what is pending."""
-        if self._writer is not None:
-            self._writer.close()
-
 
 __all__ = ["TrainPlan", "TrainReport", "make_train_plan", "train"]
 
@@ -161,219 +79,221 @@ def train(
     stores without shifted views or with tokens that are not finite, `FingerprintError` when `out` holds a run
     of other settings or other stores, or when the stores are of several encoders.
     """
-    stream = make_stream(stores, settings)
-    members = make_members(settings, sweep)
-    plan = plan_stream(stream, members)
+    stream, members = make_stream(stores, settings), make_members(settings, sweep)
+    plan, origin = plan_stream(stream, members), stream.origin(members)
     files = RunFiles(make_folder(out))
-    if not resume:
-        _clear(files, members, replicas)
-        replicas.wait()
-    trainer = Trainer([_make_learner(plan, member, device) for member in members], replicas)
-    origin = stream.origin(members)
-    run = _Run(stream, members, plan, origin, files, trainer, replicas, progress or SILENT, stop or Event())
-    return run.run()
-
-
-@dataclass(slots=True)
-class _Run:
-    """One call of `train`: from the checkpoint, if there is one, to the end or to where it was stopped."""
-
-    stream: Stream
-    members: Sequence[Member]
-    plan: TrainPlan
-    origin: Mapping[str, str]
-    files: RunFiles
-    trainer: Trainer
-    replicas: Replicas
-    progress: Progress
-    stop: Event
-    steps_before: int = 0
-    steps: int = 0
-    samples: int = 0
-
-    def run(self) -> TrainReport:
-        n_bytes = self._restore()
-        self.replicas.wait()
-        names = [member.name for member in self.members] if self.replicas.is_first else []
-        started = time.perf_counter()
-        with Journal(self.files, names, self.steps_before, n_bytes) as journal, self._ring() as ring:
-            self.progress.start(self._samples_left(), "samples")
-            try:
-                for batch in ring:
-                    figures = self.trainer.feed(batch)
-                    if batch.portion.ends_step:
-                        self._end_step(batch, figures, journal, started)
-                        if self.replicas.any(self.stop.is_set(), self.trainer.learners[0].device):
-                            self._save(journal)
-                            break
-            finally:
-                self.progress.finish()
-        return self._finish(time.perf_counter() - started, ring.waited_s)
-
-    def _restore(self) -> Sequence[tuple[int, int]]:
-        """Take up the checkpoint, if there is one; return how much of the members' figures it covers."""
-        path = self.files.checkpoint
-        if not path.exists():
-            _clear(self.files, self.members, self.replicas)
-            return [(0, 0)] * (len(self.members) if self.replicas.is_first else 0)
-        checkpoint = read_checkpoint(path)
-        check_origin(path, self.origin, checkpoint.origin)
-        for learner, state in zip(self.trainer.learners, checkpoint.learners, strict=True):
-            _load(path, learner, state)
-        self.steps_before = checkpoint.step
-        return checkpoint.n_bytes if self.replicas.is_first else []
-
-    def _ring(self) -> BatchRing:
-        return BatchRing(
-            self.stream.samples,
-            self.stream.portions(self.steps_before, self.replicas),
-            self.plan.sample_shape,
-            self.stream.capacity(self.replicas),
-            pin=self.trainer.learners[0].device.type == "cuda",
-        )
-
-    def _samples_left(self) -> int:
-        left = self.plan.n_steps - self.steps_before
-        return left * self.plan.n_samples // self.plan.n_steps
-
-    def _end_step(
-        self, batch: Batch, figures: Sequence[StepFigures | None], journal: Journal, started: float
-    ) -> None:
-        step = batch.portion.step
-        self._check_finite(step)
-        journal.steps(figures)
-        self.steps += 1
-        self.samples += len(step.ids)
-        self._advance(step, next(item for item in figures if item is not None), started)
-        if step.ends_epoch and self.plan.n_held_out and self.replicas.is_first:
-            journal.validation(self._validate(step))
-        due = (step.number + 1) % self.stream.settings.checkpoint_every == 0
-        if due or step.ends_epoch:
-            self._save(journal)
-
-    def _advance(self, step: Step, figures: StepFigures, started: float) -> None:
-        seconds = time.perf_counter() - started
-        self.progress.advance(
-            len(step.ids),
-            loss=figures.total,
-            cycle_accuracy=figures.cycle_accuracy,
-            GB_per_s=self.samples * self.plan.sample_bytes / seconds / 1e9,
-        )
-
-    def _validate(self, step: Step) -> list[ValidationFigures | None]:
-        active = [learner for learner in self.trainer.learners if learner.diverged_at is None]
-        ids = self.stream.held_out.ids
-        figures = iter(validate(active, self.stream.samples, ids, step.number, step.epoch))
-        return [None if item.diverged_at is not None else next(figures) for item in self.trainer.learners]
-
-    def _check_finite(self, step: Step) -> None:
-        """Raise `InputError` when tokens of a step are to blame for a divergence, or no learner is left."""
-        learners = self.trainer.learners
-        if not any(learner.diverged_at == step.number for learner in learners):
-            return
-        where = f"at step {step.number} (epoch {step.epoch})"
-        bad = find_not_finite(self.stream.samples, step.ids)
-        if len(bad):
-            raise InputError(
-                f"{len(bad)} samples of the batch {where} hold tokens that are not finite",
-                details=self._names(bad),
-                hint="extract these clips again into another store",
-            )
-        if all(learner.diverged_at is not None for learner in learners):
-            raise InputError(
-                f"training diverged {where}: the loss or its gradient is not finite, the tokens are",
-                details=self._names(step.ids),
-                hint="lower base_lr or raise the temperature; the last checkpoint is kept",
-            )
-
-    def _names(self, ids: Ids, limit: int = 8) -> list[str]:
-        more = [f"... and {len(ids) - limit} more"] if len(ids) > limit else []
-        return [self.stream.samples.name(int(item)) for item in ids[:limit]] + more
-
-    def _save(self, journal: Journal) -> None:
-        journal.save(self.steps_before + self.steps, self.origin, self.trainer.learners)
-
-    def _finish(self, seconds: float, waited_s: float) -> TrainReport:
-        complete = self.steps_before + self.steps == self.plan.n_steps
-        self.replicas.wait()
-        report = TrainReport(
-            folder=self.files.folder,
-            epochs=self.plan.epochs,
-            steps=self.steps,
-            steps_before=self.steps_before,
-            samples=self.samples,
-            read_bytes=self.samples * self.plan.sample_bytes,
-            seconds=seconds,
-            waiting_share=waited_s / seconds if seconds else 0.0,
-            interrupted=not complete,
-            members=tuple(self._finish_member(number, complete) for number in range(len(self.members))),
-            warnings=self.plan.warnings,
-        )
-        if self.replicas.is_first:
-            self._write(report)
-        return report
-
-    def _finish_member(self, number: int, complete: bool) -> MemberReport:
-        """Leave a member's picture and projection in its folder; return its report."""
-        member, learner = self.members[number], self.trainer.learners[number]
-        files = self.files.member(member.name)
-        done = complete and learner.diverged_at is None
-        sha256 = projection_sha256(learner.projection) if done else ""
-        report = report_member(files, member.name, learner.diverged_at, sha256)
-        if self.replicas.is_first and report.last:
-            n_tokens = self.plan.grid.n_tokens // member.settings.window**2
-            steps = {member.name: figure_columns(read_figures(files.metrics))}
-            held_out = {member.name: figure_columns(read_validation(files.validation))}
-            save_chart(curves_chart(steps, held_out, n_tokens), files.curves, files.curves_svg)
-            if done:
-                provenance = projection_provenance(
-                    self.stream.stores,
-                    member.settings,
-                    plan=self.plan.to_json(),
-                    last_step=asdict(report.last),
-                )
-                save_projection(files.projection, learner.projection, provenance)
-        return report
-
-    def _write(self, report: TrainReport) -> None:
-        write_json(self.files.report, report.to_json())
-        if not self.members[0].name:
-            return
-        files = {m.name: self.files.member(m.name) for m in self.members}
-        figures = {name: read_figures(item.metrics) for name, item in files.items()}
-        held_out = {name: figure_columns(read_validation(item.validation)) for name, item in files.items()}
-        write_table(self.files.table, curves_table(figures))
-        steps = {name: figure_columns(items) for name, items in figures.items()}
-        save_chart(curves_chart(steps, held_out), self.files.curves, self.files.curves_svg)
-        header, rows = comparison(report.members)
-        write_json(self.files.comparison, {"header": header, "rows": rows})
-
-
-def _make_learner(plan: TrainPlan, member: Member, device: str) -> Learner:
-    settings = member.settings
-    projection = Projection(plan.dim, settings.head, init=plan.init, seed=settings.seed)
-    return Learner(projection.to(device), settings)
-
-
-def _load(path: Path, learner: Learner, state: Mapping[str, object]) -> None:
-    """Give a learner its state; raise `CheckpointError` for one of another width or that is not finite."""
-    try:
-        learner.load_state(dict(state))
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} does not fit this run",
-            found=str(error).strip().splitlines()[-1].strip(),
-            hint="choose another folder with --out, or remove this one to start over",
-        ) from error
-    if learner.diverged_at is None and not all(p.isfinite().all() for p in learner.projection.parameters()):
-        raise CheckpointError(
-            f"{path} holds weights that are not finite",
-            hint="remove this folder to start over, with a lower base_lr",
-        )
-
-
-def _clear(files: RunFiles, members: Sequence[Member], replicas: Replicas) -> None:
+    folders = [files.member(member.name) for member in members]
+    heads = [
+        Projection(plan.sample_shape[-1], m.settings.head, init=plan.init, seed=m.settings.seed)
+        for m in members
+    ]
+    learners = [Learner(head.to(device), m.settings) for head, m in zip(heads, members, strict=True)]
+    if replicas.is_first and not (resume and files.checkpoint.exists()):
+        for item in (files, *folders):
+            item.clear()
+    replicas.wait()
+    before = _restore(files.checkpoint, learners, origin)
+    trainer, started = Trainer(learners, replicas), time.perf_counter()
+    steps, samples, waited_s = _learn(
+        stream, plan, trainer, files, before, progress or SILENT, stop or Event()
+    )
+    seconds = time.perf_counter() - started
+    replicas.wait()
+    complete = before.step + steps == plan.n_steps
+    digests = [
+        projection_sha256(a.projection) if complete and a.diverged_at is None else "" for a in learners
+    ]
+    ends = [learner.diverged_at for learner in learners]
+    report = TrainReport(
+        folder=files.folder,
+        epochs=plan.epochs,
+        steps=steps,
+        steps_before=before.step,
+        samples=samples,
+        read_bytes=samples * plan.sample_bytes,
+        seconds=seconds,
+        waiting_share=waited_s / seconds if seconds else 0.0,
+        interrupted=not complete,
+        members=tuple(map(report_member, folders, plan.members, ends, digests)),
+        warnings=plan.warnings,
+    )
     if replicas.is_first:
-        files.clear()
-        for member in members:
-            files.member(member.name).clear()
+        _write(files, report, stream, members, plan, learners)
+    return report
+
+
+def _restore(path: Path, learners: Sequence[Learner], origin: dict[str, str]) -> Checkpoint:
+    """Take up the checkpoint at `path`; without one, return that of a run before its first step.
+
+    Raises `FingerprintError` listing every key in which it differs from this run's, and `CheckpointError` for
+    states of another width or that are not finite.
+    """
+    if not path.exists():
+        return Checkpoint(0, origin, [(0, 0)] * len(learners), [])
+    checkpoint = read_checkpoint(path)
+    if details := differing(origin, checkpoint.origin):
+        raise FingerprintError(
+            f"{path} was made with other settings or on another store", details=details, hint=START_OVER
+        )
+    for learner, state in zip(learners, checkpoint.learners, strict=True):
+        try:
+            learner.load_state(state)
+        except (RuntimeError, KeyError, ValueError) as error:
+            found = str(error).strip().splitlines()[-1].strip()
+            raise CheckpointError(f"{path} does not fit this run", found=found, hint=START_OVER) from error
+        finite = all(item.isfinite().all() for item in learner.projection.parameters())
+        if learner.diverged_at is None and not finite:
+            raise CheckpointError(
+                f"{path} holds weights that are not finite",
+                hint="remove this folder to start over, with a lower base_lr",
+            )
+    return replace(checkpoint, origin=origin)
+
+
+def _learn(
+    stream: Stream,
+    plan: TrainPlan,
+    trainer: Trainer,
+    files: RunFiles,
+    before: Checkpoint,
+    progress: Progress,
+    stop: Event,
+) -> tuple[int, int, float]:
+    """Go through the steps after `before`; return their number, their samples and seconds of waiting."""
+    learners, replicas, samples = trainer.learners, trainer.replicas, stream.samples
+    n_steps, n_samples, started = 0, 0, time.perf_counter()
+    with ExitStack() as stack:
+        logs = zip(plan.members, before.n_bytes, strict=True) if replicas.is_first else ()
+        pages = [stack.enter_context(closing(_Page(files.member(a), before.step, n))) for a, n in logs]
+        portions, pin = stream.portions(before.step, replicas), learners[0].device.type == "cuda"
+        ring = BatchRing(samples, portions, plan.sample_shape, stream.capacity(replicas), pin=pin)
+        stack.enter_context(ring)
+        progress.start((plan.n_steps - before.step) * plan.n_samples // plan.n_steps, "samples")
+        stack.callback(progress.finish)
+        for batch in ring:
+            figures = trainer.feed(batch)
+            if not batch.portion.ends_step:
+                continue
+            step = batch.portion.step
+            _check_finite(samples, learners, step)
+            _append(pages, "train", figures)
+            n_steps, n_samples = n_steps + 1, n_samples + len(step.ids)
+            line = next(item for item in figures if item is not None)
+            speed = n_samples * plan.sample_bytes / (time.perf_counter() - started) / 1e9
+            shown = {"loss": line.total, "cycle_accuracy": line.cycle_accuracy, "GB_per_s": speed}
+            progress.advance(len(step.ids), **shown)
+            if step.ends_epoch and plan.n_held_out and replicas.is_first:
+                _append(pages, "validation", validate(learners, samples, stream.held_out.ids, step))
+            stopped = replicas.any(stop.is_set(), learners[0].device)
+            due = step.ends_epoch or (step.number + 1) % stream.settings.checkpoint_every == 0
+            if pages and (due or stopped):
+                # The checkpoint counts lines of figures: these must be safely on disk before it.
+                n_bytes = [page.sync() for page in pages]
+                states = [learner.state() for learner in learners]
+                write_checkpoint(
+                    files.checkpoint, Checkpoint(step.number + 1, before.origin, n_bytes, states)
+                )
+            if stopped:
+                break
+    return n_steps, n_samples, ring.waited_s
+
+
+class _Page:
+    """Open files of a member's figures from step `step` on; `n_bytes` says how much of each is kept.
+
+    TensorBoard's view is left out where the `tensorboard` package is absent.
+    """
+
+    def __init__(self, files: RunFiles, step: int, n_bytes: tuple[int, int]) -> None:
+        make_folder(files.folder)
+        paths = {"train": files.metrics, "validation": files.validation}
+        self._logs = {
+            name: FiguresLog(path, n) for (name, path), n in zip(paths.items(), n_bytes, strict=True)
+        }
+        self._scalars: Any = None
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._scalars = SummaryWriter(str(files.scalars), purge_step=step)
+
+    def append(self, group: str, figures: StepFigures | ValidationFigures) -> None:
+        self._logs[group].append(figures)
+        for name, value in asdict(figures).items() if self._scalars else ():
+            if name != "step":
+                self._scalars.add_scalar(f"{group}/{name}", value, figures.step)
+
+    def sync(self) -> tuple[int, int]:
+        return self._logs["train"].sync(), self._logs["validation"].sync()
+
+    def close(self) -> None:
+        for item in (*self._logs.values(), self._scalars):
+            if item is not None:
+                item.close()
+
+
+def _append(
+    pages: Sequence[_Page], group: str, figures: Sequence[StepFigures | ValidationFigures | None]
+) -> None:
+    """Write one line per member that still learns; there are no pages but on the first replica."""
+    for page, item in zip(pages, figures, strict=False):
+        if item is not None:
+            page.append(group, item)
+
+
+def _check_finite(samples: JoinedSamples, learners: Sequence[Learner], step: Step) -> None:
+    """Raise `InputError` when tokens of a step are to blame for a divergence, or no learner is left."""
+    if not any(learner.diverged_at == step.number for learner in learners):
+        return
+    where = f"at step {step.number} (epoch {step.epoch})"
+    bad = find_not_finite(samples, step.ids)
+    if len(bad):
+        raise InputError(
+            f"{len(bad)} samples of the batch {where} hold tokens that are not finite",
+            details=_names(samples, bad),
+            hint="extract these clips again into another store",
+        )
+    if all(learner.diverged_at is not None for learner in learners):
+        raise InputError(
+            f"training diverged {where}: the loss or its gradient is not finite, the tokens are",
+            details=_names(samples, step.ids),
+            hint="lower base_lr or raise the temperature; the last checkpoint is kept",
+        )
+
+
+def _names(samples: JoinedSamples, ids: Ids, limit: int = 8) -> list[str]:
+    more = [f"... and {len(ids) - limit} more"] if len(ids) > limit else []
+    return [samples.name(int(item)) for item in ids[:limit]] + more
+
+
+def _write(
+    files: RunFiles,
+    report: TrainReport,
+    stream: Stream,
+    members: Sequence[Member],
+    plan: TrainPlan,
+    learners: Sequence[Learner],
+) -> None:
+    """Leave each member's picture and, when it is done, its projection; then the report of the run."""
+    figures = {a.name: read_figures(RunFiles(a.folder).metrics) for a in report.members}
+    steps = {name: figure_columns(lines) for name, lines in figures.items()}
+    held_out = {
+        a.name: figure_columns(read_validation(RunFiles(a.folder).validation)) for a in report.members
+    }
+    for found, member, learner in zip(report.members, members, learners, strict=True):
+        name, mine = found.name, RunFiles(found.folder)
+        if not found.last:
+            continue
+        n_tokens = plan.grid.n_tokens // member.settings.window**2
+        chart = curves_chart({name: steps[name]}, {name: held_out[name]}, n_tokens)
+        save_chart(chart, mine.curves, mine.curves_svg)
+        if found.projection_sha256:
+            documents = {"plan": plan.to_json(), "last_step": asdict(found.last)}
+            provenance = projection_provenance(stream.stores, member.settings, **documents)
+            save_projection(mine.projection, learner.projection, provenance)
+    write_json(files.report, report.to_json())
+    if members[0].name:
+        rows = [{"member": name, **asdict(line)} for name, lines in figures.items() for line in lines]
+        write_table(files.table, make_table(rows, CURVES_SCHEMA))
+        save_chart(curves_chart(steps, held_out), files.curves, files.curves_svg)
+        header, rows = comparison(report.members)
+        write_json(files.comparison, {"header": header, "rows": rows})

@@ -6,7 +6,7 @@ shards. A sample is the views that a walk visits on its way out, and the first o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
@@ -25,7 +25,7 @@ from cosettle_cache.store.plan import choose_pair
 from cosettle_cache.training.batches import Ids
 
 #: What must be equal for tokens of several stores to lie in one space.
-ENCODER_KEYS = ("backbone", "weights_sha256", "token_rule", "position_rule", "preprocessing")
+_ENCODER_KEYS = ("backbone", "weights_sha256", "token_rule", "position_rule", "preprocessing")
 
 #: Samples that a scan reads at a time.
 _SCAN_SAMPLES = 64
@@ -71,49 +71,51 @@ def walk_of(n_views: int) -> tuple[int, ...]:
     return (*out, *reversed(out[1:-1]), n_views - 1)
 
 
-class PairsSamples:
+class _StoreSamples:
+    """What both kinds of stores share: `n_rounds` epochs of samples of `n_frames` plain views."""
+
+    def __init__(self, store: FeatureStore, n_frames: int, n_rounds: int) -> None:
+        layout = store.arrays[0]
+        self._store, self.n_rounds = store, n_rounds
+        self.shape = (n_frames + 1, layout.grid.rows, layout.grid.cols, layout.n_channels)
+
+    def will_need(self, slots: Ids) -> None:
+        self._store.will_need(slots)
+
+
+class _PairsSamples(_StoreSamples):
     """The samples of a pairs store; epoch `e` visits view set `e` modulo their number."""
 
     def __init__(self, store: FeatureStore) -> None:
         table = store.sample_table
         if not len(table):
             raise InputError("this store holds no samples yet", hint="run the extract command to its end")
-        self._store, self._table = store, table
+        self._table = table
         self._ids = table["sample"].to_numpy().astype(np.int64)
         views = table["view"].to_numpy()
         self._by_view: list[Ids] = [self._ids[views == view] for view in np.unique(views)]
-        self.shape = _sample_shape(store.arrays[0], 2)
-        self.n_rounds = len(self._by_view)
+        super().__init__(store, 2, len(self._by_view))
 
     def epoch_ids(self, epoch: int) -> Ids:
-        """Return the ids of a view set."""
         return self._by_view[epoch % self.n_rounds]
 
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
-        """Fill `out` with the samples `ids`."""
         self._store.read_into(ids, out)
 
-    def will_need(self, slots: Ids) -> None:
-        """Let shards come into the page cache."""
-        self._store.will_need(slots)
-
     def slots(self, ids: Ids) -> Ids:
-        """Return the slot of each sample."""
         return self._store.sample_slots(ids)
 
     def videos(self, ids: Ids) -> list[str]:
-        """Return the clip of each sample."""
         rows = pa.array(np.searchsorted(self._ids, ids))
         return [str(name) for name in self._table["video_id"].take(rows).to_pylist()]
 
     def name(self, sample: int) -> str:
-        """Name a sample by its clip and view set."""
         row = int(np.searchsorted(self._ids, sample))
         return f"sample {sample}: {self._table['video_id'][row]}, view set {self._table['view'][row]}"
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class _Clip:
     """Rows of a clip's encodings: the plain ones by frame, the shifted ones by shift and frame."""
 
     video_id: str
@@ -121,43 +123,32 @@ class Clip:
     shifted: Int64[np.ndarray, "shift frame"]
 
 
-class FramesSamples:
+class _FramesSamples(_StoreSamples):
     """Samples drawn from a frames store with shifted encodings: every epoch draws each clip's frames anew.
 
     Sample `clip + n_clips * epoch` is a draw from seed, epoch and clip, so that ids stay plain numbers.
     """
 
     def __init__(self, store: FeatureStore, settings: TrainSettings) -> None:
-        self._store, self._settings = store, settings
-        self._layout = _only_array(store)
+        self._settings, self._layout = settings, _only_array(store)
         self._clips = _clips(store, settings.palindrome)
-        self.shape = _sample_shape(self._layout, settings.palindrome)
-        self.n_rounds = settings.epochs
+        super().__init__(store, settings.palindrome, settings.epochs)
 
     def epoch_ids(self, epoch: int) -> Ids:
-        """Return one id per clip."""
         return np.arange(len(self._clips)) + epoch * len(self._clips)
 
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
-        """Fill `out` with the samples `ids`."""
         rows = np.concatenate([self._rows(int(sample)) for sample in ids])
         self._store.read_encodings(self._layout.grid, rows, out.reshape(len(rows), *out.shape[2:]))
 
-    def will_need(self, slots: Ids) -> None:
-        """Let shards come into the page cache."""
-        self._store.will_need(slots)
-
     def slots(self, ids: Ids) -> Ids:
-        """Return the slot of each sample's first frame."""
         firsts = np.array([self._rows(int(sample))[0] for sample in ids], np.int64)
         return firsts // self._layout.slot_encodings
 
     def videos(self, ids: Ids) -> list[str]:
-        """Return the clip of each sample."""
         return [self._clips[int(sample) % len(self._clips)].video_id for sample in ids]
 
     def name(self, sample: int) -> str:
-        """Name a sample by its clip and frames."""
         clip, frames, shift = self._draw(sample)
         shown = ", ".join(map(str, frames))
         return f"sample {sample}: {clip.video_id}, kept frames {shown}, shift {shift + 1}"
@@ -166,7 +157,7 @@ class FramesSamples:
         clip, frames, shift = self._draw(sample)
         return np.append(clip.plain[list(frames)], clip.shifted[shift, frames[0]])
 
-    def _draw(self, sample: int) -> tuple[Clip, tuple[int, ...], int]:
+    def _draw(self, sample: int) -> tuple[_Clip, tuple[int, ...], int]:
         epoch, number = divmod(sample, len(self._clips))
         clip, settings = self._clips[number], self._settings
         draws = np.random.default_rng((settings.seed, epoch, number)).random(1 + settings.palindrome)
@@ -196,8 +187,8 @@ class JoinedSamples:
 
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
         """Fill `out` with the samples `ids`; each run of one source is one read."""
-        for number, start, stop in self._runs(ids):
-            self._sources[number].read_into(ids[start:stop] // len(self._sources), out[start:stop])
+        for source, local, place in self._runs(ids):
+            source.read_into(local, out[place])
 
     def will_need(self, slots: Ids) -> None:
         """Let shards of all sources come into the page cache."""
@@ -207,8 +198,7 @@ class JoinedSamples:
 
     def slots(self, ids: Ids) -> Ids:
         """Return the slot of each sample; slots of different sources differ."""
-        n = len(self._sources)
-        found = np.empty(len(ids), np.int64)
+        found, n = np.empty(len(ids), np.int64), len(self._sources)
         for number, source in enumerate(self._sources):
             mine = ids % n == number
             found[mine] = source.slots(ids[mine] // n) * n + number
@@ -216,11 +206,10 @@ class JoinedSamples:
 
     def videos(self, ids: Ids) -> list[str]:
         """Return the clip of each sample."""
-        return [
-            name
-            for number, start, stop in self._runs(ids)
-            for name in self._sources[number].videos(ids[start:stop] // len(self._sources))
-        ]
+        names: list[str] = []
+        for source, local, _ in self._runs(ids):
+            names += source.videos(local)
+        return names
 
     def name(self, sample: int) -> str:
         """Name a sample by what its source calls it and the number of the store."""
@@ -228,11 +217,13 @@ class JoinedSamples:
         name = self._sources[number].name(local)
         return name if len(self._sources) == 1 else f"store {number + 1}, {name}"
 
-    def _runs(self, ids: Ids) -> list[tuple[int, int, int]]:
-        """Return (source, start, stop) of every run of one source."""
-        number = ids % len(self._sources)
+    def _runs(self, ids: Ids) -> Iterator[tuple[Samples, Ids, slice]]:
+        """Yield the source, its own ids and the place of every run of one source."""
+        local, number = np.divmod(ids, len(self._sources))
         bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ids)]
-        return [(int(number[a]), a, b) for a, b in pairwise(bounds) if b > a]
+        for start, stop in pairwise(bounds):
+            if stop > start:
+                yield self._sources[number[start]], local[start:stop], slice(start, stop)
 
 
 def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> JoinedSamples:
@@ -240,8 +231,16 @@ def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> Joi
 
     Raises `InputError` for a store without shifted views, `FingerprintError` for stores of several encoders.
     """
+    wanted = stores[0].fingerprint.to_json()
     for store in stores[1:]:
-        _check_same_encoder(stores[0], store)
+        found = store.fingerprint.to_json()
+        differing = [key for key in _ENCODER_KEYS if wanted[key] != found[key]]
+        if differing:
+            raise FingerprintError(
+                f"{store.path} holds tokens of another encoder than {stores[0].path}",
+                details=[f"{key}: wanted {wanted[key]}, found {found[key]}" for key in differing],
+                hint="train on each store alone, or extract one of them again",
+            )
     sources = [_source(store, settings) for store in stores]
     for store, source in zip(stores, sources, strict=True):
         if source.shape != sources[0].shape:
@@ -256,14 +255,12 @@ def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> Joi
 def find_not_finite(samples: Samples, ids: Ids) -> Ids:
     """Return the ids among `ids` whose tokens are not all finite, reading them once more."""
     buffer = np.empty((min(len(ids), _SCAN_SAMPLES), *samples.shape), np.float16)
-    bad = [np.empty(0, np.int64)]
+    finite = np.empty(len(ids), bool)
     for start in range(0, len(ids), _SCAN_SAMPLES):
         part = ids[start : start + _SCAN_SAMPLES]
         samples.read_into(part, buffer[: len(part)])
-        finite = np.isfinite(buffer[: len(part)]).reshape(len(part), -1).all(1)
-        bad.append(part[~finite])
-    found: Ids = np.concatenate(bad)
-    return found
+        finite[start : start + len(part)] = np.isfinite(buffer[: len(part)]).all((1, 2, 3, 4))
+    return ids[~finite]
 
 
 def choose_frames(n_frames: int, gap: float, draws: Sequence[float]) -> tuple[int, ...]:
@@ -281,7 +278,7 @@ def choose_frames(n_frames: int, gap: float, draws: Sequence[float]) -> tuple[in
 
 def _source(store: FeatureStore, settings: TrainSettings) -> Samples:
     if store.plan_kind is PlanKind.FRAMES:
-        return FramesSamples(store, settings)
+        return _FramesSamples(store, settings)
     if settings.palindrome != 2:
         raise UsageError(
             "a pairs store has two frames of a clip in one crop, which is too few for longer walks",
@@ -289,11 +286,7 @@ def _source(store: FeatureStore, settings: TrainSettings) -> Samples:
             found=f"{store.path}, palindrome {settings.palindrome}",
             hint="cosettle-cache extract --plan frames --shifted 1 makes one",
         )
-    return PairsSamples(store)
-
-
-def _sample_shape(layout: ArrayLayout, n_frames: int) -> tuple[int, int, int, int]:
-    return (n_frames + 1, layout.grid.rows, layout.grid.cols, layout.n_channels)
+    return _PairsSamples(store)
 
 
 def _only_array(store: FeatureStore) -> ArrayLayout:
@@ -314,7 +307,7 @@ def _only_array(store: FeatureStore) -> ArrayLayout:
     return store.arrays[0]
 
 
-def _clips(store: FeatureStore, n_frames: int) -> tuple[Clip, ...]:
+def _clips(store: FeatureStore, n_frames: int) -> tuple[_Clip, ...]:
     """Return the clips that have enough frames and whose encodings are all present, in row order.
 
     A clip's rows follow each other: plain by frame, then shifted by shift and frame (docs/store.md).
@@ -328,18 +321,7 @@ def _clips(store: FeatureStore, n_frames: int) -> tuple[Clip, ...]:
     for name, mine in zip(names[order], np.split(rows, starts[order][1:]), strict=True):
         n_kept, rest = divmod(len(mine), n_plans)
         if name in present and not rest and n_kept >= n_frames and mine[-1] - mine[0] + 1 == len(mine):
-            found.append(Clip(str(name), mine[:n_kept], mine[n_kept:].reshape(n_plans - 1, n_kept)))
+            found.append(_Clip(str(name), mine[:n_kept], mine[n_kept:].reshape(n_plans - 1, n_kept)))
     if not found:
         raise InputError(f"no clip of {store.path} has {n_frames} frames and all its shifted encodings")
     return tuple(found)
-
-
-def _check_same_encoder(first: FeatureStore, other: FeatureStore) -> None:
-    wanted, found = first.fingerprint.to_json(), other.fingerprint.to_json()
-    details = [f"{k}: wanted {wanted[k]}, found {found[k]}" for k in ENCODER_KEYS if wanted[k] != found[k]]
-    if details:
-        raise FingerprintError(
-            f"{other.path} holds tokens of another encoder than {first.path}",
-            details=details,
-            hint="train on each store alone, or extract one of them again",
-        )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float16, Float32, Float64
+from jaxtyping import Bool, Float32, Float64
 from torch import Tensor
 
 from cosettle_cache.core.console import SILENT, Progress
@@ -33,7 +33,7 @@ from cosettle_cache.heads.projection import Projection, projection_sha256, save_
 from cosettle_cache.search.correspondence import choose_places, find_correspondence, place_index
 from cosettle_cache.search.masked import unit_tokens
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.training.frame_pairs import FramePairs, PairReader, list_pairs
+from cosettle_cache.training.frame_pairs import FramePairs, Frames, PairList, list_pairs, read_pairs
 from cosettle_cache.training.log import projection_provenance
 from cosettle_cache.training.spectrum import (
     Margin,
@@ -43,6 +43,8 @@ from cosettle_cache.training.spectrum import (
     intra_distances,
     make_spectrum,
 )
+
+Unit = Float64[Tensor, "item token dim"]
 
 #: Tokens per batch and frame: 32 samples of the released size.
 BATCH_TOKENS = 32 * 196
@@ -59,28 +61,35 @@ class GatherUnit:
 
     def __call__(self, group: FramePairs) -> SpectralStatistics:
         """Return the sums over a group."""
-        dim = self.store.arrays[0].n_channels
-        total = SpectralStatistics.zero(dim, self.places.n_tokens)
-        for batch in self.batches(group):
-            total += batch.statistics()
+        total = SpectralStatistics.zero(self.store.arrays[0].n_channels, self.places.n_tokens)
+        for _, first, second, representatives in self.batches(group):
+            differences, tokens = (first - second).flatten(0, 1), representatives.flatten(0, 1)
+            total += SpectralStatistics(
+                n_differences=len(differences),
+                differences=(differences.T @ differences).cpu().numpy(),
+                n_videos=len(representatives),
+                products=(tokens.T @ tokens).cpu().numpy(),
+                places=representatives.sum(0).cpu().numpy(),
+            )
         return total
 
-    def batches(self, group: FramePairs) -> Iterator[UnitBatch]:
-        """Yield the corresponding unit tokens of a group, a few pairs of frames at a time."""
+    def batches(self, group: FramePairs) -> Iterator[tuple[FramePairs, Unit, Unit, Unit]]:
+        """Yield the unit tokens of a group, a few pairs of frames at a time.
+
+        They are the corresponding ones of the first and of the second frames, both `[pair token dim]`, and
+        those that stand for videos, `[video place dim]`.
+        """
         size = max(1, BATCH_TOKENS // group.grid.n_tokens)
-        reader = PairReader(self.store, group.grid, min(size, len(group)))
         match = find_correspondence(self.correspondence)
         index = torch.from_numpy(place_index(group.grid, self.places)).to(self.device)
-        for part in group.batches(size):
-            first, second = (self._load(tokens, part) for tokens in reader.read(part))
+        for part, *frames in read_pairs(self.store, group, size):
+            first, second = (self._load(tokens, part) for tokens in frames)
             chosen = torch.from_numpy(part.representative).to(self.device)
             representatives = first[chosen][:, index].double()
             a, b = match(first, second)
-            yield UnitBatch(part, a.double(), b.double(), representatives)
+            yield part, a.double(), b.double(), representatives
 
-    def _load(
-        self, tokens: Float16[np.ndarray, "pair row col dim"], part: FramePairs
-    ) -> Float32[Tensor, "pair token dim"]:
+    def _load(self, tokens: Frames, part: FramePairs) -> Float32[Tensor, "pair token dim"]:
         loaded = torch.from_numpy(tokens).to(self.device).flatten(1, 2)
         finite = loaded.isfinite().flatten(1).all(1).cpu().numpy()
         if not finite.all():
@@ -91,28 +100,6 @@ class GatherUnit:
                 hint="extract these clips again into another store",
             )
         return unit_tokens(loaded)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class UnitBatch:
-    """Corresponding unit tokens of some pairs of frames, and the tokens that stand for videos."""
-
-    pairs: FramePairs
-    first: Float64[Tensor, "pair kept dim"]
-    second: Float64[Tensor, "pair kept dim"]
-    representatives: Float64[Tensor, "video place dim"]
-
-    def statistics(self) -> SpectralStatistics:
-        """Return the sums over this batch."""
-        differences = (self.first - self.second).flatten(0, 1)
-        tokens = self.representatives.flatten(0, 1)
-        return SpectralStatistics(
-            n_differences=len(differences),
-            differences=(differences.T @ differences).cpu().numpy(),
-            n_videos=len(self.representatives),
-            products=(tokens.T @ tokens).cpu().numpy(),
-            places=self.representatives.sum(0).cpu().numpy(),
-        )
 
 
 def gather(
@@ -131,7 +118,7 @@ def gather(
 
 
 #: Two clips to compare with each other on either side of the split.
-FEWEST_CLIPS = 4
+_FEWEST_CLIPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,25 +161,6 @@ class Trial:
     predicted: Margin
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Fit:
-    """The spectrum, every threshold tried on it, and the one that was taken."""
-
-    spectrum: Spectrum
-    trials: tuple[Trial, ...]
-    chosen: Trial
-    n_clips: int
-    n_held_out: int
-    n_differences: int
-
-    def projection(self) -> Projection:
-        """Return the projection of the threshold that was taken."""
-        projection = Projection(len(self.spectrum.basis), "spectral")
-        matrix = self.spectrum.matrix(self.chosen.spectral_lambda)
-        projection.load_state_dict({"linears.0.weight": torch.from_numpy(matrix)})
-        return projection
-
-
 def fit_spectral(
     store: FeatureStore,
     settings: SpectralSettings,
@@ -208,38 +176,49 @@ def fit_spectral(
     Raises `InputError` for fewer than four clips with two frames or for tokens that are not finite, and
     `UsageError` for a lambda that removes every direction.
     """
-    started = time.perf_counter()
-    check_settings(settings)
-    fit = _fit(store, settings, device, run or one_by_one, progress or SILENT)
-    projection = fit.projection()
+    started, wanted = time.perf_counter(), settings.spectral_lambda
+    pairs, held_out = _split(store, settings)
+    unit = GatherUnit(store, settings.correspondence, choose_places([a.grid for a in store.arrays]), device)
+    statistics = gather(unit, pairs.of_videos(~held_out), run or one_by_one, progress or SILENT)
+    spectrum = make_spectrum(statistics)
+    if wanted is not None:
+        spectrum.check_lambda(wanted)
+    trials = _try(unit, pairs.of_videos(held_out), spectrum, settings)
+    raw, asked = trials[-1], [trial for trial in trials if trial.spectral_lambda == wanted]
+    chosen = asked[0] if asked else max(trials[:-1], key=lambda trial: trial.measured.margin)
+    projection = Projection(len(spectrum.basis), "spectral")
+    matrix = torch.from_numpy(spectrum.matrix(chosen.spectral_lambda))
+    projection.load_state_dict({"linears.0.weight": matrix})
     report = SpectralReport(
-        folder=out,
-        spectral_lambda=fit.chosen.spectral_lambda,
-        n_directions=fit.chosen.n_directions,
+        folder=make_folder(out),
+        spectral_lambda=chosen.spectral_lambda,
+        n_directions=chosen.n_directions,
         dim=projection.dim,
-        rank=fit.spectrum.rank,
+        rank=spectrum.rank,
         correspondence=settings.correspondence,
         gamma=settings.gamma,
-        n_clips=fit.n_clips,
-        n_held_out=fit.n_held_out,
-        n_differences=fit.n_differences,
-        raw_measured=fit.trials[-1].measured,
-        raw_predicted=fit.trials[-1].predicted,
-        measured=fit.chosen.measured,
-        predicted=fit.chosen.predicted,
+        n_clips=int((~held_out).sum()),
+        n_held_out=int(held_out.sum()),
+        n_differences=statistics.n_differences,
+        raw_measured=raw.measured,
+        raw_predicted=raw.predicted,
+        measured=chosen.measured,
+        predicted=chosen.predicted,
         seconds=time.perf_counter() - started,
         projection_sha256=projection_sha256(projection),
-        warnings=tuple(_warnings(store, fit, settings)),
+        warnings=tuple(_warnings(store, spectrum, trials, chosen, asked=bool(asked))),
     )
-    _write(make_folder(out), store, settings, fit, report)
+    _write_tables(report, spectrum, trials)
+    names = ("spectral_lambda", "n_directions", "measured")
+    figures = {name: report.to_json()[name] for name in names} | {"raw": asdict(raw.measured)}
+    provenance = projection_provenance([store], settings, spectral=figures)
+    save_projection(out / "projection.safetensors", projection, provenance)
     return report
 
 
 def plan_spectral(store: FeatureStore, settings: SpectralSettings) -> dict[str, Any]:
     """Return what `fit_spectral` would do, as plain JSON types; raise what it would raise before its pass."""
-    check_settings(settings)
-    pairs = list_pairs(store)
-    held_out = choose_held_out(pairs.video_ids, settings)
+    pairs, held_out = _split(store, settings)
     return {
         "clips": len(held_out),
         "held_out": int(held_out.sum()),
@@ -248,8 +227,8 @@ def plan_spectral(store: FeatureStore, settings: SpectralSettings) -> dict[str, 
     }
 
 
-def check_settings(settings: SpectralSettings) -> None:
-    """Raise `UsageError` for settings that mean nothing."""
+def _split(store: FeatureStore, settings: SpectralSettings) -> tuple[PairList, Bool[np.ndarray, " video"]]:
+    """Return the pairs of frames, and which clips are held out; raise `UsageError` for useless settings."""
     find_correspondence(settings.correspondence)
     if settings.spectral_lambda is not None and not 0 < settings.spectral_lambda < math.inf:
         raise UsageError(
@@ -263,14 +242,16 @@ def check_settings(settings: SpectralSettings) -> None:
             wanted="n_lambdas and max_held_out of 2 or more, held_out in [0, 1)",
             found=settings_json(settings),
         )
+    pairs = list_pairs(store)
+    return pairs, choose_held_out(pairs.video_ids, settings)
 
 
 def choose_held_out(video_ids: Sequence[str], settings: SpectralSettings) -> Bool[np.ndarray, " video"]:
     """Return which clips are held out: those whose hash with the seed is smallest, whatever the store."""
-    if len(video_ids) < FEWEST_CLIPS:
+    if len(video_ids) < _FEWEST_CLIPS:
         raise InputError(
             "too few clips with two frames: distances between clips need two to fit on and two held out",
-            wanted=f"{FEWEST_CLIPS} clips",
+            wanted=f"{_FEWEST_CLIPS} clips",
             found=f"{len(video_ids)}",
         )
     wanted = min(math.ceil(settings.held_out * len(video_ids)), settings.max_held_out)
@@ -281,20 +262,6 @@ def choose_held_out(video_ids: Sequence[str], settings: SpectralSettings) -> Boo
     return chosen
 
 
-def _fit(store: FeatureStore, settings: SpectralSettings, device: str, run: Run, progress: Progress) -> _Fit:
-    pairs = list_pairs(store)
-    held_out = choose_held_out(pairs.video_ids, settings)
-    unit = GatherUnit(store, settings.correspondence, choose_places([a.grid for a in store.arrays]), device)
-    statistics = gather(unit, pairs.of_videos(~held_out), run, progress)
-    spectrum = make_spectrum(statistics)
-    if settings.spectral_lambda is not None:
-        spectrum.check_lambda(settings.spectral_lambda)
-    trials = _try(unit, pairs.of_videos(held_out), spectrum, settings)
-    chosen = _choose(trials, settings)
-    n_held_out = int(held_out.sum())
-    return _Fit(spectrum, trials, chosen, len(held_out) - n_held_out, n_held_out, statistics.n_differences)
-
-
 def _try(
     unit: GatherUnit, groups: Sequence[FramePairs], spectrum: Spectrum, settings: SpectralSettings
 ) -> tuple[Trial, ...]:
@@ -302,57 +269,40 @@ def _try(
     extra = [] if settings.spectral_lambda is None else [settings.spectral_lambda]
     lambdas = [*sorted({*spectrum.candidates(settings.n_lambdas).tolist(), *extra}), math.inf]
     gains = np.stack([spectrum.gains(item) for item in lambdas])
-    inter, intra = _measure(unit, groups, spectrum, torch.from_numpy(gains).to(unit.device))
-    return tuple(
-        Trial(
-            item,
-            int((gain > 0).sum()),
-            Margin.of(d_inter, d_intra, settings.gamma),
-            spectrum.predict(item, settings.gamma),
-        )
-        for item, gain, d_inter, d_intra in zip(lambdas, gains, inter, intra, strict=True)
-    )
-
-
-def _measure(
-    unit: GatherUnit, groups: Sequence[FramePairs], spectrum: Spectrum, gains: Tensor
-) -> tuple[list[float], list[float]]:
-    """Return the distances between and within the videos of `groups` per gain, all videos alike."""
-    basis = torch.from_numpy(spectrum.basis).to(unit.device)
+    basis, weights = (torch.from_numpy(array).to(unit.device) for array in (spectrum.basis, gains))
     by_video: dict[int, list[Tensor]] = defaultdict(list)
     representatives: list[Tensor] = []
     for group in groups:
-        for batch in unit.batches(group):
-            distances = intra_distances(batch.first, batch.second, basis, gains)
-            for video, distance in zip(batch.pairs.video.tolist(), distances, strict=True):
+        for part, first, second, standing in unit.batches(group):
+            distances = intra_distances(first, second, basis, weights)
+            for video, distance in zip(part.video.tolist(), distances, strict=True):
                 by_video[video].append(distance)
-            representatives.append(batch.representatives)
+            representatives.append(standing)
+    # All videos count alike.
     intra = torch.stack([torch.stack(items).mean(0) for items in by_video.values()]).mean(0)
-    inter = inter_distances(torch.cat(representatives), basis, gains)
-    return inter.tolist(), intra.tolist()
+    inter = inter_distances(torch.cat(representatives), basis, weights)
+    pairs = zip(inter.tolist(), intra.tolist(), strict=True)
+    measured = [Margin.of(*pair, settings.gamma) for pair in pairs]
+    predicted = [spectrum.predict(item, settings.gamma) for item in lambdas]
+    return tuple(map(Trial, lambdas, (gains > 0).sum(1).tolist(), measured, predicted))
 
 
-def _choose(trials: Sequence[Trial], settings: SpectralSettings) -> Trial:
-    """Return the trial asked for, or the one with the largest margin among those with a threshold."""
-    if settings.spectral_lambda is not None:
-        return next(trial for trial in trials if trial.spectral_lambda == settings.spectral_lambda)
-    return max(trials[:-1], key=lambda trial: trial.measured.margin)
-
-
-def _warnings(store: FeatureStore, fit: _Fit, settings: SpectralSettings) -> Iterator[str]:
-    dim, rank = len(fit.spectrum.basis), fit.spectrum.rank
+def _warnings(
+    store: FeatureStore, spectrum: Spectrum, trials: Sequence[Trial], chosen: Trial, *, asked: bool
+) -> Iterator[str]:
+    dim, rank = len(spectrum.basis), spectrum.rank
     if rank < dim:
         yield f"the tokens move in {rank} of {dim} directions only; more clips would fill the rest"
-    if fit.chosen.measured.margin <= fit.trials[-1].measured.margin:
+    if chosen.measured.margin <= trials[-1].measured.margin:
         yield "on the clips held out no gain in margin over the raw tokens was measured"
-    if settings.spectral_lambda is None and fit.chosen in (fit.trials[0], fit.trials[-2]):
-        yield f"the chosen lambda {fit.chosen.spectral_lambda:.4g} is at the end of those tried"
+    if not asked and chosen in (trials[0], trials[-2]):
+        yield f"the chosen lambda {chosen.spectral_lambda:.4g} is at the end of those tried"
     if not store.complete:
         yield "the store is not complete: some slots are to do or hold failed clips"
 
 
 #: Columns of `spectrum.parquet`; see `Spectrum`.
-SPECTRUM_SCHEMA = pa.schema(
+_SPECTRUM_SCHEMA = pa.schema(
     [("intra", pa.float64()), ("inter", pa.float64()), ("energy", pa.float64()), ("gain", pa.float64())]
 )
 
@@ -368,27 +318,15 @@ MARGINS_SCHEMA = pa.schema(
 )
 
 
-def _write(
-    out: Path, store: FeatureStore, settings: SpectralSettings, fit: _Fit, report: SpectralReport
-) -> None:
-    spectrum = fit.spectrum
+def _write_tables(report: SpectralReport, spectrum: Spectrum, trials: Sequence[Trial]) -> None:
     columns = (spectrum.intra, spectrum.inter, spectrum.energy, spectrum.gains(report.spectral_lambda))
-    write_table(out / "spectrum.parquet", pa.table([*map(pa.array, columns)], schema=SPECTRUM_SCHEMA))
-    rows = [_row(trial, report.spectral_lambda) for trial in fit.trials]
-    write_table(out / "margins.parquet", make_table(rows, MARGINS_SCHEMA))
-    write_json(out / "spectral.json", report.to_json())
-    figures: dict[str, Any] = {"spectral_lambda": report.spectral_lambda, "n_directions": report.n_directions}
-    figures |= {"measured": asdict(report.measured), "raw": asdict(report.raw_measured)}
-    provenance = projection_provenance([store], settings, spectral=figures)
-    save_projection(out / "projection.safetensors", fit.projection(), provenance)
-
-
-def _row(trial: Trial, chosen: float) -> dict[str, float | int | bool]:
-    row: dict[str, float | int | bool] = {
-        "spectral_lambda": trial.spectral_lambda,
-        "n_directions": trial.n_directions,
-        "chosen": trial.spectral_lambda == chosen,
-    }
-    for kind, margin in (("measured", trial.measured), ("predicted", trial.predicted)):
-        row |= {f"{kind}_{name}": value for name, value in asdict(margin).items()}
-    return row
+    table = pa.table([*map(pa.array, columns)], schema=_SPECTRUM_SCHEMA)
+    write_table(report.folder / "spectrum.parquet", table)
+    rows = []
+    for trial in trials:
+        row = asdict(trial) | {"chosen": trial.spectral_lambda == report.spectral_lambda}
+        for kind in ("measured", "predicted"):
+            row |= {f"{kind}_{name}": value for name, value in row.pop(kind).items()}
+        rows.append(row)
+    write_table(report.folder / "margins.parquet", make_table(rows, MARGINS_SCHEMA))
+    write_json(report.folder / "spectral.json", report.to_json())

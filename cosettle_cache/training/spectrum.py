@@ -1,12 +1,9 @@
 """The spectrum of what changes within videos, and the soft threshold that makes a projection of it.
 
 Sums over pairs of frames come in, from anywhere and in any grouping; eigenvectors, the matrix of a threshold,
-and the distances that the theory predicts for it go out. All in float64; nothing touches disk.
-
-Distances within and between videos as they are after a projection, for many thresholds at once.
-
-Unit tokens and an eigenbasis with its gains come in, distances per gain go out. The length of a projected
-token and its product with another are sums over directions weighted with gains: one rotation serves all.
+and distances within and between videos, predicted and measured, go out. All in float64; nothing touches disk.
+The length of a projected token and its product with another are sums over directions weighted with gains: one
+rotation into the eigenbasis serves many thresholds at once.
 """
 
 from __future__ import annotations
@@ -47,13 +44,7 @@ class SpectralStatistics:
     places: Float64[np.ndarray, "place dim"]
 
     def __add__(self, other: SpectralStatistics) -> SpectralStatistics:
-        return SpectralStatistics(
-            self.n_differences + other.n_differences,
-            self.differences + other.differences,
-            self.n_videos + other.n_videos,
-            self.products + other.products,
-            self.places + other.places,
-        )
+        return SpectralStatistics(*(getattr(self, a) + getattr(other, a) for a in self.__slots__))
 
     @classmethod
     def zero(cls, dim: int, n_places: int) -> SpectralStatistics:
@@ -130,10 +121,9 @@ class Spectrum:
         moving = self.intra[-self.rank :]
         n_kept = min(max(1, int(np.ceil(SMALLEST_KEPT * len(moving)))), len(moving) - 1)
         lowest = moving[n_kept] if n_kept else 2 * moving[-1]
-        thresholds: Float64[np.ndarray, " lambda"] = np.geomspace(
-            lowest, LARGEST_THRESHOLD * moving[-1], n_lambdas
-        )
-        return thresholds / 2
+        lambdas: Float64[np.ndarray, " lambda"]
+        lambdas = np.geomspace(lowest, LARGEST_THRESHOLD * moving[-1], n_lambdas) / 2
+        return lambdas
 
 
 def make_spectrum(statistics: SpectralStatistics) -> Spectrum:
@@ -160,8 +150,7 @@ def make_spectrum(statistics: SpectralStatistics) -> Spectrum:
 
 def _diagonal(matrix: Matrix, basis: Matrix) -> Directions:
     """Return the quadratic form of each column of `basis`."""
-    diagonal: Directions = np.einsum("ij,ij->j", basis, matrix @ basis)
-    np.clip(diagonal, 0, None, out=diagonal)
+    diagonal: Directions = np.clip(np.einsum("ij,ij->j", basis, matrix @ basis), 0, None)
     return diagonal
 
 
@@ -180,8 +169,8 @@ def intra_distances(
 ) -> Float64[Tensor, "pair gain"]:
     """Return the mean distance of corresponding projected unit tokens, in diameters of the unit sphere."""
     first, second = first @ basis, second @ basis
-    lengths = _lengths(first, gains) * _lengths(second, gains)
-    return _half_chord(((first * second) @ gains.T) / lengths).mean(1)
+    a, b = ((rotated.square() @ gains.T).sqrt().clamp_min(_SHORTEST) for rotated in (first, second))
+    return _half_chord(((first * second) @ gains.T) / (a * b)).mean(1)
 
 
 def inter_distances(
@@ -196,10 +185,6 @@ def inter_distances(
         scaled = scaled / scaled.norm(dim=-1, keepdim=True).clamp_min(_SHORTEST)
         means.append(_half_chord((scaled @ scaled.mT)[:, first, second]).mean())
     return torch.stack(means)
-
-
-def _lengths(rotated: Tensor, gains: Gains) -> Tensor:
-    return (rotated.square() @ gains.T).sqrt().clamp_min(_SHORTEST)
 
 
 def _half_chord(cosine: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cosettle_cache.core.settings import MARGIN_GAMMA
-from cosettle_cache.training.batches import Ids
+from cosettle_cache.training.batches import Ids, Step
 from cosettle_cache.training.learner import Learner
 from cosettle_cache.training.log import ValidationFigures
 from cosettle_cache.training.losses import Originals, transfer_loss
@@ -35,17 +35,15 @@ class HeldOut:
     samples: Samples
     share: float
     seed: int
+    _known: dict[str, bool] = field(default_factory=dict, compare=False)
 
     def __call__(self, ids: Ids) -> Bool[np.ndarray, " n"]:
         """Return whether each sample is held out."""
         videos = self.samples.videos(ids)
-        known = {video: self._is_held_out(video) for video in set(videos) - self._known.keys()}
-        self._known.update(known)
+        for video in set(videos) - self._known.keys():
+            word = hashlib.sha256(f"{self.seed}\0{video}".encode()).digest()[:8]
+            self._known[video] = int.from_bytes(word, "big") < self.share * 2**64
         return np.array([self._known[video] for video in videos], bool)
-
-    @cached_property
-    def _known(self) -> dict[str, bool]:
-        return {}
 
     @cached_property
     def ids(self) -> Ids:
@@ -54,29 +52,33 @@ class HeldOut:
         held_out: Ids = first[self(first)]
         return held_out
 
-    def _is_held_out(self, video_id: str) -> bool:
-        word = hashlib.sha256(f"{self.seed}\0{video_id}".encode()).digest()[:8]
-        return int.from_bytes(word, "big") < self.share * 2**64
-
 
 @torch.no_grad()
 def validate(
-    learners: Sequence[Learner], samples: Samples, ids: Ids, step: int, epoch: int
-) -> list[ValidationFigures]:
-    """Return the figures of every learner on the samples `ids`.
+    learners: Sequence[Learner], samples: Samples, ids: Ids, step: Step
+) -> list[ValidationFigures | None]:
+    """Return the figures of every learner on the samples `ids` after `step`; none for one that diverged.
 
     Clips are taken in groups of up to 16, and distances between clips are those within a group.
     """
-    n_groups = -(-len(ids) // GROUP_CLIPS)
-    groups = np.array_split(ids, n_groups)
+    active = [learner for learner in learners if learner.diverged_at is None]
+    groups = np.array_split(ids, -(-len(ids) // GROUP_CLIPS))
     buffer = np.empty((len(groups[0]), *samples.shape), np.float16)
-    means = torch.zeros(len(learners), 5)
+    means = torch.zeros(len(active), 5)
     for group in groups:
         samples.read_into(group, buffer[: len(group)])
-        tokens = torch.from_numpy(buffer[: len(group)]).to(learners[0].device).float()
-        share = len(group) / len(ids)
-        means += share * torch.stack([_measure(learner, tokens) for learner in learners]).cpu()
-    return [_figures(step, epoch, line) for line in means.tolist()]
+        originals = Originals(torch.from_numpy(buffer[: len(group)]).to(active[0].device).float())
+        figures = []
+        for learner in active:
+            terms = transfer_loss(learner.project, originals, **learner.objective(originals))
+            distances = token_distances(learner.project(originals.tokens))
+            figures.append(torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, *distances]))
+        means += len(group) / len(ids) * torch.stack(figures).cpu()
+    found: dict[int, ValidationFigures] = {}
+    for learner, line in zip(active, means.tolist(), strict=True):
+        margin = line[-2] - MARGIN_GAMMA * line[-1]
+        found[id(learner)] = ValidationFigures(step.number, step.epoch, *[*line, margin])
+    return [found.get(id(learner)) for learner in learners]
 
 
 def token_distances(
@@ -94,16 +96,3 @@ def token_distances(
     distances = torch.cdist(plain[0], plain[0], compute_mode="donot_use_mm_for_euclid_dist")
     between = distances.sum() / max(2 * n * (n - 1) * plain.shape[1], 1)
     return between, within
-
-
-def _measure(learner: Learner, tokens: Float[Tensor, "n view row col dim"]) -> Float[Tensor, " figure"]:
-    originals = Originals(tokens)
-    terms = transfer_loss(learner.project, originals, **learner.objective(originals))
-    between, within = token_distances(learner.project(tokens))
-    return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, between, within])
-
-
-def _figures(step: int, epoch: int, means: Sequence[float]) -> ValidationFigures:
-    cycle, separability, accuracy, between, within = means
-    margin = between - MARGIN_GAMMA * within
-    return ValidationFigures(step, epoch, cycle, separability, accuracy, between, within, margin)

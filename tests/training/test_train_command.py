@@ -13,7 +13,8 @@ from test_train import make_store
 from torch import Tensor
 
 from cosettle_cache.cli import run_command
-from cosettle_cache.heads import HEADS, load_projection
+from cosettle_cache.heads import HEADS
+from cosettle_cache.heads.projection import load_projection
 from cosettle_cache.training.log import read_figures, read_validation
 from cosettle_cache.training.losses import REGULARIZERS, Originals
 
