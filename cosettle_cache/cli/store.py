@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +14,7 @@ from cosettle_cache.core.console import Talk, human_bytes, interruptible
 from cosettle_cache.core.errors import ExitCode
 
 if TYPE_CHECKING:
-    from cosettle_cache.store import CopyReport, Damage, RepairReport, StoreSummary, VerifyReport
+    from cosettle_cache.store import CopyReport, RepairReport, StoreSummary, VerifyReport
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into, check, mend and copy stores.")
 
@@ -35,8 +36,7 @@ def info(store: Store, as_json: Json = False) -> None:
     from cosettle_cache.store import open_store, store_summary
 
     summary = store_summary(open_store(store))
-    text = json.dumps(summary.to_json(), indent=2) if as_json else "\n".join(_summary_lines(summary))
-    Talk().result(text)
+    _show(summary, _summary_lines(summary), as_json)
 
 
 @app.command()
@@ -51,8 +51,8 @@ def verify(store: Store, as_json: Json = False, quiet: Quiet = False) -> int:
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = verify_store(store, progress=talk.progress("verify"), stop=stop)
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(_verify_lines(report)))
-    return _exit_code(report.damages, report.interrupted)
+    _show(report, _verify_lines(report), as_json)
+    return _exit_code(report)
 
 
 @app.command()
@@ -67,9 +67,8 @@ def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: 
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = repair_store(store, dry_run=dry_run, progress=talk.progress("verify"), stop=stop)
-    lines = _repair_lines(report, "would be " if dry_run else "")
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(lines))
-    return int(ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE)
+    _show(report, _repair_lines(report, "would be " if dry_run else ""), as_json)
+    return ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE
 
 
 @app.command()
@@ -87,85 +86,85 @@ def copy(
     """
     from cosettle_cache.store import copy_store, plan_copy
 
-    talk = Talk(quiet=quiet)
     if dry_run:
         plan = plan_copy(source, target)
         line = f"{plan.n_slots - plan.n_there} of {plan.n_slots} slots to copy, {human_bytes(plan.n_bytes)}"
-        talk.result(json.dumps(plan.to_json(), indent=2) if as_json else line)
-        return int(ExitCode.DONE)
+        _show(plan, [line], as_json)
+        return ExitCode.DONE
+    talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = copy_store(source, target, progress=talk.progress("copy"), stop=stop)
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(_copy_lines(report)))
-    return _exit_code(report.damages, report.interrupted)
+    _show(report, _copy_lines(report), as_json)
+    return _exit_code(report)
 
 
-def _exit_code(damages: tuple[Damage, ...], interrupted: bool) -> int:
-    if damages:
-        return int(ExitCode.DAMAGED)
-    return int(ExitCode.INTERRUPTED if interrupted else ExitCode.DONE)
+def _show(report: Any, lines: Iterable[str], as_json: bool) -> None:
+    Talk().result(json.dumps(asdict(report), indent=2) if as_json else "\n".join(lines))
+
+
+def _exit_code(report: VerifyReport | CopyReport) -> ExitCode:
+    if report.damages:
+        return ExitCode.DAMAGED
+    return ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE
 
 
 def _summary_lines(summary: StoreSummary) -> Iterator[str]:
-    fingerprint, size = summary.fingerprint.to_json(), human_bytes(summary.n_bytes)
-    states = f"{summary.n_done} done, {summary.n_failed} failed, {summary.n_todo} to do"
-    present = f"{summary.n_present} of {summary.n_encodings} present, {summary.n_failed_encodings} failed"
+    size = human_bytes(summary.n_bytes)
     yield f"{summary.path}: {summary.plan_kind} plan, {summary.n_videos} videos, {size}"
+    states = f"{summary.n_done} done, {summary.n_failed} failed, {summary.n_todo} to do"
     yield f"slots: {summary.n_slots} = {states}"
-    yield f"encodings: {present}"
+    present = f"{summary.n_present} of {summary.n_encodings} present"
+    yield f"encodings: {present}, {summary.n_failed_encodings} failed"
     for array in summary.arrays:
         yield (
             f"array {array.grid}: {array.n_present} of {array.n_encodings} encodings, {array.n_channels} "
             f"channels, {array.dtype}, codec {array.codec}, {array.n_slots} slots of "
             f"{human_bytes(array.slot_bytes)}"
         )
-    yield "fingerprint:"
-    yield from (f"  {key}: {_inline(value)}" for key, value in fingerprint.items())
-    yield "encoder:"
-    yield from (f"  {key}: {_inline(value)}" for key, value in summary.encoder.items())
+    for title, values in (("fingerprint", summary.fingerprint.to_json()), ("encoder", summary.encoder)):
+        yield f"{title}:"
+        for key, value in values.items():
+            yield f"  {key}: {value if isinstance(value, str) else json.dumps(value)}"
     yield from (f"failed: {video_id}: {reason}" for video_id, reason in summary.failures.items())
 
 
-def _inline(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _verify_lines(report: VerifyReport) -> Iterator[str]:
-    yield from _damage_lines(report.damages)
+    yield from _damage_lines(report)
     yield from (f"note: {note}" for note in report.notes)
     slots = f"{report.n_verified} of {report.n_slots} slots checked, {human_bytes(report.n_bytes)} of shards"
     state = f"{len(report.damages)} damages" if report.damages else "no damage"
     todo = f", {report.n_todo} slots to do" if report.n_todo else ""
-    yield f"{report.path}: {state}; {slots}{todo}{_cut_short(report.interrupted)}"
+    yield f"{report.path}: {state}; {slots}{todo}{_cut_short(report)}"
     if report.damages:
         yield f"hint: cosettle-cache store repair {report.path}, then the same extract command again"
 
 
 def _repair_lines(report: RepairReport, mood: str) -> Iterator[str]:
-    yield from _damage_lines(report.damages)
+    yield from _damage_lines(report)
     yield from (f"{mood}restored: {name}" for name in report.restored)
     yield from (f"{mood}removed: {name}" for name in report.removed)
     slots = f"{len(report.slots)} slots {mood or 'are '}to do again"
-    yield f"{report.path}: {len(report.damages)} damages, {slots}{_cut_short(report.interrupted)}"
+    yield f"{report.path}: {len(report.damages)} damages, {slots}{_cut_short(report)}"
     if report.needs_extract:
         yield "hint: the same extract command again brings back what is missing"
 
 
 def _copy_lines(report: CopyReport) -> Iterator[str]:
-    yield from _damage_lines(report.damages)
+    yield from _damage_lines(report)
     held = f", {report.n_held} being written by another process" if report.n_held else ""
     left_out = len({damage.slot for damage in report.damages})
     damaged = f", {left_out} damaged and left out" if left_out else ""
     copied = f"{report.n_copied} slots copied, {human_bytes(report.n_bytes)}"
     there = f"{report.n_there} of {report.n_slots} were there already"
-    yield f"{report.target}: {copied}; {there}{held}{damaged}{_cut_short(report.interrupted)}"
+    yield f"{report.target}: {copied}; {there}{held}{damaged}{_cut_short(report)}"
     if report.damages:
         yield f"hint: cosettle-cache store repair {report.source}, then extract and copy once more"
 
 
-def _damage_lines(damages: tuple[Damage, ...]) -> Iterator[str]:
-    for damage in damages:
+def _damage_lines(report: VerifyReport | RepairReport | CopyReport) -> Iterator[str]:
+    for damage in report.damages:
         yield from (f"damaged: {line}" if number == 0 else line for number, line in enumerate(damage.lines()))
 
 
-def _cut_short(interrupted: bool) -> str:
-    return "; interrupted, run it again to go on" if interrupted else ""
+def _cut_short(report: VerifyReport | RepairReport | CopyReport) -> str:
+    return "; interrupted, run it again to go on" if report.interrupted else ""

@@ -1,17 +1,7 @@
-"""Index parts: one small sealed Parquet file per slot, whose presence commits the slot.
+"""The index of a store: one sealed Parquet file per slot, whose presence commits the slot; a row per encoding.
 
-In come a slot and what failed in it; out go the bytes of its part, and back. One row per encoding.
-
-Sealed tables: Parquet files that carry a checksum of themselves, so that any flipped byte is found.
-
-The seal is a file-metadata entry whose eight hex digits are the CRC-32C of the whole file computed with these
-digits as zeros; to every other reader it is an ordinary Parquet file.
-
-The catalog: what a store's index says about videos and samples, derived from its outline once.
-
-In comes the outline of the committed slots; out go failures, rows of plain encodings, and samples.
-
-What is wrong with a store: one `Damage` per file and reason, with the encodings that it costs.
+A sealed file carries a checksum of itself, so that any flipped byte is found: a metadata entry whose eight hex
+digits are the CRC-32C of the whole file computed with these digits as zeros. To others it is plain Parquet.
 """
 
 from __future__ import annotations
@@ -198,7 +188,7 @@ def committed_shards(storage: ReadStorage, layout: ArrayLayout) -> list[int]:
     return sorted(shard for shard in shards if 0 <= shard < layout.n_slots)
 
 
-def video_rows(table: pa.Table) -> list[VideoRows]:
+def video_rows(table: pa.Table) -> tuple[VideoRows, ...]:
     """Return which encodings of which videos are in `table`, rows of an index."""
     columns = table.select(["video_id", "row", "frame"]).to_pylist()
     found = []
@@ -206,7 +196,7 @@ def video_rows(table: pa.Table) -> list[VideoRows]:
         items = list(group)
         frames = tuple(sorted({item["frame"] for item in items}))
         found.append(VideoRows(video_id, frames, tuple(item["row"] for item in items)))
-    return found
+    return tuple(found)
 
 
 def describe_rows(table: pa.Table) -> list[str]:

@@ -1,25 +1,16 @@
-"""Copying a store slot by slot, between folders and object stores; every byte is checked on the way.
+"""Copying a store slot by slot, between folders and object stores; repairing one; the summary of one.
 
-In come two places; out goes a `CopyReport`. A copy that was cut short goes on where it stopped, and a damaged
-slot is named and left out.
-
-Repairing a store: metadata is restored, damaged slots become `todo`, the next extraction does the rest.
-
-In comes the path of a store; out goes a `RepairReport`. What is not damaged is not touched, and a repair that
-is cut short is finished by the next one.
-
-The summary of a store: plan, arrays, slots, bytes and failures, for people and for `--json`.
-
-In comes an open store; out goes a `StoreSummary`.
+A copy checks every byte on the way, names and leaves out damaged slots, and goes on where it was cut short.
+A repair restores metadata and makes damaged slots `todo`, so that the next extraction does the rest.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from threading import Event
@@ -62,10 +53,11 @@ from cosettle_cache.store.writer import StoreWriter
 #: A slot in hand may take its shard's bytes of memory where it goes to an object store.
 MAX_SLOTS_IN_HAND = 4
 
+#: Writers lock these, and a lock belongs to the file, not to its name.
+_LOCKED = (f"{INDEX_GROUP}/{ROOT_METADATA}", f"{TOKENS_GROUP}/{ROOT_METADATA}")
 
-class Outcome(StrEnum):
-    """What became of a slot."""
 
+class _Outcome(StrEnum):
     COPIED = "copied"
     THERE = "there"
     HELD = "held"
@@ -86,10 +78,6 @@ class CopyReport:
     damages: tuple[Damage, ...]
     interrupted: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
@@ -100,10 +88,6 @@ class CopyPlan:
     n_slots: int
     n_there: int
     n_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
 
 
 def copy_store(
@@ -116,23 +100,39 @@ def copy_store(
     something else, `FingerprintError` when it is another store, `DamagedStoreError` when the metadata of the
     source is damaged.
     """
-    reader, writer_storage, metadata = _open_both(source, target)
-    writer = _open_target(reader, writer_storage, metadata)
-    slots = SlotTable(metadata.header.arrays)
-    committed, _ = find_committed(reader, slots)
-    with closing(writer):
-        run = _Copy(reader, writer_storage, metadata, writer)
-        run.run(committed, progress, stop or Event())
+    reader, there, metadata = _open_both(source, target)
+    if not is_store(there):
+        files = {name: reader.read(name) for name in [*metadata.files, MANIFEST]}
+        create_from_files(there, metadata.header.arrays, files)
+        check_same(metadata.header, read_header(there), there.path)  # a rival may have been faster
+    outcomes: Counter[_Outcome] = Counter()
+    n_bytes, damages = 0, list[Damage]()
+    with closing(StoreWriter(there, metadata.header.arrays)) as writer:
+        committed, _ = find_committed(reader, writer.slots)
+        progress.start(len(committed), "slots")
+        try:
+            for outcome, copied, found in map_ahead(
+                lambda place: _copy_slot(reader, there, metadata, writer, place),
+                committed,
+                min(there.n_readers, MAX_SLOTS_IN_HAND),
+                stop=stop,
+            ):
+                outcomes[outcome] += 1
+                n_bytes += copied
+                damages += found
+                progress.advance(1, megabytes=n_bytes / 1e6, damages=float(len(damages)))
+        finally:
+            progress.finish()
     return CopyReport(
         source=reader.path,
-        target=writer_storage.path,
+        target=there.path,
         n_slots=len(committed),
-        n_copied=run.outcomes[Outcome.COPIED],
-        n_there=run.outcomes[Outcome.THERE],
-        n_held=run.outcomes[Outcome.HELD],
-        n_bytes=run.n_bytes,
-        damages=tuple(run.damages),
-        interrupted=run.outcomes.total() < len(committed),
+        n_copied=outcomes[_Outcome.COPIED],
+        n_there=outcomes[_Outcome.THERE],
+        n_held=outcomes[_Outcome.HELD],
+        n_bytes=n_bytes,
+        damages=tuple(damages),
+        interrupted=outcomes.total() < len(committed),
     )
 
 
@@ -147,90 +147,14 @@ def plan_copy(source: str | Path, target: str | Path) -> CopyPlan:
     return CopyPlan(reader.path, target_storage.path, len(committed), len(committed) - len(missing), n_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _SlotCopy:
-    outcome: Outcome
-    n_bytes: int = 0
-    damages: tuple[Damage, ...] = ()
-
-
-@dataclass(slots=True)
-class _Copy:
-    """One run: slots go through threads, and what becomes of them is counted."""
-
-    source: Storage
-    target: Storage
-    metadata: Metadata
-    writer: StoreWriter
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-    n_bytes: int = 0
-    damages: list[Damage] = field(default_factory=list)
-
-    def run(self, places: Sequence[SlotPlace], progress: Progress, stop: Event) -> None:
-        progress.start(len(places), "slots")
-        n_threads = min(self.target.n_readers, MAX_SLOTS_IN_HAND)
-        try:
-            for copied in map_ahead(self.copy, places, n_threads, stop=stop):
-                self.outcomes[copied.outcome] += 1
-                self.n_bytes += copied.n_bytes
-                self.damages += copied.damages
-                progress.advance(1, megabytes=self.n_bytes / 1e6, damages=float(len(self.damages)))
-        finally:
-            progress.finish()
-
-    def copy(self, place: SlotPlace) -> _SlotCopy:
-        """Copy a slot unless the target has it, or somebody is writing it there."""
-        if not self.writer.claim(place.index, retry_failed=True):
-            is_there = self.target.exists(place.part_name)
-            return _SlotCopy(Outcome.THERE if is_there else Outcome.HELD)
-        try:
-            return self._copy_held(place)
-        finally:
-            self.writer.release(place.index)
-
-    def _copy_held(self, place: SlotPlace) -> _SlotCopy:
-        while True:
-            try:
-                return self._try_copy(place)
-            except BytesError:
-                report = check_slot(self.source, self.metadata, place)
-                if report.damages:
-                    return _SlotCopy(Outcome.DAMAGED, damages=report.damages)
-                if not report.committed:
-                    return _SlotCopy(Outcome.HELD)
-
-    def _try_copy(self, place: SlotPlace) -> _SlotCopy:
-        """Copy a slot; raise `BytesError` before anything wrong is committed."""
-        part, data = self._read_part(place)
-        if self.target.exists(place.part_name):
-            if self.target.read(place.part_name) == data:
-                return _SlotCopy(Outcome.THERE)
-            # A failed slot is only given up for one that is whole.
-            deque(self._checked_bytes(place, part), maxlen=0)
-        self.writer.adopt(place.index, self._checked_bytes(place, part), data)
-        return _SlotCopy(Outcome.COPIED, part.shard.n_bytes)
-
-    def _read_part(self, place: SlotPlace) -> tuple[Part, bytes]:
-        try:
-            data = self.source.read(place.part_name)
-        except OSError as error:
-            raise BytesError("the index part cannot be read") from error
-        return decode_part(data, place), data
-
-    def _checked_bytes(self, place: SlotPlace, part: Part) -> Iterator[Buffer]:
-        try:
-            for piece in audit_shard(self.source.open(place.shard_name), place.layout, part):
-                if piece.faults:
-                    raise BytesError(piece.faults[0].reason)
-                yield piece.data
-        except OSError as error:  # or it would pass for an error of the target
-            raise BytesError("the shard cannot be read") from error
-
-
 def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage, Metadata]:
-    reader = open_storage(source)
-    writer = open_storage(target if is_url(target) else os.path.realpath(target))
-    _check_apart(source, target)
+    paths = [str(place) if is_url(place) else os.path.realpath(place) for place in (source, target)]
+    reader, writer = open_storage(source), open_storage(paths[1])
+    one, other = map(PurePosixPath, paths)
+    if one == other or one in other.parents or other in one.parents:
+        raise UsageError(
+            "a store cannot be copied into itself", wanted="two places apart", found=f"{source} and {target}"
+        )
     metadata = inspect_metadata(reader)
     if metadata.damages:
         raise DamagedStoreError(
@@ -239,31 +163,58 @@ def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage
             hint=repair_hint(reader.path),
         )
     if is_store(writer):
-        hint = "copy to another place"
-        check_same(metadata.header, read_header(writer), writer.path, hint=hint)
+        check_same(metadata.header, read_header(writer), writer.path, hint="copy to another place")
     return reader, writer, metadata
 
 
-def _open_target(source: Storage, target: Storage, metadata: Metadata) -> StoreWriter:
-    if not is_store(target):
-        files = {name: source.read(name) for name in [*metadata.files, MANIFEST]}
-        create_from_files(target, metadata.header.arrays, files)
-        check_same(metadata.header, read_header(target), target.path)  # a rival may have been faster
-    return StoreWriter(target, metadata.header.arrays)
+def _copy_slot(
+    source: Storage, target: Storage, metadata: Metadata, writer: StoreWriter, place: SlotPlace
+) -> tuple[_Outcome, int, list[Damage]]:
+    """Copy a slot unless the target has it or somebody is writing it; return outcome, bytes and damages."""
+    if not writer.claim(place.index, retry_failed=True):
+        return (_Outcome.THERE if target.exists(place.part_name) else _Outcome.HELD), 0, []
+    try:
+        while True:
+            try:
+                n_bytes = _try_copy(source, target, writer, place)
+                return (_Outcome.COPIED if n_bytes else _Outcome.THERE), n_bytes, []
+            except BytesError:
+                report = check_slot(source, metadata, place)
+                if report is None:
+                    return _Outcome.HELD, 0, []
+                if report[1]:
+                    return _Outcome.DAMAGED, 0, report[1]
+    finally:
+        writer.release(place.index)
 
 
-def _check_apart(source: str | Path, target: str | Path) -> None:
-    one, other = (
-        PurePosixPath(str(place) if is_url(place) else os.path.realpath(place)) for place in (source, target)
-    )
-    if one == other or one in other.parents or other in one.parents:
-        raise UsageError(
-            "a store cannot be copied into itself", wanted="two places apart", found=f"{source} and {target}"
-        )
+def _try_copy(source: Storage, target: Storage, writer: StoreWriter, place: SlotPlace) -> int:
+    """Copy a slot and return its bytes, 0 where the target has it.
+
+    Raises `BytesError` before anything wrong is committed.
+    """
+    try:
+        data = source.read(place.part_name)
+    except OSError as error:
+        raise BytesError("the index part cannot be read") from error
+    part = decode_part(data, place)
+    if target.exists(place.part_name):
+        if target.read(place.part_name) == data:
+            return 0
+        # A failed slot is only given up for one that is whole.
+        deque(_checked_bytes(source, place, part), maxlen=0)
+    writer.adopt(place.index, _checked_bytes(source, place, part), data)
+    return part.shard.n_bytes
 
 
-#: Writers lock these, and a lock belongs to the file, not to its name.
-_LOCKED = (f"{INDEX_GROUP}/{ROOT_METADATA}", f"{TOKENS_GROUP}/{ROOT_METADATA}")
+def _checked_bytes(source: Storage, place: SlotPlace, part: Part) -> Iterator[Buffer]:
+    try:
+        for data, faults in audit_shard(source.open(place.shard_name), place.layout, part):
+            if faults:
+                raise BytesError(faults[0][1])
+            yield data
+    except OSError as error:  # or it would pass for an error of the target
+        raise BytesError("the shard cannot be read") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,10 +233,6 @@ class RepairReport:
         """Whether the extract command must run again to bring back what was removed."""
         return bool(self.removed) or any(damage.file == MANIFEST for damage in self.damages)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
-
 
 def repair_store(
     path: str | Path, *, dry_run: bool = False, progress: Progress = SILENT, stop: Event | None = None
@@ -297,22 +244,16 @@ def repair_store(
     header can be trusted. `stop` ends the search for damage; what was found is mended.
     """
     storage = open_storage(path)
-    with _alone(storage, dry_run):
+    local = None if dry_run else storage.local
+    with nullcontext() if local is None else sole_writer(local / INDEX_GROUP / ROOT_METADATA):
         metadata = inspect_metadata(storage)
-        found = verify_storage(storage, metadata, progress, stop or Event())
-        report = _plan_repair(storage, metadata, found)
+        report = _plan_repair(storage, metadata, verify_storage(storage, metadata, progress, stop))
         if not dry_run:
-            _apply(storage, metadata, report)
+            for name in report.restored:
+                _restore(storage, name, metadata)
+            for name in report.removed:
+                storage.delete(name)
     return report
-
-
-@contextmanager
-def _alone(storage: Storage, dry_run: bool) -> Iterator[None]:
-    if storage.local is None or dry_run:
-        yield
-        return
-    with sole_writer(storage.local / INDEX_GROUP / ROOT_METADATA):
-        yield
 
 
 def _plan_repair(storage: Storage, metadata: Metadata, found: VerifyReport) -> RepairReport:
@@ -334,24 +275,16 @@ def _plan_repair(storage: Storage, metadata: Metadata, found: VerifyReport) -> R
     )
 
 
-def _apply(storage: Storage, metadata: Metadata, report: RepairReport) -> None:
-    for name in report.restored:
-        if name in metadata.files:
-            _restore(storage, name, metadata.files[name])
-        elif storage.local is not None:
-            make_folder(storage.local / name)
-    for name in report.removed:
-        storage.delete(name)
-
-
-def _restore(storage: Storage, name: str, data: bytes) -> None:
+def _restore(storage: Storage, name: str, metadata: Metadata) -> None:
+    data = metadata.files.get(name)  # None for a folder
     if storage.local is not None:
         path = storage.local / name
-        make_folder(path.parent)
-        if name in _LOCKED and path.is_file():
+        make_folder(path if data is None else path.parent)
+        if data is not None and name in _LOCKED and path.is_file():
             overwrite_durably(path, data)
             return
-    storage.write(name, [data])
+    if data is not None:
+        storage.write(name, [data])
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,16 +321,26 @@ class StoreSummary:
     n_bytes: int
     failures: Mapping[str, str]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
-
 
 def store_summary(store: FeatureStore) -> StoreSummary:
     """Return the summary of a store; `n_bytes` counts every file in its folder."""
-    states = store.slot_states()
-    arrays = _array_summaries(store)
-    n_present = sum(array.n_present for array in arrays)
+    states, index = store.slot_states(), store.index
+    counts = pc.value_counts(index["array"].filter(pc.is_null(index["error"]))).to_pylist()
+    present = {count["values"]: count["counts"] for count in counts}
+    arrays = tuple(
+        ArraySummary(
+            grid=str(layout.grid),
+            n_channels=layout.n_channels,
+            dtype=layout.dtype,
+            codec=layout.codec,
+            n_encodings=layout.n_encodings,
+            n_present=present.get(str(layout.grid), 0),
+            n_slots=layout.n_slots,
+            slot_bytes=layout.slot_encodings * layout.encoding_bytes,
+        )
+        for layout in store.arrays
+    )
+    n_present = sum(present.values())
     return StoreSummary(
         path=store.path,
         plan_kind=store.plan_kind,
@@ -411,26 +354,7 @@ def store_summary(store: FeatureStore) -> StoreSummary:
         n_failed=states["failed"],
         n_encodings=sum(array.n_encodings for array in arrays),
         n_present=n_present,
-        n_failed_encodings=store.index.num_rows - n_present,
+        n_failed_encodings=index.num_rows - n_present,
         n_bytes=store.n_bytes,
         failures=store.failures,
-    )
-
-
-def _array_summaries(store: FeatureStore) -> tuple[ArraySummary, ...]:
-    index = store.index
-    counts = pc.value_counts(index["array"].filter(pc.is_null(index["error"]))).to_pylist()
-    present = {count["values"]: count["counts"] for count in counts}
-    return tuple(
-        ArraySummary(
-            grid=str(layout.grid),
-            n_channels=layout.n_channels,
-            dtype=layout.dtype,
-            codec=layout.codec,
-            n_encodings=layout.n_encodings,
-            n_present=present.get(str(layout.grid), 0),
-            n_slots=layout.n_slots,
-            slot_bytes=layout.slot_encodings * layout.encoding_bytes,
-        )
-        for layout in store.arrays
     )

@@ -239,7 +239,7 @@ def test_summary(tmp_path: Path) -> None:
     assert [array.n_present for array in summary.arrays] == [5, 3]
     assert summary.n_bytes == sum(map(len, folder_bytes(path).values()))
     assert summary.failures == {"camel": "gone"}
-    assert summary.to_json()["fingerprint"]["backbone"] == "tiny"
+    assert summary.fingerprint.to_json()["backbone"] == "tiny"
 
 
 def test_pickled_and_shared_between_threads(tmp_path: Path) -> None:
