@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,17 +13,11 @@ from cosettle_cache.cli.options import DryRun, Json, Quiet, exits
 from cosettle_cache.core.console import Talk, human_bytes, interruptible
 from cosettle_cache.core.errors import ExitCode
 
-if TYPE_CHECKING:
-    from cosettle_cache.store import CopyReport, RepairReport, StoreSummary, VerifyReport
-
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into, check, mend and copy stores.")
 
 Store = Annotated[str, typer.Argument(metavar="STORE", help="A folder or a URL.")]
 
-
-@app.callback()
-def group() -> None:
-    """Look into, check, mend and copy stores."""
+_AGAIN = "; interrupted, run it again to go on"
 
 
 @app.command()
@@ -36,7 +30,25 @@ def info(store: Store, as_json: Json = False) -> None:
     from cosettle_cache.store import open_store, store_summary
 
     summary = store_summary(open_store(store))
-    _show(summary, _summary_lines(summary), as_json)
+    states = f"{summary.n_done} done, {summary.n_failed} failed, {summary.n_todo} to do"
+    present = f"{summary.n_present} of {summary.n_encodings} present, {summary.n_failed_encodings} failed"
+    size = human_bytes(summary.n_bytes)
+    lines = [
+        f"{summary.path}: {summary.plan_kind} plan, {summary.n_videos} videos, {size}",
+        f"slots: {summary.n_slots} = {states}",
+        f"encodings: {present}",
+    ]
+    for array in summary.arrays:
+        lines.append(
+            f"array {array.grid}: {array.n_present} of {array.n_encodings} encodings, {array.n_channels} "
+            f"channels, {array.dtype}, codec {array.codec}, {array.n_slots} slots of "
+            f"{human_bytes(array.slot_bytes)}"
+        )
+    for title, values in (("fingerprint", summary.fingerprint.to_json()), ("encoder", summary.encoder)):
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+        lines += [f"{title}:", *(f"  {key}: {text}" for key, text in texts.items())]
+    lines += [f"failed: {video_id}: {reason}" for video_id, reason in summary.failures.items()]
+    _show(summary, as_json, lines)
 
 
 @app.command()
@@ -51,8 +63,14 @@ def verify(store: Store, as_json: Json = False, quiet: Quiet = False) -> int:
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = verify_store(store, progress=talk.progress("verify"), stop=stop)
-    _show(report, _verify_lines(report), as_json)
-    return _exit_code(report)
+    slots = f"{report.n_verified} of {report.n_slots} slots checked, {human_bytes(report.n_bytes)} of shards"
+    state = f"{len(report.damages)} damages" if report.damages else "no damage"
+    todo = f", {report.n_todo} slots to do" if report.n_todo else ""
+    lines = [f"note: {note}" for note in report.notes]
+    lines.append(f"{report.path}: {state}; {slots}{todo}{_AGAIN * report.interrupted}")
+    if report.damages:
+        lines.append(f"hint: cosettle-cache store repair {report.path}, then the same extract command again")
+    return _show(report, as_json, lines)
 
 
 @app.command()
@@ -67,7 +85,14 @@ def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: 
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = repair_store(store, dry_run=dry_run, progress=talk.progress("verify"), stop=stop)
-    _show(report, _repair_lines(report, "would be " if dry_run else ""), as_json)
+    mood = "would be " if dry_run else ""
+    slots = f"{len(report.slots)} slots {mood or 'are '}to do again"
+    lines = [f"{mood}restored: {name}" for name in report.restored]
+    lines += [f"{mood}removed: {name}" for name in report.removed]
+    lines.append(f"{report.path}: {len(report.damages)} damages, {slots}{_AGAIN * report.interrupted}")
+    if report.needs_extract:
+        lines.append("hint: the same extract command again brings back what is missing")
+    _show(report, as_json, lines)
     return ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE
 
 
@@ -89,82 +114,26 @@ def copy(
     if dry_run:
         plan = plan_copy(source, target)
         line = f"{plan.n_slots - plan.n_there} of {plan.n_slots} slots to copy, {human_bytes(plan.n_bytes)}"
-        _show(plan, [line], as_json)
-        return ExitCode.DONE
+        return _show(plan, as_json, [line])
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = copy_store(source, target, progress=talk.progress("copy"), stop=stop)
-    _show(report, _copy_lines(report), as_json)
-    return _exit_code(report)
-
-
-def _show(report: Any, lines: Iterable[str], as_json: bool) -> None:
-    Talk().result(json.dumps(asdict(report), indent=2) if as_json else "\n".join(lines))
-
-
-def _exit_code(report: VerifyReport | CopyReport) -> ExitCode:
-    if report.damages:
-        return ExitCode.DAMAGED
-    return ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE
-
-
-def _summary_lines(summary: StoreSummary) -> Iterator[str]:
-    size = human_bytes(summary.n_bytes)
-    yield f"{summary.path}: {summary.plan_kind} plan, {summary.n_videos} videos, {size}"
-    states = f"{summary.n_done} done, {summary.n_failed} failed, {summary.n_todo} to do"
-    yield f"slots: {summary.n_slots} = {states}"
-    present = f"{summary.n_present} of {summary.n_encodings} present"
-    yield f"encodings: {present}, {summary.n_failed_encodings} failed"
-    for array in summary.arrays:
-        yield (
-            f"array {array.grid}: {array.n_present} of {array.n_encodings} encodings, {array.n_channels} "
-            f"channels, {array.dtype}, codec {array.codec}, {array.n_slots} slots of "
-            f"{human_bytes(array.slot_bytes)}"
-        )
-    for title, values in (("fingerprint", summary.fingerprint.to_json()), ("encoder", summary.encoder)):
-        yield f"{title}:"
-        for key, value in values.items():
-            yield f"  {key}: {value if isinstance(value, str) else json.dumps(value)}"
-    yield from (f"failed: {video_id}: {reason}" for video_id, reason in summary.failures.items())
-
-
-def _verify_lines(report: VerifyReport) -> Iterator[str]:
-    yield from _damage_lines(report)
-    yield from (f"note: {note}" for note in report.notes)
-    slots = f"{report.n_verified} of {report.n_slots} slots checked, {human_bytes(report.n_bytes)} of shards"
-    state = f"{len(report.damages)} damages" if report.damages else "no damage"
-    todo = f", {report.n_todo} slots to do" if report.n_todo else ""
-    yield f"{report.path}: {state}; {slots}{todo}{_cut_short(report)}"
-    if report.damages:
-        yield f"hint: cosettle-cache store repair {report.path}, then the same extract command again"
-
-
-def _repair_lines(report: RepairReport, mood: str) -> Iterator[str]:
-    yield from _damage_lines(report)
-    yield from (f"{mood}restored: {name}" for name in report.restored)
-    yield from (f"{mood}removed: {name}" for name in report.removed)
-    slots = f"{len(report.slots)} slots {mood or 'are '}to do again"
-    yield f"{report.path}: {len(report.damages)} damages, {slots}{_cut_short(report)}"
-    if report.needs_extract:
-        yield "hint: the same extract command again brings back what is missing"
-
-
-def _copy_lines(report: CopyReport) -> Iterator[str]:
-    yield from _damage_lines(report)
     held = f", {report.n_held} being written by another process" if report.n_held else ""
     left_out = len({damage.slot for damage in report.damages})
     damaged = f", {left_out} damaged and left out" if left_out else ""
     copied = f"{report.n_copied} slots copied, {human_bytes(report.n_bytes)}"
     there = f"{report.n_there} of {report.n_slots} were there already"
-    yield f"{report.target}: {copied}; {there}{held}{damaged}{_cut_short(report)}"
+    lines = [f"{report.target}: {copied}; {there}{held}{damaged}{_AGAIN * report.interrupted}"]
     if report.damages:
-        yield f"hint: cosettle-cache store repair {report.source}, then extract and copy once more"
+        lines.append(f"hint: cosettle-cache store repair {report.source}, then extract and copy once more")
+    return _show(report, as_json, lines)
 
 
-def _damage_lines(report: VerifyReport | RepairReport | CopyReport) -> Iterator[str]:
-    for damage in report.damages:
-        yield from (f"damaged: {line}" if number == 0 else line for number, line in enumerate(damage.lines()))
-
-
-def _cut_short(report: VerifyReport | RepairReport | CopyReport) -> str:
-    return "; interrupted, run it again to go on" if report.interrupted else ""
+def _show(report: Any, as_json: bool, lines: Iterable[str]) -> int:
+    """Print a report with its damages, or as JSON; return the exit code."""
+    damages, interrupted = getattr(report, "damages", ()), getattr(report, "interrupted", False)
+    text = ["damaged: " + "\n".join(damage.lines()) for damage in damages] + list(lines)
+    Talk().result(json.dumps(asdict(report), indent=2) if as_json else "\n".join(text))
+    if damages:
+        return ExitCode.DAMAGED
+    return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE

@@ -1,4 +1,4 @@
-"""Checking a store: every byte of every file compared with what the format says, every damaged encoding named.
+"""Checking a store: every byte of every file is compared with the format, every damaged encoding named.
 
 Nothing is changed, and others may write meanwhile. Memory is bounded by the size of a piece of a shard.
 """
@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -84,13 +85,10 @@ def audit_shard(
         data = _read(file, origin, int(stops[last - 1]))
         faults = []
         for chunk, start, size in extents[first:last]:
-            check = start - origin + size - CHECKSUM_BYTES
-            behind = check + CHECKSUM_BYTES
-            stored = data[check:behind]
-            padding = data[behind : behind + -size % ALIGNMENT]
-            if reason := _chunk_fault(layout, data[start - origin : check], stored, padding):
+            view = data[start - origin : start - origin + size + -size % ALIGNMENT]
+            if reason := _chunk_fault(layout, view, size):
                 faults.append((chunk, reason))
-            checksum = int(crc32c(stored, checksum))
+            checksum = int(crc32c(view[size - CHECKSUM_BYTES : size], checksum))
         yield data, faults
         first = last
     if part.shard.chunks_checksum not in (None, checksum):
@@ -137,12 +135,11 @@ def _read(file: RangeFile, start: int, stop: int) -> memoryview:
     return data
 
 
-def _chunk_fault(
-    layout: ArrayLayout, chunk: memoryview, checksum: memoryview, padding: memoryview
-) -> str | None:
+def _chunk_fault(layout: ArrayLayout, view: memoryview, size: int) -> str | None:
+    chunk, checksum = view[: size - CHECKSUM_BYTES], view[size - CHECKSUM_BYTES : size]
     if checksum_bytes(chunk) != checksum:
         return "the checksum of a chunk does not match"
-    if any(padding):
+    if any(view[size:]):
         return "the bytes after a chunk are not zero"
     if layout.codec == "none":
         return None
@@ -171,19 +168,10 @@ def inspect_metadata(storage: ReadStorage) -> Metadata:
 
     Raises `InputError` when there is no store, `DamagedStoreError` when neither header can be trusted.
     """
-    table, copy, manifest, manifest_fault = None, None, None, None
-    try:
-        table = unseal(storage.read(MANIFEST))
-    except FileNotFoundError:
-        manifest_fault = "it is missing; the same extract command writes it again"
-    except (BytesError, OSError) as error:
-        manifest_fault = str(error)
-    # Stores of the first release have no copy of the header.
-    if table is not None and (text := read_metadata(table).get(HEADER_COPY)) is not None:
-        copy = parse_header(json.loads(text), storage.path)
+    copy, manifest, manifest_fault = _read_manifest(storage)
     header, header_fault = _find_header(storage, copy)
-    if table is not None:
-        manifest, manifest_fault = _check_manifest(header, table)
+    if manifest is not None and manifest_digest(manifest) != header.fingerprint.manifest_digest:
+        manifest, manifest_fault = None, "it lists other videos than the store was made from"
     files = metadata_files(header)
     if header_fault is None:  # its digest is right, so it stays as it stands
         root = json.loads(files[ROOT_METADATA])
@@ -195,6 +183,22 @@ def inspect_metadata(storage: ReadStorage) -> Metadata:
     faults[MANIFEST] = manifest_fault
     damages = tuple(Damage(name, fault) for name, fault in faults.items() if fault)
     return Metadata(header, files, manifest, damages)
+
+
+def _read_manifest(storage: ReadStorage) -> tuple[Header | None, Manifest | None, str | None]:
+    """Return the manifest's copy of the header, the manifest, and what is wrong with it."""
+    try:
+        table = unseal(storage.read(MANIFEST))
+    except FileNotFoundError:
+        return None, None, "it is missing; the same extract command writes it again"
+    except (BytesError, OSError) as error:
+        return None, None, str(error)
+    text = read_metadata(table).get(HEADER_COPY)  # stores of the first release have none
+    copy = None if text is None else parse_header(json.loads(text), storage.path)
+    try:
+        return copy, manifest_from_table(table, MANIFEST), None
+    except CosettleError as error:
+        return copy, None, error.summary
 
 
 def _find_header(storage: ReadStorage, copy: Header | None) -> tuple[Header, str | None]:
@@ -223,16 +227,6 @@ def _find_header(storage: ReadStorage, copy: Header | None) -> tuple[Header, str
             hint="put the right one back",
         ) from error
     return header, None
-
-
-def _check_manifest(header: Header, table: pa.Table) -> tuple[Manifest | None, str | None]:
-    try:
-        manifest = manifest_from_table(table, MANIFEST)
-    except CosettleError as error:
-        return None, error.summary
-    if manifest_digest(manifest) != header.fingerprint.manifest_digest:
-        return None, "it lists other videos than the store was made from"
-    return manifest, None
 
 
 def _document_fault(storage: ReadStorage, name: str, wanted: Mapping[str, Any]) -> str | None:
@@ -290,10 +284,8 @@ def verify_storage(
     n_verified = n_withdrawn = n_bytes = 0
     progress.start(len(committed), "slots")
     try:
-        reports = map_ahead(
-            lambda place: check_slot(storage, metadata, place), committed, storage.n_readers, stop=stop
-        )
-        for report in reports:
+        task = partial(check_slot, storage, metadata)
+        for report in map_ahead(task, committed, storage.n_readers, stop=stop):
             if report is None:
                 n_withdrawn += 1
             else:

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from enum import StrEnum
+from functools import partial
 from pathlib import Path, PurePosixPath
 from threading import Event
 from typing import Any
@@ -26,7 +26,6 @@ from cosettle_cache.core.types import Fingerprint, PlanKind
 from cosettle_cache.store._local import Storage, is_store, sole_writer
 from cosettle_cache.store.check import (
     Metadata,
-    VerifyReport,
     audit_shard,
     check_slot,
     find_committed,
@@ -55,13 +54,6 @@ MAX_SLOTS_IN_HAND = 4
 
 #: Writers lock these, and a lock belongs to the file, not to its name.
 _LOCKED = (f"{INDEX_GROUP}/{ROOT_METADATA}", f"{TOKENS_GROUP}/{ROOT_METADATA}")
-
-
-class _Outcome(StrEnum):
-    COPIED = "copied"
-    THERE = "there"
-    HELD = "held"
-    DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +97,15 @@ def copy_store(
         files = {name: reader.read(name) for name in [*metadata.files, MANIFEST]}
         create_from_files(there, metadata.header.arrays, files)
         check_same(metadata.header, read_header(there), there.path)  # a rival may have been faster
-    outcomes: Counter[_Outcome] = Counter()
+    outcomes: Counter[str] = Counter()
     n_bytes, damages = 0, list[Damage]()
     with closing(StoreWriter(there, metadata.header.arrays)) as writer:
         committed, _ = find_committed(reader, writer.slots)
         progress.start(len(committed), "slots")
         try:
-            for outcome, copied, found in map_ahead(
-                lambda place: _copy_slot(reader, there, metadata, writer, place),
-                committed,
-                min(there.n_readers, MAX_SLOTS_IN_HAND),
-                stop=stop,
-            ):
+            task = partial(_copy_slot, reader, there, metadata, writer)
+            n_threads = min(there.n_readers, MAX_SLOTS_IN_HAND)
+            for outcome, copied, found in map_ahead(task, committed, n_threads, stop=stop):
                 outcomes[outcome] += 1
                 n_bytes += copied
                 damages += found
@@ -127,9 +116,9 @@ def copy_store(
         source=reader.path,
         target=there.path,
         n_slots=len(committed),
-        n_copied=outcomes[_Outcome.COPIED],
-        n_there=outcomes[_Outcome.THERE],
-        n_held=outcomes[_Outcome.HELD],
+        n_copied=outcomes["copied"],
+        n_there=outcomes["there"],
+        n_held=outcomes["held"],
         n_bytes=n_bytes,
         damages=tuple(damages),
         interrupted=outcomes.total() < len(committed),
@@ -169,30 +158,27 @@ def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage
 
 def _copy_slot(
     source: Storage, target: Storage, metadata: Metadata, writer: StoreWriter, place: SlotPlace
-) -> tuple[_Outcome, int, list[Damage]]:
-    """Copy a slot unless the target has it or somebody is writing it; return outcome, bytes and damages."""
+) -> tuple[str, int, list[Damage]]:
+    """Return what became of a slot (`copied`, `there`, `held`, `damaged`), its copied bytes, and damages."""
     if not writer.claim(place.index, retry_failed=True):
-        return (_Outcome.THERE if target.exists(place.part_name) else _Outcome.HELD), 0, []
+        return ("there" if target.exists(place.part_name) else "held"), 0, []
     try:
         while True:
             try:
                 n_bytes = _try_copy(source, target, writer, place)
-                return (_Outcome.COPIED if n_bytes else _Outcome.THERE), n_bytes, []
+                return ("copied" if n_bytes else "there"), n_bytes, []
             except BytesError:
                 report = check_slot(source, metadata, place)
                 if report is None:
-                    return _Outcome.HELD, 0, []
+                    return "held", 0, []
                 if report[1]:
-                    return _Outcome.DAMAGED, 0, report[1]
+                    return "damaged", 0, report[1]
     finally:
         writer.release(place.index)
 
 
 def _try_copy(source: Storage, target: Storage, writer: StoreWriter, place: SlotPlace) -> int:
-    """Copy a slot and return its bytes, 0 where the target has it.
-
-    Raises `BytesError` before anything wrong is committed.
-    """
+    """Return the bytes copied, 0 where they are there; raise `BytesError` before a wrong one is committed."""
     try:
         data = source.read(place.part_name)
     except OSError as error:
@@ -247,32 +233,28 @@ def repair_store(
     local = None if dry_run else storage.local
     with nullcontext() if local is None else sole_writer(local / INDEX_GROUP / ROOT_METADATA):
         metadata = inspect_metadata(storage)
-        report = _plan_repair(storage, metadata, verify_storage(storage, metadata, progress, stop))
+        found = verify_storage(storage, metadata, progress, stop)
+        damaged = {damage.file for damage in found.damages}
+        slots = SlotTable(metadata.header.arrays)
+        places = [slots.place(index) for index in found.damaged_slots]
+        # The index part first: without it the slot is to do, whatever happens next.
+        names = [name for place in places for name in (place.part_name, place.shard_name)]
+        names += {MANIFEST} & damaged
+        folders = [part_folder(layout.grid) for layout in slots.arrays]
+        report = RepairReport(
+            path=storage.path,
+            damages=found.damages,
+            restored=tuple(name for name in [*folders, *metadata.files] if name in damaged),
+            removed=tuple(name for name in names if storage.exists(name)),
+            slots=found.damaged_slots,
+            interrupted=found.interrupted,
+        )
         if not dry_run:
             for name in report.restored:
                 _restore(storage, name, metadata)
             for name in report.removed:
                 storage.delete(name)
     return report
-
-
-def _plan_repair(storage: Storage, metadata: Metadata, found: VerifyReport) -> RepairReport:
-    slots = SlotTable(metadata.header.arrays)
-    places = [slots.place(index) for index in found.damaged_slots]
-    # The index part first: without it the slot is to do, whatever happens next.
-    names = [name for place in places for name in (place.part_name, place.shard_name)]
-    damaged = {damage.file for damage in found.damages}
-    if MANIFEST in damaged:
-        names.append(MANIFEST)
-    folders = [part_folder(layout.grid) for layout in metadata.header.arrays]
-    return RepairReport(
-        path=storage.path,
-        damages=found.damages,
-        restored=tuple(name for name in [*folders, *metadata.files] if name in damaged),
-        removed=tuple(name for name in names if storage.exists(name)),
-        slots=found.damaged_slots,
-        interrupted=found.interrupted,
-    )
 
 
 def _restore(storage: Storage, name: str, metadata: Metadata) -> None:
