@@ -30,24 +30,23 @@ def info(store: Store, as_json: Json = False) -> None:
     from cosettle_cache.store import open_store, store_summary
 
     summary = store_summary(open_store(store))
-    states = f"{summary.n_done} done, {summary.n_failed} failed, {summary.n_todo} to do"
-    present = f"{summary.n_present} of {summary.n_encodings} present, {summary.n_failed_encodings} failed"
-    size = human_bytes(summary.n_bytes)
+    head = "{path}: {plan_kind} plan, {n_videos} videos, ".format(**summary)
     lines = [
-        f"{summary.path}: {summary.plan_kind} plan, {summary.n_videos} videos, {size}",
-        f"slots: {summary.n_slots} = {states}",
-        f"encodings: {present}",
+        head + human_bytes(summary["n_bytes"]),
+        "slots: {n_slots} = {n_done} done, {n_failed} failed, {n_todo} to do".format(**summary),
+        "encodings: {n_present} of {n_encodings} present, {n_failed_encodings} failed".format(**summary),
     ]
-    for array in summary.arrays:
-        lines.append(
-            f"array {array.grid}: {array.n_present} of {array.n_encodings} encodings, {array.n_channels} "
-            f"channels, {array.dtype}, codec {array.codec}, {array.n_slots} slots of "
-            f"{human_bytes(array.slot_bytes)}"
-        )
-    for title, values in (("fingerprint", summary.fingerprint.to_json()), ("encoder", summary.encoder)):
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-        lines += [f"{title}:", *(f"  {key}: {text}" for key, text in texts.items())]
-    lines += [f"failed: {video_id}: {reason}" for video_id, reason in summary.failures.items()]
+    line = (
+        "array {grid}: {n_present} of {n_encodings} encodings, {n_channels} channels, {dtype}, codec {codec}"
+    )
+    for array in summary["arrays"]:
+        slots = f"{array['n_slots']} slots of {human_bytes(array['slot_bytes'])}"
+        lines.append(f"{line.format(**array)}, {slots}")
+    for title in ("fingerprint", "encoder"):
+        lines.append(f"{title}:")
+        for key, value in summary[title].items():
+            lines.append(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
+    lines += [f"failed: {video_id}: {reason}" for video_id, reason in summary["failures"].items()]
     _show(summary, as_json, lines)
 
 
@@ -113,7 +112,8 @@ def copy(
 
     if dry_run:
         plan = plan_copy(source, target)
-        line = f"{plan.n_slots - plan.n_there} of {plan.n_slots} slots to copy, {human_bytes(plan.n_bytes)}"
+        n_slots, n_copied = plan["n_slots"], plan["n_slots"] - plan["n_there"]
+        line = f"{n_copied} of {n_slots} slots to copy, {human_bytes(plan['n_bytes'])}"
         return _show(plan, as_json, [line])
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
@@ -133,7 +133,8 @@ def _show(report: Any, as_json: bool, lines: Iterable[str]) -> int:
     """Print a report with its damages, or as JSON; return the exit code."""
     damages, interrupted = getattr(report, "damages", ()), getattr(report, "interrupted", False)
     text = ["damaged: " + "\n".join(damage.lines()) for damage in damages] + list(lines)
-    Talk().result(json.dumps(asdict(report), indent=2) if as_json else "\n".join(text))
+    document = report if isinstance(report, dict) else asdict(report)
+    Talk().result(json.dumps(document, indent=2) if as_json else "\n".join(text))
     if damages:
         return ExitCode.DAMAGED
     return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE

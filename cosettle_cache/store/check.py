@@ -26,13 +26,7 @@ from cosettle_cache.core.settings import FramesSettings, PairsSettings, digest
 from cosettle_cache.core.tables import read_metadata
 from cosettle_cache.core.types import ArrayLayout, Manifest, PlanKind
 from cosettle_cache.store._local import TEMPORARY, RangeFile, ReadStorage
-from cosettle_cache.store._shards import (
-    ShardLostError,
-    checksum_bytes,
-    decoded_bytes,
-    index_bytes,
-    read_entries,
-)
+from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded_bytes, read_entries
 from cosettle_cache.store.create import HEADER_COPY, metadata_bytes, metadata_files, plain_metadata
 from cosettle_cache.store.format import (
     ALIGNMENT,
@@ -48,15 +42,7 @@ from cosettle_cache.store.format import (
     part_folder,
 )
 from cosettle_cache.store.header import ATTRIBUTE, Header, check_same, parse_header, read_header
-from cosettle_cache.store.index import (
-    Damage,
-    Part,
-    VideoRows,
-    committed_shards,
-    decode_part,
-    unseal,
-    video_rows,
-)
+from cosettle_cache.store.index import Damage, Part, committed_shards, decode_part, unseal, video_rows
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.store.remote import open_storage
 from cosettle_cache.videos.manifest import manifest_digest, manifest_from_table
@@ -64,15 +50,28 @@ from cosettle_cache.videos.manifest import manifest_digest, manifest_from_table
 #: Bytes read at once; a larger chunk is read whole.
 PIECE_BYTES = 4 * 2**20
 
+#: Consecutive bytes of a shard, and the damaged chunks in them: number and reason.
+Piece = tuple[memoryview, list[tuple[int, str]]]
 
-def audit_shard(
-    file: RangeFile, layout: ArrayLayout, part: Part
-) -> Iterator[tuple[memoryview, list[tuple[int, str]]]]:
-    """Yield the whole shard piece by piece, each with its damaged chunks: number and reason.
+#: Bytes of a slot's shard that were read, and what is wrong with the slot.
+SlotReport = tuple[int, list[Damage]]
 
-    Raises `ShardLostError` when nothing of it can be trusted: another size than the part says, an index that
-    is damaged or not what the part implies, or at the end chunks that are not those of the part.
+
+def audit_shard(storage: ReadStorage, place: SlotPlace, part: Part) -> Iterator[Piece]:
+    """Yield the whole shard of a slot piece by piece; raise `ShardLostError` when nothing of it can be trusted.
+
+    So it is when it cannot be read, when its size or its index is not what the part implies, or, known at the
+    end, when its chunks are not those of the part.
     """
+    try:
+        yield from _pieces(storage.open(place.shard_name), place.layout, part)
+    except FileNotFoundError as error:
+        raise ShardLostError("it is missing") from error
+    except OSError as error:
+        raise ShardLostError(f"it cannot be read ({error.strerror})") from error
+
+
+def _pieces(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]:
     present = _present_chunks(layout, part)
     entries = _check_entries(file, layout, part, present)
     starts, sizes = entries[present].astype(np.int64).T
@@ -82,7 +81,9 @@ def audit_shard(
     while first < len(extents):
         origin = extents[first][1]
         last = max(first + 1, int(np.searchsorted(stops, origin + PIECE_BYTES, "right")))
-        data = _read(file, origin, int(stops[last - 1]))
+        data = np.empty(int(stops[last - 1]) - origin, np.uint8).data
+        if file.read([data], origin) < len(data):
+            raise ShardLostError("it ends too early")
         faults = []
         for chunk, start, size in extents[first:last]:
             view = data[start - origin : start - origin + size + -size % ALIGNMENT]
@@ -119,20 +120,9 @@ def _check_entries(
         raise ShardLostError("its index lists other chunks than its index part")
     strides = sizes.astype(np.int64) + -sizes.astype(np.int64) % ALIGNMENT
     starts = np.concatenate([[0], np.cumsum(strides)])
-    if (offsets != starts[:-1]).any() or starts[-1] + index_bytes(layout) != n_bytes:
+    if (offsets != starts[:-1]).any() or starts[-1] + entries.nbytes + CHECKSUM_BYTES != n_bytes:
         raise ShardLostError("its index does not put the chunks where the format does")
     return entries
-
-
-def _read(file: RangeFile, start: int, stop: int) -> memoryview:
-    data = np.empty(stop - start, np.uint8).data
-    try:
-        n_read = file.read([data], start)
-    except OSError as error:
-        raise ShardLostError(f"it cannot be read ({error.strerror})") from error
-    if n_read < len(data):
-        raise ShardLostError("it ends too early")
-    return data
 
 
 def _chunk_fault(layout: ArrayLayout, view: memoryview, size: int) -> str | None:
@@ -152,10 +142,7 @@ def _chunk_fault(layout: ArrayLayout, view: memoryview, size: int) -> str | None
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The header of a store, the bytes of the metadata that follows from it, and what is damaged.
-
-    `manifest` is None where it is damaged.
-    """
+    """The header of a store, the metadata that follows from it, the manifest unless it is damaged, damages."""
 
     header: Header
     files: Mapping[str, bytes]
@@ -295,6 +282,13 @@ def verify_storage(
             progress.advance(1, damages=float(len(damages)))
     finally:
         progress.finish()
+    known = {*metadata.files, MANIFEST}
+    for place in map(slots.place, range(len(slots))):
+        known |= {place.shard_name, place.part_name}
+    strange = {name: "not part of the store" for name, _ in storage.walk() if name not in known}
+    for name in strange:
+        if TEMPORARY.fullmatch(name.rpartition("/")[2]):
+            strange[name] = "unfinished; removed by the next extraction that is alone"
     return VerifyReport(
         path=storage.path,
         n_slots=len(slots),
@@ -302,7 +296,7 @@ def verify_storage(
         n_verified=n_verified,
         n_bytes=n_bytes,
         damages=tuple(damages),
-        notes=tuple(_strange_files(storage, metadata, slots)),
+        notes=tuple(f"{name}: {why}" for name, why in strange.items()),
         interrupted=n_verified + n_withdrawn < len(committed),
     )
 
@@ -320,11 +314,8 @@ def find_committed(storage: ReadStorage, slots: SlotTable) -> tuple[list[SlotPla
     return committed, damages
 
 
-def check_slot(storage: ReadStorage, metadata: Metadata, place: SlotPlace) -> tuple[int, list[Damage]] | None:
-    """Return the bytes of a slot's shard that were read and what is wrong; None when it is to do again.
-
-    A slot that was written again meanwhile is checked again.
-    """
+def check_slot(storage: ReadStorage, metadata: Metadata, place: SlotPlace) -> SlotReport | None:
+    """Check a slot, again if it was written again meanwhile; return None when it is to do by now."""
     while True:
         try:
             data = storage.read(place.part_name)
@@ -338,9 +329,7 @@ def check_slot(storage: ReadStorage, metadata: Metadata, place: SlotPlace) -> tu
                 return report
 
 
-def _check_files(
-    storage: ReadStorage, metadata: Metadata, place: SlotPlace, data: bytes
-) -> tuple[int, list[Damage]]:
+def _check_files(storage: ReadStorage, metadata: Metadata, place: SlotPlace, data: bytes) -> SlotReport:
     try:
         part = decode_part(data, place)
     except BytesError as error:
@@ -348,14 +337,12 @@ def _check_files(
     faults: dict[str, list[int]] = {}
     n_bytes = 0
     try:
-        for piece, found in audit_shard(storage.open(place.shard_name), place.layout, part):
+        for piece, found in audit_shard(storage, place, part):
             n_bytes += len(piece)
             for chunk, reason in found:
                 faults.setdefault(reason, []).append(chunk)
-    except (BytesError, OSError) as error:
-        reason = f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else reason
-        faults = {reason: np.flatnonzero(_present_chunks(place.layout, part)).tolist()}
+    except BytesError as error:
+        faults = {str(error): np.flatnonzero(_present_chunks(place.layout, part)).tolist()}
     numbers = np.arange(len(part.table)) // place.layout.chunk_encodings
     return n_bytes, [
         Damage(place.shard_name, reason, place.index, video_rows(part.table.filter(np.isin(numbers, chunks))))
@@ -365,14 +352,16 @@ def _check_files(
 
 def _part_damage(metadata: Metadata, place: SlotPlace, reason: str) -> Damage:
     rows = f"rows {place.rows.start} to {place.rows.stop - 1} of {place.layout.grid}"
-    return Damage(place.part_name, f"{reason} ({rows})", place.index, _planned_rows(metadata, place))
+    planned = _planned_rows(metadata, place)
+    encodings = () if planned is None else video_rows(planned)
+    return Damage(place.part_name, f"{reason} ({rows})", place.index, encodings)
 
 
-def _planned_rows(metadata: Metadata, place: SlotPlace) -> tuple[VideoRows, ...]:
-    """Return the encodings planned for a slot; none where the plan cannot be made again."""
+def _planned_rows(metadata: Metadata, place: SlotPlace) -> pa.Table | None:
+    """Return the encodings planned for a slot; None where the plan cannot be made again."""
     header, patch = metadata.header, metadata.header.encoder.get("patch")
     if metadata.manifest is None or not isinstance(patch, int):
-        return ()
+        return None
     values, first = header.fingerprint.plan, header.arrays[0]
     kinds = {"dtype": first.dtype, "codec": first.codec}
     # Slots had their default size, or all the same one.
@@ -384,20 +373,9 @@ def _planned_rows(metadata: Metadata, place: SlotPlace) -> tuple[VideoRows, ...]
                 metadata.manifest, settings, patch=patch, dim=first.n_channels, slot_encodings=size, **kinds
             )
         except (CosettleError, TypeError, ValueError):
-            return ()
+            return None
         if plan.arrays == header.arrays:
             encodings = plan.slot(place.index).encodings
             videos, frames = [item.video_id for item in encodings], [item.frame for item in encodings]
-            return video_rows(pa.table({"video_id": videos, "row": list(place.rows), "frame": frames}))
-    return ()
-
-
-def _strange_files(storage: ReadStorage, metadata: Metadata, slots: SlotTable) -> Iterator[str]:
-    known = {*metadata.files, MANIFEST}
-    for place in map(slots.place, range(len(slots))):
-        known |= {place.shard_name, place.part_name}
-    for name, _ in storage.walk():
-        if TEMPORARY.fullmatch(name.rpartition("/")[2]):
-            yield f"{name}: unfinished; removed by the next extraction that is alone"
-        elif name not in known:
-            yield f"{name}: not part of the store"
+            return pa.table({"video_id": videos, "row": list(place.rows), "frame": frames})
+    return None

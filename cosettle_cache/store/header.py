@@ -9,19 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache.core.errors import DamagedStoreError, FingerprintError, InputError
+from cosettle_cache.core.errors import DamagedStoreError, FingerprintError, InputError, UsageError
 from cosettle_cache.core.settings import differing, digest, flat
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid
 from cosettle_cache.store._local import ReadStorage, is_store
-from cosettle_cache.store.format import (
-    CODECS,
-    DTYPES,
-    MANIFEST,
-    ROOT_METADATA,
-    SPEC_VERSION,
-    array_folder,
-    spec_version,
-)
+from cosettle_cache.store.format import MANIFEST, ROOT_METADATA, SPEC_VERSION, array_folder, spec_version
 
 ATTRIBUTE = "cosettle_cache"
 AXES = ("encoding", "row", "col", "channel")
@@ -75,9 +67,8 @@ def read_header(storage: ReadStorage) -> Header:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise DamagedStoreError(
-            f"the header of {path} is damaged: {error}", hint=repair_hint(path)
-        ) from error
+        hint = repair_hint(path)
+        raise DamagedStoreError(f"the header of {path} is damaged: {error}", hint=hint) from error
     attribute = document.get("attributes", {}).get(ATTRIBUTE) if isinstance(document, dict) else None
     if not isinstance(attribute, dict):
         raise InputError(f"{path} is a Zarr node, but not a store", wanted=f"the attribute {ATTRIBUTE}")
@@ -100,9 +91,12 @@ def parse_header(document: Mapping[str, Any], path: str) -> Header:
             f"the header of {path} is damaged: its digest does not match", hint=repair_hint(path)
         )
     header = Header.from_json(stored)
-    for layout in header.arrays:
-        if layout.dtype not in DTYPES or layout.codec not in CODECS:
-            raise DamagedStoreError(f"the header of {path} names a dtype or codec that it cannot have")
+    try:
+        for layout in header.arrays:
+            spec_version(layout.dtype, layout.codec)
+    except UsageError as error:
+        message = f"the header of {path} names a dtype or codec that it cannot have"
+        raise DamagedStoreError(message) from error
     return header
 
 

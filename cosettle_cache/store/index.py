@@ -211,7 +211,8 @@ class Catalog:
     """Views of the index's outline; each is computed when first asked for."""
 
     def __init__(self, outline: pa.Table, arrays: tuple[ArrayLayout, ...]) -> None:
-        self._outline = outline
+        is_present = pc.is_null(outline["error"])
+        self._present, self._failed = outline.filter(is_present), outline.filter(pc.invert(is_present))
         self._arrays = {str(layout.grid): number for number, layout in enumerate(arrays)}
         self._chunk_encodings = arrays[0].chunk_encodings if arrays else 1
 
@@ -253,14 +254,6 @@ class Catalog:
         samples = pc.divide(self._present["row"], self._chunk_encodings)
         columns = {"sample": samples, "video_id": self._present["video_id"], "view": self._present["view"]}
         return pa.table(columns).combine_chunks()
-
-    @cached_property
-    def _failed(self) -> pa.Table:
-        return self._outline.filter(pc.is_valid(self._outline["error"]))
-
-    @cached_property
-    def _present(self) -> pa.Table:
-        return self._outline.filter(pc.is_null(self._outline["error"]))
 
 
 @dataclass(frozen=True, slots=True)

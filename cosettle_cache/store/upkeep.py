@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,6 @@ from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import DamagedStoreError, UsageError
 from cosettle_cache.core.files import Buffer, is_url, make_folder, overwrite_durably
 from cosettle_cache.core.parallel import map_ahead
-from cosettle_cache.core.types import Fingerprint, PlanKind
 from cosettle_cache.store._local import Storage, is_store, sole_writer
 from cosettle_cache.store.check import (
     Metadata,
@@ -71,17 +70,6 @@ class CopyReport:
     interrupted: bool
 
 
-@dataclass(frozen=True, slots=True)
-class CopyPlan:
-    """What a copy would do, as far as listings say; `n_bytes` are those of the shards to copy."""
-
-    source: str
-    target: str
-    n_slots: int
-    n_there: int
-    n_bytes: int
-
-
 def copy_store(
     source: str | Path, target: str | Path, *, progress: Progress = SILENT, stop: Event | None = None
 ) -> CopyReport:
@@ -125,15 +113,23 @@ def copy_store(
     )
 
 
-def plan_copy(source: str | Path, target: str | Path) -> CopyPlan:
-    """Return what `copy_store` would do; nothing is written, and only metadata is checked."""
+def plan_copy(source: str | Path, target: str | Path) -> dict[str, Any]:
+    """Return what `copy_store` would do, as far as listings say; `n_bytes` are those of the shards to copy.
+
+    Nothing is written, and only metadata is checked.
+    """
     reader, target_storage, metadata = _open_both(source, target)
     sizes = dict(reader.walk())
     there = {name for name, _ in target_storage.walk()}
     committed, _ = find_committed(reader, SlotTable(metadata.header.arrays))
     missing = [place for place in committed if place.part_name not in there]
-    n_bytes = sum(sizes.get(place.shard_name, 0) for place in missing)
-    return CopyPlan(reader.path, target_storage.path, len(committed), len(committed) - len(missing), n_bytes)
+    return {
+        "source": reader.path,
+        "target": target_storage.path,
+        "n_slots": len(committed),
+        "n_there": len(committed) - len(missing),
+        "n_bytes": sum(sizes.get(place.shard_name, 0) for place in missing),
+    }
 
 
 def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage, Metadata]:
@@ -194,13 +190,10 @@ def _try_copy(source: Storage, target: Storage, writer: StoreWriter, place: Slot
 
 
 def _checked_bytes(source: Storage, place: SlotPlace, part: Part) -> Iterator[Buffer]:
-    try:
-        for data, faults in audit_shard(source.open(place.shard_name), place.layout, part):
-            if faults:
-                raise BytesError(faults[0][1])
-            yield data
-    except OSError as error:  # or it would pass for an error of the target
-        raise BytesError("the shard cannot be read") from error
+    for data, faults in audit_shard(source, place, part):
+        if faults:
+            raise BytesError(faults[0][1])
+        yield data
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,74 +262,39 @@ def _restore(storage: Storage, name: str, metadata: Metadata) -> None:
         storage.write(name, [data])
 
 
-@dataclass(frozen=True, slots=True)
-class ArraySummary:
-    """One array: planned and present encodings, slots and their size."""
+def store_summary(store: FeatureStore) -> dict[str, Any]:
+    """Return what `store info --json` prints; `n_bytes` counts every file in the store's folder.
 
-    grid: str
-    n_channels: int
-    dtype: str
-    codec: str
-    n_encodings: int
-    n_present: int
-    n_slots: int
-    slot_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSummary:
-    """What `store info` shows; encodings count as planned = present + failed + still to do."""
-
-    path: str
-    plan_kind: PlanKind
-    fingerprint: Fingerprint
-    encoder: Mapping[str, Any]
-    arrays: tuple[ArraySummary, ...]
-    n_videos: int
-    n_slots: int
-    n_todo: int
-    n_done: int
-    n_failed: int
-    n_encodings: int
-    n_present: int
-    n_failed_encodings: int
-    n_bytes: int
-    failures: Mapping[str, str]
-
-
-def store_summary(store: FeatureStore) -> StoreSummary:
-    """Return the summary of a store; `n_bytes` counts every file in its folder."""
+    Encodings count as planned (`n_encodings`) = present + failed + still to do.
+    """
     states, index = store.slot_states(), store.index
     counts = pc.value_counts(index["array"].filter(pc.is_null(index["error"]))).to_pylist()
     present = {count["values"]: count["counts"] for count in counts}
-    arrays = tuple(
-        ArraySummary(
-            grid=str(layout.grid),
-            n_channels=layout.n_channels,
-            dtype=layout.dtype,
-            codec=layout.codec,
-            n_encodings=layout.n_encodings,
-            n_present=present.get(str(layout.grid), 0),
-            n_slots=layout.n_slots,
-            slot_bytes=layout.slot_encodings * layout.encoding_bytes,
-        )
-        for layout in store.arrays
-    )
     n_present = sum(present.values())
-    return StoreSummary(
-        path=store.path,
-        plan_kind=store.plan_kind,
-        fingerprint=store.fingerprint,
-        encoder=store.encoder,
-        arrays=arrays,
-        n_videos=len(store.manifest),
-        n_slots=store.n_slots,
-        n_todo=states["todo"],
-        n_done=states["done"],
-        n_failed=states["failed"],
-        n_encodings=sum(array.n_encodings for array in arrays),
-        n_present=n_present,
-        n_failed_encodings=index.num_rows - n_present,
-        n_bytes=store.n_bytes,
-        failures=store.failures,
-    )
+    return {
+        "path": store.path,
+        "plan_kind": store.plan_kind,
+        "fingerprint": store.fingerprint.to_json(),
+        "encoder": store.encoder,
+        "arrays": [
+            {
+                "grid": str(layout.grid),
+                "n_channels": layout.n_channels,
+                "dtype": layout.dtype,
+                "codec": layout.codec,
+                "n_encodings": layout.n_encodings,
+                "n_present": present.get(str(layout.grid), 0),
+                "n_slots": layout.n_slots,
+                "slot_bytes": layout.slot_encodings * layout.encoding_bytes,
+            }
+            for layout in store.arrays
+        ],
+        "n_videos": len(store.manifest),
+        "n_slots": store.n_slots,
+        **{f"n_{state}": states[state] for state in ("todo", "done", "failed")},
+        "n_encodings": sum(layout.n_encodings for layout in store.arrays),
+        "n_present": n_present,
+        "n_failed_encodings": index.num_rows - n_present,
+        "n_bytes": store.n_bytes,
+        "failures": store.failures,
+    }
