@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
@@ -12,17 +13,11 @@ from cosettle_cache.cli.options import DryRun, Json, Quiet, exits
 from cosettle_cache.core.console import Talk, human_bytes, interruptible
 from cosettle_cache.core.errors import ExitCode
 
-if TYPE_CHECKING:
-    from cosettle_cache.store import CopyReport, Damage, RepairReport, StoreSummary, VerifyReport
-
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into, check, mend and copy stores.")
 
 Store = Annotated[str, typer.Argument(metavar="STORE", help="A folder or a URL.")]
 
-
-@app.callback()
-def group() -> None:
-    """Look into, check, mend and copy stores."""
+_AGAIN = "; interrupted, run it again to go on"
 
 
 @app.command()
@@ -35,8 +30,24 @@ def info(store: Store, as_json: Json = False) -> None:
     from cosettle_cache.store import open_store, store_summary
 
     summary = store_summary(open_store(store))
-    text = json.dumps(summary.to_json(), indent=2) if as_json else "\n".join(_summary_lines(summary))
-    Talk().result(text)
+    head = "{path}: {plan_kind} plan, {n_videos} videos, ".format(**summary)
+    lines = [
+        head + human_bytes(summary["n_bytes"]),
+        "slots: {n_slots} = {n_done} done, {n_failed} failed, {n_todo} to do".format(**summary),
+        "encodings: {n_present} of {n_encodings} present, {n_failed_encodings} failed".format(**summary),
+    ]
+    line = (
+        "array {grid}: {n_present} of {n_encodings} encodings, {n_channels} channels, {dtype}, codec {codec}"
+    )
+    for array in summary["arrays"]:
+        slots = f"{array['n_slots']} slots of {human_bytes(array['slot_bytes'])}"
+        lines.append(f"{line.format(**array)}, {slots}")
+    for title in ("fingerprint", "encoder"):
+        lines.append(f"{title}:")
+        for key, value in summary[title].items():
+            lines.append(f"  {key}: {value if isinstance(value, str) else json.dumps(value)}")
+    lines += [f"failed: {video_id}: {reason}" for video_id, reason in summary["failures"].items()]
+    _show(summary, as_json, lines)
 
 
 @app.command()
@@ -51,8 +62,14 @@ def verify(store: Store, as_json: Json = False, quiet: Quiet = False) -> int:
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = verify_store(store, progress=talk.progress("verify"), stop=stop)
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(_verify_lines(report)))
-    return _exit_code(report.damages, report.interrupted)
+    slots = f"{report.n_verified} of {report.n_slots} slots checked, {human_bytes(report.n_bytes)} of shards"
+    state = f"{len(report.damages)} damages" if report.damages else "no damage"
+    todo = f", {report.n_todo} slots to do" if report.n_todo else ""
+    lines = [f"note: {note}" for note in report.notes]
+    lines.append(f"{report.path}: {state}; {slots}{todo}{_AGAIN * report.interrupted}")
+    if report.damages:
+        lines.append(f"hint: cosettle-cache store repair {report.path}, then the same extract command again")
+    return _show(report, as_json, lines)
 
 
 @app.command()
@@ -67,9 +84,15 @@ def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: 
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = repair_store(store, dry_run=dry_run, progress=talk.progress("verify"), stop=stop)
-    lines = _repair_lines(report, "would be " if dry_run else "")
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(lines))
-    return int(ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE)
+    mood = "would be " if dry_run else ""
+    slots = f"{len(report.slots)} slots {mood or 'are '}to do again"
+    lines = [f"{mood}restored: {name}" for name in report.restored]
+    lines += [f"{mood}removed: {name}" for name in report.removed]
+    lines.append(f"{report.path}: {len(report.damages)} damages, {slots}{_AGAIN * report.interrupted}")
+    if report.needs_extract:
+        lines.append("hint: the same extract command again brings back what is missing")
+    _show(report, as_json, lines)
+    return ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE
 
 
 @app.command()
@@ -87,85 +110,31 @@ def copy(
     """
     from cosettle_cache.store import copy_store, plan_copy
 
-    talk = Talk(quiet=quiet)
     if dry_run:
         plan = plan_copy(source, target)
-        line = f"{plan.n_slots - plan.n_there} of {plan.n_slots} slots to copy, {human_bytes(plan.n_bytes)}"
-        talk.result(json.dumps(plan.to_json(), indent=2) if as_json else line)
-        return int(ExitCode.DONE)
+        n_slots, n_copied = plan["n_slots"], plan["n_slots"] - plan["n_there"]
+        line = f"{n_copied} of {n_slots} slots to copy, {human_bytes(plan['n_bytes'])}"
+        return _show(plan, as_json, [line])
+    talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
         report = copy_store(source, target, progress=talk.progress("copy"), stop=stop)
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(_copy_lines(report)))
-    return _exit_code(report.damages, report.interrupted)
-
-
-def _exit_code(damages: tuple[Damage, ...], interrupted: bool) -> int:
-    if damages:
-        return int(ExitCode.DAMAGED)
-    return int(ExitCode.INTERRUPTED if interrupted else ExitCode.DONE)
-
-
-def _summary_lines(summary: StoreSummary) -> Iterator[str]:
-    fingerprint, size = summary.fingerprint.to_json(), human_bytes(summary.n_bytes)
-    states = f"{summary.n_done} done, {summary.n_failed} failed, {summary.n_todo} to do"
-    present = f"{summary.n_present} of {summary.n_encodings} present, {summary.n_failed_encodings} failed"
-    yield f"{summary.path}: {summary.plan_kind} plan, {summary.n_videos} videos, {size}"
-    yield f"slots: {summary.n_slots} = {states}"
-    yield f"encodings: {present}"
-    for array in summary.arrays:
-        yield (
-            f"array {array.grid}: {array.n_present} of {array.n_encodings} encodings, {array.n_channels} "
-            f"channels, {array.dtype}, codec {array.codec}, {array.n_slots} slots of "
-            f"{human_bytes(array.slot_bytes)}"
-        )
-    yield "fingerprint:"
-    yield from (f"  {key}: {_inline(value)}" for key, value in fingerprint.items())
-    yield "encoder:"
-    yield from (f"  {key}: {_inline(value)}" for key, value in summary.encoder.items())
-    yield from (f"failed: {video_id}: {reason}" for video_id, reason in summary.failures.items())
-
-
-def _inline(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _verify_lines(report: VerifyReport) -> Iterator[str]:
-    yield from _damage_lines(report.damages)
-    yield from (f"note: {note}" for note in report.notes)
-    slots = f"{report.n_verified} of {report.n_slots} slots checked, {human_bytes(report.n_bytes)} of shards"
-    state = f"{len(report.damages)} damages" if report.damages else "no damage"
-    todo = f", {report.n_todo} slots to do" if report.n_todo else ""
-    yield f"{report.path}: {state}; {slots}{todo}{_cut_short(report.interrupted)}"
-    if report.damages:
-        yield f"hint: cosettle-cache store repair {report.path}, then the same extract command again"
-
-
-def _repair_lines(report: RepairReport, mood: str) -> Iterator[str]:
-    yield from _damage_lines(report.damages)
-    yield from (f"{mood}restored: {name}" for name in report.restored)
-    yield from (f"{mood}removed: {name}" for name in report.removed)
-    slots = f"{len(report.slots)} slots {mood or 'are '}to do again"
-    yield f"{report.path}: {len(report.damages)} damages, {slots}{_cut_short(report.interrupted)}"
-    if report.needs_extract:
-        yield "hint: the same extract command again brings back what is missing"
-
-
-def _copy_lines(report: CopyReport) -> Iterator[str]:
-    yield from _damage_lines(report.damages)
     held = f", {report.n_held} being written by another process" if report.n_held else ""
     left_out = len({damage.slot for damage in report.damages})
     damaged = f", {left_out} damaged and left out" if left_out else ""
     copied = f"{report.n_copied} slots copied, {human_bytes(report.n_bytes)}"
     there = f"{report.n_there} of {report.n_slots} were there already"
-    yield f"{report.target}: {copied}; {there}{held}{damaged}{_cut_short(report.interrupted)}"
+    lines = [f"{report.target}: {copied}; {there}{held}{damaged}{_AGAIN * report.interrupted}"]
     if report.damages:
-        yield f"hint: cosettle-cache store repair {report.source}, then extract and copy once more"
+        lines.append(f"hint: cosettle-cache store repair {report.source}, then extract and copy once more")
+    return _show(report, as_json, lines)
 
 
-def _damage_lines(damages: tuple[Damage, ...]) -> Iterator[str]:
-    for damage in damages:
-        yield from (f"damaged: {line}" if number == 0 else line for number, line in enumerate(damage.lines()))
-
-
-def _cut_short(interrupted: bool) -> str:
-    return "; interrupted, run it again to go on" if interrupted else ""
+def _show(report: Any, as_json: bool, lines: Iterable[str]) -> int:
+    """Print a report with its damages, or as JSON; return the exit code."""
+    damages, interrupted = getattr(report, "damages", ()), getattr(report, "interrupted", False)
+    text = ["damaged: " + "\n".join(damage.lines()) for damage in damages] + list(lines)
+    document = report if isinstance(report, dict) else asdict(report)
+    Talk().result(json.dumps(document, indent=2) if as_json else "\n".join(text))
+    if damages:
+        return ExitCode.DAMAGED
+    return ExitCode.INTERRUPTED if interrupted else ExitCode.DONE

@@ -10,11 +10,8 @@ from cosettle_cache.store.format import SPEC_VERSION, SlotState, spec_version
 from cosettle_cache.store.index import Damage
 from cosettle_cache.store.reader import FeatureStore, open_store
 from cosettle_cache.store.upkeep import (
-    ArraySummary,
-    CopyPlan,
     CopyReport,
     RepairReport,
-    StoreSummary,
     copy_store,
     plan_copy,
     repair_store,
@@ -24,15 +21,12 @@ from cosettle_cache.store.writer import Shard, StoreWriter
 
 __all__ = [
     "SPEC_VERSION",
-    "ArraySummary",
-    "CopyPlan",
     "CopyReport",
     "Damage",
     "FeatureStore",
     "RepairReport",
     "Shard",
     "SlotState",
-    "StoreSummary",
     "StoreWriter",
     "VerifyReport",
     "copy_store",

@@ -1,27 +1,15 @@
-"""Verifying a store: every byte of every file is checked, and every damaged encoding named.
+"""Checking a store: every byte of every file is compared with the format, every damaged encoding named.
 
-In comes the path of a store; out goes a `VerifyReport`. Nothing is changed, and others may write meanwhile.
-
-Auditing a shard: every byte of it compared with what the format and its index part say it must be.
-
-In come an open shard and its index part; out goes the whole file piece by piece, with what is wrong in each,
-so that whoever copies it never passes on what has not been checked. Memory is bounded by the size of a piece.
-
-A store's small files: group and array metadata follow from the header, which the manifest holds a copy of.
-
-In comes a storage; out go the header, what is wrong with these files, and the bytes they should hold.
-
-What a slot must hold by the plan, for slots whose index part cannot say it any more.
-
-In come header, manifest and slot; out go the videos, frames and rows that were planned.
+Nothing is changed, and others may write meanwhile. Memory is bounded by the size of a piece of a shard.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from itertools import groupby
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -34,18 +22,11 @@ from jaxtyping import Bool, UInt64
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import CosettleError, DamagedStoreError, FingerprintError, InputError
 from cosettle_cache.core.parallel import map_ahead
-from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.settings import FramesSettings, PairsSettings, digest
 from cosettle_cache.core.tables import read_metadata
-from cosettle_cache.core.types import ArrayLayout, Encoding, Manifest, PlanKind
+from cosettle_cache.core.types import ArrayLayout, Manifest, PlanKind
 from cosettle_cache.store._local import TEMPORARY
-from cosettle_cache.store._shards import (
-    ShardLostError,
-    checksum_bytes,
-    decoded_bytes,
-    index_bytes,
-    padding_after,
-    read_entries,
-)
+from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded_bytes, read_entries
 from cosettle_cache.store.create import HEADER_COPY, metadata_bytes, metadata_files, plain_metadata
 from cosettle_cache.store.format import (
     ALIGNMENT,
@@ -61,73 +42,63 @@ from cosettle_cache.store.format import (
     part_folder,
 )
 from cosettle_cache.store.header import ATTRIBUTE, Header, check_same, parse_header, read_header
-from cosettle_cache.store.index import (
-    Damage,
-    Part,
-    VideoRows,
-    committed_shards,
-    decode_part,
-    unseal,
-    video_rows,
-)
-from cosettle_cache.store.plan import Plan, make_plan
+from cosettle_cache.store.index import Damage, Part, committed_shards, decode_part, unseal, video_rows
+from cosettle_cache.store.plan import make_plan
 from cosettle_cache.store.remote import RangeFile, Storage, open_storage
 from cosettle_cache.videos.manifest import manifest_digest, manifest_from_table
 
 #: Bytes read at once; a larger chunk is read whole.
 PIECE_BYTES = 4 * 2**20
 
+#: Consecutive bytes of a shard, and the damaged chunks in them: number and reason.
+Piece = tuple[memoryview, list[tuple[int, str]]]
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with inner chunk number `chunk` of a shard."""
-
-    chunk: int
-    reason: str
+#: Bytes of a slot's shard that were read, and what is wrong with the slot.
+SlotReport = tuple[int, list[Damage]]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Consecutive bytes of a shard, and what is wrong in them."""
+def audit_shard(storage: Storage, place: SlotPlace, part: Part) -> Iterator[Piece]:
+    """Yield the whole shard of a slot in pieces; raise `ShardLostError` when nothing of it can be trusted.
 
-    data: memoryview
-    faults: tuple[Fault, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Extent:
-    """Where a chunk lies: `size` counts its checksum, `stop` is where the next chunk begins."""
-
-    chunk: int
-    start: int
-    size: int
-    stop: int
-
-
-def audit_shard(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]:
-    """Yield all pieces of a shard in order.
-
-    Raises `ShardLostError` when nothing of it can be trusted: another size than the part says, an index that
-    is damaged or not what the part implies, or at the end chunks that are not those of the part.
+    So it is when it cannot be read, when its size or its index is not what the part implies, or, known at the
+    end, when its chunks are not those of the part.
     """
-    present = present_chunks(layout, part)
+    try:
+        yield from _pieces(storage.open(place.shard_name), place.layout, part)
+    except FileNotFoundError as error:
+        raise ShardLostError("it is missing") from error
+    except OSError as error:
+        raise ShardLostError(f"it cannot be read ({error.strerror})") from error
+
+
+def _pieces(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]:
+    present = _present_chunks(layout, part)
     entries = _check_entries(file, layout, part, present)
-    checksum = 0
-    for extents in _batches(_extents(entries, present)):
-        data = _read(file, extents[0].start, extents[-1].stop)
-        views = [_cut(data, extent, extents[0].start) for extent in extents]
-        faults = [_find_fault(layout, extent, view) for extent, view in zip(extents, views, strict=True)]
-        yield Piece(data, tuple(fault for fault in faults if fault is not None))
-        for extent, view in zip(extents, views, strict=True):
-            checksum = int(crc32c(view[extent.size - CHECKSUM_BYTES : extent.size], checksum))
+    starts, sizes = entries[present].astype(np.int64).T
+    stops = starts + sizes + -sizes % ALIGNMENT
+    extents = list(zip(np.flatnonzero(present).tolist(), starts.tolist(), sizes.tolist(), strict=True))
+    first, checksum = 0, 0
+    while first < len(extents):
+        origin = extents[first][1]
+        last = max(first + 1, int(np.searchsorted(stops, origin + PIECE_BYTES, "right")))
+        data = np.empty(int(stops[last - 1]) - origin, np.uint8).data
+        if file.read([data], origin) < len(data):
+            raise ShardLostError("it ends too early")
+        faults = []
+        for chunk, start, size in extents[first:last]:
+            view = data[start - origin : start - origin + size + -size % ALIGNMENT]
+            if reason := _chunk_fault(layout, view, size):
+                faults.append((chunk, reason))
+            checksum = int(crc32c(view[size - CHECKSUM_BYTES : size], checksum))
+        yield data, faults
+        first = last
     if part.shard.chunks_checksum not in (None, checksum):
         raise ShardLostError("its chunks are not those that its index part commits")
     index = entries.astype("<u8").tobytes()
-    yield Piece(memoryview(index + checksum_bytes(index)), ())
+    yield memoryview(index + checksum_bytes(index)), []
 
 
-def present_chunks(layout: ArrayLayout, part: Part) -> Bool[np.ndarray, " chunk"]:
-    """Return which chunks of a shard the index part says are there."""
+def _present_chunks(layout: ArrayLayout, part: Part) -> Bool[np.ndarray, " chunk"]:
     is_present = np.asarray(part.table["error"].is_null())[:: layout.chunk_encodings]
     present = np.zeros(chunks_per_shard(layout), bool)
     present[: len(is_present)] = is_present
@@ -149,69 +120,29 @@ def _check_entries(
         raise ShardLostError("its index lists other chunks than its index part")
     strides = sizes.astype(np.int64) + -sizes.astype(np.int64) % ALIGNMENT
     starts = np.concatenate([[0], np.cumsum(strides)])
-    if (offsets != starts[:-1]).any() or starts[-1] + index_bytes(layout) != n_bytes:
+    if (offsets != starts[:-1]).any() or starts[-1] + entries.nbytes + CHECKSUM_BYTES != n_bytes:
         raise ShardLostError("its index does not put the chunks where the format does")
     return entries
 
 
-def _extents(entries: UInt64[np.ndarray, "chunk 2"], present: Bool[np.ndarray, " chunk"]) -> list[_Extent]:
-    chunks = np.flatnonzero(present).tolist()
-    return [
-        _Extent(chunk, start, size, start + size + padding_after(size))
-        for chunk, (start, size) in zip(chunks, entries[present].tolist(), strict=True)
-    ]
-
-
-def _batches(extents: list[_Extent]) -> Iterator[list[_Extent]]:
-    """Group neighbours to pieces of `PIECE_BYTES`, at least one chunk each."""
-    batch: list[_Extent] = []
-    for extent in extents:
-        if batch and extent.stop - batch[0].start > PIECE_BYTES:
-            yield batch
-            batch = []
-        batch.append(extent)
-    if batch:
-        yield batch
-
-
-def _read(file: RangeFile, start: int, stop: int) -> memoryview:
-    data = np.empty(stop - start, np.uint8).data
-    try:
-        n_read = file.read([data], start)
-    except OSError as error:
-        raise ShardLostError(f"it cannot be read ({error.strerror})") from error
-    if n_read < len(data):
-        raise ShardLostError("it ends too early")
-    return data
-
-
-def _cut(data: memoryview, extent: _Extent, origin: int) -> memoryview:
-    return data[extent.start - origin : extent.stop - origin]
-
-
-def _find_fault(layout: ArrayLayout, extent: _Extent, view: memoryview) -> Fault | None:
-    chunk, checksum = view[: extent.size - CHECKSUM_BYTES], view[extent.size - CHECKSUM_BYTES : extent.size]
+def _chunk_fault(layout: ArrayLayout, view: memoryview, size: int) -> str | None:
+    chunk, checksum = view[: size - CHECKSUM_BYTES], view[size - CHECKSUM_BYTES : size]
     if checksum_bytes(chunk) != checksum:
-        return Fault(extent.chunk, "the checksum of a chunk does not match")
-    if any(view[extent.size :]):
-        return Fault(extent.chunk, "the bytes after a chunk are not zero")
+        return "the checksum of a chunk does not match"
+    if any(view[size:]):
+        return "the bytes after a chunk are not zero"
     if layout.codec == "none":
         return None
     try:
         n_bytes = decoded_bytes(chunk)
     except BytesError as error:
-        return Fault(extent.chunk, str(error))
-    return (
-        None if n_bytes == chunk_bytes(layout) else Fault(extent.chunk, f"a chunk decodes to {n_bytes} bytes")
-    )
+        return str(error)
+    return None if n_bytes == chunk_bytes(layout) else f"a chunk decodes to {n_bytes} bytes"
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The header of a store, the bytes of the metadata that follows from it, and what is damaged.
-
-    `manifest` is None where it is damaged.
-    """
+    """The header of a store, the metadata that follows from it, the manifest unless damaged, and damages."""
 
     header: Header
     files: Mapping[str, bytes]
@@ -224,19 +155,37 @@ def inspect_metadata(storage: Storage) -> Metadata:
 
     Raises `InputError` when there is no store, `DamagedStoreError` when neither header can be trusted.
     """
-    table, manifest_fault = _read_manifest(storage)
-    copy = None if table is None else _header_copy(storage, table)
+    copy, manifest, manifest_fault = _read_manifest(storage)
     header, header_fault = _find_header(storage, copy)
-    manifest = None
-    if table is not None:
-        manifest, manifest_fault = _check_manifest(storage, header, table)
-    files = _wanted_files(storage, header, trusted=header_fault is None)
-    damages = [Damage(ROOT_METADATA, header_fault)] if header_fault else []
-    skip = {ROOT_METADATA} if header_fault else set()
-    damages += _document_damages(storage, {name: files[name] for name in files if name not in skip})
-    if manifest_fault:
-        damages.append(Damage(MANIFEST, manifest_fault))
-    return Metadata(header, files, manifest, tuple(damages))
+    if manifest is not None and manifest_digest(manifest) != header.fingerprint.manifest_digest:
+        manifest, manifest_fault = None, "it lists other videos than the store was made from"
+    files = metadata_files(header)
+    if header_fault is None:  # its digest is right, so it stays as it stands
+        root = json.loads(files[ROOT_METADATA])
+        root["attributes"][ATTRIBUTE] = json.loads(storage.read(ROOT_METADATA))["attributes"][ATTRIBUTE]
+        files[ROOT_METADATA] = metadata_bytes(root)
+    faults = {name: _document_fault(storage, name, json.loads(data)) for name, data in files.items()}
+    if header_fault is not None:
+        faults[ROOT_METADATA] = header_fault
+    faults[MANIFEST] = manifest_fault
+    damages = tuple(Damage(name, fault) for name, fault in faults.items() if fault)
+    return Metadata(header, files, manifest, damages)
+
+
+def _read_manifest(storage: Storage) -> tuple[Header | None, Manifest | None, str | None]:
+    """Return the manifest's copy of the header, the manifest, and what is wrong with it."""
+    try:
+        table = unseal(storage.read(MANIFEST))
+    except FileNotFoundError:
+        return None, None, "it is missing; the same extract command writes it again"
+    except (BytesError, OSError) as error:
+        return None, None, str(error)
+    text = read_metadata(table).get(HEADER_COPY)  # stores of the first release have none
+    copy = None if text is None else parse_header(json.loads(text), storage.path)
+    try:
+        return copy, manifest_from_table(table, MANIFEST), None
+    except CosettleError as error:
+        return copy, None, error.summary
 
 
 def _find_header(storage: Storage, copy: Header | None) -> tuple[Header, str | None]:
@@ -254,12 +203,8 @@ def _find_header(storage: Storage, copy: Header | None) -> tuple[Header, str | N
             found=error.message,
             hint=f"put {ROOT_METADATA} back from a backup, or extract into a new store",
         ) from error
-    if copy is not None:
-        _check_one_store(storage, header, copy)
-    return header, None
-
-
-def _check_one_store(storage: Storage, header: Header, copy: Header) -> None:
+    if copy is None:
+        return header, None
     try:
         check_same(header, copy, f"{storage.path}/{MANIFEST}")
     except FingerprintError as error:
@@ -268,48 +213,7 @@ def _check_one_store(storage: Storage, header: Header, copy: Header) -> None:
             details=error.details,
             hint="put the right one back",
         ) from error
-
-
-def _read_manifest(storage: Storage) -> tuple[pa.Table | None, str | None]:
-    try:
-        return unseal(storage.read(MANIFEST)), None
-    except FileNotFoundError:
-        return None, "it is missing; the same extract command writes it again"
-    except (BytesError, OSError) as error:
-        return None, str(error)
-
-
-def _header_copy(storage: Storage, table: pa.Table) -> Header | None:
-    """Return the copy of the header; stores of the first release have none."""
-    text = read_metadata(table).get(HEADER_COPY)
-    return None if text is None else parse_header(json.loads(text), storage.path)
-
-
-def _check_manifest(storage: Storage, header: Header, table: pa.Table) -> tuple[Manifest | None, str | None]:
-    try:
-        manifest = manifest_from_table(table, MANIFEST)
-    except CosettleError as error:
-        return None, error.summary
-    if manifest_digest(manifest) != header.fingerprint.manifest_digest:
-        return None, "it lists other videos than the store was made from"
-    return manifest, None
-
-
-def _wanted_files(storage: Storage, header: Header, *, trusted: bool) -> dict[str, bytes]:
-    """Return the metadata that follows from the header; one whose digest is right stays as it stands."""
-    files = metadata_files(header)
-    if trusted:
-        root = json.loads(files[ROOT_METADATA])
-        root["attributes"][ATTRIBUTE] = json.loads(storage.read(ROOT_METADATA))["attributes"][ATTRIBUTE]
-        files[ROOT_METADATA] = metadata_bytes(root)
-    return files
-
-
-def _document_damages(storage: Storage, wanted: Mapping[str, bytes]) -> Iterator[Damage]:
-    for name, data in wanted.items():
-        fault = _document_fault(storage, name, json.loads(data))
-        if fault:
-            yield Damage(name, fault)
+    return header, None
 
 
 def _document_fault(storage: Storage, name: str, wanted: Mapping[str, Any]) -> str | None:
@@ -320,54 +224,10 @@ def _document_fault(storage: Storage, name: str, wanted: Mapping[str, Any]) -> s
         return "it is missing"
     except (OSError, ValueError) as error:
         return str(error)
-    if not isinstance(found, dict) or _canonical(plain_metadata(found)) != _canonical(wanted):
+    # Digests differ whenever two documents do: as Python objects, 1 and true are equal.
+    if not isinstance(found, dict) or digest(plain_metadata(found)) != digest(wanted):
         return "it is not what the header implies"
     return None if metadata_bytes(found) == data else "its white space is not what Zarr writes"
-
-
-def _canonical(document: Mapping[str, Any]) -> str:
-    """Return text that differs whenever two documents do: as Python objects, 1 and true are equal."""
-    return json.dumps(document, sort_keys=True)
-
-
-def planned_rows(header: Header, manifest: Manifest | None, place: SlotPlace) -> tuple[VideoRows, ...]:
-    """Return the encodings planned for a slot; none where the plan cannot be made again."""
-    plan = None if manifest is None else _remake_plan(header, manifest)
-    if plan is None:
-        return ()
-    items = enumerate(plan.slot(place.index).encodings, start=place.rows.start)
-    groups = groupby(items, key=lambda item: item[1].video_id)
-    return tuple(_video_rows(video_id, list(group)) for video_id, group in groups)
-
-
-def _remake_plan(header: Header, manifest: Manifest) -> Plan | None:
-    """Return the plan that gives the header's arrays; slots had their default size or all the same one."""
-    patch = header.encoder.get("patch")
-    if not isinstance(patch, int):
-        return None
-    first = header.arrays[0]
-    kinds = {"dtype": first.dtype, "codec": first.codec}
-    for size in (None, max(layout.slot_encodings for layout in header.arrays)):
-        try:
-            plan = make_plan(
-                manifest, _settings(header), patch=patch, dim=first.n_channels, slot_encodings=size, **kinds
-            )
-        except (CosettleError, TypeError, ValueError):
-            return None
-        if plan.arrays == header.arrays:
-            return plan
-    return None
-
-
-def _settings(header: Header) -> PairsSettings | FramesSettings:
-    plan = header.fingerprint.plan
-    kind = PairsSettings if PlanKind(plan["kind"]) is PlanKind.PAIRS else FramesSettings
-    return kind(**{item.name: plan[item.name] for item in fields(kind) if item.name in plan})
-
-
-def _video_rows(video_id: str, items: list[tuple[int, Encoding]]) -> VideoRows:
-    frames = tuple(sorted({encoding.frame for _, encoding in items}))
-    return VideoRows(video_id, frames, tuple(row for row, _ in items))
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,19 +251,6 @@ class VerifyReport:
         """Slots with damage, ascending."""
         return tuple(sorted({damage.slot for damage in self.damages if damage.slot is not None}))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class SlotReport:
-    """One slot: bytes of its shard that were read, and what is wrong; `committed` False when it is to do."""
-
-    n_bytes: int = 0
-    damages: tuple[Damage, ...] = ()
-    committed: bool = True
-
 
 def verify_store(path: str | Path, *, progress: Progress = SILENT, stop: Event | None = None) -> VerifyReport:
     """Check every file of the store at `path`, local or a URL; `stop` ends after the slots in hand.
@@ -411,64 +258,47 @@ def verify_store(path: str | Path, *, progress: Progress = SILENT, stop: Event |
     Raises `InputError` when there is no store, `DamagedStoreError` when no header can be trusted.
     """
     storage = open_storage(path)
-    return verify_storage(storage, inspect_metadata(storage), progress, stop or Event())
+    return verify_storage(storage, inspect_metadata(storage), progress, stop)
 
 
-def verify_storage(storage: Storage, metadata: Metadata, progress: Progress, stop: Event) -> VerifyReport:
+def verify_storage(
+    storage: Storage, metadata: Metadata, progress: Progress, stop: Event | None
+) -> VerifyReport:
     """Check every file of a store whose metadata was inspected."""
     slots = SlotTable(metadata.header.arrays)
     committed, folder_damages = find_committed(storage, slots)
-    run = _Verification(storage, metadata, [*metadata.damages, *folder_damages])
+    damages = [*metadata.damages, *folder_damages]
+    n_verified = n_withdrawn = n_bytes = 0
     progress.start(len(committed), "slots")
     try:
-        for report in map_ahead(run.check, committed, storage.n_readers, stop=stop):
-            run.count(report)
-            progress.advance(1, damages=float(len(run.damages)))
+        task = partial(check_slot, storage, metadata)
+        for report in map_ahead(task, committed, storage.n_readers, stop=stop):
+            if report is None:
+                n_withdrawn += 1
+            else:
+                n_verified += 1
+                n_bytes += report[0]
+                damages += report[1]
+            progress.advance(1, damages=float(len(damages)))
     finally:
         progress.finish()
+    known = {*metadata.files, MANIFEST}
+    for place in map(slots.place, range(len(slots))):
+        known |= {place.shard_name, place.part_name}
+    strange = {name: "not part of the store" for name, _ in storage.walk() if name not in known}
+    for name in strange:
+        if TEMPORARY.fullmatch(name.rpartition("/")[2]):
+            strange[name] = "unfinished; removed by the next extraction that is alone"
     return VerifyReport(
         path=storage.path,
         n_slots=len(slots),
-        n_todo=len(slots) - len(committed) + run.n_withdrawn,
-        n_verified=run.n_verified,
-        n_bytes=run.n_bytes,
-        damages=tuple(run.damages),
-        notes=tuple(_strange_files(storage, metadata, slots)),
-        interrupted=run.n_verified + run.n_withdrawn < len(committed),
+        n_todo=len(slots) - len(committed) + n_withdrawn,
+        n_verified=n_verified,
+        n_bytes=n_bytes,
+        damages=tuple(damages),
+        notes=tuple(f"{name}: {why}" for name, why in strange.items()),
+        interrupted=n_verified + n_withdrawn < len(committed),
     )
-
-
-@dataclass(slots=True)
-class _Verification:
-    storage: Storage
-    metadata: Metadata
-    damages: list[Damage]
-    n_verified: int = 0
-    n_withdrawn: int = 0
-    n_bytes: int = 0
-
-    def check(self, place: SlotPlace) -> SlotReport:
-        return check_slot(self.storage, self.metadata, place)
-
-    def count(self, report: SlotReport) -> None:
-        self.n_verified += report.committed
-        self.n_withdrawn += not report.committed
-        self.n_bytes += report.n_bytes
-        self.damages += report.damages
-
-
-def check_slot(storage: Storage, metadata: Metadata, place: SlotPlace) -> SlotReport:
-    """Check a committed slot, again if it was written again meanwhile."""
-    while True:
-        try:
-            before = storage.read(place.part_name)
-        except FileNotFoundError:
-            return SlotReport(committed=False)
-        except OSError as error:
-            return SlotReport(damages=(_part_damage(metadata, place, str(error.strerror)),))
-        report = _check_files(storage, metadata, place, before)
-        if not report.damages or _is_unchanged(storage, place, before):
-            return report
 
 
 def find_committed(storage: Storage, slots: SlotTable) -> tuple[list[SlotPlace], list[Damage]]:
@@ -477,76 +307,75 @@ def find_committed(storage: Storage, slots: SlotTable) -> tuple[list[SlotPlace],
     damages: list[Damage] = []
     for first, layout in zip(slots.firsts, slots.arrays, strict=False):
         try:
-            committed += [
-                SlotPlace(first + shard, layout, shard) for shard in committed_shards(storage, layout)
-            ]
+            shards = committed_shards(storage, layout)
+            committed += [SlotPlace(first + shard, layout, shard) for shard in shards]
         except DamagedStoreError as error:
             damages.append(Damage(part_folder(layout.grid), error.message))
     return committed, damages
 
 
-def shard_damages(place: SlotPlace, part: Part, faults: list[Fault]) -> Iterator[Damage]:
-    """Yield what faults in a shard cost, one damage per reason."""
-    for reason in dict.fromkeys(fault.reason for fault in faults):
-        chunks = {fault.chunk for fault in faults if fault.reason == reason}
-        yield Damage(place.shard_name, reason, place.index, _encodings(place, part, chunks))
-
-
-def lost_shard(place: SlotPlace, part: Part, reason: str) -> Damage:
-    """Return the damage of a shard of which nothing can be trusted."""
-    chunks = set(present_chunks(place.layout, part).nonzero()[0].tolist())
-    return Damage(place.shard_name, reason, place.index, _encodings(place, part, chunks))
+def check_slot(storage: Storage, metadata: Metadata, place: SlotPlace) -> SlotReport | None:
+    """Check a slot, again if it was written again meanwhile; return None when it is to do by now."""
+    while True:
+        try:
+            data = storage.read(place.part_name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return 0, [_part_damage(metadata, place, str(error.strerror))]
+        report = _check_files(storage, metadata, place, data)
+        with suppress(OSError):
+            if not report[1] or storage.read(place.part_name) == data:
+                return report
 
 
 def _check_files(storage: Storage, metadata: Metadata, place: SlotPlace, data: bytes) -> SlotReport:
     try:
         part = decode_part(data, place)
     except BytesError as error:
-        return SlotReport(damages=(_part_damage(metadata, place, str(error)),))
-    faults: list[Fault] = []
+        return 0, [_part_damage(metadata, place, str(error))]
+    faults: dict[str, list[int]] = {}
     n_bytes = 0
     try:
-        for piece in audit_shard(storage.open(place.shard_name), place.layout, part):
-            faults += piece.faults
-            n_bytes += len(piece.data)
-    except (BytesError, OSError) as error:
-        return SlotReport(n_bytes, (lost_shard(place, part, _reason(error)),))
-    return SlotReport(n_bytes, tuple(shard_damages(place, part, faults)))
-
-
-def _reason(error: BytesError | OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "it is missing"
-    return f"it cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        for piece, found in audit_shard(storage, place, part):
+            n_bytes += len(piece)
+            for chunk, reason in found:
+                faults.setdefault(reason, []).append(chunk)
+    except BytesError as error:
+        faults = {str(error): np.flatnonzero(_present_chunks(place.layout, part)).tolist()}
+    numbers = np.arange(len(part.table)) // place.layout.chunk_encodings
+    return n_bytes, [
+        Damage(place.shard_name, reason, place.index, video_rows(part.table.filter(np.isin(numbers, chunks))))
+        for reason, chunks in faults.items()
+    ]
 
 
 def _part_damage(metadata: Metadata, place: SlotPlace, reason: str) -> Damage:
     rows = f"rows {place.rows.start} to {place.rows.stop - 1} of {place.layout.grid}"
-    encodings = planned_rows(metadata.header, metadata.manifest, place)
+    planned = _planned_rows(metadata, place)
+    encodings = () if planned is None else video_rows(planned)
     return Damage(place.part_name, f"{reason} ({rows})", place.index, encodings)
 
 
-def _is_unchanged(storage: Storage, place: SlotPlace, before: bytes) -> bool:
-    try:
-        return storage.read(place.part_name) == before
-    except OSError:
-        return False
-
-
-def _encodings(place: SlotPlace, part: Part, chunks: set[int]) -> tuple[VideoRows, ...]:
-    n_rows = place.layout.chunk_encodings
-    rows = [number for number in range(len(part.table)) if number // n_rows in chunks]
-    return tuple(video_rows(part.table.take(pa.array(rows, pa.int64()))))
-
-
-def _strange_files(storage: Storage, metadata: Metadata, slots: SlotTable) -> Iterator[str]:
-    """Yield what lies in the store and is not part of it."""
-    known = {*metadata.files, MANIFEST}
-    for index in range(len(slots)):
-        place = slots.place(index)
-        known |= {place.shard_name, place.part_name}
-    for name, _ in storage.walk():
-        if TEMPORARY.fullmatch(name.rpartition("/")[2]):
-            yield f"{name}: unfinished; removed by the next extraction that is alone"
-        elif name not in known:
-            yield f"{name}: not part of the store"
+def _planned_rows(metadata: Metadata, place: SlotPlace) -> pa.Table | None:
+    """Return the encodings planned for a slot; None where the plan cannot be made again."""
+    header, patch = metadata.header, metadata.header.encoder.get("patch")
+    if metadata.manifest is None or not isinstance(patch, int):
+        return None
+    values, first = header.fingerprint.plan, header.arrays[0]
+    kinds = {"dtype": first.dtype, "codec": first.codec}
+    # Slots had their default size, or all the same one.
+    for size in (None, max(layout.slot_encodings for layout in header.arrays)):
+        try:
+            kind = PairsSettings if PlanKind(values["kind"]) is PlanKind.PAIRS else FramesSettings
+            settings = kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
+            plan = make_plan(
+                metadata.manifest, settings, patch=patch, dim=first.n_channels, slot_encodings=size, **kinds
+            )
+        except (CosettleError, TypeError, ValueError):
+            return None
+        if plan.arrays == header.arrays:
+            encodings = plan.slot(place.index).encodings
+            videos, frames = [item.video_id for item in encodings], [item.frame for item in encodings]
+            return pa.table({"video_id": videos, "row": list(place.rows), "frame": frames})
+    return None

@@ -107,7 +107,7 @@ def metadata_bytes(document: Mapping[str, Any]) -> bytes:
 def manifest_file(header: Header, manifest: Manifest) -> bytes:
     """Return the sealed manifest, with a copy of the header."""
     table = manifest_table(manifest)
-    return seal(with_metadata(table, {**read_metadata(table), HEADER_COPY: header.to_text()}))
+    return seal(with_metadata(table, {**read_metadata(table), HEADER_COPY: json.dumps(header.to_json())}))
 
 
 def _create_objects(storage: ObjectStorage, files: Mapping[str, bytes]) -> None:

@@ -1,25 +1,14 @@
-"""Index parts: one small sealed Parquet file per slot, whose presence commits the slot.
+"""The index of a store: one sealed Parquet file per slot, whose presence commits it; one row per encoding.
 
-In come a slot and what failed in it; out go the bytes of its part, and back. One row per encoding.
-
-Sealed tables: Parquet files that carry a checksum of themselves, so that any flipped byte is found.
-
-The seal is a file-metadata entry whose eight hex digits are the CRC-32C of the whole file computed with these
-digits as zeros; to every other reader it is an ordinary Parquet file.
-
-The catalog: what a store's index says about videos and samples, derived from its outline once.
-
-In comes the outline of the committed slots; out go failures, rows of plain encodings, and samples.
-
-What is wrong with a store: one `Damage` per file and reason, with the encodings that it costs.
+A sealed file carries a checksum of itself, so that any flipped byte is found: a metadata entry whose eight
+hex digits are the CRC-32C of the whole file computed with these digits as zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +19,12 @@ from jaxtyping import Int64
 
 from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.core.tables import encode_parquet, make_table, read_metadata, with_metadata
-from cosettle_cache.core.types import ArrayLayout, Encoding, Role, Slot
+from cosettle_cache.core.types import ArrayLayout, Role, Slot
 from cosettle_cache.store._local import cached_property
 from cosettle_cache.store.format import PART_SUFFIX, BytesError, SlotPlace, part_folder
 from cosettle_cache.store.remote import Storage
 
-SEAL_KEY = "seal"
+_SEAL_KEY = "seal"
 _MARK = b"file-crc32c="
 _DIGITS = 8
 _BLANK = _MARK + b"0" * _DIGITS
@@ -43,7 +32,7 @@ _BLANK = _MARK + b"0" * _DIGITS
 
 def seal(table: pa.Table) -> bytes:
     """Return `table` as a sealed Parquet file; equal tables give equal bytes."""
-    blank = encode_parquet(with_metadata(table, {**read_metadata(table), SEAL_KEY: _BLANK.decode()}))
+    blank = encode_parquet(with_metadata(table, {**read_metadata(table), _SEAL_KEY: _BLANK.decode()}))
     start = _digits_start(blank)
     return blank[:start] + b"%08x" % crc32c(blank) + blank[start + _DIGITS :]
 
@@ -63,8 +52,7 @@ def unseal(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
         table = file.read(columns=None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise BytesError(f"it is not Parquet ({error})") from error
-    metadata = {key: value for key, value in read_metadata(table).items() if key != SEAL_KEY}
-    return with_metadata(table, metadata)
+    return with_metadata(table, {k: v for k, v in read_metadata(table).items() if k != _SEAL_KEY})
 
 
 def _digits_start(data: bytes) -> int:
@@ -96,11 +84,6 @@ SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
-
-
-#: Version that index parts state; they are the same in both versions of the format.
-_PART_VERSION = "1"
-
 
 #: What finds videos and samples and names failures: a third of the rows of a pairs plan, half the columns.
 OUTLINE = pa.schema(
@@ -142,11 +125,14 @@ def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> 
     """Return the index part of `slot`; `errors` has one entry per encoding, None where it is present."""
     rows = [
         {"array": str(slot.grid), "row": slot.start + number, "slot": slot.index, "error": error}
-        | _encoding_columns(encoding)
+        | {name: getattr(encoding, name) for name in ("video_id", "frame", "view", "flip")}
+        | {"role": str(encoding.role)}
+        | {f"crop_{name}": getattr(encoding.crop, name, None) for name in ("top", "left", "height", "width")}
+        | {f"shift_{name}": getattr(encoding.shift, name, None) for name in ("ratio", "row", "col")}
         for number, (encoding, error) in enumerate(zip(slot.encodings, errors, strict=True))
     ]
     metadata = {
-        "spec_version": _PART_VERSION,
+        "spec_version": "1",  # parts are the same in both versions of the format
         "shard_bytes": str(shard.n_bytes),
         "chunks_crc32c": f"{shard.chunks_checksum or 0:08x}",
         "n_failed": str(sum(error is not None for error in errors)),
@@ -182,24 +168,23 @@ def decode_part(data: bytes, place: SlotPlace, columns: Sequence[str] | None = N
 
 def outline(table: pa.Table) -> pa.Table:
     """Return the first encoding of every sample, every plain encoding, and everything that failed."""
-    wanted = pc.or_(pc.is_in(table["role"], _OUTLINED_ROLES), pc.is_valid(table["error"]))
-    return table.filter(wanted)
+    return table.filter(pc.or_(pc.is_in(table["role"], _OUTLINED_ROLES), pc.is_valid(table["error"])))
 
 
 def committed_shards(storage: Storage, layout: ArrayLayout) -> list[int]:
     """Return the shards of an array that have an index part, in order: one folder listing."""
     folder = part_folder(layout.grid)
     try:
-        names = storage.names(folder)
+        names = set(storage.names(folder))
     except OSError as error:
         raise DamagedStoreError(
             f"the index folder {folder} of {storage.path} cannot be read: {error.strerror}"
         ) from error
-    shards = (_shard_of(name) for name in names)
-    return sorted(shard for shard in shards if 0 <= shard < layout.n_slots)
+    # Exactly as `SlotPlace.part_name` writes it: other names are not part of the store.
+    return [shard for shard in range(layout.n_slots) if f"{shard:06d}{PART_SUFFIX}" in names]
 
 
-def video_rows(table: pa.Table) -> list[VideoRows]:
+def video_rows(table: pa.Table) -> tuple[VideoRows, ...]:
     """Return which encodings of which videos are in `table`, rows of an index."""
     columns = table.select(["video_id", "row", "frame"]).to_pylist()
     found = []
@@ -207,19 +192,12 @@ def video_rows(table: pa.Table) -> list[VideoRows]:
         items = list(group)
         frames = tuple(sorted({item["frame"] for item in items}))
         found.append(VideoRows(video_id, frames, tuple(item["row"] for item in items)))
-    return found
+    return tuple(found)
 
 
 def describe_rows(table: pa.Table) -> list[str]:
     """Return one line per video: which of its encodings are in `table`."""
     return [str(video) for video in video_rows(table)]
-
-
-def _shard_of(name: str) -> int:
-    """Return the shard that an index part of this name commits; -1 for any other file."""
-    stem = name.removesuffix(PART_SUFFIX)
-    # Exactly as `SlotPlace.part_name` writes it: other names are not part of the store.
-    return int(stem) if stem.isdecimal() and f"{int(stem):06d}{PART_SUFFIX}" == name else -1
 
 
 def _spans(numbers: Sequence[int]) -> str:
@@ -230,34 +208,20 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ends)
 
 
-def _encoding_columns(encoding: Encoding) -> dict[str, Any]:
-    return dict(_columns(encoding))
-
-
-def _columns(encoding: Encoding) -> Iterator[tuple[str, Any]]:
-    for name in ("video_id", "frame", "view", "flip"):
-        yield name, getattr(encoding, name)
-    yield "role", str(encoding.role)
-    for name in ("top", "left", "height", "width"):
-        yield f"crop_{name}", getattr(encoding.crop, name, None)
-    for name in ("ratio", "row", "col"):
-        yield f"shift_{name}", getattr(encoding.shift, name, None)
-
-
 class Catalog:
     """Views of the index's outline; each is computed when first asked for."""
 
     def __init__(self, outline: pa.Table, arrays: tuple[ArrayLayout, ...]) -> None:
-        self._outline = outline
+        is_present = pc.is_null(outline["error"])
+        self._present, self._failed = outline.filter(is_present), outline.filter(pc.invert(is_present))
         self._arrays = {str(layout.grid): number for number, layout in enumerate(arrays)}
         self._chunk_encodings = arrays[0].chunk_encodings if arrays else 1
 
     @cached_property
     def failures(self) -> dict[str, str]:
         """Reason by video id; the first one where encodings of a video give several."""
-        failed = self._failed.select(["video_id", "error"]).to_pydict()
-        pairs = list(zip(failed["video_id"], failed["error"], strict=True))
-        return dict(reversed(pairs)) if pairs else {}
+        videos, errors = (self._failed[name].to_pylist() for name in ("video_id", "error"))
+        return dict(zip(reversed(videos), reversed(errors), strict=True))
 
     @cached_property
     def failed_slots(self) -> frozenset[int]:
@@ -291,14 +255,6 @@ class Catalog:
         samples = pc.divide(self._present["row"], self._chunk_encodings)
         columns = {"sample": samples, "video_id": self._present["video_id"], "view": self._present["view"]}
         return pa.table(columns).combine_chunks()
-
-    @cached_property
-    def _failed(self) -> pa.Table:
-        return self._outline.filter(pc.is_valid(self._outline["error"]))
-
-    @cached_property
-    def _present(self) -> pa.Table:
-        return self._outline.filter(pc.is_null(self._outline["error"]))
 
 
 @dataclass(frozen=True, slots=True)

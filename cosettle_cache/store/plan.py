@@ -187,7 +187,9 @@ def make_plan(
     multiple of the patch.
     """
     is_pairs = isinstance(settings, PairsSettings)
-    recipe = PairsRecipe(settings, patch) if is_pairs else FramesRecipe(settings, patch)
+    recipe = (
+        PairsRecipe(settings, patch) if isinstance(settings, PairsSettings) else FramesRecipe(settings, patch)
+    )
     by_grid: dict[Grid, list[Video]] = {}
     for video in manifest:
         grid = check_grid(*recipe.image_size(video), patch, video.video_id)

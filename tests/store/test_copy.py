@@ -77,7 +77,7 @@ def test_a_stopped_copy_goes_on(tmp_path: Path) -> None:
     assert 3 <= first.n_copied < 20
     assert verify_store(tmp_path / "copy.zarr").damages == ()
     plan = plan_copy(path, tmp_path / "copy.zarr")
-    assert (plan.n_slots, plan.n_there) == (20, first.n_copied)
+    assert (plan["n_slots"], plan["n_there"]) == (20, first.n_copied)
     second = copy_store(path, tmp_path / "copy.zarr")
     assert (second.n_copied, second.n_there) == (20 - first.n_copied, first.n_copied)
     assert folder_bytes(tmp_path / "copy.zarr") == folder_bytes(path)
