@@ -10,7 +10,6 @@ In come settings, out goes a data root in the public layouts, drawn on demand an
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,11 @@ from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import make_folder, output_errors, temporary_name
 from cosettle_cache.core.settings import SpritesSettings, cache_folder
 from cosettle_cache.core.tables import read_json, write_json
-from cosettle_cache.videos.build import BuildResult
-from cosettle_cache.videos.davis import build_davis_manifest
 
 #: Raised whenever the drawing changes, so that no number is compared across different pixels.
 VERSION = 1
 #: Written last: says which clips a folder holds.
 _MARK = "sprites.json"
-
-
-def build_sprites_manifest(
-    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
-) -> BuildResult:
-    """Return the clips of one split (train, val), or `names`, of a folder made by `ensure_sprites`."""
-    return build_davis_manifest(root, data_root, split, names, dataset="sprites")
 
 
 def ensure_sprites(folder: str | Path | None = None, settings: SpritesSettings | None = None) -> Path:
@@ -89,6 +79,3 @@ def _draw_into(root: Path, settings: SpritesSettings) -> None:
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-__all__ = ["SpritesSettings", "build_sprites_manifest", "ensure_sprites", "read_settings"]

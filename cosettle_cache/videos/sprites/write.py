@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from cosettle_cache.core.settings import SpritesSettings
-from cosettle_cache.videos.davis import Mask, write_mask
+from cosettle_cache.videos.masks import Mask, write_mask
 from cosettle_cache.videos.sprites.scenes import Frame, draw_scene, render
 
 FIGURE = "figure"
