@@ -23,7 +23,7 @@ import numpy as np
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.tables import write_json
 from cosettle_cache.metrics import boundary_tolerance, davis_j_and_f
-from cosettle_cache.videos.davis import read_mask
+from cosettle_cache.videos.masks import read_mask
 
 Clip = tuple[np.ndarray, np.ndarray]
 Figures = list[tuple[float, float]]

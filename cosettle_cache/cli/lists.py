@@ -1,12 +1,8 @@
-"""`cosettle-cache backbones`: the encoders that load by name.
-
-`cosettle-cache protocols`: every field of every propagation preset, and where its values come from.
-"""
+"""`cosettle-cache backbones` and `protocols`: the encoders that load by name, the propagation presets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Annotated, Any
 
@@ -16,7 +12,7 @@ from cosettle_cache.cli.options import Json
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.types import EvalProtocol
 from cosettle_cache.encoders.registry import BACKBONES, NamedBackbone
-from cosettle_cache.propagation.protocols import Preset, list_presets
+from cosettle_cache.propagation.protocols import list_presets
 
 
 def backbones(
@@ -32,15 +28,14 @@ def backbones(
         talk.result(json.dumps([_document(row) for row in rows], indent=2))
         return
     columns = ["name", "family", "width", "depth", "patch", "grid", "M parameters", "licence", "weights"]
-    talk.table("encoders by name", columns, [_cells(row) for row in rows])
+    cells = []
+    for row in rows:
+        sizes = (getattr(row.architecture, name) for name in columns[2:6])
+        parameters = f"{row.n_parameters / 1e6:.1f}"
+        source = row.source.licence, str(row.source)
+        cells.append([row.name, row.family.name, *map(str, sizes), parameters, *source])
+    talk.table("encoders by name", columns, cells)
     talk.result("any ViT of timm: timm/MODEL_ID; any size of a family: its name with --weights FILE")
-
-
-def _cells(row: NamedBackbone) -> list[str]:
-    sizes = row.architecture
-    numbers = (sizes.width, sizes.depth, sizes.patch, sizes.grid)
-    parameters = f"{row.n_parameters / 1e6:.1f}"
-    return [row.name, row.family.name, *map(str, numbers), parameters, row.source.licence, str(row.source)]
 
 
 def _document(row: NamedBackbone) -> dict[str, Any]:
@@ -71,23 +66,20 @@ def protocols(
     talk = Talk()
     presets = list_presets(task)
     if as_json:
-        talk.result(json.dumps([_protocols_document(preset) for preset in presets], indent=2))
+        documents = [
+            {"task": preset.task, "source": preset.source, "protocol": preset.protocol.to_json()}
+            for preset in presets
+        ]
+        talk.result(json.dumps(documents, indent=2))
         return
-    for name in dict.fromkeys(preset.task for preset in presets):
-        _print_task(name, [preset for preset in presets if preset.task == name], talk)
-
-
-def _print_task(task: str, presets: Sequence[Preset], talk: Talk) -> None:
     names = [item.name for item in fields(EvalProtocol) if item.name != "name"]
-    rows = [[name, *(_text(getattr(preset.protocol, name)) for preset in presets)] for name in names]
-    talk.table(f"protocols of {task}", ["field", *(preset.protocol.name for preset in presets)], rows)
-    for preset in presets:
-        talk.result(f"{preset.protocol.name}: {preset.source}")
+    for shown in dict.fromkeys(preset.task for preset in presets):
+        of_task = [preset for preset in presets if preset.task == shown]
+        rows = [[name, *(_text(getattr(preset.protocol, name)) for preset in of_task)] for name in names]
+        talk.table(f"protocols of {shown}", ["field", *(preset.protocol.name for preset in of_task)], rows)
+        for preset in of_task:
+            talk.result(f"{preset.protocol.name}: {preset.source}")
 
 
 def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
-def _protocols_document(preset: Preset) -> dict[str, object]:
-    return {"task": preset.task, "source": preset.source, "protocol": preset.protocol.to_json()}

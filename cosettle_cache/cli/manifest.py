@@ -49,19 +49,20 @@ def build(
     Example: cosettle-cache manifest build folder clips --data-root /data --out clips.parquet
     """
     from cosettle_cache.videos import build_manifest
+    from cosettle_cache.videos.lists import read_list
     from cosettle_cache.videos.manifest import write_manifest
 
     talk = Talk(quiet=quiet)
     root, base = _roots(dataset, folder, data_root)
-    options = _builder_options(split=split, listed=listed, mask=mask)
-    result = build_manifest(dataset, base, root, **options)
+    names = tuple(item.name for item in read_list(listed)) if listed else None
+    options = {"split": split, "names": names, "mask": mask}
+    given = {name: value for name, value in options.items() if value is not None}
+    result = build_manifest(dataset, base, root, **given)
     path = out or Path(f"{dataset}.parquet")
     if not dry_run:
         write_manifest(path, result.manifest)
-    n_videos, n_frames = len(result.manifest), _frames(result.manifest.videos)
-    document = {"out": str(path), "videos": n_videos, "frames": n_frames, "left_out": dict(result.failures)}
-    text = f"{path}: {n_videos} videos, {n_frames} frames"
-    talk.result(json.dumps(document, indent=2) if as_json else text)
+    counts = {"videos": len(result.manifest), "frames": sum(video.n_frames for video in result.manifest)}
+    _say(talk, path, counts, as_json, left_out=dict(result.failures))
     for media, reason in result.failures.items():
         talk.warn(f"left out {media}: {reason}")
     return int(ExitCode.UNCLEAN if result.failures else ExitCode.DONE)
@@ -91,9 +92,7 @@ def from_list(
     if not dry_run:
         write_manifest(path, manifest)
     n_known = sum(bool(video.n_frames) for video in manifest)
-    document = {"out": str(path), "videos": len(manifest), "of_known_length": n_known}
-    text = f"{path}: {len(manifest)} videos, {n_known} of known length"
-    Talk().result(json.dumps(document, indent=2) if as_json else text)
+    _say(Talk(), path, {"videos": len(manifest), "of_known_length": n_known}, as_json)
 
 
 @app.command()
@@ -123,9 +122,12 @@ def unpack(
             progress.finish()
     n_points = sum(len(clip["points"]) for clip in clips.values())
     n_frames = sum(len(clip["video"]) for clip in clips.values())
-    document = {"out": str(folder), "videos": len(clips), "frames": n_frames, "points": n_points}
-    text = f"{folder}: {len(clips)} videos, {n_frames} frames, {n_points} points"
-    talk.result(json.dumps(document, indent=2) if as_json else text)
+    _say(talk, folder, {"videos": len(clips), "frames": n_frames, "points": n_points}, as_json)
+
+
+def _say(talk: Talk, out: Path, counts: dict[str, int], as_json: bool, **more: Any) -> None:
+    words = ", ".join(f"{number} {unit.replace('_', ' ')}" for unit, number in counts.items())
+    talk.result(json.dumps({"out": str(out), **counts, **more}, indent=2) if as_json else f"{out}: {words}")
 
 
 @app.command()
@@ -179,19 +181,13 @@ def show(manifest: ManifestPath, as_json: Json = False) -> None:
     sizes = Counter(_size(video) for video in content)
     columns = ["video", "frames", "size", "fps", "labels", "objects", "class"]
     rows = [
-        [
-            video.video_id,
-            str(video.n_frames or ""),
-            _size(video),
-            f"{video.fps:.4g}" if video.fps else "",
-            str(video.label_kind or ""),
-            str(video.n_objects or ""),
-            video.class_name or "",
-        ]
+        [video.video_id, str(video.n_frames or ""), _size(video), f"{video.fps:.4g}" if video.fps else ""]
+        + [str(value or "") for value in (video.label_kind, video.n_objects, video.class_name)]
         for video in content
     ]
     talk.table(str(manifest), columns, rows)
-    talk.result(f"{len(content)} videos, {_frames(content.videos)} frames, {len(sizes)} sizes")
+    n_frames = sum(video.n_frames for video in content)
+    talk.result(f"{len(content)} videos, {n_frames} frames, {len(sizes)} sizes")
     talk.result(f"digest {manifest_digest(content)}")
     for key, value in content.provenance.items():
         talk.result(f"{key}: {value}")
@@ -214,22 +210,5 @@ def _roots(dataset: str, folder: Path | None, data_root: Path | None) -> tuple[P
     return root, root / folder if data_root and folder else root
 
 
-def _builder_options(*, split: str | None, listed: Path | None, mask: Path | None) -> dict[str, Any]:
-    from cosettle_cache.videos.lists import read_list
-
-    options: dict[str, Any] = {}
-    if split is not None:
-        options["split"] = split
-    if listed is not None:
-        options["names"] = tuple(item.name for item in read_list(listed))
-    if mask is not None:
-        options["mask"] = mask
-    return options
-
-
 def _size(video: Video) -> str:
     return f"{video.height}x{video.width}" if video.height and video.width else ""
-
-
-def _frames(videos: tuple[Video, ...]) -> int:
-    return sum(video.n_frames for video in videos)

@@ -31,8 +31,8 @@ from cosettle_cache.report.page import Media, Shown, data_element, data_uri, ele
 from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.search.masked import make_ranker, unit_tokens
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.videos.davis import VOID, read_mask
 from cosettle_cache.videos.frames import iter_frames, natural_key
+from cosettle_cache.videos.masks import VOID, read_mask
 
 #: Neighbours listed per patch, as many as the protocol cosettle follows.
 TOP_K = 7

@@ -1,25 +1,24 @@
-"""From clips on disk to manifest rows: what the builders of all folder layouts share.
-
-In come the clips that a layout found; out go the rows of those that can be decoded and, by name, the reasons
-why the others cannot.
-"""
+"""From clips on disk to manifest rows: what the builders of all folder layouts share."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
+from cosettle_cache.videos.davis import open_sequence
 from cosettle_cache.videos.frames import VIDEO_SUFFIXES, natural_key, probe
+from cosettle_cache.videos.jhmdb import open_joints
 from cosettle_cache.videos.manifest import is_safe_path
+from cosettle_cache.videos.queries import open_tracks
+from cosettle_cache.videos.vip import open_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +48,9 @@ def build_manifest(name: str, root: str | Path, data_root: str | Path, **options
     """
     if name not in DATASETS:
         raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
-    row = DATASETS[name]
-    result: BuildResult = (row.builder() or partial(_build_row, name))(
-        Path(root), Path(data_root), **{"split": row.split} | options
-    )
+    options = {"split": DATASETS[name].split} | options
+    builder, folders = DATASETS[name].builder(), (Path(root), Path(data_root))
+    result: BuildResult = builder(*folders, **options) if builder else _build_row(name, *folders, **options)
     return result
 
 
@@ -80,16 +78,19 @@ class Source:
     def relative(self, path: Path) -> str:
         """Return `path`, which lies under the data root, as a manifest writes it."""
         if not path.is_relative_to(self.root):
-            return path_in(path, self.data_root).as_posix()
-        return (path_in(self.root, self.data_root) / path.relative_to(self.root)).as_posix()
+            return _path_in(path, self.data_root).as_posix()
+        return (_path_in(self.root, self.data_root) / path.relative_to(self.root)).as_posix()
 
     def video(self, clip: Clip) -> Video:
-        """Return the row of one clip; raise `MediaError` when it cannot be decoded or named."""
+        """Return the row of one clip, with its labels where they exist.
+
+        Raises `MediaError` when the clip cannot be decoded or named, or its labels cannot be read.
+        """
         media = self.relative(clip.path)
         if not is_safe_path(media):
             raise MediaError(f"{media!r} cannot stand in a manifest", wanted="a name without : and \\")
         info = probe(clip.path)
-        return Video(
+        video = Video(
             video_id=clip.video_id,
             media=media,
             media_kind=info.kind,
@@ -101,24 +102,13 @@ class Source:
             fps=info.fps,
             class_name=clip.class_name,
         )
-
-    def labelled(self, clip: Clip, kind: LabelKind | None, *, required: bool = False) -> Video:
-        """Return the row of one clip with its labels; without them only where they are not `required`."""
-        video = self.video(clip)
-        if kind is None or clip.labels is None or not (required or clip.labels.exists()):
+        kind, labels = DATASETS[self.dataset].label_kind, clip.labels
+        # A clip without tracks was not unpacked whole: reading them says so.
+        if kind is None or labels is None or not (labels.exists() or kind is LabelKind.TRACKS):
             return video
-        video = replace(video, labels=self.relative(clip.labels), label_kind=kind)
+        video = replace(video, labels=self.relative(labels), label_kind=kind)
         n_objects, n_labelled = count_labels(video, self.data_root)
         return replace(video, n_objects=n_objects, labelled_frames=n_labelled)
-
-    def provenance(self) -> dict[str, str]:
-        """Return what a manifest says about its making."""
-        return {
-            "builder": self.dataset,
-            "root": self.relative(self.root),
-            "split": self.split,
-            "date": datetime.now(UTC).date().isoformat(),
-        }
 
 
 def build(
@@ -126,32 +116,32 @@ def build(
 ) -> BuildResult:
     """Return the rows of `clips`, in order, and a reason for every one that cannot be a row.
 
-    `make_video` (default `source.labelled` by the data set's kind) makes one row or raises. Raises
-    `InputError` when no row is left.
+    `make_video` (default `source.video`) makes one row or raises. Raises `InputError` when no row is left.
     """
-    make = make_video or (lambda clip: source.labelled(clip, DATASETS[source.dataset].label_kind))
-    provenance = source.provenance()
+    provenance = {
+        "builder": source.dataset,
+        "root": source.relative(source.root),
+        "split": source.split,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     if not clips:
         raise InputError(f"{source.root} holds no clips", wanted=f"the {source.dataset} layout")
+
+    def attempt(clip: Clip) -> Video | str:
+        try:
+            return (make_video or source.video)(clip)
+        except CosettleError as error:
+            return error.summary
+
     with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(lambda clip: _attempt(make, clip), clips))
+        rows = list(pool.map(attempt, clips))
     videos = tuple(row for row in rows if isinstance(row, Video))
-    failures = {
-        source.relative(clip.path): row
-        for clip, row in zip(clips, rows, strict=True)
-        if not isinstance(row, Video)
-    }
+    pairs = zip(clips, rows, strict=True)
+    failures = {source.relative(clip.path): row for clip, row in pairs if not isinstance(row, Video)}
     if not videos:
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
     return BuildResult(Manifest(videos, provenance), failures)
-
-
-def _attempt(make_video: Callable[[Clip], Video], clip: Clip) -> Video | str:
-    try:
-        return make_video(clip)
-    except CosettleError as error:
-        return error.summary
 
 
 def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:
@@ -159,12 +149,6 @@ def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tupl
 
     With `decode` every mask is read. Raises `MediaError` for what cannot be read.
     """
-    # The readers' modules also hold the layouts' builders, which import this one.
-    from cosettle_cache.videos.davis import open_sequence
-    from cosettle_cache.videos.jhmdb import open_joints
-    from cosettle_cache.videos.queries import open_tracks
-    from cosettle_cache.videos.vip import open_parts
-
     if video.label_kind is LabelKind.KEYPOINTS:
         joints = open_joints(video, data_root).joints
         return joints.shape[1], joints.shape[2]
@@ -178,18 +162,12 @@ def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tupl
     return sequence.n_objects, len(sequence.files.labelled)
 
 
-def path_in(root: Path, data_root: Path) -> Path:
-    """Return `root` relative to `data_root`; raise `InputError` when it lies elsewhere."""
+def _path_in(root: Path, data_root: Path) -> Path:
     # As written first, so that a link under the data root keeps its place there.
     for inner, outer in ((root.absolute(), data_root.absolute()), (root.resolve(), data_root.resolve())):
         if inner.is_relative_to(outer) and ".." not in inner.relative_to(outer).parts:
             return inner.relative_to(outer)
     raise InputError(f"{root} lies outside the data root", wanted=f"a folder under {data_root}")
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in `folder` in natural order, hidden ones aside."""
-    return [entry for entry in entries(folder) if entry.is_dir()]
 
 
 def entries(folder: Path) -> list[Path]:
@@ -200,16 +178,9 @@ def entries(folder: Path) -> list[Path]:
     return sorted(visible, key=lambda entry: natural_key(entry.name))
 
 
-def choose(clips: Sequence[Clip], names: Sequence[str], root: Path) -> list[Clip]:
-    """Return the clips `names` in that order, all without any; one that is not there shows when it is probed.
-
-    A name is a clip's id or, where a layout has class folders and the list does not, its last part.
-    """
-    if not names:
-        return list(clips)
-    by_name = {clip.video_id.rpartition("/")[2]: clip for clip in clips}
-    by_name |= {clip.video_id: clip for clip in clips}
-    return [by_name.get(name, Clip(name, root / name)) for name in names]
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in `folder` in natural order, hidden ones aside."""
+    return [entry for entry in entries(folder) if entry.is_dir()]
 
 
 def is_video_file(path: Path) -> bool:
@@ -217,14 +188,26 @@ def is_video_file(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
 
 
-def name_clips(paths: Iterable[Path], root: Path, class_name: str | None = None) -> Iterator[Clip]:
-    """Yield clips named by their path under `root`, without suffix wherever that stays unique."""
-    paths = list(paths)
-    full = [path.relative_to(root).as_posix() if path != root else root.name for path in paths]
-    short = [
-        name.removesuffix(path.suffix) if is_video_file(path) else name
-        for name, path in zip(full, paths, strict=True)
-    ]
-    uses = Counter(short)
-    for path, long_name, name in zip(paths, full, short, strict=True):
-        yield Clip(name if uses[name] == 1 else long_name, path, class_name)
+def media_in(folder: Path) -> list[Path]:
+    """Return the folders and video files in `folder`; where there are none it is a clip itself."""
+    return [path for path in entries(folder) if path.is_dir() or is_video_file(path)] or [folder]
+
+
+def choose(clips: Sequence[Clip], names: Sequence[str], root: Path) -> list[Clip]:
+    """Return the clips `names` in that order, all without any; one that is not there shows when it is probed.
+
+    A name is a clip's id or, where a layout has class folders and the list does not, its last part.
+    """
+    by_name = {clip.video_id.rpartition("/")[2]: clip for clip in clips}
+    by_name |= {clip.video_id: clip for clip in clips}
+    return [by_name.get(name, Clip(name, root / name)) for name in names] or list(clips)
+
+
+def name_clips(paths: Iterable[Path], root: Path) -> list[Clip]:
+    """Return clips named by their path under `root`, without suffix wherever that stays unique."""
+    full = {path: path.relative_to(root).as_posix() if path != root else root.name for path in paths}
+    short = {
+        path: name.removesuffix(path.suffix) if is_video_file(path) else name for path, name in full.items()
+    }
+    uses = Counter(short.values())
+    return [Clip(short[path] if uses[short[path]] == 1 else full[path], path) for path in full]

@@ -54,7 +54,7 @@ class DataSet:
 DATASETS: dict[str, DataSet] = {
     "davis": DataSet(
         "object masks of DAVIS",
-        "davis:build_davis_manifest",
+        "layouts:build_davis_manifest",
         LabelKind.MASKS,
         split="val",
         folders=("DAVIS", "davis-2017", "davis", "."),
@@ -64,7 +64,7 @@ DATASETS: dict[str, DataSet] = {
     ),
     "vip": DataSet(
         "body parts of VIP",
-        "vip:build_vip_manifest",
+        "layouts:build_vip_manifest",
         LabelKind.PARTS,
         split="val",
         folders=("VIP", "VIP_Fine", "vip", "."),
@@ -74,7 +74,7 @@ DATASETS: dict[str, DataSet] = {
     ),
     "jhmdb": DataSet(
         "joints of JHMDB",
-        "jhmdb:build_jhmdb_manifest",
+        "layouts:build_jhmdb_manifest",
         LabelKind.KEYPOINTS,
         split="val",
         folders=("JHMDB", "jhmdb", "."),
@@ -83,7 +83,7 @@ DATASETS: dict[str, DataSet] = {
         labels="joint_positions/{name}/joint_positions.mat",
         list_split="split1_test",
     ),
-    "masks": DataSet("your clips, a first mask beside each", "davis:build_masks_manifest", LabelKind.MASKS),
+    "masks": DataSet("your clips, a first mask beside each", "layouts:build_masks_manifest", LabelKind.MASKS),
     "kinetics": DataSet(
         "class folders of clips",
         "folders:build_kinetics_manifest",
@@ -96,10 +96,10 @@ DATASETS: dict[str, DataSet] = {
     "ucf101": DataSet("UCF101 with its lists", "folders:build_ucf101_manifest", split=None),
     "hmdb51": DataSet("HMDB51 with its lists", "folders:build_hmdb51_manifest", split=None),
     "folder": DataSet("any folder of clips", "folders:build_folder_manifest", folders=("clips",)),
-    "sprites": DataSet("the built-in clips", "sprites:build_sprites_manifest", LabelKind.MASKS, split="val"),
+    "sprites": DataSet("the built-in clips", "layouts:build_sprites_manifest", LabelKind.MASKS, split="val"),
     "tapvid": DataSet(
         "unpacked TAP-Vid tracks",
-        "tapvid:build_tapvid_manifest",
+        "layouts:build_tapvid_manifest",
         LabelKind.TRACKS,
         folders=("tapvid_davis", "tapvid", "."),
         mark="tracks",

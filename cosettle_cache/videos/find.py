@@ -9,7 +9,7 @@ from pathlib import Path
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Manifest
-from cosettle_cache.videos.build import build_manifest, entries, is_video_file
+from cosettle_cache.videos.build import build_manifest, media_in
 from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.manifest import read_manifest
 from cosettle_cache.videos.sprites import ensure_sprites
@@ -96,7 +96,7 @@ def _own_clips(data_root: Path | None, talk: Talk) -> Data:
             wanted="--data-root FOLDER that holds CLIP.mp4, or a folder CLIP of frames, and CLIP.png",
         )
     _check_root(data_root)
-    is_clip = not any(path.is_dir() or is_video_file(path) for path in entries(data_root))
+    is_clip = media_in(data_root) == [data_root]
     return _built(MASKS, data_root, data_root.absolute().parent if is_clip else data_root, talk)
 
 

@@ -1,11 +1,8 @@
-"""Decoding: frame folders through Pillow, video files through PyAV; RGB uint8 frames come out.
+"""Decoding to RGB uint8: frame folders through Pillow, video files through PyAV; and rules for image sizes.
 
 A frame is addressed by its index in the manifest row's own range. Everything that cannot be decoded whole
-raises `MediaError` with the file's name; nothing is padded, repeated or skipped.
-
-Image sizes: the rules by which a protocol names them, and what a patch allows.
-
-A rule is text, so it can stand in a protocol, a fingerprint and on the command line; out come pixels.
+raises `MediaError` with the file's name; nothing is padded, repeated or skipped. A size rule is text, so that
+it can stand in a protocol, a fingerprint and on the command line.
 """
 
 from __future__ import annotations
@@ -20,28 +17,19 @@ from threading import Lock
 import av
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.types import Grid, MediaKind, Video
 
-FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+_FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 VIDEO_SUFFIXES = frozenset(
-    (
-        *(".mp4", ".mkv", ".avi", ".gif", ".webm", ".mov", ".m4v", ".mpg"),
-        *(".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"),
-    )
+    {".mp4", ".mkv", ".avi", ".gif", ".webm", ".mov", ".m4v"}
+    | {".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
 )
 
 #: What the decoders raise for files that are broken, something else, or absurdly large.
-_UNDECODABLE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    av.FFmpegError,
-)
+_UNDECODABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, av.FFmpegError)
 
 Image8 = UInt8[np.ndarray, "height width 3"]
 
@@ -68,9 +56,9 @@ def frame_names(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise MediaError(f"{folder} does not exist", wanted="a folder of frames")
-    names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in FRAME_SUFFIXES]
+    names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in _FRAME_SUFFIXES]
     if not names:
-        suffixes = " ".join(sorted(FRAME_SUFFIXES))
+        suffixes = " ".join(sorted(_FRAME_SUFFIXES))
         raise MediaError(f"{folder} holds no frames", wanted=f"image files ({suffixes})", found="none")
     return sorted(names, key=natural_key)
 
@@ -83,10 +71,28 @@ def probe(path: str | Path) -> MediaInfo:
     """
     path = Path(path)
     if path.is_dir():
-        return _probe_folder(path)
-    n_frames, fps = _count_packets(path)
-    first = next(_decode_file(path))
-    return MediaInfo(MediaKind.FILE, n_frames, first.shape[0], first.shape[1], fps)
+        sizes = {name: image_size(path / name) for name in frame_names(path)}
+        first, (height, width) = next(iter(sizes.items()))
+        for name, size in sizes.items():
+            if size != (height, width):
+                raise MediaError(
+                    f"{path} mixes frame sizes",
+                    wanted=f"{height}x{width} as in {first}",
+                    found=f"{size[0]}x{size[1]} in {name}",
+                )
+        return MediaInfo(MediaKind.FRAMES, len(sizes), height, width, None)
+    with decode_errors(path), av.open(str(path)) as container:
+        stream = _video_stream(container, path)
+        n_frames = sum(1 for packet in container.demux(stream) if packet.size)
+        rate = stream.average_rate
+    height, width, _ = next(_decode_file(path)).shape
+    return MediaInfo(MediaKind.FILE, n_frames, height, width, float(rate) if rate else None)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (height, width) of an image file; raise `MediaError` when it is missing or no image."""
+    with decode_errors(path), Image.open(path) as image:
+        return image.height, image.width
 
 
 def read_frame(video: Video, data_root: str | Path, index: int) -> Image8:
@@ -112,7 +118,13 @@ def iter_frames(
     absolute = [video.first_frame + index for index in wanted]
     source = _folder_frames if video.media_kind is MediaKind.FRAMES else _file_frames
     for image in source(path, absolute):
-        _check_size(image, video, path)
+        if image.shape[:2] != (video.height, video.width):
+            raise MediaError(
+                f"{path} has a frame of another size",
+                wanted=f"{video.height}x{video.width} as in the manifest",
+                found=f"{image.shape[0]}x{image.shape[1]}",
+                hint="a video must keep one size; rebuild the manifest if the media changed",
+            )
         yield image
 
 
@@ -150,18 +162,14 @@ class FrameReader:
         )
 
 
-def read_image(path: Path) -> Image8:
-    """Return one image file as RGB; raise `MediaError` when it is missing, truncated or no image."""
-    with decode_errors(path), Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def _folder_frames(folder: Path, indices: Sequence[int]) -> Iterator[Image8]:
     names = frame_names(folder)
     for index in indices:
         if index >= len(names):
             raise MediaError(f"{folder} ends early", wanted=f"frame {index}", found=f"{len(names)} frames")
-        yield read_image(folder / names[index])
+        with decode_errors(folder / names[index]), Image.open(folder / names[index]) as image:
+            frame = np.asarray(image.convert("RGB"))
+        yield frame
 
 
 def _file_frames(path: Path, indices: Sequence[int]) -> Iterator[Image8]:
@@ -181,63 +189,21 @@ def _decode_file(path: Path) -> Iterator[Image8]:
     with decode_errors(path), av.open(str(path)) as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
-        empty = True
+        frame = None
         for frame in container.decode(stream):
-            empty = False
-            yield _upright(frame)
-        if empty:
+            image = frame.to_ndarray(format="rgb24")
+            turns = round(getattr(frame, "rotation", 0) / 90) % 4
+            yield np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+        if frame is None:
             raise MediaError(
                 f"{path} holds no frames", wanted="a video with at least one frame", found="none"
             )
-
-
-def _upright(frame: av.VideoFrame) -> Image8:
-    image = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
-
-
-def _count_packets(path: Path) -> tuple[int, float | None]:
-    with decode_errors(path), av.open(str(path)) as container:
-        stream = _video_stream(container, path)
-        n_frames = sum(1 for packet in container.demux(stream) if packet.size)
-        rate = stream.average_rate
-    return n_frames, float(rate) if rate else None
 
 
 def _video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
     if not container.streams.video:
         raise MediaError(f"{path} has no video stream", wanted="a video file", found="other streams only")
     return container.streams.video[0]
-
-
-def _probe_folder(folder: Path) -> MediaInfo:
-    names = frame_names(folder)
-    sizes = {name: _image_size(folder / name) for name in names}
-    height, width = sizes[names[0]]
-    for name, size in sizes.items():
-        if size != (height, width):
-            raise MediaError(
-                f"{folder} mixes frame sizes",
-                wanted=f"{height}x{width} as in {names[0]}",
-                found=f"{size[0]}x{size[1]} in {name}",
-            )
-    return MediaInfo(MediaKind.FRAMES, len(names), height, width, None)
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    with decode_errors(path), Image.open(path) as image:
-        return image.height, image.width
-
-
-def _check_size(image: Image8, video: Video, path: Path) -> None:
-    if image.shape[:2] != (video.height, video.width):
-        raise MediaError(
-            f"{path} has a frame of another size",
-            wanted=f"{video.height}x{video.width} as in the manifest",
-            found=f"{image.shape[0]}x{image.shape[1]}",
-            hint="a video must keep one size; rebuild the manifest if the media changed",
-        )
 
 
 @contextmanager
@@ -267,24 +233,16 @@ def resolve_size(rule: str, height: int, width: int) -> tuple[int, int]:
     side, _, numbers = rule.rpartition(":")
     try:
         first, second = (int(number) for number in numbers.split("/" if side else "x"))
+        if min(first, second) < 1 or side not in ("", "short", "long"):
+            raise ValueError
     except ValueError as error:
-        raise _bad_rule(rule) from error
-    if min(first, second) < 1 or side not in ("", "short", "long"):
-        raise _bad_rule(rule)
-    return (first, second) if not side else _fit(side, first, second, height, width)
-
-
-def _bad_rule(rule: str) -> UsageError:
-    return UsageError(
-        f"{rule!r} is no size", wanted="HEIGHTxWIDTH, native, short:S/M or long:S/M", found=rule
-    )
-
-
-def _fit(side: str, target: int, multiple: int, height: int, width: int) -> tuple[int, int]:
-    anchor = min(height, width) if side == "short" else max(height, width)
-    other = max(height, width) if side == "short" else min(height, width)
-    fitted = other * target // anchor // multiple * multiple
-    return (target, fitted) if height == anchor else (fitted, target)
+        wanted = "HEIGHTxWIDTH, native, short:S/M or long:S/M"
+        raise UsageError(f"{rule!r} is no size", wanted=wanted, found=rule) from error
+    if not side:
+        return first, second
+    anchor, other = sorted((height, width), reverse=side == "long")
+    fitted = other * first // anchor // second * second
+    return (first, fitted) if height == anchor else (fitted, first)
 
 
 def check_grid(height: int, width: int, patch: int, what: str, hint: str = "--size {below}") -> Grid:

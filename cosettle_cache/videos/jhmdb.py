@@ -1,15 +1,10 @@
-"""The JHMDB layout: `Rename_Images/CLASS/CLIP/*.png`, `joint_positions/CLASS/CLIP/joint_positions.mat`.
-
-In comes a folder in this layout, out go a manifest and a clip's joints in pixels; and predicted joints are
-read and written as the released scripts keep them.
-"""
+"""Joints of one video as JHMDB has them, in pixels; predicted joints as the released scripts keep them."""
 
 from __future__ import annotations
 
 import io
 import pickle
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +16,6 @@ from jaxtyping import Float, Float32, Float64
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import Grid, Video
-from cosettle_cache.videos.build import BuildResult, Clip, Source, build, entries, subfolders
-from cosettle_cache.videos.lists import Listed, locate, read_list
 from cosettle_cache.videos.masks import check_numbers, frame_stems
 from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
@@ -31,7 +24,6 @@ JOINTS = (
     *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
     *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
 )
-MAT_FILE = "joint_positions.mat"
 
 Joints = Float64[np.ndarray, "2 joint frame"]
 #: Key points of one frame or of many: x, then y.
@@ -48,40 +40,6 @@ _UNREADABLE = (
     zlib.error,
     scipy.io.matlab.MatReadError,
 )
-
-
-def build_jhmdb_manifest(
-    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
-) -> BuildResult:
-    """Return the clips `names` (`CLASS/CLIP`), or those of `jhmdb_SPLITlist.txt`, or all without a list.
-
-    A line of the list is the joints' file and the folder of images, in either order.
-    """
-    listed = [Listed(name) for name in names] or _read_lists(root, split)
-    clips = [_clip(item, root) for item in listed or _all_clips(root)]
-    source = Source("jhmdb", split if listed else "", root, data_root)
-    return build(clips, source)
-
-
-def _read_lists(root: Path, split: str) -> list[Listed]:
-    for folder in (root, root / "lists"):
-        path = folder / f"jhmdb_{split}list.txt"
-        if path.is_file():
-            return list(read_list(path))
-    return []
-
-
-def _all_clips(root: Path) -> list[Listed]:
-    classes = subfolders(root / "Rename_Images")
-    return [Listed(f"{folder.name}/{clip.name}") for folder in classes for clip in entries(folder)]
-
-
-def _clip(item: Listed, root: Path) -> Clip:
-    class_name = item.name.rpartition("/")[0] or None
-    media, labels = root / "Rename_Images" / item.name, root / "joint_positions" / item.name / MAT_FILE
-    if item.media is not None and item.labels is not None:
-        media, labels = locate(root, item.media), locate(root, item.labels)
-    return Clip(item.name, media, class_name, labels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,11 +1,7 @@
-"""Annotations of one video as index maps: which frames have one, and that they fit their frames.
+"""Annotations of one video as index maps: PNG files whose pixels are object or class numbers.
 
-In comes a manifest row whose `labels` is a folder of PNG files named after the frames, or one PNG file for
-the first frame alone; out go the maps. What their numbers mean is the data set's business.
-
-Index maps on disk: PNG files whose pixels are object or class numbers, with colours for the eye only.
-
-In comes a file, out goes `[height width]` uint8, or the reverse.
+In comes a manifest row whose `labels` is a folder of files named after the frames, or one file for the first
+frame alone; out go maps. What their numbers mean is the data set's business; colours are for the eye only.
 """
 
 from __future__ import annotations
@@ -20,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-from PIL.ImageFile import ImageFile
 
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import MediaKind, Video
-from cosettle_cache.videos.frames import decode_errors, frame_names
+from cosettle_cache.videos.frames import decode_errors, frame_names, image_size
 
 #: Index of pixels that belong to nobody.
 VOID = 255
@@ -37,7 +32,9 @@ def read_mask(path: str | Path) -> Mask:
     """Return the indices in a palette or 8-bit grey image; raise `MediaError` for any other."""
     path = Path(path)
     with decode_errors(path), Image.open(path) as image:
-        if image.mode not in ("P", "L", "1") or _is_stretched(image):
+        # Pillow scales grey of 2 or 4 bits to 0..255: index 1 would come out as 85 or 17.
+        stretched = any(str(tile[-1]) in ("L;2", "L;4") for tile in image.tile)
+        if image.mode not in ("P", "L", "1") or stretched:
             raise MediaError(
                 f"{path} does not hold object indices",
                 wanted="a palette or 8-bit grey PNG",
@@ -45,11 +42,6 @@ def read_mask(path: str | Path) -> Mask:
                 hint="save the indices themselves, not their colours",
             )
         return np.array(image, dtype=np.uint8)
-
-
-def _is_stretched(image: ImageFile) -> bool:
-    # Pillow scales grey of 2 or 4 bits to 0..255: index 1 would come out as 85 or 17.
-    return any(str(tile[-1]) in ("L;2", "L;4") for tile in image.tile)
 
 
 def sample_mask(mask: Mask, size: tuple[int, int]) -> UInt8[np.ndarray, "_ _"]:
@@ -68,14 +60,12 @@ def write_mask(path: str | Path, mask: Mask) -> None:
 
 
 def _make_palette() -> UInt8[np.ndarray, "256 3"]:
-    """Return the colours of PASCAL VOC and DAVIS: an index's bits, dealt to red, green and blue in turn."""
-    index = np.arange(256)[:, None]
-    channel = np.arange(3)
+    index, channel = np.arange(256)[:, None], np.arange(3)
     bits = [(index >> (3 * place + channel) & 1) << (7 - place) for place in range(3)]
     return np.asarray(sum(bits), dtype=np.uint8)
 
 
-#: Red, green and blue of every index.
+#: Red, green and blue of every index, as in PASCAL VOC and DAVIS: its bits, dealt to the three in turn.
 PALETTE = _make_palette()
 
 
@@ -93,7 +83,7 @@ class MaskFiles:
 
     def path_of(self, index: int) -> Path:
         """Return the file of one frame."""
-        return _mask_path(self.path, self.frame_names[index])
+        return self.path if self.path.is_file() else self.path / f"{self.frame_names[index]}.png"
 
     def read(self, index: int) -> Mask:
         """Return the index map of one frame; raise `MediaError` when it cannot be read."""
@@ -113,13 +103,31 @@ def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = Tru
     names = frame_stems(video, data_root)
     if numbered:
         check_numbers(names, video.media)
-    present = [index for index, name in enumerate(names) if _mask_path(path, name).is_file()]
-    if path.is_file():
-        present = [0]
-    _check_complete(path, names, present)
+    files = [path / f"{name}.png" for name in names]
+    present = [0] if path.is_file() else [index for index, file in enumerate(files) if file.is_file()]
+    if 0 not in present:
+        raise MediaError(
+            f"the annotation of the first frame of {path.name} is missing",
+            wanted=str(files[0]),
+            hint="annotations bear the names of their frames; propagation starts from the first",
+        )
+    if 1 < len(present) < len(names):
+        missing = [file.name for file in files if not file.is_file()]
+        raise MediaError(
+            f"{path.name} lacks {len(missing)} of {len(names)} annotations: {', '.join(missing)}",
+            wanted="one for every frame, or for the first alone",
+            found=f"{len(present)} in {path}",
+        )
+    opened = MaskFiles(video, names, frozenset(present), path)
     for index in present:
-        _check_size(_mask_path(path, names[index]), video)
-    return MaskFiles(video, names, frozenset(present), path)
+        height, width = image_size(opened.path_of(index))
+        if (height, width) != (video.height, video.width):
+            raise MediaError(
+                f"{opened.path_of(index)} has another size than its frame",
+                wanted=f"{video.height}x{video.width}",
+                found=f"{height}x{width}",
+            )
+    return opened
 
 
 def frame_stems(video: Video, data_root: str | Path) -> tuple[str, ...]:
@@ -140,10 +148,8 @@ def check_numbers(names: Sequence[str], media: str) -> None:
     matches = [re.search(r"\d+$", name) for name in names]
     numbers = [int(match.group()) for match in matches if match]
     steps = {late - early for early, late in pairwise(numbers)}
-    if len(numbers) < len(names) or len(steps) < 2 or min(steps) < 1:
-        return
-    step = min(steps)
-    if any(other % step for other in steps):
+    step = min(steps, default=0)
+    if len(numbers) < len(names) or len(steps) < 2 or step < 1 or any(other % step for other in steps):
         return
     missing = sorted(set(range(numbers[0], numbers[-1], step)) - set(numbers))
     raise MediaError(
@@ -152,35 +158,3 @@ def check_numbers(names: Sequence[str], media: str) -> None:
         found="none of " + ", ".join(map(str, missing[:8])),
         hint="fetch the missing frames, or number the frames anew if the gap is meant",
     )
-
-
-def _mask_path(path: Path, name: str) -> Path:
-    return path if path.is_file() else path / f"{name}.png"
-
-
-def _check_complete(path: Path, names: Sequence[str], present: Sequence[int]) -> None:
-    first = f"{names[0]}.png"
-    if 0 not in present:
-        raise MediaError(
-            f"the annotation of the first frame of {path.name} is missing",
-            wanted=str(path / first),
-            hint="annotations bear the names of their frames; propagation starts from the first",
-        )
-    if 1 < len(present) < len(names):
-        missing = [f"{name}.png" for index, name in enumerate(names) if index not in set(present)]
-        raise MediaError(
-            f"{path.name} lacks {len(missing)} of {len(names)} annotations: {', '.join(missing)}",
-            wanted="one for every frame, or for the first alone",
-            found=f"{len(present)} in {path}",
-        )
-
-
-def _check_size(path: Path, video: Video) -> None:
-    with decode_errors(path), Image.open(path) as image:
-        found = (image.height, image.width)
-    if found != (video.height, video.width):
-        raise MediaError(
-            f"{path} has another size than its frame",
-            wanted=f"{video.height}x{video.width}",
-            found=f"{found[0]}x{found[1]}",
-        )

@@ -21,8 +21,6 @@ from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.sprites import read_settings
 from cosettle_cache.videos.tapvid import PointTracks, read_shares
 
-__all__ = ["PointTracks", "Queries", "open_tracks", "read_queries", "sample_queries"]
-
 #: A file of points: one row per query, pixels of the video.
 QUERY_SCHEMA = pa.schema(
     [("video_id", pa.string()), ("frame", pa.int64()), ("x", pa.float64()), ("y", pa.float64())]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from PIL import Image
 
 from cosettle_cache.core.errors import InputError, MediaError
 from cosettle_cache.core.files import make_folder, output_errors, write_durably
-from cosettle_cache.core.types import LabelKind, Video
-from cosettle_cache.videos.build import BuildResult, Clip, Source, build, subfolders
+from cosettle_cache.core.types import Video
 from cosettle_cache.videos.manifest import is_safe_path
 from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
@@ -197,25 +196,3 @@ def _write_frame(stem: Path, frame: Any) -> None:
             stem.with_suffix(".jpg").write_bytes(frame)
         else:
             Image.fromarray(frame).save(stem.with_suffix(".png"), compress_level=1)
-
-
-def build_tapvid_manifest(
-    root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()
-) -> BuildResult:
-    """Return the clips of a folder that `manifest unpack` wrote, or `names` in their order.
-
-    A clip without tracks counts as a failure: it was not unpacked whole.
-    """
-    if root.is_file():
-        raise InputError(
-            f"{root} is a file",
-            wanted="a folder with frames/ and tracks/",
-            hint=f"cosettle-cache manifest unpack {root} FOLDER",
-        )
-    source = Source("tapvid", split, root, data_root)
-    frames = root / "frames"
-    clips = [
-        Clip(name, frames / name, labels=root / "tracks" / f"{name}.npz")
-        for name in names or [path.name for path in subfolders(frames)]
-    ]
-    return build(clips, source, lambda clip: source.labelled(clip, LabelKind.TRACKS, required=True))

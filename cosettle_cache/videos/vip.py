@@ -1,12 +1,11 @@
-"""The VIP layout: `Images/NAME/*.jpg` and one map of part classes per image, under `Category_ids/NAME`.
+"""Body parts of one video as VIP has them: a map of part classes per image.
 
-In comes a folder in this layout, out go a manifest and a clip's parts. Images and annotations are pairs; the
-frames between them lie elsewhere in the data set and play no role (PROTOCOLS 3.1).
+Images and annotations are pairs; the frames between them lie elsewhere in the data set and play no role
+(PROTOCOLS 3.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,6 @@ import numpy as np
 
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.types import Video
-from cosettle_cache.videos.build import BuildResult, Clip, Source, build, subfolders
-from cosettle_cache.videos.lists import Listed, locate, read_list
 from cosettle_cache.videos.masks import Mask, MaskFiles, open_mask_files
 
 #: Class of every value in `Category_ids`.
@@ -24,38 +21,6 @@ PARTS = (
     *("pants", "gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm"),
     *("right-leg", "left-leg", "right-shoe", "left-shoe"),
 )
-#: Where the two published archives keep the classes.
-_LABELS = ("Annotations/Category_ids", "Category_ids")
-
-
-def build_vip_manifest(
-    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
-) -> BuildResult:
-    """Return the clips `names`, or those of `lists/SPLIT_videos.txt`, or all where there is no list.
-
-    A clip without annotations becomes a row without labels.
-    """
-    labels = next((root / name for name in _LABELS if (root / name).is_dir()), root / _LABELS[0])
-    listed = [Listed(name) for name in names] or _read_lists(root, split)
-    clips = [_clip(item, root, labels) for item in listed] or [
-        Clip(path.name, path, labels=labels / path.name) for path in subfolders(root / "Images")
-    ]
-    source = Source("vip", split if listed else "", root, data_root)
-    return build(clips, source)
-
-
-def _read_lists(root: Path, split: str) -> list[Listed]:
-    for name in (f"{split}_videos.txt", f"vip_{split}list.txt"):
-        for folder in (root / "lists", root):
-            if (folder / name).is_file():
-                return list(read_list(folder / name))
-    return []
-
-
-def _clip(item: Listed, root: Path, labels: Path) -> Clip:
-    if item.media is None or item.labels is None:
-        return Clip(item.name, root / "Images" / item.name, labels=labels / item.name)
-    return Clip(item.name, locate(root, item.media), labels=locate(root, item.labels))
 
 
 @dataclass(frozen=True, slots=True)

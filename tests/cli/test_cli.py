@@ -22,7 +22,7 @@ from cosettle_cache.cli.reference import command_reference
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.metrics.rows import read_scores
 from cosettle_cache.store import open_store
-from cosettle_cache.videos.davis import write_mask
+from cosettle_cache.videos.masks import write_mask
 
 RANDOM = ["--backbone", "timm/test_vit", "--weights", "random"]
 HEAVY = {"torch", "timm", "zarr", "faiss", "pyarrow", "cv2", "av", "matplotlib", "scipy"}

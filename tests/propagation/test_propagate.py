@@ -17,7 +17,7 @@ from cosettle_cache.propagation import Propagator, propagate
 from cosettle_cache.propagation.labels import decode_mask, encode_mask
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.search.masked import transition
-from cosettle_cache.videos.davis import read_mask
+from cosettle_cache.videos.masks import read_mask
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -19,7 +19,7 @@ from cosettle_cache.core.errors import FingerprintError, OutputError, UsageError
 from cosettle_cache.heads.projection import Projection, projection_sha256
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import open_store
-from cosettle_cache.videos.davis import PALETTE, read_mask
+from cosettle_cache.videos.masks import PALETTE, read_mask
 
 PROTOCOL = make_protocol(size="native", top_k=1)
 

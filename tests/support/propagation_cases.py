@@ -24,7 +24,8 @@ from cosettle_cache.core.types import EvalProtocol, Grid, Slot
 from cosettle_cache.propagation import PropagationReport
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store.plan import make_plan
-from cosettle_cache.videos.davis import build_davis_manifest, write_mask
+from cosettle_cache.videos.layouts import build_davis_manifest
+from cosettle_cache.videos.masks import write_mask
 
 #: FAISS is an extra; where it is not installed torch is tested alone.
 SEARCHES = ("bf16", "torch", "faiss") if importlib.util.find_spec("faiss") else ("bf16", "torch")

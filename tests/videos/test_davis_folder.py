@@ -12,7 +12,8 @@ from PIL import Image
 from cosettle_cache.core.errors import InputError, MediaError, OutputError, UsageError
 from cosettle_cache.core.types import LabelKind, MediaKind, Video
 from cosettle_cache.videos import build_manifest, open_sequence
-from cosettle_cache.videos.davis import PALETTE, build_davis_manifest, read_mask, write_mask
+from cosettle_cache.videos.layouts import build_davis_manifest
+from cosettle_cache.videos.masks import PALETTE, read_mask, write_mask
 
 SIZE = (12, 20)
 

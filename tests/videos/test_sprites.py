@@ -16,7 +16,7 @@ from scipy.io import loadmat
 from cosettle_cache.core.errors import InputError, OutputError
 from cosettle_cache.core.settings import cache_folder
 from cosettle_cache.videos import build_manifest, open_sequence
-from cosettle_cache.videos.davis import read_mask
+from cosettle_cache.videos.masks import read_mask
 from cosettle_cache.videos.sprites import SpritesSettings, ensure_sprites
 from cosettle_cache.videos.sprites.figures import KINDS, Canvas, Piece, move, plain, stretch, turn
 from cosettle_cache.videos.sprites.scenes import draw_scene, render

@@ -1,38 +1,25 @@
-"""Where the sprites clips lie: drawn once, whole or not at all, however many processes ask for them.
+"""The built-in clips: textured creatures over moving backgrounds, with exact masks, parts and joints.
 
-In comes a folder (default: in the cache), out goes the same folder holding the clips of the settings.
-
-The built-in clips: textured creatures over moving backgrounds, with exact masks, parts and joints.
-
-In come settings, out goes a data root in the public layouts, drawn on demand and kept in the cache folder.
+In come settings, out goes a data root in the public layouts (default: in the cache folder). It is drawn once,
+whole or not at all, however many processes ask for it.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import make_folder, output_errors, temporary_name
 from cosettle_cache.core.settings import SpritesSettings, cache_folder
 from cosettle_cache.core.tables import read_json, write_json
-from cosettle_cache.videos.build import BuildResult
-from cosettle_cache.videos.davis import build_davis_manifest
 
 #: Raised whenever the drawing changes, so that no number is compared across different pixels.
 VERSION = 1
 #: Written last: says which clips a folder holds.
 _MARK = "sprites.json"
-
-
-def build_sprites_manifest(
-    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
-) -> BuildResult:
-    """Return the clips of one split (train, val), or `names`, of a folder made by `ensure_sprites`."""
-    return build_davis_manifest(root, data_root, split, names, dataset="sprites")
+_OTHER = "choose another folder for the sprites clips, or delete this one"
 
 
 def ensure_sprites(folder: str | Path | None = None, settings: SpritesSettings | None = None) -> Path:
@@ -57,20 +44,13 @@ def read_settings(root: Path) -> SpritesSettings:
 
 def _holds(root: Path, settings: SpritesSettings) -> bool:
     if (root / _MARK).is_file():
-        found, wanted = read_json(root / _MARK), _mark(settings)
+        found, wanted = read_json(root / _MARK), {"version": VERSION, **asdict(settings)}
         if found != wanted:
             raise InputError(f"{root} holds other sprites clips", wanted=wanted, found=found, hint=_OTHER)
         return True
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise InputError(f"{root} holds something else", wanted="a new or empty folder", hint=_OTHER)
     return False
-
-
-_OTHER = "choose another folder for the sprites clips, or delete this one"
-
-
-def _mark(settings: SpritesSettings) -> dict[str, Any]:
-    return {"version": VERSION, **asdict(settings)}
 
 
 def _draw_into(root: Path, settings: SpritesSettings) -> None:
@@ -82,13 +62,10 @@ def _draw_into(root: Path, settings: SpritesSettings) -> None:
     with output_errors(root):
         try:
             write_sprites(temporary, settings)
-            write_json(temporary / _MARK, _mark(settings))
+            write_json(temporary / _MARK, {"version": VERSION, **asdict(settings)})
             temporary.rename(root)
         except OSError:
             if not _holds(root, settings):
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-__all__ = ["SpritesSettings", "build_sprites_manifest", "ensure_sprites", "read_settings"]

@@ -1,16 +1,9 @@
-"""The cast of the sprites clips: each creature is a list of textured pieces that move with a phase.
+"""The cast of the sprites clips, their textures, and the canvas that paints them with exact coverage.
 
-Units are the creature's own: about one from its middle to its side; x to the right, y down, facing right.
-The figure is articulated and bears the part classes of VIP and the joints of JHMDB.
-
-A canvas that paints textured outlines and knows, exactly, what covers each pixel most.
-
-In come outlines with their placement, back to front; out go the picture and the index of the topmost piece.
-Points are (x, y) in pixels with the origin at the corner of the picture; a pixel's centre lies at one half.
-
-Textures drawn with numpy: coloured noise, stripes, checks, dots and cells, each from a random generator.
-
-Out come square tiles, RGB float32 from 0 to 1, in two colours that differ in brightness.
+A creature is a list of textured pieces that move with a phase. Units are its own: about one from its middle
+to its side; x to the right, y down, facing right. In pictures, points are (x, y) in pixels from the corner; a
+pixel's centre lies at one half. Textures are square tiles, RGB float32 from 0 to 1, in two colours that
+differ in brightness.
 """
 
 from __future__ import annotations
@@ -148,23 +141,6 @@ class Piece:
     index: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Box:
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        return slice(self.top, self.bottom), slice(self.left, self.right)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height, as OpenCV orders them."""
-        return self.right - self.left, self.bottom - self.top
-
-
 class Canvas:
     """A picture under construction and, per pixel, the index of the piece that covers most of it."""
 
@@ -178,25 +154,25 @@ class Canvas:
     def paint(self, piece: Piece) -> None:
         """Lay a piece over what is there; what lies outside the picture is cut off."""
         points = transform(piece.placement, piece.outline)
-        box = self._visible_box(points)
-        if box is None:
+        height, width = self.image.shape[:2]
+        left, top = np.maximum(np.floor(points.min(0)).astype(int), 0).tolist()
+        right, bottom = np.minimum(np.ceil(points.max(0)).astype(int) + 1, (width, height)).tolist()
+        if left >= right or top >= bottom:
             return
-        cover, colour = _coverage(points, box), _textured(piece, box)
-        image, share = self.image[box.slices], self._share[box.slices]
-        image += cover[..., None] * (colour * _relief(cover)[..., None] - image)
+        box, size = (slice(top, bottom), slice(left, right)), (right - left, bottom - top)
+        cover = _coverage(points - (left, top), size)
+        to_tile = move(TILE / 2, TILE / 2) @ stretch(TEXTURE_DENSITY, TEXTURE_DENSITY)
+        to_texture = to_tile @ np.linalg.inv(piece.placement) @ move(float(left), float(top))
+        colour = warp(piece.texture, to_texture, size) * _relief(cover)[..., None]
+        image, share = self.image[box], self._share[box]
+        image += cover[..., None] * (colour - image)
         share *= 1 - cover
-        self.indices[box.slices][cover > share] = piece.index
+        self.indices[box][cover > share] = piece.index
         np.maximum(share, cover, out=share)
 
     def picture(self) -> UInt8[np.ndarray, "height width 3"]:
         """Return the picture as 8-bit RGB."""
         return np.asarray(np.clip(self.image * 255 + 0.5, 0, 255), dtype=np.uint8)
-
-    def _visible_box(self, points: Outline) -> _Box | None:
-        height, width = self.image.shape[:2]
-        left, top = np.maximum(np.floor(points.min(0)).astype(int), 0).tolist()
-        right, bottom = np.minimum(np.ceil(points.max(0)).astype(int) + 1, (width, height)).tolist()
-        return _Box(left, top, right, bottom) if left < right and top < bottom else None
 
 
 def transform(placement: Placement, points: Outline) -> Outline:
@@ -227,19 +203,11 @@ def warp(texture: Float32[np.ndarray, "_ _ 3"], to_texture: Placement, size: tup
     return cv2.warpAffine(texture, centred[:2], size, flags=flags, borderMode=cv2.BORDER_REFLECT)
 
 
-def _coverage(points: Outline, box: _Box) -> Float32[np.ndarray, "height width"]:
-    """Return the share of each pixel of `box` that lies inside the outline."""
-    width, height = box.size
-    fine = np.zeros((height * FINENESS, width * FINENESS), np.uint8)
-    corners = (points - (box.left, box.top)) * FINENESS - 0.5
-    cv2.fillPoly(fine, [np.round(corners * 16).astype(np.int32)], 255, shift=4)
-    return cv2.resize(fine, box.size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-
-
-def _textured(piece: Piece, box: _Box) -> Picture:
-    to_tile = move(TILE / 2, TILE / 2) @ stretch(TEXTURE_DENSITY, TEXTURE_DENSITY)
-    to_texture = to_tile @ np.linalg.inv(piece.placement) @ move(float(box.left), float(box.top))
-    return warp(piece.texture, to_texture, box.size)
+def _coverage(points: Outline, size: tuple[int, int]) -> Float32[np.ndarray, "height width"]:
+    """Return the share that lies inside the outline of each of `size` (width, height) pixels."""
+    fine = np.zeros((size[1] * FINENESS, size[0] * FINENESS), np.uint8)
+    cv2.fillPoly(fine, [np.round((points * FINENESS - 0.5) * 16).astype(np.int32)], 255, shift=4)
+    return cv2.resize(fine, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 def _relief(cover: Float32[np.ndarray, "height width"]) -> Float32[np.ndarray, "height width"]:
@@ -256,7 +224,6 @@ RIGHT_ARM, LEFT_ARM, RIGHT_LEG, LEFT_LEG, RIGHT_SHOE, LEFT_SHOE = 14, 15, 16, 17
 
 _WHITE, _BLACK = plain((0.97, 0.97, 0.95)), plain((0.05, 0.05, 0.08))
 
-Joint = Float[np.ndarray, "2"]
 Joints = Float[np.ndarray, "joint 2"]
 
 
@@ -292,10 +259,9 @@ def _ellipse(x: float, y: float, cx: float = 0.0, cy: float = 0.0) -> Outline:
 
 def _limb(length: float, start: float, end: float) -> Outline:
     """Return a tapered limb from the origin downwards; `start` and `end` are its radii."""
-    upper, lower = np.linspace(np.pi, 2 * np.pi, 12), np.linspace(0, np.pi, 12)
-    top = np.stack([start * np.cos(upper), start * np.sin(upper)], axis=1)
-    bottom = np.stack([end * np.cos(lower), length + end * np.sin(lower)], axis=1)
-    return np.concatenate([top, bottom])
+    angle = np.concatenate([np.linspace(np.pi, 2 * np.pi, 12), np.linspace(0, np.pi, 12)])
+    radius, base = np.repeat([start, end], 12), np.repeat([0.0, length], 12)
+    return np.stack([radius * np.cos(angle), base + radius * np.sin(angle)], axis=1)
 
 
 def _points(*points: tuple[float, float]) -> Outline:
@@ -397,69 +363,48 @@ def _make_car(rng: Generator, hue: float) -> Creature:
     return pose
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Wardrobe:
-    skin: Tile
-    hair: Tile
-    shirt: Tile
-    pants: Tile
-    legs: Tile
-    shoes: Tile
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Side:
-    """One arm and one leg: their pieces, and the joints shoulder, elbow, wrist, hip, knee, ankle."""
-
-    arm: tuple[Piece, ...]
-    leg: tuple[Piece, ...]
-    joints: tuple[Joint, ...]
-
-
 def _make_figure(rng: Generator, hue: float) -> Creature:
     tone = rng.uniform(0.45, 0.95)
-    wardrobe = _Wardrobe(
-        skin=plain((tone, tone * 0.76, tone * 0.6)),
-        hair=sprite_texture(rng, rng.uniform(0, 0.12)),
-        shirt=sprite_texture(rng, hue),
-        pants=sprite_texture(rng, hue + 0.4),
-        legs=sprite_texture(rng, hue + 0.55),
-        shoes=sprite_texture(rng, hue + 0.8),
-    )
-    return lambda phase: _figure_pose(phase, wardrobe)
+    wear = {
+        "skin": plain((tone, tone * 0.76, tone * 0.6)),
+        "hair": sprite_texture(rng, rng.uniform(0, 0.12)),
+        "shirt": sprite_texture(rng, hue),
+        "pants": sprite_texture(rng, hue + 0.4),
+        "legs": sprite_texture(rng, hue + 0.55),
+        "shoes": sprite_texture(rng, hue + 0.8),
+    }
+    return lambda phase: _figure_pose(phase, wear)
 
 
-def _figure_pose(phase: float, wear: _Wardrobe) -> Pose:
-    right = _side(0.1, phase, wear, (RIGHT_ARM, RIGHT_LEG, RIGHT_SHOE))
-    left = _side(-0.1, phase + np.pi, wear, (LEFT_ARM, LEFT_LEG, LEFT_SHOE))
+def _figure_pose(phase: float, wear: dict[str, Tile]) -> Pose:
+    right_arm, right_leg, right = _side(0.1, phase, wear, (RIGHT_ARM, RIGHT_LEG, RIGHT_SHOE))
+    left_arm, left_leg, left = _side(-0.1, phase + np.pi, wear, (LEFT_ARM, LEFT_LEG, LEFT_SHOE))
     trunk = _points((-0.3, -0.72), (0.3, -0.72), (0.27, -0.2), (0.24, 0.12), (-0.24, 0.12), (-0.27, -0.2))
     seat = _points((-0.25, 0.02), (0.25, 0.02), (0.27, 0.36), (-0.27, 0.36))
     hair = transform(turn(-0.3), _ellipse(0.31, 0.3, -0.03, -0.09))
     head = move(0.0, -1.06)
     pieces = (
-        *left.arm,
-        *left.leg,
-        *right.leg,
-        Piece(seat, np.eye(3), wear.pants, PANTS),
-        Piece(_limb(0.2, 0.1, 0.1), move(0.0, -0.88), wear.skin, FACE),
-        Piece(trunk, np.eye(3), wear.shirt, SHIRT),
-        Piece(hair, head, wear.hair, HAIR),
-        Piece(_ellipse(0.24, 0.27, 0.06, 0.03), head, wear.skin, FACE),
+        *left_arm,
+        *left_leg,
+        *right_leg,
+        Piece(seat, np.eye(3), wear["pants"], PANTS),
+        Piece(_limb(0.2, 0.1, 0.1), move(0.0, -0.88), wear["skin"], FACE),
+        Piece(trunk, np.eye(3), wear["shirt"], SHIRT),
+        Piece(hair, head, wear["hair"], HAIR),
+        Piece(_ellipse(0.24, 0.27, 0.06, 0.03), head, wear["skin"], FACE),
         Piece(_ellipse(0.04, 0.06, 0.17, -0.02), head, _BLACK, FACE),
-        *right.arm,
+        *right_arm,
     )
-    pairs = [joint for pair in zip(right.joints, left.joints, strict=True) for joint in pair]
+    # Neck, belly, face; then right and left of shoulder, hip, elbow, knee, wrist, ankle (PROTOCOLS 2.1).
     middle = _points((0.0, -0.74), (0.0, -0.15), (0.05, -1.04))
-    return Pose(pieces, _jhmdb_order(list(middle), pairs))
+    pairs = [joint for pair in zip(right, left, strict=True) for joint in pair]
+    return Pose(pieces, np.stack([*middle, *pairs]))
 
 
-def _jhmdb_order(middle: list[Joint], pairs: list[Joint]) -> Joints:
-    """Neck, belly, face; then right and left shoulder, hip, elbow, knee, wrist, ankle (PROTOCOLS 2.1)."""
-    shoulders, elbows, wrists, hips, knees, ankles = (pairs[i : i + 2] for i in range(0, 12, 2))
-    return np.stack([*middle, *shoulders, *hips, *elbows, *knees, *wrists, *ankles])
-
-
-def _side(offset: float, phase: float, wear: _Wardrobe, classes: tuple[int, int, int]) -> _Side:
+def _side(
+    offset: float, phase: float, wear: dict[str, Tile], classes: tuple[int, int, int]
+) -> tuple[tuple[Piece, ...], tuple[Piece, ...], list[Float[np.ndarray, "2"]]]:
+    """Return the pieces of an arm and of a leg, and shoulder, hip, elbow, knee, wrist, ankle."""
     swing = np.sin(phase)
     shoulder = move(2.2 * offset, -0.62) @ turn(-0.65 * swing - 0.8 * offset)
     elbow = shoulder @ move(0.0, 0.46) @ turn(-0.45 - 0.25 * swing)
@@ -468,16 +413,16 @@ def _side(offset: float, phase: float, wear: _Wardrobe, classes: tuple[int, int,
     ankle = knee @ move(0.0, 0.52)
     arm_class, leg_class, shoe_class = classes
     arm = (
-        Piece(_limb(0.46, 0.13, 0.11), shoulder, wear.shirt, arm_class),
-        Piece(_limb(0.42, 0.1, 0.08), elbow, wear.skin, arm_class),
+        Piece(_limb(0.46, 0.13, 0.11), shoulder, wear["shirt"], arm_class),
+        Piece(_limb(0.42, 0.1, 0.08), elbow, wear["skin"], arm_class),
     )
     leg = (
-        Piece(_limb(0.55, 0.17, 0.13), hip, wear.legs, leg_class),
-        Piece(_limb(0.5, 0.125, 0.09), knee, wear.legs, leg_class),
-        Piece(_ellipse(0.2, 0.095, 0.09, 0.06), ankle, wear.shoes, shoe_class),
+        Piece(_limb(0.55, 0.17, 0.13), hip, wear["legs"], leg_class),
+        Piece(_limb(0.5, 0.125, 0.09), knee, wear["legs"], leg_class),
+        Piece(_ellipse(0.2, 0.095, 0.09, 0.06), ankle, wear["shoes"], shoe_class),
     )
-    places = (shoulder, elbow, elbow @ move(0.0, 0.42), hip, knee, ankle)
-    return _Side(arm, leg, tuple(place[:2, 2] for place in places))
+    places = (shoulder, hip, elbow, knee, elbow @ move(0.0, 0.42), ankle)
+    return arm, leg, [place[:2, 2] for place in places]
 
 
 #: Who can appear in a clip.

@@ -18,8 +18,6 @@ from cosettle_cache.videos.sprites.figures import (
     Creature,
     Joints,
     Kind,
-    Picture,
-    Piece,
     Placement,
     Pose,
     background_texture,
@@ -110,10 +108,14 @@ def draw_scene(cast: Sequence[str], seed: Sequence[int], height: int, width: int
     """
     rng = default_rng(list(seed))
     scene = _draw_background(rng, height, width)
-    creatures = _draw_creatures(cast, rng)
+    # Hues are as far apart as their number allows.
+    hues = rng.uniform() + rng.permutation(len(cast)) / len(cast)
+    kinds = [KINDS[name] for name in cast]
+    creatures = [kind.make(rng, float(hue)) for kind, hue in zip(kinds, hues, strict=True)]
     for _ in range(_MAX_DRAWS):
         order = rng.permutation(len(cast))
-        actors = _draw_actors(cast, creatures, rng, height)
+        ways = _draw_ways(len(cast), rng)
+        actors = [_draw_actor(kinds[i], creatures[i], rng, ways[i], height) for i in range(len(cast))]
         objects = tuple(int(i) + 1 for i in order)
         scene = replace(scene, actors=tuple(actors[i] for i in order), objects=objects)
         if _starts_well(scene):
@@ -123,14 +125,15 @@ def draw_scene(cast: Sequence[str], seed: Sequence[int], height: int, width: int
 
 def render(scene: Scene, moment: float) -> Frame:
     """Return the frame at `moment`, from 0 (first frame) to 1 (last)."""
-    canvas = Canvas(_background(scene, moment))
+    look, size = background_look(scene, moment), (scene.width, scene.height)
+    canvas = Canvas(warp(scene.background, look, size))
     # Piece 0 is the background; `owner` and `part` say what the later ones belong to.
     owner, part = [0], [0]
     joints: Joints | None = None
     figure = 0
     for object_id, placement, pose in poses(scene, moment):
         for piece in pose.pieces:
-            canvas.paint(_placed(piece, placement, len(owner)))
+            canvas.paint(replace(piece, placement=placement @ piece.placement, index=len(owner)))
             owner.append(object_id)
             part.append(piece.index)
         if pose.joints is not None:
@@ -151,10 +154,6 @@ def poses(scene: Scene, moment: float) -> Iterator[tuple[int, Placement, Pose]]:
         yield object_id, placement, actor.creature(actor.phase_at(moment))
 
 
-def _placed(piece: Piece, placement: Placement, index: int) -> Piece:
-    return replace(piece, placement=placement @ piece.placement, index=index)
-
-
 def _shows(
     objects: UInt8[np.ndarray, "height width"], joints: Joints, figure: int
 ) -> Bool[np.ndarray, " joint"]:
@@ -163,10 +162,6 @@ def _shows(
     inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
     there = objects[np.clip(row, 0, height - 1), np.clip(col, 0, width - 1)]
     return np.asarray(inside & (there == figure))
-
-
-def _background(scene: Scene, moment: float) -> Picture:
-    return warp(scene.background, background_look(scene, moment), (scene.width, scene.height))
 
 
 def background_look(scene: Scene, moment: float) -> Placement:
@@ -191,22 +186,6 @@ def _draw_background(rng: Generator, height: int, width: int) -> Scene:
         actors=(),
         objects=(),
     )
-
-
-def _draw_creatures(cast: Sequence[str], rng: Generator) -> list[Creature]:
-    """Make the cast in hues as far apart as their number allows."""
-    hues = rng.uniform() + rng.permutation(len(cast)) / len(cast)
-    return [KINDS[name].make(rng, float(hue)) for name, hue in zip(cast, hues, strict=True)]
-
-
-def _draw_actors(
-    cast: Sequence[str], creatures: Sequence[Creature], rng: Generator, height: int
-) -> list[Actor]:
-    ways = _draw_ways(len(cast), rng)
-    return [
-        _draw_actor(KINDS[name], creature, rng, way, height)
-        for name, creature, way in zip(cast, creatures, ways, strict=True)
-    ]
 
 
 def _draw_ways(n_actors: int, rng: Generator) -> list[Point]:
@@ -243,16 +222,10 @@ def _starts_well(scene: Scene) -> bool:
         return False
     if first.visible is not None and first.visible.mean() < 0.8:
         return False
-    alone = [_area_alone(scene, number) for number in range(len(scene.actors))]
-    return all(
-        shown[object_id - 1] >= MIN_SHARE_OF_OBJECT * area
-        for object_id, area in zip(scene.objects, alone, strict=True)
-    )
-
-
-def _area_alone(scene: Scene, number: int) -> int:
-    """Return the pixels that one actor would cover at the start, were it alone in a frame without end."""
-    actor = scene.actors[number]
-    lone = replace(actor, start=(0.5, 0.5), end=(0.5, 0.5), bob=0.0)
-    frame = render(replace(scene, actors=(lone,), objects=(1,)), 0.0)
-    return int(np.count_nonzero(frame.objects))
+    for actor, object_id in zip(scene.actors, scene.objects, strict=True):
+        # What the actor would cover at the start, were it alone in a frame without end.
+        lone = replace(actor, start=(0.5, 0.5), end=(0.5, 0.5), bob=0.0)
+        alone = render(replace(scene, actors=(lone,), objects=(1,)), 0.0).objects
+        if shown[object_id - 1] < MIN_SHARE_OF_OBJECT * int(np.count_nonzero(alone)):
+            return False
+    return True

@@ -6,12 +6,11 @@ equal settings give equal tracks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Float64, UInt8
+from jaxtyping import Float, Float64, UInt8
 from numpy.random import Generator, default_rng
 
 from cosettle_cache.core.errors import InputError
@@ -55,12 +54,8 @@ class _Stage:
         return next(number for number in reversed(range(len(self.owners))) if self.covers(number, point))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Anchor:
-    """A place on a piece, in the piece's own units."""
-
-    piece: int
-    place: Float64[np.ndarray, "1 2"]
+#: A piece, and a place on it in the piece's own units.
+_Anchor = tuple[int, Float64[np.ndarray, "1 2"]]
 
 
 def sprites_tracks(name: str, settings: SpritesSettings) -> PointTracks:
@@ -90,9 +85,14 @@ def scene_tracks(
             # Everything shows in the first frame; later it may have left.
             tries = (_draw_anchor(shown[at], stages[at], owner, rng) for at in (frame, 0))
             anchors.append(next(anchor for anchor in tries if anchor is not None))
-    points = np.stack([_positions(stage, anchors) for stage in stages], axis=1)
-    visible = np.stack([_shows(stage, anchors, scene) for stage in stages], axis=1)
-    return PointTracks(points, visible)
+    places = [[transform(stage.placements[piece], place)[0] for stage in stages] for piece, place in anchors]
+    points = np.array(places)
+    inside = ((points >= 0) & (points < (scene.width, scene.height))).all(axis=-1)
+    on_top = [
+        [stage.topmost(point) == piece for stage, point in zip(stages, track, strict=True)]
+        for (piece, _), track in zip(anchors, points, strict=True)
+    ]
+    return PointTracks(points, inside & np.array(on_top))
 
 
 def _stage(scene: Scene, moment: float) -> _Stage:
@@ -119,17 +119,5 @@ def _draw_anchor(
         placement = stage.placements[number]
         # At a soft rim the pixel is one piece's and the point another's.
         if stage.owners[number] == owner and abs(np.linalg.det(placement)) > _LEAST_AREA:
-            return _Anchor(number, transform(np.linalg.inv(placement), point[None]))
+            return number, transform(np.linalg.inv(placement), point[None])
     return None
-
-
-def _positions(stage: _Stage, anchors: Sequence[_Anchor]) -> Float64[np.ndarray, "point 2"]:
-    moved = [transform(stage.placements[anchor.piece], anchor.place) for anchor in anchors]
-    return np.concatenate(moved)
-
-
-def _shows(stage: _Stage, anchors: Sequence[_Anchor], scene: Scene) -> Bool[np.ndarray, " point"]:
-    points = _positions(stage, anchors)
-    inside = ((points >= 0) & (points < (scene.width, scene.height))).all(axis=1)
-    top = [stage.topmost(point) == anchor.piece for point, anchor in zip(points, anchors, strict=True)]
-    return np.asarray(inside & np.array(top))

@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from cosettle_cache.core.settings import SpritesSettings
-from cosettle_cache.videos.davis import Mask, write_mask
-from cosettle_cache.videos.sprites.scenes import Frame, draw_scene, render
+from cosettle_cache.videos.masks import Mask, write_mask
+from cosettle_cache.videos.sprites.scenes import draw_scene, render
 
 FIGURE = "figure"
 _PARTS = "Annotations/Category_ids"
@@ -60,23 +60,22 @@ class ClipPlan:
         """When each frame is, from 0 (first) to 1 (last)."""
         return [index / max(self.n_frames - 1, 1) for index in range(self.n_frames)]
 
-    @property
-    def has_parts(self) -> bool:
-        """Say whether anything in it has VIP's parts."""
-        return FIGURE in self.cast
-
-    @property
-    def has_joints(self) -> bool:
-        """Say whether there is one figure: JHMDB's files hold the joints of one person."""
-        return self.cast.count(FIGURE) == 1
-
 
 def write_sprites(root: Path, settings: SpritesSettings) -> None:
     """Draw every clip of `settings` into the new folder `root`; equal settings give equal pixels."""
     for split in CASTS:
         plans = plan_split(split, settings)
         _write_lines(root / "ImageSets" / "2017" / f"{split}.txt", [plan.name for plan in plans])
-        _write_figure_lists(root, split, plans, settings.resolution)
+        # The lists of the part and pose benchmarks: pairs of paths, relative to the data root.
+        parts, joints = [], []
+        for plan in plans:
+            images = f"JPEGImages/{settings.resolution}/{plan.name}"
+            if FIGURE in plan.cast:
+                parts.append(f"{images} {_PARTS}/{plan.name}")
+            if plan.cast.count(FIGURE) == 1:
+                joints.append(f"{_JOINTS}/{plan.name}/{_JOINTS_FILE} {images}")
+        _write_lines(root / "lists" / f"vip_{split}list.txt", parts)
+        _write_lines(root / "lists" / f"jhmdb_{split}list.txt", joints)
         for plan in plans:
             _write_clip(root, plan, settings)
 
@@ -84,10 +83,9 @@ def write_sprites(root: Path, settings: SpritesSettings) -> None:
 def plan_split(split: str, settings: SpritesSettings) -> list[ClipPlan]:
     """Return the clips of one split in order."""
     casts, number = CASTS[split], list(CASTS).index(split)
-    n_clips, n_frames = {
-        "train": (settings.n_train, settings.train_frames),
-        "val": (settings.n_val, settings.val_frames),
-    }[split]
+    is_train = split == "train"
+    n_clips = settings.n_train if is_train else settings.n_val
+    n_frames = settings.train_frames if is_train else settings.val_frames
     chosen = [casts[index % len(casts)] for index in range(n_clips)]
     return [
         ClipPlan(f"{split}{index:02d}-{'-'.join(cast)}", cast, (settings.seed, number, index), n_frames)
@@ -102,34 +100,20 @@ def _write_clip(root: Path, plan: ClipPlan, settings: SpritesSettings) -> None:
     for index, frame in enumerate(frames):
         Image.fromarray(frame.image).save(images / f"{index:05d}.jpg", quality=settings.jpeg_quality)
     _write_masks(root / "Annotations" / settings.resolution / plan.name, [f.objects for f in frames])
-    if plan.has_parts:
+    if FIGURE in plan.cast:
         _write_masks(root / _PARTS / plan.name, [frame.parts for frame in frames])
-    if plan.has_joints:
-        _write_joints(_new_folder(root / _JOINTS / plan.name) / _JOINTS_FILE, frames)
+    # JHMDB's files hold one person's joints: `pos_img` `[2 joint frame]`, (x, y) in pixels counted from 1.
+    if plan.cast.count(FIGURE) == 1:
+        joints = np.stack([frame.joints for frame in frames if frame.joints is not None])
+        visible = np.stack([frame.visible for frame in frames if frame.visible is not None])
+        content = {"pos_img": joints.transpose(2, 1, 0) + 1, "visible": visible.T.astype(np.uint8)}
+        savemat(_new_folder(root / _JOINTS / plan.name) / _JOINTS_FILE, content)
 
 
 def _write_masks(folder: Path, masks: Sequence[Mask]) -> None:
     _new_folder(folder)
     for index, mask in enumerate(masks):
         write_mask(folder / f"{index:05d}.png", mask)
-
-
-def _write_joints(path: Path, frames: Sequence[Frame]) -> None:
-    """Write `pos_img` `[2 joint frame]` (x, y) in pixels counted from 1, as in JHMDB, and what shows."""
-    joints = np.stack([frame.joints for frame in frames if frame.joints is not None])
-    visible = np.stack([frame.visible for frame in frames if frame.visible is not None])
-    savemat(path, {"pos_img": joints.transpose(2, 1, 0) + 1, "visible": visible.T.astype(np.uint8)})
-
-
-def _write_figure_lists(root: Path, split: str, plans: Sequence[ClipPlan], resolution: str) -> None:
-    """Write the lists of the part and pose benchmarks: pairs of paths, relative to the data root."""
-    images = {plan.name: f"JPEGImages/{resolution}/{plan.name}" for plan in plans}
-    parts = [f"{images[plan.name]} {_PARTS}/{plan.name}" for plan in plans if plan.has_parts]
-    joints = [
-        f"{_JOINTS}/{plan.name}/{_JOINTS_FILE} {images[plan.name]}" for plan in plans if plan.has_joints
-    ]
-    _write_lines(root / "lists" / f"vip_{split}list.txt", parts)
-    _write_lines(root / "lists" / f"jhmdb_{split}list.txt", joints)
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
