@@ -7,7 +7,8 @@ from cosettle_cache.core.errors import FingerprintError, UsageError
 from cosettle_cache.core.types import EvalProtocol, Video
 from cosettle_cache.propagation.context import check_candidates
 from cosettle_cache.propagation.labels import Size
-from cosettle_cache.propagation.protocols import check_protocol, image_std
+from cosettle_cache.propagation.presets import check_protocol
+from cosettle_cache.propagation.protocols import image_std
 from cosettle_cache.propagation.tasks import Task
 from cosettle_cache.search.masked import Ranker, SearchSize
 from cosettle_cache.store import FeatureStore

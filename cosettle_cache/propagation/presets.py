@@ -1,11 +1,20 @@
-"""The constants of each code base by task, as data: pairs of a protocol and where its values were read."""
+"""Protocols as data: the constants of each code base by task, with their source, and what fields may hold."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.settings import IMAGENET_RED_STD
 from cosettle_cache.core.types import EvalProtocol
+
+#: Fields that are one of a few words.
+CHOICES = {
+    "window": ("disc", "square"),
+    "label_encoding": ("bilinear", "nearest"),
+    "decode_size": ("input", "annotation"),
+}
 
 #: Protocols of one task, each with its source.
 Presets = tuple[tuple[EvalProtocol, str], ...]
@@ -74,3 +83,24 @@ JHMDB: Presets = (
 OWN_SIZE: Presets = tuple(
     (replace(protocol, size="native"), f"{source}; own size") for protocol, source in DAVIS
 )
+
+
+def check_protocol(protocol: EvalProtocol) -> None:
+    """Raise `UsageError` unless every field of `protocol` can be honoured."""
+    for key in ("top_k", "keypoint_top_k"):
+        check_field(getattr(protocol, key) >= 1, key, "at least 1", getattr(protocol, key))
+    check_field(protocol.n_context >= 0, "n_context", "at least 0 frames", protocol.n_context)
+    for key in ("radius", "temperature", "red_std"):
+        value = getattr(protocol, key)
+        check_field(math.isfinite(value) and value > 0, key, "a positive number", value)
+    for key, words in CHOICES.items():
+        check_field(getattr(protocol, key) in words, key, " or ".join(words), getattr(protocol, key))
+    from cosettle_cache.videos.frames import resolve_size  # decoders come with it, and `--help` passes here
+
+    resolve_size(protocol.size, 480, 854)
+
+
+def check_field(ok: bool, key: str, wanted: str, found: object) -> None:
+    """Raise `UsageError` unless a protocol's field is `ok`."""
+    if not ok:
+        raise UsageError(f"the protocol field {key} has no meaning as given", wanted=wanted, found=found)

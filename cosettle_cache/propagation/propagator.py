@@ -16,7 +16,7 @@ from torch import Tensor
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import EvalProtocol, Grid
 from cosettle_cache.propagation.context import ContextSearch, Neighbors
-from cosettle_cache.propagation.protocols import check_protocol
+from cosettle_cache.propagation.presets import check_protocol
 from cosettle_cache.search.masked import transition
 
 #: The first frame is given, so there must be another.

@@ -6,25 +6,15 @@ Any field can be overridden; the protocol's name then says which, so that no sco
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TypeVar
 
 from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.settings import replace_red_std
 from cosettle_cache.core.types import EvalProtocol
+from cosettle_cache.propagation.presets import check_field, check_protocol
 from cosettle_cache.propagation.tasks import TASKS
-
-#: Fields that are one of a few words.
-CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "window": ("disc", "square"),
-        "label_encoding": ("bilinear", "nearest"),
-        "decode_size": ("input", "annotation"),
-    }
-)
 
 #: Fields that decide which neighbours a query has among given tokens; labels and weights come after.
 SEARCH_FIELDS = ("top_k", "keep_ties", "n_context", "radius", "window", "mask_first", "first_frame_copies")
@@ -64,28 +54,16 @@ def make_protocol(name: str = "cosettle", *, task: str = "davis", **overrides: o
     changed: dict[str, object] = {}
     for key, value in overrides.items():
         default = _find(settable, key, "protocol field")
-        typed = _same_type(key, value, default)
+        typed = float(value) if isinstance(default, float) and type(value) is int else value
+        check_field(
+            type(typed) is type(default), key, f"a value of type {type(default).__name__}", repr(value)
+        )
         if typed != default:
             changed[key] = typed
     title = " ".join([name, *(f"{key}={value}" for key, value in sorted(changed.items()))])
     protocol = replace(preset, name=title, **changed)  # type: ignore[arg-type]
     check_protocol(protocol)
     return protocol
-
-
-def check_protocol(protocol: EvalProtocol) -> None:
-    """Raise `UsageError` unless every field of `protocol` can be honoured."""
-    for key in ("top_k", "keypoint_top_k"):
-        _check(getattr(protocol, key) >= 1, key, "at least 1", getattr(protocol, key))
-    _check(protocol.n_context >= 0, "n_context", "at least 0 frames", protocol.n_context)
-    for key in ("radius", "temperature", "red_std"):
-        value = getattr(protocol, key)
-        _check(math.isfinite(value) and value > 0, key, "a positive number", value)
-    for key, words in CHOICES.items():
-        _check(getattr(protocol, key) in words, key, " or ".join(words), getattr(protocol, key))
-    from cosettle_cache.videos.frames import resolve_size  # decoders come with it, and `--help` passes here
-
-    resolve_size(protocol.size, 480, 854)
 
 
 def image_std(protocol: EvalProtocol, encoder_std: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -102,15 +80,3 @@ def _find(known: Mapping[str, _T], key: str, what: str) -> _T:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]}?" if near else None
     raise UsageError(f"{key!r} is no {what}", wanted=", ".join(known), found=key, hint=hint)
-
-
-def _same_type(key: str, value: object, default: object) -> object:
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    _check(type(value) is type(default), key, f"a value of type {type(default).__name__}", repr(value))
-    return value
-
-
-def _check(ok: bool, key: str, wanted: str, found: object) -> None:
-    if not ok:
-        raise UsageError(f"the protocol field {key} has no meaning as given", wanted=wanted, found=found)

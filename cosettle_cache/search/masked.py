@@ -1,21 +1,15 @@
 """Exact ranking: the keys nearest to each query inside a spatial window, by FAISS, torch, or bfloat16 first.
 
-A slab of queries and the block of keys that their windows reach come in; the k largest dot products and where
-they are come out. No affinity matrix of a whole frame exists at any time. The only door to FAISS.
-
-Slabs: a frame's queries cut into neighbouring columns, and the block of keys that their windows reach.
-
-A grid and a window go in; slices and masks come out, and how wide slabs may be within a memory limit.
-
-Pure tensor functions between tokens and weights: unit tokens, spatial windows, transitions.
-
-Tokens and neighbour lists come in, tensors of the same device go out; nothing is kept.
+Slabs of queries (neighbouring columns of a frame) and the block of keys that their windows reach come in; the
+k largest dot products and where they are come out. No affinity matrix of a whole frame exists at any time.
+The only door to FAISS.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,9 +29,10 @@ def unit_tokens(tokens: Float[Tensor, "*shape dim"]) -> Float32[Tensor, "*shape 
     return torch.nn.functional.normalize(tokens.float(), dim=-1)
 
 
-def window_reach(shape: str, radius: float) -> int:
+def _reach(protocol: EvalProtocol) -> int:
     """Return how many rows or columns away from a query its window still reaches."""
-    return math.floor(radius) if shape == "square" else math.ceil(radius) - 1
+    square = protocol.window == "square"
+    return math.floor(protocol.radius) if square else math.ceil(protocol.radius) - 1
 
 
 def in_window(
@@ -106,7 +101,7 @@ class SearchSize:
         slab that is ranked similarities and mask; the neighbours; the labels.
         """
         frame = _FLOAT_BYTES * self.grid.n_tokens * self.dim
-        reach = 2 * window_reach(self.protocol.window, self.protocol.radius)
+        reach = 2 * _reach(self.protocol)
         reached = self.grid.rows * min(slab_cols + reach, self.grid.cols)
         keys = max(reached * self.protocol.n_context, self.grid.n_tokens)
         queries = self.grid.rows * min(slab_cols, self.grid.cols)
@@ -134,53 +129,31 @@ class SearchSize:
 
 
 def make_slabs(
-    grid: Grid, protocol: EvalProtocol, device: torch.device, slab_cols: int = SLAB_COLS
+    grid: Grid, protocol: EvalProtocol | None, device: torch.device, slab_cols: int = SLAB_COLS
 ) -> list[Slab]:
-    """Return slabs that cover every query once, with the protocol's window; a window is never empty."""
-    reach = window_reach(protocol.window, protocol.radius)
+    """Return slabs that cover every query once, with the window of a protocol; without, they reach all."""
     slabs = []
-    for cols in _slab_cols(grid, slab_cols):
-        keys = slice(max(cols.start - reach, 0), min(cols.stop + reach, grid.cols))
-        row, col = _displacements(grid, cols, keys, device)
-        blocked = ~in_window(row, col, protocol.window, protocol.radius)
-        positions = slice(keys.start * grid.rows, keys.stop * grid.rows)
-        slabs.append(Slab(cols, positions, blocked if blocked.any() else None))
+    reach = grid.cols if protocol is None else _reach(protocol)
+    for start in range(0, grid.cols, slab_cols):
+        stop = min(start + slab_cols, grid.cols)
+        positions = slice(max(start - reach, 0) * grid.rows, min(stop + reach, grid.cols) * grid.rows)
+        blocked = None
+        if protocol is not None:
+            query = torch.arange(start * grid.rows, stop * grid.rows, device=device)[:, None]
+            key = torch.arange(positions.start, positions.stop, device=device)
+            row, col = key % grid.rows - query % grid.rows, key // grid.rows - query // grid.rows
+            blocked = ~in_window(row, col, protocol.window, protocol.radius)
+            blocked = blocked if blocked.any() else None
+        slabs.append(Slab(slice(start, stop), positions, blocked))
     return slabs
-
-
-def make_open_slabs(grid: Grid, slab_cols: int = SLAB_COLS) -> list[Slab]:
-    """Return slabs that cover every query once and reach every position."""
-    return [Slab(cols, slice(0, grid.n_tokens), None) for cols in _slab_cols(grid, slab_cols)]
-
-
-def _slab_cols(grid: Grid, slab_cols: int) -> list[slice]:
-    return [slice(col, min(col + slab_cols, grid.cols)) for col in range(0, grid.cols, slab_cols)]
-
-
-def _displacements(
-    grid: Grid, queries: slice, keys: slice, device: torch.device
-) -> tuple[Int[Tensor, "query position"], Int[Tensor, "query position"]]:
-    query_col, query_row = _cells(grid, queries, device)
-    key_col, key_row = _cells(grid, keys, device)
-    return key_row - query_row[:, None], key_col - query_col[:, None]
-
-
-def _cells(
-    grid: Grid, cols: slice, device: torch.device
-) -> tuple[Int[Tensor, " cell"], Int[Tensor, " cell"]]:
-    col = torch.arange(cols.start, cols.stop, device=device).repeat_interleave(grid.rows)
-    row = torch.arange(grid.rows, device=device).repeat(cols.stop - cols.start)
-    return col, row
 
 
 SEARCHES = ("auto", "bf16", "faiss", "torch")
 
 #: Keys per matrix product on a CPU: MKL runs 2,000 at a time a fifth faster than 30,000 at once.
-CPU_KEYS = 2048
-
+_CPU_KEYS = 2048
 #: What numbers of keys per product are rounded up to.
 _KEY_STEP = 256
-
 #: Floats of keys that are gathered at a time.
 _PAIR_FLOATS = 2**19
 
@@ -198,86 +171,7 @@ class RoughKeys:
     error: float
 
 
-Job = Callable[[Slab], tuple[Similarities, KeyIndex]]
-
-
-class TorchRanker:
-    """Matrix product, mask, top-k, in one scratch buffer that every call uses again."""
-
-    #: Slabs that are ranked side by side.
-    n_parallel = 1
-    rough = False
-
-    def __init__(self) -> None:
-        self._scratch = torch.empty(0)
-
-    def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
-        """Return `job(slab)` of every slab in order, one after the other: torch has its own threads."""
-        return map(job, slabs)
-
-    def rank(
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
-    ) -> tuple[Similarities, KeyIndex]:
-        """Return the k largest dot products with keys that are not blocked, and each key's flat index.
-
-        Rows with fewer than k such keys end in minus infinity. `k` is at most the number of keys.
-        """
-        flat = keys.flatten(0, 1)
-        scores = _fill_products(queries, flat, self._matrix(len(queries), len(flat), queries.device))
-        if blocked is not None:
-            scores.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
-        values, index = scores.topk(k)
-        return values, index
-
-    def _matrix(self, n_rows: int, n_cols: int, device: torch.device) -> Float32[Tensor, "query key"]:
-        if self._scratch.numel() < n_rows * n_cols or self._scratch.device != device:
-            self._scratch = torch.empty(n_rows * n_cols, device=device)
-        return self._scratch[: n_rows * n_cols].view(n_rows, n_cols)
-
-
-class FaissRanker:
-    """FAISS without a mask over more than k keys, then certified: k survivors of the mask are the exact k.
-
-    FAISS knows no cheap selector per query. Queries with fewer than k survivors are ranked by `TorchRanker`.
-    """
-
-    #: Keys fetched per neighbour wanted: on ViT-Tiny tokens of DAVIS one query in 20,000 is left uncertain.
-    overfetch = 3
-    rough = False
-
-    def __init__(self) -> None:
-        import faiss
-
-        # FAISS 1.15 takes its slow path below 128,000 floats of queries, which a slab of a small encoder
-        # stays under; 20 is what it was before. Speed is all this decides.
-        faiss.cvar.distance_compute_blas_threshold = 20
-
-    @property
-    def n_parallel(self) -> int:
-        """Slabs that are ranked side by side: as many as torch has threads."""
-        return torch.get_num_threads()
-
-    def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
-        """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
-        return _faiss_threads(self.n_parallel).map(job, slabs)
-
-    def rank(
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
-    ) -> tuple[Similarities, KeyIndex]:
-        """See `TorchRanker.rank`; any number of threads may be inside."""
-        if blocked is None:
-            return _faiss_knn(queries, keys, k)
-        n_keys = keys.shape[0] * keys.shape[1]
-        n_fetched = min(self.overfetch * k, n_keys)
-        fetched, fetched_index = _faiss_knn(queries, keys, n_fetched)
-        hidden = blocked.gather(1, fetched_index // keys.shape[1])
-        values, order = fetched.masked_fill(hidden, -torch.inf).topk(k)
-        index = fetched_index.gather(1, order)
-        uncertain = values[:, -1].isneginf()
-        if n_fetched < n_keys and uncertain.any():
-            again = TorchRanker().rank(queries[uncertain], keys, blocked[uncertain], k)
-            values[uncertain], index[uncertain] = again
-        return values, index
+Ranked = tuple[Similarities, KeyIndex]
 
 
 @cache
@@ -290,110 +184,6 @@ def _faiss_threads(n_threads: int) -> ThreadPoolExecutor:
     import faiss
 
     return ThreadPoolExecutor(n_threads, "search", initializer=lambda: faiss.omp_set_num_threads(1))
-
-
-def _faiss_knn(queries: Queries, keys: Keys, k: int) -> tuple[Similarities, KeyIndex]:
-    import faiss
-
-    flat = keys.flatten(0, 1).numpy()
-    values, index = faiss.knn(queries.numpy(), flat, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(values), torch.from_numpy(index)
-
-
-#: Half a unit in the last place of bfloat16: what rounding to it moves a number by at most, in shares.
-_ROUGH = 2.0**-8
-#: Twice what a number gains or loses at most when another is added to it in float32, in shares.
-_ADDITION = 2.0**-23
-
-
-class RoughRanker:
-    """Products in bfloat16 name more than k candidates, exact ones rank them, a bound certifies the rest.
-
-    A product of unit tokens in bfloat16 is off by at most both roundings and that of the result (sums are in
-    float32). A key that is no candidate has at most the last candidate's product and that bound; where the
-    k-th exact product is above, nothing is missed. Other queries look at all keys that may reach it. On CPUs
-    only: a GPU may add up parts in bfloat16, which the bound does not cover.
-    """
-
-    #: Candidates per neighbour wanted: few more queries are certified with twice as many.
-    overfetch = 5
-    rough = True
-
-    @property
-    def n_parallel(self) -> int:
-        """Slabs that are ranked side by side: as many as torch has threads."""
-        return torch.get_num_threads()
-
-    def map(self, job: Job, slabs: list[Slab]) -> Iterator[tuple[Similarities, KeyIndex]]:
-        """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
-        if self.n_parallel == 1:
-            return map(job, slabs)
-        return _torch_threads(self.n_parallel).map(job, slabs)
-
-    def rank(
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
-    ) -> tuple[Similarities, KeyIndex]:
-        """See `TorchRanker.rank`; any number of threads may be inside."""
-        n_keys, n_candidates = keys.shape[0] * keys.shape[1], self.overfetch * k
-        if rough is None or 4 * n_candidates > n_keys:
-            return TorchRanker().rank(queries, keys, blocked, k)
-        rounded = queries.bfloat16()
-        products = _fill_products(rounded, rough.keys.flatten(0, 1), rounded.new_empty(len(queries), n_keys))
-        if blocked is not None:
-            products.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
-        candidates, index = products.topk(n_candidates)
-        values = exact_products(queries, keys.flatten(0, 1), index).masked_fill(
-            candidates.isneginf(), -torch.inf
-        )
-        values, order = values.topk(k)
-        index = index.gather(1, order)
-        # Of a key that is no candidate the rough product is at most the last candidate's.
-        last = candidates[:, -1].float()
-        error = _rough_error(queries, rounded, rough.error)
-        uncertain = (values[:, -1] < last + error + _ROUGH * last.abs()).nonzero()[:, 0]
-        if len(uncertain) > len(queries) // 4:
-            hidden = None if blocked is None else blocked[uncertain]
-            again = TorchRanker().rank(queries[uncertain], keys, hidden, k)
-            values[uncertain], index[uncertain] = again
-        else:
-            least = values[:, -1] - error - _ROUGH
-            for row in uncertain.tolist():
-                near = (products[row] >= least[row]).nonzero()[:, 0]
-                best = (keys.flatten(0, 1)[near] @ queries[row]).topk(k)
-                values[row], index[row] = best.values, near[best.indices]
-        return values, index
-
-
-def _fill_products(queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
-    """Write the dot products into `out` and return it; on a CPU a few keys at a time, which it packs anew."""
-    at_once = CPU_KEYS if queries.device.type == "cpu" else len(keys)
-    for start in range(0, len(keys), at_once):
-        stop = min(start + at_once, len(keys))
-        # Shapes that recur: code for a product in bfloat16 is made, and kept, once per shape.
-        first = max(0, stop - -(-(stop - start) // _KEY_STEP) * _KEY_STEP)
-        torch.mm(queries, keys[first:stop].T, out=out[:, first:stop])
-    return out
-
-
-def rounding_error(tokens: Float32[Tensor, "*shape dim"], rounded: Tensor) -> Float32[Tensor, "*shape"]:
-    """Return how far tokens lie from their roundings."""
-    distance: Tensor = torch.linalg.vector_norm(tokens - rounded.float(), dim=-1)
-    return distance
-
-
-def _rough_error(
-    queries: Queries, rounded: BFloat16[Tensor, "query dim"], of_keys: float
-) -> Float32[Tensor, " query"]:
-    """Return how far the sum of rounded products may lie from the exact one, before it is rounded itself."""
-    of_queries = rounding_error(queries, rounded)
-    return of_queries + of_keys * (1 + of_queries) + queries.shape[1] * _ADDITION
-
-
-def exact_products(queries: Queries, keys: Float32[Tensor, "key dim"], index: KeyIndex) -> Similarities:
-    """Return the dot products with the keys at `index`, a few megabytes of keys at a time."""
-    at_once = max(1, _PAIR_FLOATS // (index.shape[1] * keys.shape[1]))
-    starts = (slice(start, start + at_once) for start in range(0, len(queries), at_once))
-    return torch.cat([torch.bmm(keys[index[part]], queries[part, :, None])[..., 0] for part in starts])
 
 
 @cache
@@ -418,15 +208,181 @@ def _torch_threads(n_threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _has_fast_bfloat16(device: torch.device) -> bool:
-    """Say whether a CPU multiplies bfloat16 in hardware; without, its products are slower than exact ones."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return device.type == "cpu" and native
+class Ranker(ABC):
+    """Ranks keys for queries: what every search can do."""
+
+    #: Whether keys in bfloat16 are wanted as well.
+    rough = False
+    #: What makes the threads that rank slabs side by side; without, one slab comes after the other.
+    threads: Callable[[int], ThreadPoolExecutor] | None = None
+
+    @property
+    def n_parallel(self) -> int:
+        """Slabs that are ranked side by side: as many as torch has threads, if there are `threads`."""
+        return 1 if self.threads is None else torch.get_num_threads()
+
+    def map(self, job: Callable[[Slab], Ranked], slabs: list[Slab]) -> Iterator[Ranked]:
+        """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
+        return map(job, slabs) if self.threads is None else self.threads(self.n_parallel).map(job, slabs)
+
+    @abstractmethod
+    def rank(
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+    ) -> Ranked:
+        """Return the k largest dot products with keys that are not blocked, and each key's flat index.
+
+        Rows with fewer than k such keys end in minus infinity. `k` is at most the number of keys.
+        `n_parallel` threads may be inside.
+        """
 
 
-#: Ranks keys for queries: the searches have one interface.
-Ranker = TorchRanker | FaissRanker | RoughRanker
+class TorchRanker(Ranker):
+    """Matrix product, mask, top-k, in one scratch buffer that every call uses again."""
+
+    def __init__(self) -> None:
+        self._scratch = torch.empty(0)
+
+    def rank(  # noqa: D102
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+    ) -> Ranked:
+        size = len(queries) * keys.shape[0] * keys.shape[1]
+        if self._scratch.numel() < size or self._scratch.device != queries.device:
+            self._scratch = torch.empty(size, device=queries.device)
+        values, index = _products(queries, keys, blocked, self._scratch[:size]).topk(k)
+        return values, index
+
+
+class FaissRanker(Ranker):
+    """FAISS without a mask over more than k keys, then certified: k survivors of the mask are the exact k.
+
+    FAISS knows no cheap selector per query. Queries with fewer than k survivors are ranked by `TorchRanker`.
+    """
+
+    #: Keys fetched per neighbour wanted: on ViT-Tiny tokens of DAVIS one query in 20,000 is left uncertain.
+    overfetch = 3
+    threads = staticmethod(_faiss_threads)
+
+    def __init__(self) -> None:
+        import faiss
+
+        # FAISS 1.15 takes its slow path below 128,000 floats of queries, which a slab of a small encoder
+        # stays under; 20 is what it was before. Speed is all this decides.
+        faiss.cvar.distance_compute_blas_threshold = 20
+
+    def rank(  # noqa: D102
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+    ) -> Ranked:
+        import faiss
+
+        n_keys = keys.shape[0] * keys.shape[1]
+        n_fetched = k if blocked is None else min(self.overfetch * k, n_keys)
+        flat = keys.flatten(0, 1).numpy()
+        found = faiss.knn(queries.numpy(), flat, n_fetched, metric=faiss.METRIC_INNER_PRODUCT)
+        values, index = map(torch.from_numpy, found)
+        if blocked is None:
+            return values, index
+        values = values.masked_fill(blocked.gather(1, index // keys.shape[1]), -torch.inf)
+        values, order = values.topk(k)
+        index = index.gather(1, order)
+        uncertain = values[:, -1].isneginf()
+        if n_fetched < n_keys and uncertain.any():
+            again = TorchRanker().rank(queries[uncertain], keys, blocked[uncertain], k)
+            values[uncertain], index[uncertain] = again
+        return values, index
+
+
+#: Half a unit in the last place of bfloat16: what rounding to it moves a number by at most, in shares.
+_ROUGH = 2.0**-8
+#: Twice what a number gains or loses at most when another is added to it in float32, in shares.
+_ADDITION = 2.0**-23
+
+
+class RoughRanker(Ranker):
+    """Products in bfloat16 name more than k candidates, exact ones rank them, a bound certifies the rest.
+
+    A product of unit tokens in bfloat16 is off by at most both roundings and that of the result (sums are in
+    float32). A key that is no candidate has at most the last candidate's product and that bound; where the
+    k-th exact product is above, nothing is missed. Other queries look at all keys that may reach it. On CPUs
+    only: a GPU may add up parts in bfloat16, which the bound does not cover.
+    """
+
+    #: Candidates per neighbour wanted: few more queries are certified with twice as many.
+    overfetch = 5
+    rough = True
+    threads = staticmethod(_torch_threads)
+
+    def rank(  # noqa: D102
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+    ) -> Ranked:
+        flat, n_candidates = keys.flatten(0, 1), self.overfetch * k
+        if rough is None or 4 * n_candidates > len(flat):
+            return TorchRanker().rank(queries, keys, blocked, k)
+        rounded = queries.bfloat16()
+        products = _products(rounded, rough.keys, blocked, rounded.new_empty(len(queries) * len(flat)))
+        candidates, index = products.topk(n_candidates)
+        values = exact_products(queries, flat, index).masked_fill(candidates.isneginf(), -torch.inf)
+        values, order = values.topk(k)
+        index = index.gather(1, order)
+        # Of a key that is no candidate the rough product is at most the last candidate's.
+        last = candidates[:, -1].float()
+        error = _rough_error(queries, rough.error)
+        uncertain = (values[:, -1] < last + error + _ROUGH * last.abs()).nonzero()[:, 0]
+        if len(uncertain) > len(queries) // 4:
+            hidden = None if blocked is None else blocked[uncertain]
+            values[uncertain], index[uncertain] = TorchRanker().rank(queries[uncertain], keys, hidden, k)
+        else:
+            least = values[:, -1] - error - _ROUGH
+            for row in uncertain.tolist():
+                near = (products[row] >= least[row]).nonzero()[:, 0]
+                best = (flat[near] @ queries[row]).topk(k)
+                values[row], index[row] = best.values, near[best.indices]
+        return values, index
+
+
+def _products(queries: Tensor, keys: Tensor, blocked: Blocked, out: Tensor) -> Tensor:
+    """Write the dot products into flat `out` and return it as `[query key]`, blocked ones minus infinity."""
+    flat = keys.flatten(0, 1)
+    out = out.view(len(queries), len(flat))
+    # On a CPU a few keys at a time, which it packs anew.
+    at_once = _CPU_KEYS if queries.device.type == "cpu" else len(flat)
+    for start in range(0, len(flat), at_once):
+        stop = min(start + at_once, len(flat))
+        # Shapes that recur: code for a product in bfloat16 is made, and kept, once per shape.
+        first = max(0, stop - -(-(stop - start) // _KEY_STEP) * _KEY_STEP)
+        torch.mm(queries, flat[first:stop].T, out=out[:, first:stop])
+    if blocked is not None:
+        out.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
+    return out
+
+
+def rounding_error(tokens: Float32[Tensor, "*shape dim"]) -> Float32[Tensor, "*shape"]:
+    """Return how far tokens lie from their roundings to bfloat16."""
+    distance: Tensor = torch.linalg.vector_norm(tokens - tokens.bfloat16().float(), dim=-1)
+    return distance
+
+
+def _rough_error(queries: Queries, of_keys: float) -> Float32[Tensor, " query"]:
+    """Return how far the sum of rounded products may lie from the exact one, before it is rounded itself."""
+    of_queries = rounding_error(queries)
+    return of_queries + of_keys * (1 + of_queries) + queries.shape[1] * _ADDITION
+
+
+def exact_products(
+    queries: Queries, keys: Float32[Tensor, "key dim"], index: KeyIndex, *, alike: bool = False
+) -> Similarities:
+    """Return the dot products with the keys at `index`; with `alike`, equal to the last bit for equal keys.
+
+    A matrix product adds up in an order that depends on where a key lies; `alike` adds up every pair alike.
+    """
+    at_once = max(1, _PAIR_FLOATS // (index.shape[1] * keys.shape[1]))
+    parts = []
+    for start in range(0, len(queries), at_once):
+        query, gathered = queries[start : start + at_once], keys[index[start : start + at_once]]
+        if alike:
+            parts.append((query[:, None] * gathered).sum(dim=-1))
+        else:
+            parts.append(torch.bmm(gathered, query[:, :, None])[..., 0])
+    return torch.cat(parts)
 
 
 def make_ranker(search: str, device: torch.device) -> Ranker:
@@ -438,14 +394,17 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
     """
     if search not in SEARCHES:
         raise UsageError(f"there is no search {search!r}", wanted=", ".join(SEARCHES), found=search)
-    has_faiss = importlib.util.find_spec("faiss") is not None
+    has_faiss, on_cpu = importlib.util.find_spec("faiss") is not None, device.type == "cpu"
     if search == "faiss" and not has_faiss:
         raise UsageError(
             "faiss is not installed", hint="pip install 'cosettle-cache[cpu]', or --search torch"
         )
-    if search in ("bf16", "faiss") and device.type != "cpu":
+    if search in ("bf16", "faiss") and not on_cpu:
         raise UsageError(f"{search} searches on the CPU only", found=str(device), hint="--search torch")
-    if search == "bf16" or (search == "auto" and _has_fast_bfloat16(device)):
+    # Without hardware for bfloat16 its products are slower than exact ones.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if search == "bf16" or (search == "auto" and on_cpu and native):
         return RoughRanker()
-    use_faiss = search == "faiss" or (search == "auto" and has_faiss and device.type == "cpu")
+    use_faiss = search == "faiss" or (search == "auto" and has_faiss and on_cpu)
     return FaissRanker() if use_faiss else TorchRanker()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.search.masked import Ranker, make_ranker
+from cosettle_cache.search.masked import make_ranker
 
 #: Keys fetched beyond those wanted, so that close ones can be put in order in float64.
 _SPARE_KEYS = 8
@@ -54,7 +54,11 @@ def nearest(
     if not 1 <= k <= n_others:
         raise UsageError(f"there are {n_others} other vectors", wanted=f"1 to {n_others} neighbours", found=k)
     left_out = np.full(len(queries), -1, np.int64) if own is None else own
-    ranker = make_ranker(_of_vectors(search), torch.device("cpu"))
+    if search == "bf16":
+        raise UsageError("bf16 ranks tokens, not vectors", wanted="auto, faiss or torch", found=search)
+    if search == "auto":
+        search = "torch" if importlib.util.find_spec("faiss") is None else "faiss"
+    ranker = make_ranker(search, torch.device("cpu"))
     found = Nearest(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
     todo, n_fetched = np.arange(len(queries)), min(k + 1 + _SPARE_KEYS, len(keys))
     while len(todo):
@@ -62,27 +66,13 @@ def nearest(
         for start in range(0, len(todo), _QUERIES_AT_ONCE):
             part = slice(start, start + _QUERIES_AT_ONCE)
             rows = todo[part]
-            candidates = _candidates(ranker, queries[rows], keys, n_fetched)
+            asked, among = torch.from_numpy(queries[rows]), torch.from_numpy(keys)[:, None]
+            values, index = ranker.rank(asked, among, None, n_fetched)
+            candidates = (values.numpy(), index.numpy())
             ordered, certain[part] = _in_order(candidates, queries[rows], keys, left_out[rows], k)
             found.index[rows], found.similarity[rows] = ordered.index, ordered.similarity
         todo, n_fetched = todo[~certain], min(4 * n_fetched, len(keys))
     return found
-
-
-def _of_vectors(search: str) -> str:
-    """Return what `auto` means for vectors without a grid: FAISS where it is installed, else torch."""
-    if search == "auto":
-        return "torch" if importlib.util.find_spec("faiss") is None else "faiss"
-    if search == "bf16":
-        raise UsageError("bf16 ranks tokens, not vectors", wanted="auto, faiss or torch", found=search)
-    return search
-
-
-def _candidates(
-    ranker: Ranker, queries: Float32[np.ndarray, "query dim"], keys: Vectors, k: int
-) -> tuple[Float32[np.ndarray, "query k"], Int64[np.ndarray, "query k"]]:
-    values, index = ranker.rank(torch.from_numpy(queries), torch.from_numpy(keys)[:, None], None, k)
-    return values.numpy(), index.numpy()
 
 
 def _in_order(

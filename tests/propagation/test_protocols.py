@@ -10,7 +10,8 @@ import pytest
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import EvalProtocol
-from cosettle_cache.propagation.protocols import check_protocol, image_std, list_presets, make_protocol
+from cosettle_cache.propagation.presets import check_protocol
+from cosettle_cache.propagation.protocols import image_std, list_presets, make_protocol
 
 #: What the code bases have in one table (PROTOCOLS 1.4): size, top_k, n_context, radius, window, temperature.
 PUBLISHED = {

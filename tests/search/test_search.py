@@ -23,7 +23,6 @@ from cosettle_cache.search.masked import (
     SearchSize,
     TorchRanker,
     _rough_error,
-    make_open_slabs,
     make_ranker,
     make_slabs,
     rounding_error,
@@ -166,7 +165,7 @@ def test_threads_of_the_search_leave_torch_its_own():
     try:
         ranker = RoughRanker()
         assert ranker.n_parallel == 3
-        slabs = make_open_slabs(Grid(2, 30))
+        slabs = make_slabs(Grid(2, 30), None, CPU)
         number = torch.zeros(1, 1)
 
         def job(slab):
@@ -181,7 +180,7 @@ def test_threads_of_the_search_leave_torch_its_own():
 
 
 def rounded(keys):
-    return RoughKeys(keys.bfloat16(), float(rounding_error(keys, keys.bfloat16()).max()))
+    return RoughKeys(keys.bfloat16(), float(rounding_error(keys).max()))
 
 
 def test_bfloat16_products_lie_within_the_bound():
@@ -196,7 +195,7 @@ def test_bfloat16_products_lie_within_the_bound():
     keys = torch.nn.functional.normalize(keys, dim=-1)[:, None]
     rough = rounded(keys)
     product = (queries.bfloat16() @ rough.keys[:, 0].T).float()
-    error = _rough_error(queries, queries.bfloat16(), rough.error)[:, None] + 2.0**-8 * product.abs()
+    error = _rough_error(queries, rough.error)[:, None] + 2.0**-8 * product.abs()
     assert ((product - queries @ keys[:, 0].T).abs() <= error).all()
     assert error.max() < 0.013
 
