@@ -104,7 +104,12 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
         option = dict(item.metadata)
         if "help" not in option:
             continue
-        names, choices, parse = option.pop("names", ()), option.pop("choices", ()), option.pop("parse", None)
+        flag = ("--" + item.name.replace("_", "-"),) if item.default is False else ()  # without a --no-flag
+        names, choices, parse = (
+            option.pop("names", flag),
+            option.pop("choices", ()),
+            option.pop("parse", None),
+        )
         if table := option.pop("table", ""):
             package, _, words = table.partition(":")
             option["help"] += ", ".join(getattr(import_module(package), words)) + "."
