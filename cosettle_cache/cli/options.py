@@ -105,11 +105,8 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
         if "help" not in option:
             continue
         flag = ("--" + item.name.replace("_", "-"),) if item.default is False else ()  # without a --no-flag
-        names, choices, parse = (
-            option.pop("names", flag),
-            option.pop("choices", ()),
-            option.pop("parse", None),
-        )
+        names, parse = option.pop("names", flag), option.pop("parse", None)
+        choices = option.pop("choices", ())
         if table := option.pop("table", ""):
             package, _, words = table.partition(":")
             option["help"] += ", ".join(getattr(import_module(package), words)) + "."
