@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -46,15 +45,6 @@ Scheduler = Annotated[
     str | None, typer.Option(help="A dask scheduler whose workers do it, as tcp://host:8786.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
-
-
-class Drawn(StrEnum):
-    """Which videos get pictures."""
-
-    NONE = "none"
-    FIRST = "first"
-    ALL = "all"
-
 
 DEFAULT_CACHE_SIZE = "20GB"
 
