@@ -34,26 +34,26 @@ The order of work: manifest, extract, train, propagate, analyze, report. Without
 sprites clips serve.
 """
 
-#: Commands in the order of the story, as `--help` lists them.
-STORY = (
-    "manifest",
-    "backbones",
-    "extract",
-    "train",
-    "protocols",
-    "propagate",
-    "track",
-    "pca",
-    "score",
-    "analyze",
-    "report",
-    "probe",
-    "export",
-    "projection",
-    "store",
-    "run",
-    "demo",
-)
+#: Commands and groups in the order of the story, as `--help` lists them.
+COMMANDS: dict[str, Any] = {
+    "manifest": manifest.app,
+    "backbones": lists.backbones,
+    "extract": extract.extract,
+    "train": train.train,
+    "protocols": lists.protocols,
+    "propagate": propagate.propagate,
+    "track": track.track,
+    "pca": analyze.pca,
+    "score": score.score,
+    "analyze": analyze.analyze,
+    "report": report.report,
+    "probe": analyze.probe,
+    "export": analyze.app,
+    "projection": train.app,
+    "store": store.app,
+    "run": recipes.run,
+    "demo": recipes.demo,
+}
 
 
 class StoryOrder(TyperGroup):
@@ -61,7 +61,7 @@ class StoryOrder(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the command names."""
-        return sorted(super().list_commands(ctx), key=STORY.index)
+        return list(COMMANDS)
 
 
 app = typer.Typer(
@@ -74,23 +74,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.add_typer(manifest.app, name="manifest")
-app.command()(exits(lists.backbones))
-app.command()(exits(extract.extract))
-app.command()(exits(train.train))
-app.command()(exits(lists.protocols))
-app.command()(exits(propagate.propagate))
-app.command()(exits(track.track))
-app.command()(exits(analyze.pca))
-app.command()(exits(score.score))
-app.command()(exits(analyze.analyze))
-app.command()(exits(report.report))
-app.command()(exits(analyze.probe))
-app.add_typer(analyze.app, name="export")
-app.add_typer(train.app, name="projection")
-app.add_typer(store.app, name="store")
-app.command()(exits(recipes.run))
-app.command()(exits(recipes.demo))
+for name, command in COMMANDS.items():
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name)
+    else:
+        app.command(name)(exits(command))
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -46,15 +45,6 @@ Scheduler = Annotated[
     str | None, typer.Option(help="A dask scheduler whose workers do it, as tcp://host:8786.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
-
-
-class Drawn(StrEnum):
-    """Which videos get pictures."""
-
-    NONE = "none"
-    FIRST = "first"
-    ALL = "all"
-
 
 DEFAULT_CACHE_SIZE = "20GB"
 
@@ -104,7 +94,9 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
         option = dict(item.metadata)
         if "help" not in option:
             continue
-        names, choices, parse = option.pop("names", ()), option.pop("choices", ()), option.pop("parse", None)
+        flag = ("--" + item.name.replace("_", "-"),) if item.default is False else ()  # without a --no-flag
+        names, parse = option.pop("names", flag), option.pop("parse", None)
+        choices = option.pop("choices", ())
         if table := option.pop("table", ""):
             package, _, words = table.partition(":")
             option["help"] += ", ".join(getattr(import_module(package), words)) + "."

@@ -7,6 +7,7 @@ data root given to `run` is passed to every step that takes one.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import tomllib
@@ -60,24 +61,17 @@ class Expectation:
     metric: str
     value: float
     tolerance: float
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """An expectation beside what the run measured."""
-
-    expectation: Expectation
-    measured: float
+    measured: float = math.nan
 
     @property
     def met(self) -> bool:
         """Whether the measured figure lies within the tolerance."""
-        return abs(self.measured - self.expectation.value) <= self.expectation.tolerance
+        return abs(self.measured - self.value) <= self.tolerance
 
     @property
     def title(self) -> str:
         """The kind of tokens and the figure."""
-        return f"{self.expectation.tokens} {self.expectation.metric}"
+        return f"{self.tokens} {self.metric}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +97,7 @@ class Recipe:
 
 
 def run(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A file such as pipelines/sprites.toml.")],
     data_root: DataRoot = None,
     dry_run: DryRun = False,
@@ -116,54 +111,50 @@ def run(
     chosen, talk = read_recipe(recipe, data_root), Talk(quiet=quiet)
     # Of a JSON run stdout holds one document; what the steps print goes where talk goes.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        code = _run_steps(chosen, talk, dry_run=dry_run)
-    outcomes = [] if code or dry_run else check_expectations(chosen)
-    rows = [
-        [
-            item.title,
-            f"{item.expectation.value:.4f} ± {item.expectation.tolerance:.4f}",
-            f"{item.measured:.4f}",
-            "yes" if item.met else "NO",
-        ]
-        for item in outcomes
-    ]
+        code = _run_steps(context, chosen, talk, dry_run=dry_run)
+    found = [] if code or dry_run else check_expectations(chosen)
     if as_json:
-        figures = [{**asdict(o.expectation), "measured": o.measured, "met": o.met} for o in outcomes]
+        figures = [{**asdict(item), "met": item.met} for item in found]
         document = {"title": chosen.title, "steps": [step.line for step in chosen.steps], "figures": figures}
         talk.result(json.dumps(document, indent=2))
-    elif rows:
-        talk.table("expectations", ["figure", "expected", "measured", "met"], rows)
-    if missed := [item.title for item in outcomes if not item.met]:
+    elif found:
+        columns = ["figure", "expected", "measured", "met"]
+        expected = [f"{item.value:.4f} ± {item.tolerance:.4f}" for item in found]
+        met = ["yes" if item.met else "NO" for item in found]
+        rows = [[o.title, e, f"{o.measured:.4f}", m] for o, e, m in zip(found, expected, met, strict=True)]
+        talk.table("expectations", columns, rows)
+    if missed := [item.title for item in found if not item.met]:
         raise UncleanError(f"{len(missed)} expectations were missed", details=missed)
     return code
 
 
-def demo(quiet: Quiet = False) -> int:
+def demo(context: typer.Context, quiet: Quiet = False) -> int:
     """Extract, train and propagate on the built-in sprites clips; two minutes on two CPU cores.
 
     Example: cosettle-cache demo
     """
     talk = Talk(quiet=quiet)
     recipe = _with_best_weights(read_recipe(DEMO), talk)
-    if code := _run_steps(recipe, talk):
+    if code := _run_steps(context, recipe, talk):
         return code
     talk.result("pictures: demo/sprites/curves.png and demo/propagated/overlays")
     for outcome in check_expectations(recipe):
-        kept = "as expected" if outcome.met else f"expected {outcome.expectation.value:.4f}"
+        kept = "as expected" if outcome.met else f"expected {outcome.value:.4f}"
         talk.note(f"{outcome.title} {outcome.measured:.4f}, {kept}")
     return int(ExitCode.DONE)
 
 
-def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
+def _run_steps(context: typer.Context, recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
     """Run the steps of a recipe in this process; the first that does not end clean ends the run."""
-    # Imported here: the command table imports this module.
-    from cosettle_cache.cli import run_command
-
     talk.note(recipe.title)
     for step in recipe.steps:
         talk.note(f"$ {step.line}")
-        if not dry_run and (code := run_command(step.arguments)):
-            return code
+        if not dry_run:
+            try:
+                context.find_root().command.main(step.arguments, "cosettle-cache")
+            except SystemExit as end:
+                if end.code:
+                    return int(end.code)
     return int(ExitCode.DONE)
 
 
@@ -202,11 +193,22 @@ def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
         wanted, found = "title, about, [[step]], [expect]", ", ".join(document) or "nothing"
         raise InputError(f"{path} is not a recipe", wanted=wanted, found=found)
     expect = document.get("expect", {})
+    try:
+        expectations = [
+            Expectation(tokens, metric, float(entry["value"]), float(entry["tolerance"]))
+            for tokens, metrics in expect.items()
+            if isinstance(metrics, Mapping)
+            for metric, entry in metrics.items()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        wanted = "METRIC = { value = NUMBER, tolerance = NUMBER }"
+        said = "an expectation of the recipe is malformed"
+        raise InputError(said, wanted=wanted, found=repr(error)) from error
     return Recipe(
         title=document.get("title", path.stem),
         steps=tuple(_read_step(table, data_root, path) for table in document["step"]),
         summary=Path(expect["summary"]) if "summary" in expect else None,
-        expectations=tuple(_read_expectations(expect)),
+        expectations=tuple(expectations),
     )
 
 
@@ -220,24 +222,8 @@ def _read_step(table: Mapping[str, Any], data_root: Path | None, path: Path) -> 
     return Step(command, tuple(map(str, table.get("arguments", ()))), options)
 
 
-def _read_expectations(expect: Mapping[str, Any]) -> list[Expectation]:
-    kinds = {key: value for key, value in expect.items() if isinstance(value, Mapping)}
-    try:
-        return [
-            Expectation(tokens, metric, float(entry["value"]), float(entry["tolerance"]))
-            for tokens, metrics in kinds.items()
-            for metric, entry in metrics.items()
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        said, wanted = (
-            "an expectation of the recipe is malformed",
-            "METRIC = { value = NUMBER, tolerance = NUMBER }",
-        )
-        raise InputError(said, wanted=wanted, found=repr(error)) from error
-
-
-def check_expectations(recipe: Recipe) -> list[Outcome]:
-    """Return every expectation beside the figure in the recipe's summary file."""
+def check_expectations(recipe: Recipe) -> list[Expectation]:
+    """Return every expectation with the figure in the recipe's summary file."""
     from cosettle_cache.core.tables import read_json
 
     if recipe.summary is None:
@@ -249,5 +235,5 @@ def check_expectations(recipe: Recipe) -> list[Outcome]:
         if item.metric not in figures:
             missing = f"{recipe.summary} has no {item.metric} of {item.tokens}"
             raise InputError(missing, found=", ".join(means))
-        outcomes.append(Outcome(item, float(figures[item.metric])))
+        outcomes.append(replace(item, measured=float(figures[item.metric])))
     return outcomes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,16 +14,17 @@ from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
 from cosettle_cache.core.files import make_folder, name_folders
 from cosettle_cache.core.types import Grid, Score
+from cosettle_cache.propagation.tasks import TASKS
 
 if TYPE_CHECKING:
     from cosettle_cache.videos.find import Data
 
-#: The benchmarks that have truth to score against.
-Task = Literal["davis", "vip", "jhmdb", "sprites"]
+#: The tasks that have truth to score against.
+_TASKS = [name for name, row in TASKS.items() if row.score is not None]
 
 
 def score(
-    task: Annotated[Task, typer.Option(help="Benchmark.")],
+    task: Annotated[str, typer.Option(metavar=f"[{'|'.join(_TASKS)}]", help="Benchmark.")],
     predictions: Annotated[list[Path], typer.Option(help="Folder of results; repeatable.")],
     data_root: DataRoot = None,
     manifest: Annotated[Path | None, typer.Option(help="Videos; default: all found.")] = None,
@@ -39,10 +40,16 @@ def score(
 
     Example: cosettle-cache score --task davis --predictions results --data-root /data
     """
+    from cosettle_cache.metrics.rows import score_table, summary_json, write_rows
+    from cosettle_cache.propagation.run import write_score_chart
     from cosettle_cache.propagation.score import score_predictions
 
-    talk, data = Talk(quiet=quiet), _find_videos(task, manifest, data_root)
-    folders, cells = name_folders(predictions), _parse_grid(grid)
+    talk, data, folders = (
+        Talk(quiet=quiet),
+        _find_videos(task, manifest, data_root),
+        name_folders(predictions),
+    )
+    cells = _parse_grid(grid)
     left_out = _check(task, data, folders, cells, partial=partial, talk=talk)
     if dry_run:
         talk.result(f"{len(data.manifest) - len(left_out)} videos can be scored")
@@ -51,7 +58,7 @@ def score(
         make_folder(path.parent)
     scores, failures = list[Score](), {**left_out, **data.failures}
     for name, folder in folders.items():
-        scoring = score_predictions(
+        rows, unscored = score_predictions(
             task,
             data.manifest,
             data.root,
@@ -61,10 +68,17 @@ def score(
             grid=cells,
             progress=talk.progress(f"score {name}"),
         )
-        scores += scoring.scores
-        failures |= {f"{name}/{video_id}": reason for video_id, reason in scoring.failures.items()}
-    _report(scores, failures, talk, as_json)
-    _write(scores, out, chart, talk)
+        scores += rows
+        failures |= {f"{name}/{video_id}": reason for video_id, reason in unscored.items()}
+    if as_json:
+        document = {"complete": not failures, "left_out": failures, **summary_json(scores)}
+        talk.result(json.dumps(document, indent=2))
+    elif scores:
+        talk.table(f"{scores[0].provenance.dataset}: percent", *score_table(scores))
+    for what, path, write in (("rows", out, write_rows), ("chart", chart, write_score_chart)):
+        if path is not None:
+            write(path, scores)
+            talk.note(f"{what}: {path}")
     if failures:
         details = [f"{what}: {reason}" for what, reason in failures.items()]
         raise UncleanError(f"{len(failures)} videos were not scored", details=details)
@@ -72,11 +86,13 @@ def score(
 
 
 def _find_videos(task: str, manifest: Path | None, data_root: Path | None) -> Data:
+    from cosettle_cache.propagation.score import find_scored
     from cosettle_cache.videos.find import benchmark_data, manifest_data, sprites_data
 
+    folder = find_scored(task).folder
     if manifest is not None:
         return manifest_data(manifest, data_root)
-    return sprites_data("val") if task == "sprites" else benchmark_data(task, data_root)
+    return sprites_data("val") if task == "sprites" else benchmark_data(folder, data_root)
 
 
 def _parse_grid(text: str) -> Grid:
@@ -112,23 +128,3 @@ def _check(
             hint="--partial scores the others" if len(problems) < n_videos else None,
         )
     return {video_id: "; ".join(lines) for video_id, lines in problems.items()}
-
-
-def _report(scores: list[Score], left_out: Mapping[str, str], talk: Talk, as_json: bool) -> None:
-    from cosettle_cache.metrics.rows import score_table, summary_json
-
-    if as_json:
-        document = {"complete": not left_out, "left_out": dict(left_out), **summary_json(scores)}
-        talk.result(json.dumps(document, indent=2))
-    elif scores:
-        talk.table(f"{scores[0].provenance.dataset}: percent", *score_table(scores))
-
-
-def _write(scores: list[Score], out: Path | None, chart: Path | None, talk: Talk) -> None:
-    from cosettle_cache.metrics.rows import write_rows
-    from cosettle_cache.propagation.run import write_score_chart
-
-    for what, path, write in (("rows", out, write_rows), ("chart", chart, write_score_chart)):
-        if path is not None:
-            write(path, scores)
-            talk.note(f"{what}: {path}")

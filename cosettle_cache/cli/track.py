@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,7 +16,6 @@ from cosettle_cache.cli.options import (
     CacheSize,
     DataRoot,
     Device,
-    Drawn,
     DryRun,
     FramesStoreOrNone,
     Json,
@@ -34,7 +33,6 @@ from cosettle_cache.core.types import LabelKind
 
 if TYPE_CHECKING:
     from cosettle_cache.extraction.jobs import StoreWish
-    from cosettle_cache.heads.projection import Projection
     from cosettle_cache.propagation.track import TrackReport
     from cosettle_cache.store import FeatureStore
     from cosettle_cache.videos.find import Data
@@ -60,7 +58,9 @@ def track(
     precision: Annotated[str, typer.Option(help="Of an encoder run on the way.")] = "fp32",
     data_root: DataRoot = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tracks, pictures, scores.")] = None,
-    pictures: Annotated[Drawn, typer.Option(help="Of no, one or all videos.")] = Drawn.FIRST,
+    pictures: Annotated[
+        Literal["none", "first", "all"], typer.Option(help="Of no, one or all videos.")
+    ] = "first",
     device: Device = None,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = DEFAULT_CACHE_SIZE,
@@ -73,6 +73,7 @@ def track(
     Example: cosettle-cache track --task sprites --features sprites.zarr
     """
     from cosettle_cache.extraction.jobs import StoreWish
+    from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.metrics.rows import remove_scores, write_scores
     from cosettle_cache.propagation.track import track_store
     from cosettle_cache.videos.find import media_root
@@ -88,9 +89,11 @@ def track(
         videos = len(_find_videos(name, data_root).manifest)
         return _print_plan({**plan, "videos": videos, "store_to_make": asdict(wish)}, talk)
     store, failures = _open_store(name, features, wish, cache_dir, cache_size, talk)
-    heads = _load_heads(store, projection or [], made=features is None, talk=talk)
+    # Beside a store made on the way, the projection that `train` leaves.
+    found = default_projection(store, talk) if features is None and not projection else []
+    heads = load_heads(projection or found, store)
     own = None if queries is None else read_queries(queries, store.manifest)
-    needs_media = own is None or pictures != Drawn.NONE
+    needs_media = own is None or pictures != "none"
     root = media_root(store.manifest, data_root) if needs_media else None
     out = out or Path("runs") / f"track-{name}-{store_title(store.path)}"
     if dry_run:
@@ -115,10 +118,15 @@ def track(
             stop=stop,
         )
     if report.scores:
-        write_scores(out, report.scores, complete=_is_complete(report))
+        write_scores(out, report.scores, complete=not (report.interrupted or report.error))
     failures |= report.failures
     _print_report(report, out, failures, talk, as_json)
-    return _end(report, failures)
+    if report.error:
+        raise report.error
+    if failures and not report.interrupted:
+        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
+        raise UncleanError(f"{len(failures)} videos had failures", details=details)
+    return int(ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE)
 
 
 def _print_plan(plan: Mapping[str, object], talk: Talk) -> int:
@@ -162,26 +170,14 @@ def _open_store(
     return store, {**store.failures, **failures}
 
 
-def _load_heads(
-    store: FeatureStore, paths: Sequence[Path], *, made: bool, talk: Talk
-) -> list[tuple[str, Projection]]:
-    """Return the projections asked for; beside a store made on the way the one that `train` leaves."""
-    from cosettle_cache.heads.kinds import default_projection, load_heads
-
-    return load_heads(paths or (default_projection(store, talk) if made else []), store)
-
-
-def _is_complete(report: TrackReport) -> bool:
-    return not (report.interrupted or report.error)
-
-
 def _print_report(
     report: TrackReport, out: Path, failures: Mapping[str, str], talk: Talk, as_json: bool
 ) -> None:
     from cosettle_cache.metrics.rows import score_table, summary_json
 
     if as_json:
-        document = {"complete": _is_complete(report), "out": str(out), "failures": failures}
+        complete = not (report.interrupted or report.error)
+        document = {"complete": complete, "out": str(out), "failures": failures}
         document |= {"queries": report.n_queries, "frames": report.n_frames, **summary_json(report.scores)}
         talk.result(json.dumps(document, indent=2))
         return
@@ -193,14 +189,3 @@ def _print_report(
     took = human_seconds(report.seconds)
     talk.result(f"{report.n_queries} queries through {report.n_frames} frames in {took}")
     talk.result(f"tracks, pictures and scores: {out}")
-
-
-def _end(report: TrackReport, failures: Mapping[str, str]) -> int:
-    if report.error:
-        raise report.error
-    if report.interrupted:
-        return int(ExitCode.INTERRUPTED)
-    if failures:
-        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
-        raise UncleanError(f"{len(failures)} videos had failures", details=details)
-    return int(ExitCode.DONE)

@@ -195,8 +195,9 @@ class _Run(Generic[Item]):
                 self._count_workers()
                 if self.stop.is_set():
                     self._begin_no_more()
-                else:
-                    self._submit(waiting)
+                else:  # one at least: without workers it waits at the scheduler for the first to come
+                    n_free = max(1, sum(self.workers.values())) - len(self.in_hand)
+                    self._submit(islice(waiting, max(0, n_free)))
             except OSError as error:  # distributed's own are among them
                 raise _scheduler_gone() from error
             if not self.in_hand or (self.ended and not self.workers):
@@ -211,9 +212,8 @@ class _Run(Generic[Item]):
                 self._begin_no_more()
                 self.cluster.client.cancel([future for future, _ in self.in_hand.values()])
 
-    def _submit(self, waiting: Iterator[Item]) -> None:
-        # One at least: without workers it waits at the scheduler for the first to come.
-        for item in islice(waiting, max(0, max(1, sum(self.workers.values())) - len(self.in_hand))):
+    def _submit(self, items: Iterable[Item]) -> None:
+        for item in items:
             future = self.cluster.client.submit(
                 _call, __version__, self.name, self.unit, item, pure=False, resources=self.resources
             )
@@ -316,62 +316,44 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
         # Asking a worker that has just died for its last result.
         "distributed.comm.timeouts.connect": "10s",
     }
+    scheduler = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    threads_of_libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    cores = str(share_of_cores(workers))
     with (
         tempfile.TemporaryDirectory(prefix="cosettle-", ignore_cleanup_errors=True) as scratch,
         dask.config.set(settings),
     ):
-        common = {
-            "host": "127.0.0.1",
-            "nthreads": threads,
-            "local_directory": scratch,
-            "memory_limit": 0,
-            "dashboard": False,
-            "silence_logs": logging.CRITICAL,
-        }
-        with _no_interrupts():
+        specs: dict[int, Any] = {}
+        for number in range(workers):
+            options = {
+                "host": "127.0.0.1",
+                "nthreads": threads,
+                "local_directory": scratch,
+                "memory_limit": 0,
+            }
+            options |= {"dashboard": False, "silence_logs": logging.CRITICAL}
+            options["env"] = environment = dict.fromkeys(threads_of_libraries, cores)
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+                options["resources"] = {"GPU": 1}
+            specs[number] = {"cls": Nanny, "options": options}
+        # A terminal sends Ctrl-C to the whole process group; workers are to finish what they have in hand, so
+        # the threads and processes started here never see one. Python's resource tracker, started with the
+        # first of them, would unblock it again.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             cluster = SpecCluster(
-                scheduler={
-                    "cls": Scheduler,
-                    "options": {
-                        "host": "127.0.0.1",
-                        "port": 0,
-                        "dashboard": False,
-                        "dashboard_address": "127.0.0.1:0",
-                        "allowed_failures": LOCAL_DEATHS - 1,
-                    },
-                },
-                workers={
-                    number: {"cls": Nanny, "options": {**_worker_options(number, workers, gpus), **common}}
-                    for number in range(workers)
-                },
+                scheduler={"cls": Scheduler, "options": {**scheduler, "allowed_failures": LOCAL_DEATHS - 1}},
+                workers=specs,
                 silence_logs=logging.CRITICAL,
             )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             yield cluster
         finally:
             cluster.close(timeout=CLOSE_TIMEOUT_S)
-
-
-def _worker_options(number: int, workers: int, gpus: Sequence[str]) -> dict[str, Any]:
-    cores = str(share_of_cores(workers))
-    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), cores)
-    if not gpus:
-        return {"env": environment}
-    environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    return {"env": environment, "resources": {"GPU": 1}}
-
-
-@contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Let the threads started in here, and the processes that they start, never see a Ctrl-C."""
-    # A terminal sends it to the whole process group; workers are to finish what they have in hand.
-    # Python's resource tracker, started with the first of them, would unblock it again.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def pick_device(device: str | None) -> str:

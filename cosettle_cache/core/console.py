@@ -82,9 +82,8 @@ class BarProgress:
         """Move the bar."""
         seconds = time.perf_counter() - self._started
         done = self._bar.tasks[self._task].completed + n
-        self._bar.update(
-            self._task, advance=n, rate=f"{done / seconds:.1f} {self._unit}/s", figures=_figures(figures)
-        )
+        rate = f"{done / seconds:.1f} {self._unit}/s"
+        self._bar.update(self._task, advance=n, rate=rate, figures=_figures(figures))
 
     def finish(self) -> None:
         """Leave the bar as it stands."""
@@ -95,8 +94,7 @@ class PlainProgress:
     """One line at the start, every 30 seconds and at the end, for logs."""
 
     def __init__(self, label: str, console: Console) -> None:
-        self._label = label
-        self._console = console
+        self._label, self._console = label, console
 
     def start(self, total: int, unit: str) -> None:
         """Print the first line."""
@@ -131,28 +129,24 @@ class Talk:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._err = Console(stderr=True, no_color=_no_color())
-        self._out = Console(no_color=_no_color(), soft_wrap=True)
+        self._err = Console(stderr=True)
 
     def note(self, text: str) -> None:
         """Say one line on stderr."""
         if not self.quiet:
-            self._err.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._say(text)
 
     def warn(self, text: str) -> None:
         """Say one line on stderr even when quiet."""
-        self._err.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        self._say(f"warning: {text}", "yellow")
 
     def error(self, error: CosettleError) -> None:
         """Print a known error."""
         for line in error.lines():
-            self._err.print(
-                line,
-                style="red" if line.startswith("error") else None,
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            self._say(line, "red" if line.startswith("error") else None)
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self._err.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, label: str) -> Progress:
         """Return the progress report that suits the output."""
@@ -173,8 +167,10 @@ class Talk:
             table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for row in rows:
             table.add_row(*map(Text, row))  # plain: a name may hold what looks like markup
-        width = None if self._out.is_terminal else 200
-        Console(no_color=_no_color(), width=width).print(table)
+        console = Console()
+        if not console.is_terminal:
+            console.width = 200
+        console.print(table)
 
 
 def human_bytes(n_bytes: int | float) -> str:
@@ -195,10 +191,6 @@ def human_seconds(seconds: int | float) -> str:
 
 def _figures(figures: dict[str, float]) -> str:
     return " ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
-
-
-def _no_color() -> bool:
-    return bool(os.environ.get("NO_COLOR"))
 
 
 @contextmanager

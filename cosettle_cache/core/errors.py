@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import partial
 from typing import ClassVar
 
 
@@ -56,27 +57,12 @@ class CosettleError(Exception):
     def lines(self) -> list[str]:
         """Return the lines to print: the sentence, details, wanted/found, hint."""
         lines = [f"error: {self.message}", *(f"  {line}" for line in self.details)]
-        if self.wanted is not None:
-            lines.append(f"  wanted: {self.wanted}")
-        if self.found is not None:
-            lines.append(f"  found:  {self.found}")
-        if self.hint is not None:
-            lines.append(f"hint: {self.hint}")
-        return lines
+        said = (("  wanted: ", self.wanted), ("  found:  ", self.found), ("hint: ", self.hint))
+        return lines + [f"{label}{text}" for label, text in said if text is not None]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.wanted, self.found, self.hint, self.details))
-
-
-def _rebuild(
-    cls: type[CosettleError],
-    message: str,
-    wanted: str | None,
-    found: str | None,
-    hint: str | None,
-    details: tuple[str, ...],
-) -> CosettleError:
-    return cls(message, wanted=wanted, found=found, hint=hint, details=details)
+        said = {"wanted": self.wanted, "found": self.found, "hint": self.hint, "details": self.details}
+        return (partial(type(self), self.message, **said), ())  # type: ignore[arg-type]
 
 
 class UsageError(CosettleError):

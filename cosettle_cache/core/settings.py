@@ -33,8 +33,6 @@ _IMAGENET_OTHER_STD = (0.224, 0.225)
 
 #: Which queries a benchmark asks, and so which frames count (see `scored_frames`).
 QUERY_MODES = ("first", "strided")
-#: How the visibility of a tracked point is estimated.
-OCCLUSIONS = ("cycle", "cosine", "never")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -49,7 +47,7 @@ MARGIN_GAMMA = 0.3
 def setting(default: Any, help: str, **option: Any) -> Any:
     """Return a dataclass field that is also an option: its default, and one line of help that names the unit.
 
-    A `default` of `dataclasses.MISSING` makes the option a required one.
+    A `default` of `dataclasses.MISSING` makes the option a required one, one of False a flag.
     `option` may hold `names` (a tuple such as ("--batch",), where the option is not called like the field),
     `choices` (the words allowed), `table` (`package:NAME`, a room's table whose words are added to the help),
     `parse` (text, or a list of texts, to value) and what `typer.Option` takes (`min`, `max`, `metavar`).
@@ -62,7 +60,9 @@ def check_choices(settings: Any) -> None:
     for item in fields(settings):
         value, choices = getattr(settings, item.name), item.metadata.get("choices", ())
         if choices and value not in choices:
-            raise UsageError(f"unknown {item.name} {value!r}", wanted=" or ".join(choices), found=value)
+            raise UsageError(
+                f"unknown {item.name.replace('_', ' ')} {value!r}", wanted=" or ".join(choices), found=value
+            )
 
 
 def parse_bytes(text: str) -> int:
@@ -145,7 +145,7 @@ class ExtractSettings:
     codec: str = setting("none", "Compression of stored tokens.", choices=("none", "zstd"))
     workers: int = setting(0, "Processes here, one per GPU; 0: this one.", min=0)
     scheduler: str | None = setting(None, "A dask scheduler whose workers do it, as tcp://host:8786.")
-    retry_failed: bool = setting(False, "Encode failed slots again.", names=("--retry-failed",))
+    retry_failed: bool = setting(False, "Encode failed slots again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class PropagateSettings:
     neighbour lists are kept, and used again for other labels and temperatures.
     """
 
-    restart: bool = setting(False, "Remove earlier results in --out first.", names=("--restart",))
+    restart: bool = setting(False, "Remove earlier results in --out first.")
     overlays: str = setting("first", "Pictures of no, one or all videos.", choices=("none", "first", "all"))
     search: str = setting("auto", "All are exact.", choices=("auto", "bf16", "faiss", "torch"))
     memory_limit: int | None = setting(
@@ -253,16 +253,15 @@ class TrackSettings:
     radius: float = setting(2.0, "Of the soft-argmax, in tokens.")
     temperature: float = setting(0.05, "Of the soft-argmax.")
     occlusion: str = setting(
-        "cycle", "Visible: if the way back ends near, by cosine, always.", choices=OCCLUSIONS
+        "cycle",
+        "Visible: if the way back ends near, by cosine, always.",
+        choices=("cycle", "cosine", "never"),
     )
     cycle_radius: float = setting(6.0, "What is near, in tokens.")
     min_cosine: float = setting(0.7, "Least cosine, for cosine.")
 
     def __post_init__(self) -> None:
-        for name, known in (("query_mode", QUERY_MODES), ("occlusion", OCCLUSIONS)):
-            if getattr(self, name) not in known:
-                title = name.replace("_", " ")
-                raise UsageError(f"unknown {title}", wanted=" or ".join(known), found=getattr(self, name))
+        check_choices(self)
         for name in ("query_stride", "temperature", "cycle_radius"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be positive", wanted="more than 0", found=getattr(self, name))
@@ -274,9 +273,7 @@ class TrackSettings:
 class AnalyzeSettings:
     """Which definitions `analyze` measures by (docs/analysis.md), and the weight in their margins."""
 
-    compat: bool = setting(
-        False, "Draw tokens, batch and skip clips as the authors' script does.", names=("--compat",)
-    )
+    compat: bool = setting(False, "Draw tokens, batch and skip clips as the authors' script does.")
     gamma: float = setting(MARGIN_GAMMA, "Of the margin D_inter - gamma D_intra.")
 
 
@@ -299,9 +296,7 @@ class ProbeSettings:
     """
 
     split: str = setting("", "Only the videos of this split.")
-    official: bool = setting(
-        False, "Learn from split train, ask about test; no folds.", names=("--official",)
-    )
+    official: bool = setting(False, "Learn from split train, ask about test; no folds.")
     folds: int = setting(5, "Folds of linear and order.")
     seeds: int = setting(5, "Shuffles of the folds.")
     min_videos: int = setting(1, "Leave out classes with fewer videos.")
@@ -346,9 +341,7 @@ class ExportSettings:
         "dim-frame: FACT on Breakfast, MS-TCN; frame-dim: FACT on new data.",
         choices=("dim-frame", "frame-dim"),
     )
-    repeat: bool = setting(
-        False, "One vector per frame of the video, where the store skips frames.", names=("--repeat",)
-    )
+    repeat: bool = setting(False, "One vector per frame of the video, where the store skips frames.")
     unit: bool = setting(False, "Give tokens length one before the mean.", names=("--unit-tokens",))
 
 
@@ -392,7 +385,7 @@ class SpritesSettings:
 
 def digest(document: Any) -> str:
     """Return the hex SHA-256 of `document` as canonical JSON."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -460,10 +453,8 @@ def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of a nested document by dotted key."""
     values: dict[str, Any] = {}
     for key, value in document.items():
-        if isinstance(value, Mapping):
-            values |= flat(value, f"{prefix}{key}.")
-        else:
-            values[f"{prefix}{key}"] = value
+        inner = isinstance(value, Mapping)
+        values |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return values
 
 

@@ -1,7 +1,6 @@
 """Tables on disk: Parquet, CSV and JSON, written durably. The only room that writes with pyarrow.
 
-Rows come in as mappings or as a `pyarrow.Table`; what goes out is a `pyarrow.Table`. Files
-that are too long to hold are written and read group by group.
+Files that are too long to hold are written and read group by group.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write `table` as Parquet, or as CSV when `path` ends in .csv, into a folder made if need be."""
     make_folder(path.parent)
     if path.suffix == ".csv":
-        sink = pa.BufferOutputStream()
-        pa.csv.write_csv(table, sink)
+        pa.csv.write_csv(table, sink := pa.BufferOutputStream())
         write_durably(path, [bytes(sink.getvalue())])
     else:
         write_durably(path, [encode_parquet(table)])
@@ -88,7 +86,10 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
         raise InputError(f"{path} does not exist", wanted="a Parquet or CSV file")
     try:
         if path.suffix == ".csv":
-            return pa.csv.read_csv(path, convert_options=_csv_options(schema))
+            # Without types a name such as 0001 would be read as the number 1.
+            types = {} if schema is None else {field.name: field.type for field in schema}
+            options = pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
+            return pa.csv.read_csv(path, convert_options=options)
         return pa.parquet.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
@@ -97,12 +98,6 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 def _unreadable(path: Path, error: Exception) -> InputError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(f"{path} is not a readable table", found=reason)
-
-
-def _csv_options(schema: pa.Schema | None) -> pa.csv.ConvertOptions:
-    # Without types a name such as 0001 would be read as the number 1.
-    types = {} if schema is None else {field.name: field.type for field in schema}
-    return pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
 
 
 def write_json(path: Path, document: Any) -> None:

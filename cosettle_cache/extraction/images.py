@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -26,74 +25,53 @@ View = Float[Tensor, "3 view_height view_width"]
 
 
 @dataclass(frozen=True, slots=True)
-class PairsViews:
-    """Views of a pairs plan: resize to a square ignoring aspect, crop, resize again, flip, normalise.
+class Views:
+    """How a plan's kind prepares frames.
 
-    The second resize is bicubic and its overshoot is not clamped, as released.
+    Pairs: resize to a square ignoring aspect, crop, resize again, flip, normalise; the second resize is
+    bicubic and its overshoot is not clamped, as released. Frames: one resize of the float image, normalise.
     """
 
-    size: int
+    pairs: bool
+    height: int
+    width: int
     mean: Rgb
     std: Rgb
-    rule: ClassVar[str] = "square: pillow bilinear; crop: torch bicubic antialias, not clamped; flip"
 
     def prepare(self, image: Image8, encodings: Sequence[Encoding]) -> list[View]:
         """Return one normalised view per encoding; encodings with the same crop and flip share memory."""
-        square = Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float().div_(255)
+        if self.pairs:
+            square = Image.fromarray(image).resize((self.width, self.height), Image.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float().div_(255)
+        else:
+            scaled = image.astype(np.float32) / 255
+            resized = cv2.resize(scaled, (self.width, self.height), interpolation=cv2.INTER_LINEAR)
+            pixels = torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         views: dict[tuple[object, bool], View] = {}
         for encoding in encodings:
             key = (encoding.crop, encoding.flip)
             if key not in views:
-                views[key] = _normalise(self._crop(pixels, encoding), self.mean, self.std)
+                views[key] = (self._crop(pixels, encoding) - mean) / std
         return [views[encoding.crop, encoding.flip] for encoding in encodings]
 
     def _crop(self, pixels: View, encoding: Encoding) -> View:
         crop = encoding.crop
         if crop is not None:
             box = pixels[None, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-            size = (self.size, self.size)
+            size = (self.height, self.width)
             pixels = torch.nn.functional.interpolate(box, size, mode="bicubic", antialias=True)[0]
         return pixels.flip(-1) if encoding.flip else pixels
 
 
-@dataclass(frozen=True, slots=True)
-class FramesViews:
-    """Views of a frames plan: one bilinear resize of the float image to the size rule's pixels, normalise."""
-
-    height: int
-    width: int
-    mean: Rgb
-    std: Rgb
-    rule: ClassVar[str] = "opencv bilinear of the float image"
-
-    def prepare(self, image: Image8, encodings: Sequence[Encoding]) -> list[View]:
-        """Return one normalised view per encoding; all share memory."""
-        scaled = image.astype(np.float32) / 255
-        resized = cv2.resize(scaled, (self.width, self.height), interpolation=cv2.INTER_LINEAR)
-        pixels = torch.from_numpy(resized).permute(2, 0, 1).contiguous()
-        return [_normalise(pixels, self.mean, self.std)] * len(encodings)
-
-
-Views = PairsViews | FramesViews
-
-
 def views_rule(plan: Plan, mean: Rgb, std: Rgb) -> str:
     """Return the text that stands for the preprocessing in a fingerprint."""
-    rule = PairsViews.rule if isinstance(plan.recipe, PairsRecipe) else FramesViews.rule
-    return f"{rule}; mean {_numbers(mean)}; std {_numbers(std)}"
+    pairs = "square: pillow bilinear; crop: torch bicubic antialias, not clamped; flip"
+    rule = pairs if isinstance(plan.recipe, PairsRecipe) else "opencv bilinear of the float image"
+    numbers = [" ".join(f"{value:g}" for value in values) for values in (mean, std)]
+    return f"{rule}; mean {numbers[0]}; std {numbers[1]}"
 
 
 def make_views(plan: Plan, height: int, width: int, mean: Rgb, std: Rgb) -> Views:
     """Return the preparation of frames to `height` x `width` pixels for the plan's kind."""
-    if isinstance(plan.recipe, PairsRecipe):
-        return PairsViews(height, mean, std)
-    return FramesViews(height, width, mean, std)
-
-
-def _normalise(pixels: View, mean: Rgb, std: Rgb) -> View:
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-
-
-def _numbers(values: Rgb) -> str:
-    return " ".join(f"{value:g}" for value in values)
+    return Views(isinstance(plan.recipe, PairsRecipe), height, width, mean, std)

@@ -18,7 +18,6 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cosettle_cache.core.errors import MediaError
@@ -79,10 +78,6 @@ class _Task:
     views: Views
     frames: Mapping[int, Sequence[tuple[int, Encoding]]]
 
-    @property
-    def n_encodings(self) -> int:
-        return sum(map(len, self.frames.values()))
-
 
 @dataclass(frozen=True, slots=True)
 class _Image:
@@ -93,27 +88,11 @@ class _Image:
     view: View
 
 
-@dataclass(frozen=True, slots=True)
-class _Upload:
-    """A batch on the device: distinct views, and for every image the number of its view and its shift."""
-
-    images: Sequence[_Image]
-    pixels: Float[Tensor, "view 3 height width"]
-    views: Sequence[tuple[int, PositionShift | None]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """A slot whose tokens are complete and not yet on disk."""
-
-    slot: Slot
-    shard: Shard
-    n_encodings: int
-    failures: Mapping[str, str]
-
-
-_Images = list[_Image] | MediaError
-_Prepared = tuple[_Task, Future[_Images]]
+_Prepared = tuple[_Task, Future[list[_Image] | MediaError]]
+#: A batch on the device: images, distinct views, and for every image the number of its view and its shift.
+_Upload = tuple[Sequence[_Image], Tensor, Sequence[tuple[int, PositionShift | None]]]
+#: A slot whose tokens are complete and not yet on disk.
+_Encoded = tuple[Slot, Shard, FilledSlot]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +130,21 @@ class Filler:
                     yield index
 
         commits: deque[Future[FilledSlot]] = deque()
+
+        def settle(pending: int) -> Iterator[FilledSlot]:
+            while len(commits) > pending:
+                with self.clock.stage("wait_writer"):
+                    filled = commits.popleft().result()
+                yield filled
+
         try:
-            with ThreadPoolExecutor(1, "write") as writers, closing(self._encode_slots(claim())) as encoded:
+            with ThreadPoolExecutor(1, "write") as writers, closing(self._encode(claim())) as encoded:
                 for item in encoded:
-                    commits.append(writers.submit(self._commit, item))
-                    yield from self._settle(commits, MAX_PENDING_COMMITS)
+                    commits.append(writers.submit(self._commit, *item))
+                    yield from settle(MAX_PENDING_COMMITS)
                     if stop.is_set():
                         break
-                yield from self._settle(commits, 0)
+                yield from settle(0)
         finally:
             # After an error or an interrupt some are prepared and not committed.
             for index in claimed:
@@ -166,45 +152,34 @@ class Filler:
 
     def fill_one(self, index: int) -> FilledSlot:
         """Fill one claimed slot; while it is written, another thread has the encoder."""
-        (encoded,) = self._encode_slots([index])
-        return self._commit(encoded)
+        (encoded,) = self._encode([index])
+        return self._commit(*encoded)
 
-    def _settle(self, commits: deque[Future[FilledSlot]], pending: int) -> Iterator[FilledSlot]:
-        while len(commits) > pending:
-            with self.clock.stage("wait_writer"):
-                filled = commits.popleft().result()
-            yield filled
-
-    def _commit(self, encoded: _Encoded) -> FilledSlot:
+    def _commit(self, slot: Slot, shard: Shard, filled: FilledSlot) -> FilledSlot:
         with self.clock.stage("write"):
-            self.writer.commit(encoded.slot, encoded.shard, encoded.failures)
-        return FilledSlot(encoded.slot.index, encoded.n_encodings, encoded.failures)
+            self.writer.commit(slot, shard, filled.failures)
+        return filled
 
-    def _encode_slots(self, slots: Iterable[int]) -> Generator[_Encoded, None, None]:
+    def _encode(self, slots: Iterable[int]) -> Generator[_Encoded, None, None]:
         with closing(self._prepared(slots)) as prepared:
             # Before the turn comes, the first images of a slot are under way.
-            for _, results in groupby(prepared, key=lambda result: result[0].slot.index):
+            for slot, results in groupby(prepared, key=lambda result: result[0].slot):
                 with self.turn:
-                    encoded = self._encode_slot(results)
-                yield encoded
-
-    def _encode_slot(self, results: Iterator[_Prepared]) -> _Encoded:
-        first = next(results)
-        slot = first[0].slot
-        shard = self.writer.new_shard(slot)
-        failures: dict[str, str] = {}
-        n_encodings = 0
-        for upload in _uploads(self._batches(chain([first], results), failures), self.backbone.device):
-            with self.clock.stage("encode"):
-                half = self.backbone.encode_views(upload.pixels, upload.views).to(torch.float16)
-                finite = half.isfinite().flatten(1).all(dim=1).tolist()
-                shard.tokens[[image.position for image in upload.images]] = half.cpu().numpy()
-            for image, is_finite in zip(upload.images, finite, strict=True):
-                if not is_finite:
-                    failures[image.encoding.video_id] = NOT_FINITE
-            n_encodings += len(upload.images)
-            self.encoded(len(upload.images))
-        return _Encoded(slot, shard, n_encodings, failures)
+                    n_encodings, failures = 0, dict[str, str]()
+                    shard = self.writer.new_shard(slot)
+                    for images, pixels, views in _uploads(
+                        self._batches(results, failures), self.backbone.device
+                    ):
+                        with self.clock.stage("encode"):
+                            half = self.backbone.encode_views(pixels, views).to(torch.float16)
+                            finite = half.isfinite().flatten(1).all(dim=1).tolist()
+                            shard.tokens[[image.position for image in images]] = half.cpu().numpy()
+                        for image, is_finite in zip(images, finite, strict=True):
+                            if not is_finite:
+                                failures[image.encoding.video_id] = NOT_FINITE
+                        n_encodings += len(images)
+                        self.encoded(len(images))
+                yield slot, shard, FilledSlot(slot.index, n_encodings, failures)
 
     def _batches(self, results: Iterable[_Prepared], failures: dict[str, str]) -> Iterator[list[_Image]]:
         batch: list[_Image] = []
@@ -231,9 +206,9 @@ class Filler:
         try:
             for task in self._tasks(slots):
                 pending.append((task, self.decoders.submit(self._prepare, task)))
-                n_pending += task.n_encodings
+                n_pending += sum(map(len, task.frames.values()))
                 while n_pending > BATCHES_AHEAD * self.batch_size and len(pending) > 1:
-                    n_pending -= pending[0][0].n_encodings
+                    n_pending -= sum(map(len, pending[0][0].frames.values()))
                     yield pending.popleft()
             while pending:
                 yield pending.popleft()
@@ -251,10 +226,17 @@ class Filler:
                     reader = FrameReader(video, self.data_root)
                 size = self.plan.recipe.image_size(video)
                 views = make_views(self.plan, *size, self.backbone.mean, self.backbone.std)
-                for frames in _frames_of_tasks(video, items):
-                    yield _Task(slot, reader, views, frames)
+                by_frame: defaultdict[int, list[tuple[int, Encoding]]] = defaultdict(list)
+                for position, encoding in items:
+                    by_frame[encoding.frame].append((position, encoding))
+                frames = sorted(by_frame)
+                # A video file is decoded forwards by one task; the frames of a folder are independent.
+                step = FRAMES_PER_TASK if video.media_kind is MediaKind.FRAMES else len(frames)
+                for at in range(0, len(frames), step):
+                    some = {frame: by_frame[frame] for frame in frames[at : at + step]}
+                    yield _Task(slot, reader, views, some)
 
-    def _prepare(self, task: _Task) -> _Images:
+    def _prepare(self, task: _Task) -> list[_Image] | MediaError:
         images: list[_Image] = []
         try:
             with self.clock.stage("decode"):
@@ -267,22 +249,9 @@ class Filler:
         return images
 
 
-def _frames_of_tasks(
-    video: Video, items: Iterable[tuple[int, Encoding]]
-) -> Iterator[dict[int, list[tuple[int, Encoding]]]]:
-    by_frame: defaultdict[int, list[tuple[int, Encoding]]] = defaultdict(list)
-    for position, encoding in items:
-        by_frame[encoding.frame].append((position, encoding))
-    frames = sorted(by_frame)
-    # A video file is decoded forwards by one task; the frames of a folder are independent.
-    step = FRAMES_PER_TASK if video.media_kind is MediaKind.FRAMES else len(frames)
-    for start in range(0, len(frames), step):
-        yield {frame: by_frame[frame] for frame in frames[start : start + step]}
-
-
 def _uploads(batches: Iterable[Sequence[_Image]], device: torch.device) -> Iterator[_Upload]:
     """Yield batches on the device, each distinct view once; the next is under way when one is yielded."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     waiting: _Upload | None = None
     for batch in chain(batches, [None]):
         upload = None if batch is None else _upload(batch, device, stream)
@@ -290,7 +259,7 @@ def _uploads(batches: Iterable[Sequence[_Image]], device: torch.device) -> Itera
             if stream is not None:
                 current = torch.cuda.current_stream(device)
                 current.wait_stream(stream)
-                waiting.pixels.record_stream(current)
+                waiting[1].record_stream(current)
             yield waiting
         waiting = upload
 
@@ -303,4 +272,4 @@ def _upload(batch: Sequence[_Image], device: torch.device, stream: Any) -> _Uplo
         # From pinned memory on a stream of its own, so that the copy overlaps with the batch before.
         with torch.cuda.stream(stream):
             pixels = pixels.pin_memory().to(device, non_blocking=True)
-    return _Upload(batch, pixels, [(number[id(image.view)], image.encoding.shift) for image in batch])
+    return batch, pixels, [(number[id(image.view)], image.encoding.shift) for image in batch]

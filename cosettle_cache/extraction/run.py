@@ -116,16 +116,8 @@ class StoreJob:
 
     def load_encoder(self, device: str) -> Backbone:
         """Return the encoder on a device."""
-        encoder = self.encoder
-        return load_backbone(
-            encoder.backbone,
-            weights=encoder.weights,
-            device=device,
-            precision=encoder.precision,
-            heads=encoder.heads,
-            compiled=encoder.compiled,
-            red_std=encoder.red_std,
-        )
+        options = {**asdict(self.encoder), "device": device}
+        return load_backbone(options.pop("backbone"), **options)
 
     def open_writer(self, plan: Plan, manifest: Manifest, backbone: Backbone) -> StoreWriter:
         """Create the store, or open the one that was made with the same settings."""
@@ -165,24 +157,27 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     settings = job.settings
     if settings.workers or settings.scheduler:
         report = _extract_with_workers(job, plan, manifest, talk)
-        return replace(report, failures=dict(open_store(job.out).failures))
-    device = pick_device(job.encoder.device)
-    backbone = job.load_encoder(device)
-    # A recipe of several commands is one process: the store's lock goes with the job, not with the process.
-    with closing(job.open_writer(plan, manifest, backbone)) as writer, interruptible(talk, "slot") as stop:
-        report = extract(
-            plan,
-            manifest,
-            job.data_root,
-            backbone,
-            writer,
-            batch_size=settings.batch or default_batch(plan, device),
-            decode_threads=settings.decode_threads or _decode_threads(),
-            retry_failed=settings.retry_failed,
-            progress=talk.progress("extract"),
-            stop=stop,
-            note=talk.note,
-        )
+    else:
+        device = pick_device(job.encoder.device)
+        backbone = job.load_encoder(device)
+        # A recipe of several commands is one process: the store's lock goes with the job.
+        with (
+            closing(job.open_writer(plan, manifest, backbone)) as writer,
+            interruptible(talk, "slot") as stop,
+        ):
+            report = extract(
+                plan,
+                manifest,
+                job.data_root,
+                backbone,
+                writer,
+                batch_size=settings.batch or default_batch(plan, device),
+                decode_threads=settings.decode_threads or _decode_threads(),
+                retry_failed=settings.retry_failed,
+                progress=talk.progress("extract"),
+                stop=stop,
+                note=talk.note,
+            )
     return replace(report, failures=dict(open_store(job.out).failures))
 
 
@@ -294,35 +289,28 @@ def _decode_threads(n_processes: int = 1) -> int:
 
 
 def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> ExtractReport:
-    settings = job.settings
+    settings, weights = job.settings, job.encoder.weights
     with (
         interruptible(talk, "slots") as stop,
         work_on(settings.workers, settings.scheduler, job.encoder.device, stop=stop, note=talk.note) as run,
     ):
         assert run is not None
         # Loaded here only to say what the tokens depend on; workers load their own, and compare.
-        backbone = job.load_encoder("cpu")
-        with closing(job.open_writer(plan, manifest, backbone)) as writer:
-            del backbone
+        with closing(job.open_writer(plan, manifest, job.load_encoder("cpu"))) as writer:
+            # Absolute paths: workers may have been started anywhere.
+            if weights is not None and Path(weights).is_file():
+                weights = str(Path(weights).absolute())
+            if settings.workers and settings.decode_threads is None:
+                settings = replace(settings, decode_threads=_decode_threads(settings.workers))
+            job = replace(
+                job,
+                out=job.out if is_url(job.out) else str(Path(job.out).absolute()),
+                data_root=job.data_root.absolute(),
+                encoder=replace(job.encoder, weights=weights),
+                settings=settings,
+            )
             progress = talk.progress("extract")
-            across = _for_workers(job)
-            return extract_across(run, across, plan, writer, progress=progress, stop=stop, note=talk.note)
-
-
-def _for_workers(job: StoreJob) -> StoreJob:
-    """Return a job with absolute paths: workers may have been started anywhere."""
-    weights, settings = job.encoder.weights, job.settings
-    if weights is not None and Path(weights).is_file():
-        weights = str(Path(weights).absolute())
-    if settings.workers and settings.decode_threads is None:
-        settings = replace(settings, decode_threads=_decode_threads(settings.workers))
-    return replace(
-        job,
-        out=job.out if is_url(job.out) else str(Path(job.out).absolute()),
-        data_root=job.data_root.absolute(),
-        encoder=replace(job.encoder, weights=weights),
-        settings=settings,
-    )
+            return extract_across(run, job, plan, writer, progress=progress, stop=stop, note=talk.note)
 
 
 def _fill_slots(

@@ -85,7 +85,8 @@ class DavisScorer:
         self.object_ids = range(1, n_objects + 1)
         self.tolerance = boundary_tolerance(height, width)
         self._size = (height, width)
-        self._disk = _disk(self.tolerance)
+        row, col = np.ogrid[-self.tolerance : self.tolerance + 1, -self.tolerance : self.tolerance + 1]
+        self._disk = np.asarray(row**2 + col**2 <= self.tolerance**2, dtype=np.uint8)
         self._n_added = 0
         self._pending: tuple[Mask, AnyMask] | None = None
         self._figures: list[list[tuple[float, float]]] = []
@@ -136,11 +137,6 @@ def boundary_tolerance(height: int, width: int) -> int:
     return math.ceil(TOLERANCE_SHARE * math.hypot(height, width))
 
 
-def _disk(radius: int) -> UInt8[np.ndarray, "side side"]:
-    row, col = np.ogrid[-radius : radius + 1, -radius : radius + 1]
-    return np.asarray(row**2 + col**2 <= radius**2, dtype=np.uint8)
-
-
 def _j_and_f(truth: Mask, prediction: Mask, object_id: int, disk: AnyMask) -> tuple[float, float]:
     true, predicted = (np.asarray(mask == object_id).view(np.uint8) for mask in (truth, prediction))
     # The box of their union and the pixel around it: no boundary lies beyond.
@@ -153,11 +149,19 @@ def _j_and_f(truth: Mask, prediction: Mask, object_id: int, disk: AnyMask) -> tu
 
 
 def _boundary_f(truth: Mask, prediction: Mask, disk: AnyMask) -> float:
-    true_edge, predicted_edge = _boundary(truth), _boundary(prediction)
-    n_true, n_predicted = np.count_nonzero(true_edge), np.count_nonzero(predicted_edge)
+    # Edges are the pixels that differ from their right, lower or lower-right neighbour; not the rim.
+    square = np.ones((2, 2), np.uint8)
+    edges = [
+        cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, square, anchor=(0, 0)) for mask in (truth, prediction)
+    ]
+    n_true, n_predicted = map(np.count_nonzero, edges)
     if n_true == 0 or n_predicted == 0:
         return float(n_true == n_predicted)
-    true_edge, predicted_edge = _where_they_meet(true_edge, predicted_edge, len(disk) // 2)
+    # Only where pixels of one may lie near pixels of the other: a few stray pixels far away, as predictions
+    # have them, would make the box of both nearly the image.
+    axes = zip(*(_grown_box(edge, len(disk) // 2) for edge in edges), strict=True)
+    meeting = tuple(slice(max(a.start, b.start), max(min(a.stop, b.stop), 0)) for a, b in axes)
+    true_edge, predicted_edge = (edge[meeting] for edge in edges)
     if not true_edge.size:
         return 0.0
     precision = np.count_nonzero(predicted_edge & cv2.dilate(true_edge, disk)) / n_predicted
@@ -165,25 +169,10 @@ def _boundary_f(truth: Mask, prediction: Mask, disk: AnyMask) -> float:
     return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
 
 
-def _where_they_meet(one: Mask, other: Mask, radius: int) -> tuple[AnyMask, AnyMask]:
-    """Cut both to where pixels of one may lie within `radius` of pixels of the other.
-
-    A few stray pixels far away, as predictions have them, would make the box of both nearly the image.
-    """
-    axes = zip(_grown_box(one, radius), _grown_box(other, radius), strict=True)
-    meeting = tuple(slice(max(a.start, b.start), max(min(a.stop, b.stop), 0)) for a, b in axes)
-    return one[meeting], other[meeting]
-
-
 def _grown_box(mask: Mask, margin: int) -> tuple[slice, slice]:
     left, top, width, height = cv2.boundingRect(mask)
     rows = slice(max(top - margin, 0), top + height + margin)
     return rows, slice(max(left - margin, 0), left + width + margin)
-
-
-def _boundary(mask: Mask) -> Mask:
-    """Mark the pixels that differ from their right, lower or lower-right neighbour; not the rim."""
-    return cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8), anchor=(0, 0))
 
 
 def _statistics(figures: Float64[np.ndarray, " frame"]) -> tuple[float, float, float]:

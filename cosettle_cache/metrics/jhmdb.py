@@ -8,7 +8,7 @@ one asks the truth, so a lost joint counts as wrong (PROTOCOLS 2.5).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -43,12 +43,7 @@ class JointCounts:
     annotated: int
 
     def __add__(self, other: JointCounts) -> JointCounts:
-        return JointCounts(
-            self.correct + other.correct,
-            self.scored + other.scored,
-            self.visible + other.visible,
-            self.annotated + other.annotated,
-        )
+        return JointCounts(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
     def shares(self) -> Float64[np.ndarray, " threshold"]:
         """Return PCK per threshold from 0 to 1: the unweighted mean over the joints that were scored."""
@@ -96,9 +91,7 @@ def count_joints(
     truth: Joints, prediction: AnyJoints, thresholds: Sequence[float] = THRESHOLDS
 ) -> JointCounts:
     """Return the counts of one clip in the inherited reading: the prediction says what is visible."""
-    prediction = _same_frames(truth, prediction)
-    shown = prediction[0] >= 0
-    return _count(truth, prediction, shown, thresholds, scored=shown)
+    return _count(truth, prediction, thresholds, inside=None)
 
 
 def count_joints_strictly(
@@ -108,18 +101,30 @@ def count_joints_strictly(
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> JointCounts:
     """Return the counts of one clip in the strict reading: joints inside the image are visible."""
-    prediction = _same_frames(truth, prediction)
     height, width = image_size
     x, y = truth
     # The centres of pixels are whole numbers.
     inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
-    return _count(truth, prediction, prediction[0] >= 0, thresholds, scored=inside)
+    return _count(truth, prediction, thresholds, inside=inside)
 
 
 def _count(
-    truth: Joints, prediction: Joints, shown: Visible, thresholds: Sequence[float], *, scored: Visible
+    truth: Joints, prediction: AnyJoints, thresholds: Sequence[float], *, inside: Visible | None
 ) -> JointCounts:
-    """Add up the frames after the first; a frame's scale is that of the box of the joints `scored`."""
+    """Add up the frames after the first; a frame's scale is that of the box of the joints scored.
+
+    These are those `inside`, or without it those that the prediction shows.
+    """
+    n_joints, n_frames = truth.shape[1:]
+    if prediction.shape[1] != n_joints or prediction.shape[2] < n_frames:
+        raise InputError(
+            "truth and prediction differ in joints or frames",
+            wanted=f"{n_joints} joints in {n_frames} frames",
+            found=f"{prediction.shape[1]} joints in {prediction.shape[2]} frames",
+        )
+    prediction = prediction[:, :, :n_frames]
+    shown = prediction[0] >= 0
+    scored = shown if inside is None else inside
     low = np.where(scored, truth, np.inf).min(axis=1)
     high = np.where(scored, truth, -np.inf).max(axis=1)
     # A box of one joint has no size: whatever lies there is wrong, as a quotient of 0 and 0 is no number.
@@ -133,17 +138,6 @@ def _count(
         int(shown[:, 1:].sum()),
         shown[:, 1:].size,
     )
-
-
-def _same_frames(truth: Joints, prediction: AnyJoints) -> Joints:
-    n_frames = truth.shape[2]
-    if prediction.shape[1] != truth.shape[1] or prediction.shape[2] < n_frames:
-        raise InputError(
-            "truth and prediction differ in joints or frames",
-            wanted=f"{truth.shape[1]} joints in {n_frames} frames",
-            found=f"{prediction.shape[1]} joints in {prediction.shape[2]} frames",
-        )
-    return prediction[:, :, :n_frames]
 
 
 def _percent(clips: Sequence[JointCounts], thresholds: Sequence[float]) -> dict[float, float]:

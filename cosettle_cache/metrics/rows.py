@@ -1,7 +1,8 @@
 """Score rows: figures and counts of one video become rows, rows become tables on disk and means.
 
 On disk a table has one line per row and figure (columns `name` and `value`) with the row's whole provenance,
-so a number never travels alone. Older tables had a column per figure; both are read.
+so a number never travels alone; a row without any figure has one line with an empty name. Older tables had a
+column per figure; both are read.
 """
 
 from __future__ import annotations
@@ -119,60 +120,34 @@ Figures = Mapping[str, float | int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """How rows of one benchmark become one: over what (`label`), by which function, shown in which columns.
-
-    `titles` are the columns people read, by figure.
-    """
-
-    main: str
-    label: str
-    titles: Mapping[str, str]
-    pool: Callable[[Sequence[Score]], Figures]
-
-
-@dataclass(frozen=True, slots=True)
 class Mean:
     """The figures of all rows of one kind of tokens, as the benchmark pools them; shares from 0 to 1.
 
     `clip_miou` averages the clips' IoU of each class first (the paper's formula), `miou` counts all pixels
     together (as released). A figure of tracks is averaged over the clips that have it, and is None where none
-    has.
+    has. `main` is the benchmark's main figure and `main_name` what people call it, `label` says what the
+    figures are over, `titles` are the columns people read, by figure.
     """
 
     tokens: str
     n_videos: int
     figures: Figures
-    rule: Rule
-
-    @property
-    def main(self) -> float | int | None:
-        """The benchmark's main figure."""
-        return self.figures[self.rule.main]
-
-    @property
-    def main_name(self) -> str:
-        """What people call the main figure."""
-        return self.rule.titles[self.rule.main]
-
-    @property
-    def label(self) -> str:
-        """What the figures are over."""
-        return self.rule.label
+    main: float | int | None
+    main_name: str
+    label: str
+    titles: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {"tokens": self.tokens, "n_videos": self.n_videos, **self.figures}
 
     def cells(self) -> list[str]:
-        """Return what stands under the rule's titles: counts, and percent."""
-        return [_cell(self.figures[name]) for name in self.rule.titles]
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{100 * value:.2f}"
+        """Return what stands under the titles: counts, and percent."""
+        values = [self.figures[name] for name in self.titles]
+        return [
+            "-" if value is None else str(value) if isinstance(value, int) else f"{100 * value:.2f}"
+            for value in values
+        ]
 
 
 def mean_scores(scores: Sequence[Score]) -> list[Mean]:
@@ -180,12 +155,14 @@ def mean_scores(scores: Sequence[Score]) -> list[Mean]:
     kinds: dict[str, list[Score]] = {}
     for score in scores:
         kinds.setdefault(score.tokens, []).append(score)
-    return [_mean(kind, rows) for kind, rows in kinds.items()]
-
-
-def _mean(kind: str, rows: Sequence[Score]) -> Mean:
-    rule = next(rule for mark, rule in RULES.items() if mark in rows[0].figures)
-    return Mean(kind, len({row.video_id for row in rows}), rule.pool(rows), rule)
+    # Only points can leave a clip without any figure.
+    known = {name for score in scores for name in score.figures} or {"oa"}
+    means = []
+    for kind, rows in kinds.items():
+        main, label, titles, pool = next(rule for mark, rule in _RULES.items() if mark in known)
+        figures, n_videos = pool(rows), len({row.video_id for row in rows})
+        means.append(Mean(kind, n_videos, figures, figures[main], titles[main], label, titles))
+    return means
 
 
 def sequence_means(scores: Sequence[Score]) -> list[tuple[str, list[Mean]]]:
@@ -211,14 +188,15 @@ def _pool_joints(rows: Sequence[Score]) -> Figures:
     documents = [json.loads(row.counts_json) for row in rows]
     totals = []
     for reading in ("inherited", "strict"):
-        clips = [_joint_counts(document[reading]) for document in documents]
+        plain = (document[reading].items() for document in documents)
+        clips = [
+            JointCounts(
+                **{name: np.array(value) if isinstance(value, list) else value for name, value in items}
+            )
+            for items in plain
+        ]
         totals.append(sum(clips[1:], start=clips[0]))
     return _joint_figures(*totals)
-
-
-def _joint_counts(document: Mapping[str, Any]) -> JointCounts:
-    correct, scored = (np.array(document[name], dtype=np.int64) for name in ("correct", "scored"))
-    return JointCounts(correct, scored, document["visible"], document["annotated"])
 
 
 def _pool_tracks(rows: Sequence[Score]) -> Figures:
@@ -229,39 +207,36 @@ def _pool_tracks(rows: Sequence[Score]) -> Figures:
     return means
 
 
-#: The benchmarks' rules, by a figure that every row of theirs has.
-RULES = {
-    "jf_mean": Rule(
+#: How rows of one benchmark become one, by a figure that every row of theirs has: the main figure, what the
+#: figures are over, the columns people read, and the function.
+_RULES: Mapping[str, tuple[str, str, Mapping[str, str], Callable[[Sequence[Score]], Figures]]] = {
+    "jf_mean": (
         "jf_mean",
         "mean over objects",
         {"n_objects": "objects", "jf_mean": "J&F", "j_mean": "J", "f_mean": "F"},
         _pool_objects,
     ),
-    "miou": Rule(
+    "miou": (
         "miou",
         "all clips together",
         {"miou": "mIoU", "clip_miou": "mIoU by clip", "pixel_accuracy": "pixels"},
         _pool_parts,
     ),
-    "visible_share": Rule(
+    "visible_share": (
         "pck_0_1",
         "all clips together",
         {
-            "pck_0_1": "PCK@0.1",
-            "pck_0_2": "PCK@0.2",
-            "strict_pck_0_1": "strict PCK@0.1",
-            "strict_pck_0_2": "strict PCK@0.2",
+            **{"pck_0_1": "PCK@0.1", "pck_0_2": "PCK@0.2"},
+            **{"strict_pck_0_1": "strict PCK@0.1", "strict_pck_0_2": "strict PCK@0.2"},
             "visible_share": "visible",
         },
         _pool_joints,
     ),
-    "oa": Rule(
+    "oa": (
         "aj",
         "mean over clips",
         {
-            "aj": "AJ",
-            "delta_avg": "delta_avg",
-            "oa": "OA",
+            **{"aj": "AJ", "delta_avg": "delta_avg", "oa": "OA"},
             **{f"delta_{threshold}": f"<{threshold} px" for threshold in tapvid.THRESHOLDS},
         },
         _pool_tracks,
@@ -281,11 +256,11 @@ def write_scores(folder: Path, scores: Sequence[Score], *, complete: bool = True
 
 
 def write_rows(path: Path, scores: Sequence[Score]) -> None:
-    """Write all rows as Parquet, or as CSV when `path` ends in .csv; one line per figure."""
+    """Write all rows as Parquet, or as CSV when `path` ends in .csv; a line per figure, one at least."""
     lines = [
         {**_origin(score), "name": name, "value": value}
         for score in scores
-        for name, value in score.figures.items()
+        for name, value in (score.figures or {"": None}).items()
     ]
     write_table(path, make_table(lines, SCHEMA))
 
@@ -318,7 +293,9 @@ def _read_lines(lines: Sequence[dict[str, Any]]) -> list[Score]:
     found: dict[tuple[tuple[str, Any], ...], dict[str, float]] = {}
     for line in lines:
         name, value = line.pop("name"), line.pop("value")
-        found.setdefault(tuple(line.items()), {})[name] = value
+        figures = found.setdefault(tuple(line.items()), {})
+        if name:  # else the one line of a row without any figure
+            figures[name] = value
     return [_make_row(dict(origin), figures) for origin, figures in found.items()]
 
 
@@ -372,5 +349,5 @@ def score_table(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
     totals = mean_scores(scores)
     lines = [(video_id, mean) for video_id, means in sequence_means(scores) for mean in means]
     lines += [(mean.label, mean) for mean in totals]
-    titles = totals[0].rule.titles.values() if totals else ()
+    titles = totals[0].titles.values() if totals else ()
     return ["sequence", "tokens", *titles], [[name, mean.tokens, *mean.cells()] for name, mean in lines]

@@ -99,10 +99,8 @@ def scored_frames(query_frames: Int[np.ndarray, " query"], n_frames: int, query_
     """Say which frames count for each query: those after its own (`first`), all but its own (`strided`)."""
     if query_mode not in QUERY_MODES:
         raise UsageError("unknown query mode", wanted=" or ".join(QUERY_MODES), found=query_mode)
-    frames = np.arange(n_frames)
-    if query_mode == "first":
-        return np.asarray(frames > query_frames[:, None])
-    return np.asarray(frames != query_frames[:, None])
+    counts = np.greater if query_mode == "first" else np.not_equal
+    return np.asarray(counts(np.arange(n_frames), query_frames[:, None]))
 
 
 def _ratio(

@@ -6,6 +6,7 @@ as the released scripts have it (PROTOCOLS 3.3), or as a mean over clips as the 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Confusion:
         """Return the mean over the classes that occur, background included."""
         correct, n_pixels = np.diag(self.counts), self.counts.sum()
         iou = self.class_iou()
-        return MeanIoU(_mean(iou), iou, float(correct.sum() / n_pixels) if n_pixels else float("nan"))
+        return MeanIoU(_mean(iou), iou, float(correct.sum() / n_pixels) if n_pixels else math.nan)
 
     def class_iou(self) -> Float64[np.ndarray, " class"]:
         """Return the IoU of every class, NaN for one that does not occur."""
@@ -104,4 +105,4 @@ def clip_miou(clips: Sequence[Confusion]) -> float:
 
 def _mean(figures: Float64[np.ndarray, " class"]) -> float:
     known = figures[~np.isnan(figures)]
-    return float(known.mean()) if len(known) else float("nan")
+    return float(known.mean()) if len(known) else math.nan

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,6 +25,7 @@ from cosettle_cache.core.settings import package_versions
 from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
 from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row
+from cosettle_cache.propagation.tasks import TASKS, Task, load
 from cosettle_cache.videos.davis import MIN_SCORED_FRAMES, open_sequence
 from cosettle_cache.videos.frames import decode_errors
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
@@ -52,8 +53,8 @@ class Case:
     `grid` is what predicted joints are counted in.
     """
 
-    video: Video
     number: int
+    video: Video
     n_videos: int
     data_root: Path
     predictions: Path
@@ -63,14 +64,6 @@ class Case:
     def folder(self) -> Path:
         """The video's own folder of predictions."""
         return self.predictions / self.video.video_id
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """Rows of the videos that were scored, and for each other one, by id, the reason."""
-
-    scores: tuple[Score, ...]
-    failures: Mapping[str, str]
 
 
 def find_problems(
@@ -83,18 +76,12 @@ def find_problems(
     progress: Progress = SILENT,
 ) -> dict[str, list[str]]:
     """Return, by video id, what is missing or of a wrong size, kind or length; score nothing."""
-    check, _ = _find_benchmark(task)
+    check = load(find_scored(task).check)
     if not predictions.is_dir():
         raise InputError(f"{predictions} is not a folder", wanted="a folder of predictions")
-
-    def problems(case: Case) -> list[str]:
-        try:
-            return check(case)
-        except InputError as error:
-            return [error.summary]
-
-    cases = _make_cases(manifest, data_root, predictions, grid)
-    return {video_id: lines for video_id, lines in _over_videos(problems, cases, progress) if lines}
+    found = _over_videos(check, manifest, data_root, predictions, grid, (), progress)
+    lines = {video_id: [said] if isinstance(said, str) else said for video_id, said in found.items()}
+    return {video_id: said for video_id, said in lines.items() if said}
 
 
 def score_predictions(
@@ -107,68 +94,75 @@ def score_predictions(
     leave_out: Collection[str] = (),
     grid: Grid = DEFAULT_GRID,
     progress: Progress = SILENT,
-) -> Scoring:
-    """Score every video but those in `leave_out`; `name` stands in the rows as their tokens.
+) -> tuple[list[Score], dict[str, str]]:
+    """Return the rows of every video but those in `leave_out`, and by video id why one was not scored.
 
-    A file that turns out not to be readable, or shows what does not exist, is a named failure of its video.
+    `name` stands in the rows as their tokens. A video is not scored when a file of it turns out not to be
+    readable, or shows what does not exist.
     """
-    _, score = _find_benchmark(task)
-    digest = manifest_digest(manifest)
+    score = load(find_scored(task).score)
+    digest, versions = manifest_digest(manifest), json.dumps({"score": package_versions()}, sort_keys=True)
 
-    def rows(case: Case) -> list[Score] | str:
-        try:
-            return score(case, _empty_row(task, case.video, name, digest))
-        except InputError as error:
-            return error.summary
+    def rows(case: Case) -> list[Score]:
+        video = case.video
+        empty = Score(
+            task=task,
+            video_id=video.video_id,
+            tokens=name,
+            n_frames=video.n_frames,
+            scored_size=f"{video.height}x{video.width}",
+            protocol=GIVEN,
+            protocol_json="{}",
+            provenance=Provenance(video.dataset, digest, "", "", "", versions),
+        )
+        return score(case, empty)  # type: ignore[no-any-return]
 
-    cases = _make_cases(manifest, data_root, predictions, grid)
-    kept = [case for case in cases if case.video.video_id not in leave_out]
-    results = _over_videos(rows, kept, progress)
-    return Scoring(
-        tuple(row for _, result in results if not isinstance(result, str) for row in result),
-        {video_id: result for video_id, result in results if isinstance(result, str)},
-    )
-
-
-def _find_benchmark(task: str) -> tuple[Check, ScoreCase]:
-    if task not in BENCHMARKS:
-        raise UsageError(f"nobody scores the task {task}", wanted=", ".join(BENCHMARKS), found=task)
-    return BENCHMARKS[task]
+    found = _over_videos(rows, manifest, data_root, predictions, grid, leave_out, progress)
+    scores = [row for result in found.values() if not isinstance(result, str) for row in result]
+    return scores, {video_id: result for video_id, result in found.items() if isinstance(result, str)}
 
 
-def _make_cases(manifest: Manifest, data_root: Path, predictions: Path, grid: Grid) -> list[Case]:
-    n_videos = len(manifest)
-    return [Case(video, i, n_videos, data_root, predictions, grid) for i, video in enumerate(manifest)]
+def find_scored(task: str) -> Task:
+    """Return the row of a task; raise `UsageError` for one without truth to score against."""
+    row = TASKS.get(task)
+    if row is None or row.score is None:
+        scored = [name for name, row in TASKS.items() if row.score is not None]
+        raise UsageError(f"nobody scores the task {task}", wanted=", ".join(scored), found=task)
+    return row
 
 
 def _over_videos(
-    work: Callable[[Case], _T], cases: Sequence[Case], progress: Progress
-) -> list[tuple[str, _T]]:
-    """Do `work` for each case on a few threads (decoding and counting let go of the interpreter)."""
+    work: Callable[[Case], _T],
+    manifest: Manifest,
+    data_root: Path,
+    predictions: Path,
+    grid: Grid,
+    leave_out: Collection[str],
+    progress: Progress,
+) -> dict[str, _T | str]:
+    """Do `work` for each video on a few threads (decoding and counting let go of the interpreter).
+
+    Returns by video id what came out, or in one line why nothing did.
+    """
+
+    def outcome(case: Case) -> _T | str:
+        try:
+            return work(case)
+        except InputError as error:
+            return error.summary
+
+    cases = [Case(*item, len(manifest), data_root, predictions, grid) for item in enumerate(manifest)]
+    cases = [case for case in cases if case.video.video_id not in leave_out]
+    found: dict[str, _T | str] = {}
     progress.start(len(cases), "videos")
-    results = []
     try:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for case, result in zip(cases, pool.map(work, cases), strict=True):
-                results.append((case.video.video_id, result))
+            for case, result in zip(cases, pool.map(outcome, cases), strict=True):
+                found[case.video.video_id] = result
                 progress.advance()
     finally:
         progress.finish()
-    return results
-
-
-def _empty_row(task: str, video: Video, name: str, digest: str) -> Score:
-    versions = json.dumps({"score": package_versions()}, sort_keys=True)
-    return Score(
-        task=task,
-        video_id=video.video_id,
-        tokens=name,
-        n_frames=video.n_frames,
-        scored_size=f"{video.height}x{video.width}",
-        protocol=GIVEN,
-        protocol_json="{}",
-        provenance=Provenance(video.dataset, digest, "", "", "", versions),
-    )
+    return found
 
 
 def check_masks(case: Case) -> list[str]:
@@ -312,15 +306,3 @@ def _header_fault(path: Path, masks_of: Video | None = None) -> str | None:
     if mode not in _INDEXED:
         return f"{path.name} holds colours (mode {mode}), not object numbers"
     return None
-
-
-Check = Callable[[Case], list[str]]
-ScoreCase = Callable[[Case, Score], list[Score]]
-
-#: How a task's predictions are checked, and how they become rows.
-BENCHMARKS: dict[str, tuple[Check, ScoreCase]] = {
-    "davis": (check_masks, score_masks),
-    "vip": (check_parts, score_parts),
-    "jhmdb": (check_joints, score_joints),
-    "sprites": (check_masks, score_masks),
-}

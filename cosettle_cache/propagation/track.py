@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
@@ -46,7 +46,6 @@ from cosettle_cache.videos.tapvid import PointTracks
 
 #: Stands in score rows as the protocol; the settings stand beside it.
 PROTOCOL = "nearest-token"
-PICTURES = ("none", "first", "all")
 TRACKS_FILE, PICTURE_FOLDER = "tracks.parquet", "pictures"
 #: Bytes of the tokens of query frames that are held at once; more of them take more passes over the video.
 DEFAULT_MEMORY_BYTES = 512 * 10**6
@@ -57,25 +56,15 @@ _BLOCK = 1024
 #: places are null where nobody knows them.
 SCHEMA = pa.schema(
     [
-        ("video_id", pa.string()),
-        ("tokens", pa.string()),
-        ("query", pa.int64()),
-        ("track", pa.int64()),
-        ("query_frame", pa.int64()),
-        ("frame", pa.int64()),
-        ("x", pa.float32()),
-        ("y", pa.float32()),
-        ("visible", pa.bool_()),
-        ("cosine", pa.float32()),
-        ("true_x", pa.float32()),
-        ("true_y", pa.float32()),
-        ("true_visible", pa.bool_()),
+        *((name, pa.string()) for name in ("video_id", "tokens")),
+        *((name, pa.int64()) for name in ("query", "track", "query_frame", "frame")),
+        *(("x", pa.float32()), ("y", pa.float32()), ("visible", pa.bool_()), ("cosine", pa.float32())),
+        *(("true_x", pa.float32()), ("true_y", pa.float32()), ("true_visible", pa.bool_())),
     ]
 )
 
 Frame = Float[Tensor, "row col dim"]
 Cells = Float[Tensor, "query 2"]
-Kept = Bool[np.ndarray, "query frame"]
 
 
 @dataclass(slots=True)
@@ -97,7 +86,7 @@ class TrackReport:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TrackCase:
+class _Case:
     """One video, what is asked about it and, where that is known, the truth of each query."""
 
     video: Video
@@ -106,9 +95,10 @@ class TrackCase:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FoundTracks:
+class _FoundTracks:
     """Where the queries of one video were found, in pixels, by one kind of tokens."""
 
+    kind: TokenKind
     points: Float64[np.ndarray, "query frame 2"]
     visible: Bool[np.ndarray, "query frame"]
     cosines: Float32[np.ndarray, "query frame"]
@@ -137,21 +127,41 @@ def track_store(
     after the video in hand. Raises `FingerprintError` for a store that does not hold every frame.
     """
     check_store(store)
-    if pictures not in PICTURES:
-        raise UsageError(f"{pictures!r} says nothing about pictures", wanted=", ".join(PICTURES))
-    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(PICTURE_FOLDER,))
-    run = _Run(store, data_root, settings, out, task, kinds, device, memory_bytes, queries)
     videos = [video for video in store.manifest if queries is None or video.video_id in queries]
-    started = time.perf_counter()
+    n_pictures = {"none": 0, "first": 1, "all": len(videos)}
+    if pictures not in n_pictures:
+        raise UsageError(f"{pictures!r} says nothing about pictures", wanted=", ".join(n_pictures))
+    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(PICTURE_FOLDER,))
+    report, started, to_draw = TrackReport(), time.perf_counter(), n_pictures[pictures]
     progress.start(len(videos), "videos")
     try:
-        run.track(videos, pictures, progress, stop or Event())
+        with stream_table(out / TRACKS_FILE, SCHEMA) as write:
+            for video in videos:
+                if stop is not None and stop.is_set():
+                    report.interrupted = True
+                    break
+                try:
+                    case = _open(video, data_root, queries, settings)
+                    found = _find(case, store, kinds, settings, device, memory_bytes)
+                    report.n_queries += len(case.queries)
+                    report.n_frames += video.n_frames
+                    _keep(case, found, store, settings, task, write, report)
+                except (InputError, DamagedStoreError) as error:
+                    report.failures[video.video_id] = error.summary
+                except RemoteError as error:
+                    report.error = error
+                    break
+                else:
+                    if to_draw:
+                        to_draw -= 1
+                        _draw(case, found, data_root, out / PICTURE_FOLDER / video.video_id, report)
+                progress.advance()
     except OutputError as error:
-        run.report.error = run.report.error or error
+        report.error = report.error or error
     finally:
         progress.finish()
-    run.report.seconds = time.perf_counter() - started
-    return run.report
+    report.seconds = time.perf_counter() - started
+    return report
 
 
 def check_store(store: FeatureStore) -> None:
@@ -165,177 +175,136 @@ def check_store(store: FeatureStore) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One call of `track_store`: what it was given, and what comes of it."""
+def _open(
+    video: Video, data_root: Path | None, queries: Mapping[str, Queries] | None, settings: TrackSettings
+) -> _Case:
+    if video.n_frames == 1:
+        raise InputError(f"{video.video_id} has one frame: there is nothing to track")
+    if queries is not None:
+        return _Case(video, queries[video.video_id], None)
+    assert data_root is not None
+    truth = open_tracks(video, data_root)
+    sampled = sample_queries(truth, settings.query_mode, settings.query_stride)
+    if not scored_frames(sampled.frames, video.n_frames, settings.query_mode).any():
+        raise InputError(f"{video.video_id} shows no point before its last frame: nothing is scored")
+    return _Case(video, sampled, _choose(truth, sampled.tracks))
 
-    store: FeatureStore
-    data_root: Path | None
-    settings: TrackSettings
-    out: Path
-    task: str
-    kinds: list[TokenKind]
-    device: str
-    memory_bytes: int
-    queries: Mapping[str, Queries] | None
-    report: TrackReport = field(default_factory=TrackReport)
 
-    def track(self, videos: Sequence[Video], pictures: str, progress: Progress, stop: Event) -> None:
-        to_draw = {"none": 0, "first": 1, "all": len(videos)}[pictures]
-        with stream_table(self.out / TRACKS_FILE, SCHEMA) as write:
-            for video in videos:
-                if stop.is_set():
-                    self.report.interrupted = True
-                    break
-                try:
-                    case = self._open(video)
-                    found = self._find(case)
-                    for kind, tracks in zip(self.kinds, found, strict=True):
-                        write(self._table(case, kind, tracks))
-                        self._score(case, kind, tracks)
-                except (InputError, DamagedStoreError) as error:
-                    self.report.failures[video.video_id] = error.summary
-                except RemoteError as error:
-                    self.report.error = error
-                    break
-                else:
-                    if to_draw:
-                        to_draw -= 1
-                        self._draw(case, found)
-                progress.advance()
-
-    def _open(self, video: Video) -> TrackCase:
-        if video.n_frames == 1:
-            raise InputError(f"{video.video_id} has one frame: there is nothing to track")
-        if self.queries is not None:
-            return TrackCase(video, self.queries[video.video_id], None)
-        assert self.data_root is not None
-        truth = open_tracks(video, self.data_root)
-        queries = sample_queries(truth, self.settings.query_mode, self.settings.query_stride)
-        if not scored_frames(queries.frames, video.n_frames, self.settings.query_mode).any():
-            raise InputError(f"{video.video_id} shows no point before its last frame: nothing is scored")
-        return TrackCase(video, queries, _choose(truth, queries.tracks))
-
-    @torch.inference_mode()
-    def _find(self, case: TrackCase) -> list[FoundTracks]:
-        """Track all queries; the tokens of their frames, of all kinds, stay below the limit."""
-        shape = (len(case.queries), case.video.n_frames)
-        found = [
-            FoundTracks(np.zeros((*shape, 2)), np.zeros(shape, np.bool_), np.zeros(shape, np.float32))
-            for _ in self.kinds
-        ]
-        grid, dim = self.store.grid(case.video.video_id), self.store.arrays[0].n_channels
-        frame_bytes = len(self.kinds) * grid.n_tokens * dim * np.dtype(np.float32).itemsize
-        frames, n_at_once = np.unique(case.queries.frames), max(1, self.memory_bytes // frame_bytes)
-        for first in range(0, len(frames), n_at_once):
-            members = np.flatnonzero(np.isin(case.queries.frames, frames[first : first + n_at_once]))
-            self._find_block(case, members, found)
-        self.report.n_queries += shape[0]
-        self.report.n_frames += shape[1]
-        return found
-
-    def _find_block(
-        self, case: TrackCase, members: Int64[np.ndarray, " member"], found: Sequence[FoundTracks]
-    ) -> None:
-        video_id = case.video.video_id
-        grid = self.store.grid(video_id)
-        pixels = np.array([case.video.width / grid.cols, case.video.height / grid.rows])
-        frames, cells = case.queries.frames[members], case.queries.points[members] / pixels
-        trackers = list(self._trackers(video_id, frames, cells))
-        for index, frame in enumerate(self.store.stream_tokens(video_id)):
-            tokens = torch.from_numpy(frame).to(self.device).float()
-            for kind, tracker, tracks in zip(self.kinds, trackers, found, strict=True):
-                at = tracker.step(kind.apply(tokens), index)
+@torch.inference_mode()
+def _find(
+    case: _Case,
+    store: FeatureStore,
+    kinds: Sequence[TokenKind],
+    settings: TrackSettings,
+    device: str,
+    memory_bytes: int,
+) -> list[_FoundTracks]:
+    """Track all queries; the tokens of their frames, of all kinds, stay below the limit."""
+    video, queries = case.video, case.queries
+    shape = (len(queries), video.n_frames)
+    found = [
+        _FoundTracks(kind, np.zeros((*shape, 2)), np.zeros(shape, np.bool_), np.zeros(shape, np.float32))
+        for kind in kinds
+    ]
+    grid, dim = store.grid(video.video_id), store.arrays[0].n_channels
+    pixels = np.array([video.width / grid.cols, video.height / grid.rows])
+    n_at_once = max(1, memory_bytes // (len(kinds) * grid.n_tokens * dim * np.dtype(np.float32).itemsize))
+    asked = np.unique(queries.frames)
+    for first in range(0, len(asked), n_at_once):
+        homes = asked[first : first + n_at_once].tolist()
+        members = np.flatnonzero(np.isin(queries.frames, homes))
+        places = (queries.frames[members], queries.points[members] / pixels)
+        frames, cells = (torch.from_numpy(array).to(device) for array in places)
+        at_home = torch.from_numpy(store.tokens(video.video_id, homes)).to(device)
+        trackers = []
+        for kind in kinds:
+            of_kind = {frame: kind.apply(home.float()) for frame, home in zip(homes, at_home, strict=True)}
+            trackers.append(Tracker(of_kind, frames, cells, settings))
+        del at_home, of_kind  # trackers keep what they need of them
+        for index, frame in enumerate(store.stream_tokens(video.video_id)):
+            tokens = torch.from_numpy(frame).to(device).float()
+            for tracker, tracks in zip(trackers, found, strict=True):
+                at = tracker.step(tracks.kind.apply(tokens), index)
                 tracks.points[members, index] = at.cells.cpu().numpy() * pixels
                 tracks.visible[members, index] = at.visible.cpu().numpy()
                 tracks.cosines[members, index] = at.cosines.cpu().numpy()
+    return found
 
-    def _trackers(
-        self, video_id: str, frames: Int64[np.ndarray, " member"], cells: Float64[np.ndarray, "member 2"]
-    ) -> Iterator[Tracker]:
-        homes = np.unique(frames).tolist()
-        tokens = torch.from_numpy(self.store.tokens(video_id, homes)).to(self.device)
-        asked, places = (torch.from_numpy(array).to(self.device) for array in (frames, cells))
-        for kind in self.kinds:
-            of_kind = {frame: kind.apply(home.float()) for frame, home in zip(homes, tokens, strict=True)}
-            yield Tracker(of_kind, asked, places, self.settings)
 
-    def _table(self, case: TrackCase, kind: TokenKind, found: FoundTracks) -> pa.RecordBatch:
-        """Return the rows of the frames that count, and of the query's own; of free points all."""
-        kept: Kept = np.ones(found.visible.shape, np.bool_)
-        if case.truth is not None:
-            own = np.arange(kept.shape[1]) == case.queries.frames[:, None]
-            kept = own | scored_frames(case.queries.frames, kept.shape[1], self.settings.query_mode)
-        query, frame = np.nonzero(kept)
-        truth: dict[str, object] = {
-            name: pa.nulls(len(query), SCHEMA.field(name).type)
-            for name in ("true_x", "true_y", "true_visible")
-        }
-        if case.truth is not None:
-            truth = _places("true_", case.truth, query, frame)
-        columns = {
-            "video_id": [case.video.video_id] * len(query),
-            "tokens": [kind.name] * len(query),
-            "query": query,
-            "track": case.queries.tracks[query],
-            "query_frame": case.queries.frames[query],
-            "frame": frame,
-            "cosine": found.cosines[query, frame],
-            **_places("", found, query, frame),
-            **truth,
-        }
-        return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+def _table(case: _Case, found: _FoundTracks, query_mode: str) -> pa.RecordBatch:
+    """Return the rows of the frames that count, and of the query's own; of free points all."""
+    kept = np.ones(found.visible.shape, np.bool_)
+    if case.truth is not None:
+        own = np.arange(kept.shape[1]) == case.queries.frames[:, None]
+        kept = own | scored_frames(case.queries.frames, kept.shape[1], query_mode)
+    query, frame = np.nonzero(kept)
+    columns: dict[str, object] = {
+        "video_id": [case.video.video_id] * len(query),
+        "tokens": [found.kind.name] * len(query),
+        "query": query,
+        "track": case.queries.tracks[query],
+        "query_frame": case.queries.frames[query],
+        "frame": frame,
+        "cosine": found.cosines[query, frame],
+    }
+    for prefix, tracks in (("", found), ("true_", case.truth)):
+        if tracks is not None:
+            x, y = tracks.points[query, frame].astype(np.float32).T
+            visible = tracks.visible[query, frame]
+            columns |= {f"{prefix}x": x, f"{prefix}y": y, f"{prefix}visible": visible}
+    unknown = {item.name: pa.nulls(len(query), item.type) for item in SCHEMA}
+    return pa.RecordBatch.from_pydict({**unknown, **columns}, schema=SCHEMA)
 
-    def _score(self, case: TrackCase, kind: TokenKind, found: FoundTracks) -> None:
-        if case.truth is None:
-            return
-        video = case.video
-        # The benchmark counts in pixels of a square picture, whatever the video's shape.
-        square = np.array([SIZE / video.width, SIZE / video.height])
-        counts = count_tracks(
-            case.truth.points * square,
-            case.truth.visible,
-            found.points * square,
-            found.visible,
-            case.queries.frames,
-            self.settings.query_mode,
-        )
+
+def _keep(
+    case: _Case,
+    found: Sequence[_FoundTracks],
+    store: FeatureStore,
+    settings: TrackSettings,
+    task: str,
+    write: Callable[[pa.RecordBatch], None],
+    report: TrackReport,
+) -> None:
+    """Write the rows of a video and score it where its truth is known."""
+    video, frames, truth = case.video, case.queries.frames, case.truth
+    # The benchmark counts in pixels of a square picture, whatever the video's shape.
+    square = np.array([SIZE / video.width, SIZE / video.height])
+    for tracks in found:
+        write(_table(case, tracks, settings.query_mode))
+        if truth is None:
+            continue
+        points, places = truth.points * square, tracks.points * square
+        counts = count_tracks(points, truth.visible, places, tracks.visible, frames, settings.query_mode)
         row = Score(
-            task=self.task,
+            task=task,
             video_id=video.video_id,
-            tokens=kind.name,
+            tokens=tracks.kind.name,
             n_frames=video.n_frames,
             scored_size=f"{SIZE}x{SIZE}",
             protocol=PROTOCOL,
-            protocol_json=json.dumps(asdict(self.settings), sort_keys=True),
-            provenance=make_provenance("track", video.dataset, self.store.fingerprint, kind.sha256),
+            protocol_json=json.dumps(asdict(settings), sort_keys=True),
+            provenance=make_provenance("track", video.dataset, store.fingerprint, tracks.kind.sha256),
         )
-        self.report.scores.append(tracks_row(row, counts, case.truth.sha256()))
-
-    def _draw(self, case: TrackCase, found: Sequence[FoundTracks]) -> None:
-        """Draw each track once, from its earliest query; what goes wrong is a failure of the video."""
-        assert self.data_root is not None
-        video = case.video
-        _, chosen = np.unique(case.queries.tracks, return_index=True)
-        truth = case.truth and _choose(case.truth, chosen)
-        for kind, tracks in zip(self.kinds, found, strict=True):
-            drawn = DrawnTracks(_choose(tracks, chosen), case.queries.frames[chosen], truth)
-            try:
-                images = iter_frames(video, self.data_root)
-                write_tracks(images, drawn, video.fps, self.out / PICTURE_FOLDER / video.video_id, kind.name)
-            except (InputError, OutputError) as error:
-                self.report.failures[video.video_id] = f"its pictures: {error.summary}"
+        report.scores.append(tracks_row(row, counts, truth.sha256()))
 
 
-def _choose(tracks: PointTracks | FoundTracks, chosen: Int64[np.ndarray, " chosen"]) -> PointTracks:
+def _draw(
+    case: _Case, found: Sequence[_FoundTracks], data_root: Path | None, folder: Path, report: TrackReport
+) -> None:
+    """Draw each track once, from its earliest query; what goes wrong is a failure of the video."""
+    assert data_root is not None
+    video, (_, chosen) = case.video, np.unique(case.queries.tracks, return_index=True)
+    truth = case.truth and _choose(case.truth, chosen)
+    for tracks in found:
+        drawn = DrawnTracks(_choose(tracks, chosen), case.queries.frames[chosen], truth)
+        try:
+            write_tracks(iter_frames(video, data_root), drawn, video.fps, folder, tracks.kind.name)
+        except (InputError, OutputError) as error:
+            report.failures[video.video_id] = f"its pictures: {error.summary}"
+
+
+def _choose(tracks: PointTracks | _FoundTracks, chosen: Int64[np.ndarray, " chosen"]) -> PointTracks:
     return PointTracks(tracks.points[chosen], tracks.visible[chosen])
-
-
-def _places(
-    prefix: str, tracks: PointTracks | FoundTracks, query: np.ndarray, frame: np.ndarray
-) -> dict[str, object]:
-    x, y = tracks.points[query, frame].astype(np.float32).T
-    return {f"{prefix}x": x, f"{prefix}y": y, f"{prefix}visible": tracks.visible[query, frame]}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -381,10 +350,14 @@ class Tracker:
                 found=tuple(tokens.shape),
             )
         cells, cosines = self._locate(self._tokens, normalize(tokens, dim=-1))
-        visible = self._shows(tokens, cells, cosines)
-        given = self._frames == frame
-        cells = torch.where(given[:, None], self._cells, cells)
-        return Found(cells, visible | given, cosines)
+        given, occlusion = self._frames == frame, self._settings.occlusion
+        if occlusion == "cycle":
+            visible = self._comes_back(tokens, cells)
+        elif occlusion == "cosine":
+            visible = cosines >= self._settings.min_cosine
+        else:
+            visible = torch.ones_like(given)
+        return Found(torch.where(given[:, None], self._cells, cells), visible | given, cosines)
 
     def _locate(
         self, queries: Float[Tensor, "query dim"], unit: Frame
@@ -397,13 +370,9 @@ class Tracker:
         ]
         return torch.cat([cells for cells, _ in parts]), torch.cat([best for _, best in parts])
 
-    def _shows(self, tokens: Frame, cells: Cells, cosines: Float[Tensor, " query"]) -> Bool[Tensor, " query"]:
-        if self._settings.occlusion == "never":
-            return torch.ones_like(cosines, dtype=torch.bool)
-        if self._settings.occlusion == "cosine":
-            return cosines >= self._settings.min_cosine
+    def _comes_back(self, tokens: Frame, cells: Cells) -> Bool[Tensor, " query"]:
         back = normalize(sample_tokens(tokens, cells), dim=-1)
-        visible = torch.zeros_like(cosines, dtype=torch.bool)
+        visible = torch.zeros_like(self._frames, dtype=torch.bool)
         for frame, home in self._homes.items():
             chosen = self._members[frame]
             ends, _ = self._locate(back[chosen], home)
@@ -436,7 +405,10 @@ def locate(
     """
     _, rows, cols = cosines.shape
     best, index = cosines.flatten(1).max(dim=1)
-    near = _disc(radius, max(rows, cols), cosines.device)
+    farthest = min(math.floor(radius), max(rows, cols) - 1)
+    reach = torch.arange(-farthest, farthest + 1, device=cosines.device)
+    near = torch.cartesian_prod(reach, reach).flip(1)  # (x, y), row by row
+    near = near[near.square().sum(dim=1) <= radius**2]
     x = (index % cols)[:, None] + near[:, 0]
     y = (index // cols)[:, None] + near[:, 1]
     inside = (x >= 0) & (x < cols) & (y >= 0) & (y < rows)
@@ -445,12 +417,3 @@ def locate(
     weights = torch.softmax(values / temperature, dim=1)
     cells = torch.stack([(weights * x).sum(dim=1), (weights * y).sum(dim=1)], dim=1) + 0.5
     return cells.double(), best
-
-
-def _disc(radius: float, side: int, device: torch.device) -> Int64[Tensor, "cell 2"]:
-    """Return the offsets (x, y) of the cells within `radius` of one, those beyond a grid's `side` aside."""
-    farthest = min(math.floor(radius), side - 1)
-    reach = torch.arange(-farthest, farthest + 1, device=device)
-    x, y = torch.meshgrid(reach, reach, indexing="xy")
-    offsets = torch.stack([x.flatten(), y.flatten()], dim=1)
-    return offsets[offsets.square().sum(dim=1) <= radius**2]

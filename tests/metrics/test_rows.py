@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,9 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.tables import read_table
 from cosettle_cache.metrics.rows import (
+    SCHEMA,
     TABLE_VERSION,
     read_scores,
+    score_table,
     summary_json,
     write_rows,
 )
@@ -48,6 +52,19 @@ def test_a_line_holds_one_figure_and_its_provenance(tmp_path: Path) -> None:
     # The second clip shows no point again: it has no such figures, and no lines.
     assert [line["name"] for line in lines if line["video_id"] == "b"] == ["oa"]
     assert {line["weights_sha256"] for line in lines} == {"w"}
+
+
+@pytest.mark.parametrize("name", ["new.parquet", "new.csv"])
+def test_a_row_without_any_figure_is_kept(tmp_path: Path, name: str) -> None:
+    rows = [row for row in read_scores(TABLES / "wide_scores.parquet") if row.task == "tapvid"]
+    empty = replace(rows[0], video_id="c", figures={})
+    for written in ([empty, *rows], [empty]):
+        write_rows(tmp_path / name, written)
+        assert read_scores(tmp_path / name) == written
+        assert len(score_table(written)[1]) == len(written) + 1
+    (line,) = read_table(tmp_path / name, SCHEMA).to_pylist()
+    assert not line["name"] and line["value"] is None  # CSV does not tell an empty text from none
+    assert summary_json([empty])["means"][empty.tokens]["aj"] is None
 
 
 def test_later_versions_and_other_tables_are_refused(tmp_path: Path) -> None:

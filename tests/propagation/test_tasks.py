@@ -99,12 +99,12 @@ def test_what_is_written_is_worth_what_is_reported(place, rules):
         named = {row.video_id for row in ours}
         unscored = frozenset(video.video_id for video in place.manifest) - named
         assert find_problems(place.task, place.manifest, place.root, folder, grid=GRID).keys() <= unscored
-        scoring = score_predictions(
+        scores, failures = score_predictions(
             place.task, place.manifest, place.root, folder, name=kind, leave_out=unscored, grid=GRID
         )
-        assert scoring.failures == {}
-        assert figures(ours) == figures(scoring.scores)
-        assert mean_scores(ours) == mean_scores(scoring.scores)
+        assert failures == {}
+        assert figures(ours) == figures(scores)
+        assert mean_scores(ours) == mean_scores(scores)
 
 
 @pytest.mark.parametrize("place", ["davis"], indirect=True)
