@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.settings import MARGIN_GAMMA
 
 #: Frames cut off at either end before neighbouring frames are compared (released code).
 CUT_FRAMES = 3
 #: Two neighbouring frames between the cuts; the frames of every walk differ as well.
-FEWEST_FRAMES = 2 * CUT_FRAMES + 2
+_FEWEST_FRAMES = 2 * CUT_FRAMES + 2
 #: Where the walks of the cycle accuracy start and turn, in shares of the clip (released code).
 WALKS = ((0.25, 0.40), (0.35, 0.50), (0.45, 0.60), (0.55, 0.70), (0.65, 0.80))
 #: Pooling window and temperature of the walks, those of the objective.
@@ -29,6 +29,7 @@ WALK_WINDOW, WALK_TEMPERATURE = 2, 0.03
 SMALLEST_DIAMETER = 1e-8
 #: Added to a share before its logarithm (released code).
 _SMALLEST_SHARE = 1e-12
+#: Of the draw of tokens (released code).
 _DRAW_SEED = 42
 
 #: Of frames or clips to a centre: of every token, or one of all tokens together.
@@ -62,22 +63,22 @@ class Definition:
 
     def fits(self, n_frames: int) -> bool:
         """Say whether a clip of so many frames can be measured."""
-        return n_frames == self.n_frames if self.n_frames else n_frames >= FEWEST_FRAMES
+        return n_frames == self.n_frames if self.n_frames else n_frames >= _FEWEST_FRAMES
 
     @property
     def wanted_frames(self) -> str:
         """Which clips fit, in words."""
-        return f"exactly {self.n_frames} frames" if self.n_frames else f"{FEWEST_FRAMES} frames or more"
+        return f"exactly {self.n_frames} frames" if self.n_frames else f"{_FEWEST_FRAMES} frames or more"
 
     @property
     def whole(self) -> Definition:
         """This definition without a draw of tokens: within clips no definition draws."""
         return replace(self, n_drawn=0)
 
-    def drawn(self, n_places: int) -> Int[Tensor, " drawn"] | None:
-        """Return the places that the distance between clips looks at; None for all."""
+    def drawn(self, n_places: int) -> slice | Int64[np.ndarray, " drawn"]:
+        """Return the places that the distance between clips looks at."""
         if not self.n_drawn:
-            return None
+            return slice(None)
         if n_places < self.n_drawn:
             raise InputError(
                 "the grid has fewer tokens than the released script draws",
@@ -85,7 +86,7 @@ class Definition:
                 found=n_places,
             )
         generator = torch.Generator().manual_seed(_DRAW_SEED)
-        return torch.randperm(n_places, generator=generator)[: self.n_drawn]
+        return torch.randperm(n_places, generator=generator)[: self.n_drawn].numpy()
 
 
 _RELEASED = Definition("released", "nearest", "token", (90, 95, 100), unit_walks=False)
@@ -99,34 +100,27 @@ DEFINITIONS: Mapping[str, Definition] = {
 }
 
 
-def find_definition(name: str) -> Definition:
-    """Return the definition called `name`; raise `UsageError` when there is none."""
-    if name not in DEFINITIONS:
-        raise UsageError("unknown definition", wanted=" or ".join(DEFINITIONS), found=name)
-    return DEFINITIONS[name]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Spread:
     """Distances to a centre as one definition has them: of every token, or of an item as a whole."""
 
+    definition: Definition
     centre: Float32[Tensor, "#place dim"]
-    drawn: Int[Tensor, " place"] | None
-    averaged: bool
 
     @classmethod
     def about(cls, places: Float64[Tensor, "place dim"], definition: Definition) -> Spread:
         """Return the spread about the mean tokens of all places."""
-        drawn = definition.drawn(len(places))
-        chosen = places if drawn is None else places[drawn]
-        averaged = definition.centre == "place"
-        return cls((chosen if averaged else chosen.mean(0, keepdim=True)).float(), drawn, averaged)
+        chosen = places[definition.drawn(len(places))]
+        centre = chosen if definition.centre == "place" else chosen.mean(0, keepdim=True)
+        return cls(definition, centre.float())
 
     def distances(self, tokens: Float32[Tensor, "item place dim"]) -> Distances:
         """Return how far the tokens of frames or of clips are away from the centre: tokens, or their mean."""
-        chosen = tokens if self.drawn is None else tokens[:, self.drawn]
+        chosen = tokens[:, self.definition.drawn(tokens.shape[1])]
         found = torch.linalg.vector_norm(chosen - self.centre, dim=-1)
-        distances: Distances = (found.mean(-1, keepdim=True) if self.averaged else found).numpy()
+        if self.definition.centre == "place":
+            found = found.mean(-1, keepdim=True)
+        distances: Distances = found.numpy()
         return distances
 
 

@@ -6,7 +6,7 @@ definition goes out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,8 @@ from cosettle_cache.search.correspondence import find_correspondence
 from cosettle_cache.search.masked import unit_tokens
 
 Block = Float32[Tensor, "frame row col dim"]
-Tokens = Float32[Tensor, "pair token dim"]
+#: The middle frame of a clip and those where walks start and turn, by number.
+Stops = dict[int, Float32[Tensor, "row col dim"]]
 
 #: Tokens per block: 8 frames of the released grid, whose distances to the next stay in a CPU's caches.
 BLOCK_TOKENS = 8 * 196
@@ -61,92 +62,69 @@ class ClipFigures:
 
 
 def measure_clip(
-    blocks: Iterable[Block], n_frames: int, definitions: Sequence[Definition]
+    blocks: Callable[[], Iterable[Block]], n_frames: int, definitions: Sequence[Definition]
 ) -> tuple[tuple[ClipFigures, ...], Float32[Tensor, "row col dim"]]:
     """Return the figures of one clip, in the order of the definitions, and its middle frame.
 
-    `blocks` gives the frames in order, every time it is iterated. Raises `InputError` for tokens that are not
-    finite and for a grid too small for walks.
+    `blocks` gives the frames in order and is called twice. Raises `InputError` for tokens that are not finite
+    and for a grid too small for walks.
     """
-    movement = _Movement(n_frames, definitions)
-    for block in blocks:
-        movement.add(block)
-    spreads = [Spread.about(movement.place_sums / n_frames, item.whole) for item in definitions]
-    distances = [[spread.distances(block.flatten(1, 2)) for spread in spreads] for block in blocks]
+    place_sums, stops, moved = _first_pass(blocks(), n_frames, definitions)
+    spreads = [Spread.about(place_sums / n_frames, item.whole) for item in definitions]
+    distances = [[spread.distances(block.flatten(1, 2)) for spread in spreads] for block in blocks()]
     figures = []
-    for number, (item, found) in enumerate(zip(definitions, zip(*distances, strict=True), strict=True)):
-        distance = movement.totals[number] / movement.counts[number]
+    for item, distance, *found in zip(definitions, moved, *distances, strict=True):
         known = {}
         for percent, diameter in diameters(np.concatenate(found), item.whole).items():
             known[f"intra_diameter_{percent}"] = diameter
             known[f"d_intra_{percent}"] = distance / (diameter + SMALLEST_DIAMETER)
-        figures.append(ClipFigures(distance, _cycle_accuracy(movement.stops, n_frames, item), **known))
-    return tuple(figures), movement.stops[n_frames // 2]
+        figures.append(ClipFigures(distance, _cycle_accuracy(stops, n_frames, item), **known))
+    return tuple(figures), stops[n_frames // 2]
 
 
-class _Movement:
-    """The first pass over a clip.
-
-    By definition `totals` and `counts` of the distances between corresponding tokens of neighbouring frames;
-    `stops` are the middle frame and those of the walks; `place_sums` add up the tokens of each place.
+def _first_pass(
+    blocks: Iterable[Block], n_frames: int, definitions: Sequence[Definition]
+) -> tuple[Float64[Tensor, "place dim"], Stops, list[float]]:
+    """Return the sum of the tokens of each place, the middle frame and those of the walks by number, and by
+    definition the mean distance between corresponding tokens of neighbouring frames.
     """
-
-    place_sums: Float64[Tensor, "place dim"]
-
-    def __init__(self, n_frames: int, definitions: Sequence[Definition]) -> None:
-        self._matches = [find_correspondence(item.correspondence) for item in definitions]
-        self.totals, self.counts = [0.0] * len(definitions), [0] * len(definitions)
-        self._first, self._end = CUT_FRAMES, n_frames - CUT_FRAMES
-        self._kept = {n_frames // 2, *(int(share * n_frames) for walk in WALKS for share in walk)}
-        self.stops: dict[int, Float32[Tensor, "row col dim"]] = {}
-        self._last: Tokens | None = None
-        self._n_seen = 0
-
-    def add(self, block: Block) -> None:
-        """Take the next frames of the clip."""
+    matches = [find_correspondence(item.correspondence) for item in definitions]
+    totals, counts = [0.0] * len(matches), [0] * len(matches)
+    kept = {n_frames // 2, *(int(share * n_frames) for walk in WALKS for share in walk)}
+    stops, sums, last, n_seen = Stops(), torch.zeros((), dtype=torch.float64), None, 0
+    for block in blocks:
         summed = block.sum(0).flatten(0, 1)
         # What is not finite stays so in a sum.
         if not summed.isfinite().all():
             raise InputError("tokens that are not finite", hint="extract this clip again into another store")
-        self.place_sums = self.place_sums + summed if self._n_seen else summed.double()
-        for number, frame in enumerate(block, start=self._n_seen):
-            if number in self._kept:
-                self.stops[number] = frame.clone()
-        start, end = (min(max(edge - self._n_seen, 0), len(block)) for edge in (self._first, self._end))
+        sums = sums + summed.double()
+        stops |= {number: frame.clone() for number, frame in enumerate(block, start=n_seen) if number in kept}
+        start, end = (min(max(edge - n_seen, 0), len(block)) for edge in (CUT_FRAMES, n_frames - CUT_FRAMES))
         inside = block[start:end].flatten(1, 2)
-        if len(inside):
-            self._compare(inside)
-            self._last = inside[-1:].clone()
-        self._n_seen += len(block)
-
-    def _compare(self, frames: Tokens) -> None:
-        if self._last is not None:
-            self._add_pairs(self._last, frames[:1])
-        if len(frames) > 1:
-            self._add_pairs(frames[:-1], frames[1:])
-
-    def _add_pairs(self, frames: Tokens, after: Tokens) -> None:
-        for number, match in enumerate(self._matches):
-            first, second = match(frames, after)
-            moved = torch.linalg.vector_norm(first - second, dim=-1)
-            self.totals[number] += moved.sum(dtype=torch.float64).item()
-            self.counts[number] += moved.numel()
+        for frames, after in ((inside[:0] if last is None else last, inside[:1]), (inside[:-1], inside[1:])):
+            if not len(frames) or not len(after):
+                continue
+            for number, match in enumerate(matches):
+                first, second = match(frames, after)
+                distances = torch.linalg.vector_norm(first - second, dim=-1)
+                totals[number] += distances.sum(dtype=torch.float64).item()
+                counts[number] += distances.numel()
+        last = inside[-1:].clone() if len(inside) else last
+        n_seen += len(block)
+    return sums, stops, [total / count for total, count in zip(totals, counts, strict=True)]
 
 
-def _cycle_accuracy(
-    frames: dict[int, Float32[Tensor, "row col dim"]], n_frames: int, definition: Definition
-) -> float:
+def _cycle_accuracy(stops: Stops, n_frames: int, definition: Definition) -> float:
     """Return the share of walks that come back."""
-    walks = [torch.stack([frames[int(share * n_frames)] for share in walk]) for walk in WALKS]
-    stops = torch.stack(walks)
-    rows, cols = (side - side % WALK_WINDOW for side in stops.shape[2:4])
+    frames = torch.stack([torch.stack([stops[int(share * n_frames)] for share in walk]) for walk in WALKS])
+    rows, cols = (side - side % WALK_WINDOW for side in frames.shape[2:4])
     if not rows or not cols:
         raise InputError(
             "the grid is too small for the walks of the cycle accuracy",
             wanted=f"{WALK_WINDOW}x{WALK_WINDOW} tokens or more",
-            found="x".join(map(str, stops.shape[2:4])),
+            found="x".join(map(str, frames.shape[2:4])),
         )
     # A last odd row or column is left out, as average pooling does.
-    tokens = stops[:, :, :rows, :cols]
+    tokens = frames[:, :, :rows, :cols]
     pooled = pool_tokens(unit_tokens(tokens) if definition.unit_walks else tokens, WALK_WINDOW)
     return cycle_accuracy(cycle_transition(pooled, WALK_TEMPERATURE, walk=(0, 1, 0))).item()
