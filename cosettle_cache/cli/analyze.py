@@ -130,8 +130,14 @@ def probe(
 
     Example: cosettle-cache probe --features frames.zarr --projection runs/store/projection.safetensors
     """
-    from cosettle_cache.analysis.probe.files import probe_tables, remove_probe, summary_json, write_probe
-    from cosettle_cache.analysis.probe.run import plan_probe, run_probe
+    from cosettle_cache.analysis.probe.run import (
+        plan_probe,
+        probe_tables,
+        remove_probe,
+        run_probe,
+        summary_json,
+        write_probe,
+    )
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.frame_labels import open_frame_labels
     from cosettle_cache.videos.manifest import read_manifest
