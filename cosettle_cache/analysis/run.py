@@ -18,7 +18,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cosettle_cache.analysis.definitions import DEFINITIONS, Definition, Spread
+from cosettle_cache.analysis.clips import (
+    DEFINITIONS,
+    Block,
+    ClipFigures,
+    Definition,
+    Spread,
+    block_slices,
+    measure_clip,
+)
 from cosettle_cache.analysis.files import AnalysisReport, Measured
 from cosettle_cache.analysis.pooling import check_frames_plan, missing_videos
 from cosettle_cache.analysis.trade_off import (
@@ -32,10 +40,9 @@ from cosettle_cache.analysis.trade_off import (
     inter_figures,
     make_spreads,
 )
-from cosettle_cache.analysis.within import Block, ClipFigures, block_slices, measure_clip
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError
-from cosettle_cache.core.parallel import Numbered, Run, in_order, in_threads
+from cosettle_cache.core.parallel import Run, in_order, in_threads
 from cosettle_cache.core.settings import AnalyzeSettings
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
@@ -51,7 +58,6 @@ HELD_BYTES = 128_000_000
 #: Bytes of middle frames per block of clips; two blocks are in memory at a time.
 BLOCK_BYTES = 6_000_000
 
-Item = TypeVar("Item", bound=Numbered)
 Result = TypeVar("Result")
 
 
@@ -173,8 +179,8 @@ def analyze_store(
 
 def _results(
     run: Run,
-    unit: Callable[[Item], Result],
-    items: Sequence[Item],
+    unit: Callable[[Any], Result],
+    items: Sequence[Any],
     progress: Progress,
     name: str,
     sizes: Sequence[int],

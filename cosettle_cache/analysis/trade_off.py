@@ -18,16 +18,18 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from cosettle_cache.analysis.definitions import (
+from cosettle_cache.analysis.clips import (
     DEFINITIONS,
     SMALLEST_DIAMETER,
+    ClipFigures,
     Definition,
     Distances,
     Spread,
+    block_slices,
     diameters,
     effective_rank,
+    measure_clip,
 )
-from cosettle_cache.analysis.within import ClipFigures, block_slices, measure_clip
 from cosettle_cache.core.errors import InputError, UsageError
 
 Clip = Float[np.ndarray, "_ row col dim"] | Float[Tensor, "_ row col dim"]

@@ -19,7 +19,7 @@ from jaxtyping import Float32
 
 from cosettle_cache.analysis.pooling import check_frames_plan, each_video, pool_frames
 from cosettle_cache.analysis.probe import TASKS, Figure, Outcome
-from cosettle_cache.analysis.probe.frames import SegmentPlan, plan_segments, segment
+from cosettle_cache.analysis.probe.linear import SegmentPlan, plan_segments, segment
 from cosettle_cache.analysis.probe.videos import (
     Labelled,
     check_task,
@@ -57,9 +57,6 @@ SCORES_SCHEMA = _schema(
     " manifest_digest backbone weights_sha256 projection_sha256 versions_json"
 )
 ANSWERS_SCHEMA = _schema("task tokens video_id class_name predicted value")
-#: Fields that are reported once per summary.
-_COMMON = ("dataset", "manifest_digest", "backbone", "weights_sha256")
-
 #: What measures a task, by its name: from `Labelled` (or a `SegmentPlan`) and vectors to an `Outcome`.
 MEASURES: Mapping[str, Callable[[Any, Any], Outcome]] = {
     "retrieval": retrieve,
@@ -137,11 +134,6 @@ class Measured:
     labels_digest: str
     provenance: Provenance
 
-    @property
-    def protocol_json(self) -> str:
-        """How it was measured."""
-        return json.dumps(dict(self.outcome.protocol), sort_keys=True)
-
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
@@ -150,13 +142,6 @@ class ProbeReport:
     measured: tuple[Measured, ...]
     failures: Mapping[str, str]
     left_out: Mapping[str, str]
-
-    @property
-    def warnings(self) -> list[str]:
-        """Sentences about fits that did not converge."""
-        return [
-            f"{item.task}, {item.tokens}: {text}" for item in self.measured for text in item.outcome.warnings
-        ]
 
 
 def plan_probe(
@@ -241,7 +226,8 @@ def write_probe(folder: Path, report: ProbeReport) -> None:
     for item in report.measured:
         names = {"task": item.task, "tokens": item.tokens}
         common = names | asdict(item.provenance) | {"n_classes": item.outcome.n_classes}
-        common |= {"protocol_json": item.protocol_json, "labels_digest": item.labels_digest}
+        protocol = json.dumps(dict(item.outcome.protocol), sort_keys=True)
+        common |= {"protocol_json": protocol, "labels_digest": item.labels_digest}
         scores += [common | asdict(figure) for figure in item.outcome.figures]
         answers += [names | asdict(answer) for answer in item.outcome.answers]
     write_table(folder / SCORES_FILE, make_table(scores, SCORES_SCHEMA))
@@ -267,14 +253,14 @@ def summary_json(report: ProbeReport) -> dict[str, Any]:
         for figure in item.outcome.figures:
             case = of_kind.setdefault("cases", {}).setdefault(figure.case, {}) if figure.case else of_kind
             case[figure.metric] = {"value": figure.value, "std": figure.std, "videos": figure.n_videos}
-    provenance = measured[0].provenance
+    provenance, common = measured[0].provenance, ("dataset", "manifest_digest", "backbone", "weights_sha256")
     return {
         "complete": not report.failures,
         "figures": figures,
-        "protocols": {item.task: json.loads(item.protocol_json) for item in measured},
+        "protocols": {item.task: dict(item.outcome.protocol) for item in measured},
         "labels_digest": {item.task: item.labels_digest for item in measured},
         "projections": {item.tokens: item.provenance.projection_sha256 for item in measured},
-        "provenance": {name: getattr(provenance, name) for name in _COMMON},
+        "provenance": {name: getattr(provenance, name) for name in common},
         "versions": json.loads(provenance.versions_json),
         "left_out": dict(report.left_out),
         "failures": dict(report.failures),
