@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int64
 
-from cosettle_cache.analysis.pooling import FramePooler, check_frames_plan, each_video, missing_videos
+from cosettle_cache.analysis.pooling import check_frames_plan, each_video, missing_videos, pool_frames
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import make_folder, replacing, sync, write_durably
@@ -32,8 +32,8 @@ from cosettle_cache.videos.frame_labels import flat_name
 
 PARQUET_FILE, HDF5_FILE, REPORT_FILE = "frames.parquet", "frames.h5", "export.json"
 
-#: Writes one more video: its id, its vectors, and the number of the frame that each stands for.
-Add = Callable[[str, Float32[np.ndarray, "frame dim"], Int64[np.ndarray, " frame"]], None]
+#: A video's id, its vectors, and the number of the frame that each stands for.
+Vectors = tuple[str, Float32[np.ndarray, "frame dim"], Int64[np.ndarray, " frame"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,27 +97,9 @@ def export_frames(
     Returns by id how many vectors were written, and why a video could not be read. Raises `OutputError` when
     the folder cannot be written.
     """
-    failures = missing_videos(plan.store, plan.n_frames)
-    document = plan.to_json() | _origin(plan.store, kind)
-    (make_folder(out) / REPORT_FILE).unlink(missing_ok=True)
-    pooler = FramePooler(plan.store, (kind,), plan.settings.unit, device)
-    lengths: dict[str, int] = {}
-    with _WRITERS[plan.settings.format](plan, out, document) as add:
-        for video_id, (means,) in each_video(list(plan.names), pooler.pool, failures, progress):
-            if plan.settings.repeat:
-                frames = np.arange(plan.n_frames[video_id], dtype=np.int64)
-                add(video_id, np.repeat(means, plan.every, axis=0)[: len(frames)], frames)
-            else:
-                frames = np.arange(len(means), dtype=np.int64) * plan.every
-                add(video_id, means, frames)
-            lengths[video_id] = len(frames)
-    write_json(out / REPORT_FILE, document | {"vectors": lengths, "failures": failures})
-    return lengths, failures
-
-
-def _origin(store: FeatureStore, kind: TokenKind) -> dict[str, Any]:
-    fingerprint = store.fingerprint
-    return {
+    store, fingerprint, settings = plan.store, plan.store.fingerprint, plan.settings
+    failures, lengths = missing_videos(store, plan.n_frames), dict[str, int]()
+    document = plan.to_json() | {
         "tokens": kind.name,
         "projection_sha256": kind.sha256,
         "backbone": fingerprint.backbone,
@@ -126,60 +108,60 @@ def _origin(store: FeatureStore, kind: TokenKind) -> dict[str, Any]:
         "plan": dict(fingerprint.plan),
         "versions": {"extract": dict(fingerprint.versions), "export": package_versions()},
     }
+    (make_folder(out) / REPORT_FILE).unlink(missing_ok=True)
+    pool = partial(pool_frames, store, (kind,), unit=settings.unit, device=device)
+
+    def videos() -> Iterator[Vectors]:
+        for video_id, (means,) in each_video(list(plan.names), pool, failures, progress):
+            vectors, frames = means, np.arange(len(means), dtype=np.int64) * plan.every
+            if settings.repeat:
+                frames = np.arange(plan.n_frames[video_id], dtype=np.int64)
+                vectors = np.repeat(means, plan.every, axis=0)[: len(frames)]
+            yield video_id, vectors, frames
+            lengths[video_id] = len(frames)
+
+    _WRITERS[settings.format](plan, out, document, videos())
+    write_json(out / REPORT_FILE, document | {"vectors": lengths, "failures": failures})
+    return lengths, failures
 
 
 def _arrange(plan: ExportPlan, vectors: Float32[np.ndarray, "frame dim"]) -> Float32[np.ndarray, "_ _"]:
     return np.ascontiguousarray(vectors.T if plan.settings.axes == "dim-frame" else vectors)
 
 
-@contextmanager
-def _write_npy(plan: ExportPlan, folder: Path, document: Mapping[str, Any]) -> Iterator[Add]:
-    def add(video_id: str, vectors: np.ndarray, frames: np.ndarray) -> None:
+def _write_npy(plan: ExportPlan, folder: Path, _: Mapping[str, Any], videos: Iterable[Vectors]) -> None:
+    for video_id, vectors, _frames in videos:
         buffer = io.BytesIO()
         np.save(buffer, _arrange(plan, vectors), allow_pickle=False)
         write_durably(folder / f"{plan.names[video_id]}.npy", [buffer.getbuffer()])
 
-    yield add
 
-
-@contextmanager
-def _write_parquet(plan: ExportPlan, folder: Path, document: Mapping[str, Any]) -> Iterator[Add]:
+def _write_parquet(plan: ExportPlan, folder: Path, _: Mapping[str, Any], videos: Iterable[Vectors]) -> None:
     kinds = {"video_id": pa.string(), "frame": pa.int64(), "vector": pa.list_(pa.float32(), plan.dim)}
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
     with stream_table(folder / PARQUET_FILE, schema) as write:
-
-        def add(video_id: str, vectors: np.ndarray, frames: np.ndarray) -> None:
+        for video_id, vectors, frames in videos:
             flat = pa.array(np.ascontiguousarray(vectors).ravel())
-            columns = [
-                pa.array([video_id] * len(frames)),
-                pa.array(frames),
-                pa.FixedSizeListArray.from_arrays(flat, plan.dim),
-            ]
+            rows = pa.FixedSizeListArray.from_arrays(flat, plan.dim)
+            columns = [pa.array([video_id] * len(frames)), pa.array(frames), rows]
             write(pa.RecordBatch.from_arrays(columns, schema=schema))
 
-        yield add
 
-
-@contextmanager
-def _write_hdf5(plan: ExportPlan, folder: Path, document: Mapping[str, Any]) -> Iterator[Add]:
+def _write_hdf5(
+    plan: ExportPlan, folder: Path, document: Mapping[str, Any], videos: Iterable[Vectors]
+) -> None:
     import h5py
 
     with replacing(folder / HDF5_FILE) as temporary:
         with h5py.File(temporary, "w") as file:
             texts = {key: str(value) for key, value in document.items()}
             file.attrs.update(texts | {"axes": plan.settings.axes})
-
-            def add(video_id: str, vectors: np.ndarray, frames: np.ndarray) -> None:
+            for video_id, vectors, frames in videos:
                 dataset = file.create_dataset(plan.names[video_id], data=_arrange(plan, vectors))
                 dataset.attrs["video_id"] = video_id
                 dataset.attrs["frames"] = frames
-
-            yield add
         sync(temporary)
 
 
-_WRITERS: Mapping[str, Callable[[ExportPlan, Path, Mapping[str, Any]], AbstractContextManager[Add]]] = {
-    "npy": _write_npy,
-    "parquet": _write_parquet,
-    "hdf5": _write_hdf5,
-}
+_Write = Callable[[ExportPlan, Path, Mapping[str, Any], Iterable[Vectors]], None]
+_WRITERS: Mapping[str, _Write] = {"npy": _write_npy, "parquet": _write_parquet, "hdf5": _write_hdf5}

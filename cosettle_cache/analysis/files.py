@@ -14,9 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from cosettle_cache.analysis.definitions import Definition
+from cosettle_cache.analysis.clips import ClipFigures, Definition
 from cosettle_cache.analysis.trade_off import TradeOff
-from cosettle_cache.analysis.within import ClipFigures
 from cosettle_cache.core.settings import digest, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
@@ -55,18 +54,8 @@ class AnalysisReport:
 
 
 #: What stands beside every figure.
-PROVENANCE = (
-    "dataset",
-    "definition_json",
-    "places",
-    "plan_json",
-    "manifest_digest",
-    "store_digest",
-    "backbone",
-    "weights_sha256",
-    "projection_sha256",
-    "versions_json",
-)
+PROVENANCE = ("dataset", "definition_json", "places", "plan_json", "manifest_digest", "store_digest")
+PROVENANCE += ("backbone", "weights_sha256", "projection_sha256", "versions_json")
 
 
 def _schema(names: Sequence[str], figures: type) -> pa.Schema:

@@ -8,7 +8,7 @@ several times over and nothing grows with their number; sums are float64, equal 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.pictures.drawing import write_pictures
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.videos.frames import Image8, iter_frames
+from cosettle_cache.videos.frames import iter_frames
 
 #: The frame's panel, so no projection may be called so.
 FRAME = "frame"
@@ -39,6 +39,7 @@ N_COMPONENTS = 3
 PERCENTILES = (1.0, 99.0)
 #: Percentiles are read from counts in bins over so many standard deviations on either side of the mean.
 _REACH, _BINS = 8.0, 4096
+_CENTRES = (np.arange(_BINS) + 0.5) * (2 * _REACH / _BINS) - _REACH
 
 Tokens = Float[Tensor, "row col dim"]
 #: Says which tokens are drawn at all: those on one side of a split of the first component.
@@ -103,81 +104,60 @@ def draw_store(
     after the video in hand.
     """
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(FRAME,))
-    drawing = _Drawing(store, data_root, out, kinds, settings, device, PcaReport())
-    return drawing.run({video.video_id: video for video in videos}, progress, stop)
+    rows, every = {video.video_id: video for video in videos}, int(store.fingerprint.plan["every"])
+    started, report, common = time.perf_counter(), PcaReport(), list[Painter]()
 
-
-@dataclass(frozen=True, slots=True)
-class _Drawing:
-    """One call of `draw_store`: what it was given, and the report on it."""
-
-    store: FeatureStore
-    data_root: Path
-    out: Path
-    kinds: list[TokenKind]
-    settings: PcaSettings
-    device: str
-    report: PcaReport
-
-    def run(self, videos: Mapping[str, Video], progress: Progress, stop: Event | None) -> PcaReport:
-        started, report, common = time.perf_counter(), self.report, None
-        try:
-            if self.settings.per == "store":
-                common = self._fit(self.store.video_ids, "all videos")
-            draw = partial(self._draw, videos, common)
-            for _, n_frames in each_video(list(videos), draw, report.failures, progress, stop):
-                report.n_frames += n_frames
-        except (OutputError, RemoteError) as problem:
-            report.error = problem
-        report.interrupted = report.n_videos < len(videos) and report.error is None
-        report.seconds = time.perf_counter() - started
-        return report
-
-    def _draw(self, videos: Mapping[str, Video], common: list[Painter] | None, video_id: str) -> int:
-        """Draw one video and return the number of its frames."""
-        self.report.n_videos += 1
-        painters, video = common or self._fit([video_id], video_id), videos[video_id]
-        every = int(self.store.fingerprint.plan["every"])
-        frames = self._frames(video, painters, range(0, video.n_frames, every))
-        fps = video.fps / every if video.fps else None
-        film, stills = self.settings.film, self.settings.stills
-        write_pictures(frames, fps, self.out / video_id, film=film, stills=stills)
-        return self.store.n_frames(video_id)
-
-    def _fit(self, video_ids: Sequence[str], name: str) -> list[Painter]:
-        """Return the painter of each kind of tokens, all videos together, and note their shares.
-
-        Colours of projected tokens take their signs from the raw ones.
-        """
+    @torch.inference_mode()
+    def fit(video_ids: Sequence[str], name: str) -> list[Painter]:
         painters: list[Painter] = []
-        for kind in self.kinds:
-            frames = partial(self._tokens, video_ids, kind)
-            painter = fit_painter(frames, foreground=self.settings.foreground)
+        for kind in kinds:
+            frames = partial(_stored_tokens, store, video_ids, kind, device)
+            painter = fit_painter(frames, foreground=settings.foreground)
             if painters:
-                pairs = zip(self._tokens(video_ids, self.kinds[0]), frames(), strict=True)
+                # Colours of projected tokens take their signs from the raw ones.
+                pairs = zip(_stored_tokens(store, video_ids, kinds[0], device), frames(), strict=True)
                 painter = align_signs(painter, painters[0], pairs)
             painters.append(painter)
             shares = tuple(painter.components.shares.tolist())
-            self.report.shares.append(KindShares(name, kind.name, shares))
+            report.shares.append(KindShares(name, kind.name, shares))
         return painters
 
     @torch.inference_mode()
-    def _tokens(self, video_ids: Iterable[str], kind: TokenKind) -> Iterator[Tokens]:
-        for video_id in video_ids:
-            for frame in self.store.stream_tokens(video_id):
-                yield kind.apply(torch.from_numpy(frame).to(self.device).float())
+    def draw(video_id: str) -> int:
+        report.n_videos += 1
+        video, painters = rows[video_id], common or fit([video_id], video_id)
+        pairs = list(zip(kinds, painters, strict=True))
+        indices = range(0, video.n_frames, every)
+        images, stored = (
+            iter_frames(video, data_root, indices),
+            _stored_tokens(store, [video_id], kinds[0], device),
+        )
+        pictures = (
+            (f"{index:05d}", image, {kind.name: painter.paint(kind.apply(raw)) for kind, painter in pairs})
+            for index, image, raw in zip(indices, images, stored, strict=True)
+        )
+        fps = video.fps / every if video.fps else None
+        write_pictures(pictures, fps, out / video_id, film=settings.film, stills=settings.stills)
+        return store.n_frames(video_id)
 
-    def _frames(
-        self, video: Video, painters: Sequence[Painter], indices: range
-    ) -> Iterator[tuple[str, Image8, Mapping[str, Colours]]]:
-        images = iter_frames(video, self.data_root, indices)
-        tokens = self.store.stream_tokens(video.video_id)
-        for index, image, frame in zip(indices, images, tokens, strict=True):
-            raw = torch.from_numpy(frame).to(self.device).float()
-            with torch.inference_mode():
-                pairs = zip(self.kinds, painters, strict=True)
-                colours = {kind.name: painter.paint(kind.apply(raw)) for kind, painter in pairs}
-            yield f"{index:05d}", image, colours
+    try:
+        if settings.per == "store":
+            common = fit(store.video_ids, "all videos")
+        for _, n_frames in each_video(list(rows), draw, report.failures, progress, stop):
+            report.n_frames += n_frames
+    except (OutputError, RemoteError) as problem:
+        report.error = problem
+    report.interrupted = report.n_videos < len(rows) and report.error is None
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _stored_tokens(
+    store: FeatureStore, video_ids: Iterable[str], kind: TokenKind, device: str
+) -> Iterator[Tokens]:
+    for video_id in video_ids:
+        for frame in store.stream_tokens(video_id):
+            yield kind.apply(torch.from_numpy(frame).to(device).float())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,23 +193,19 @@ class Histogram:
     def percentile(self, percent: float) -> Float64[np.ndarray, " component"]:
         """Return the middle of the bin below or in which so many percent of the tokens lie."""
         shares = self.counts.cumsum(axis=1) / self.counts.sum(axis=1, keepdims=True)
-        return np.asarray(_centres()[(shares < percent / 100).sum(axis=1)])
+        return np.asarray(_CENTRES[(shares < percent / 100).sum(axis=1)])
 
     def split(self) -> float:
         """Return the value that parts the first component best into two groups (Otsu's)."""
-        counts, centres = self.counts[0].astype(np.float64), _centres()
+        counts = self.counts[0].astype(np.float64)
         below = counts.cumsum()
-        sums = (counts * centres).cumsum()
+        sums = (counts * _CENTRES).cumsum()
         above = below[-1] - below
         with np.errstate(divide="ignore", invalid="ignore"):
             between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
         # Empty bins between two groups are all as good: the middle of them.
         best = np.flatnonzero(np.nan_to_num(between) >= np.nanmax(np.nan_to_num(between)) * (1 - 1e-12))
-        return float(centres[best].mean() + _REACH / _BINS)
-
-
-def _centres() -> Float64[np.ndarray, " bin"]:
-    return (np.arange(_BINS) + 0.5) * (2 * _REACH / _BINS) - _REACH
+        return float(_CENTRES[best].mean() + _REACH / _BINS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -288,22 +264,19 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
 
 def _fit(frames: Frames, side: Mask | None) -> Components:
     """Return the first three; each points where its largest weight is positive, so signs are settled."""
-    n_tokens, summed, products = 0, torch.empty(0), torch.empty(0)
+    n_tokens, sums = 0, list[Tensor]()
     for tokens in frames():
         unit = normalize(_chosen(tokens, side).double(), dim=-1)
-        if n_tokens:
-            summed += unit.sum(dim=0)
-            products += unit.T @ unit
-        else:
-            summed, products = unit.sum(dim=0), unit.T @ unit
+        parts = [unit.sum(dim=0), unit.T @ unit]
+        sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
         n_tokens += len(unit)
     if not n_tokens:
         wanted = "a video, with a foreground where that is asked"
         raise InputError("there are no tokens to draw", wanted=wanted)
-    if len(summed) < N_COMPONENTS:
-        raise InputError("these tokens have too few channels", wanted=N_COMPONENTS, found=len(summed))
-    mean = summed / n_tokens
-    values, vectors = torch.linalg.eigh(products / n_tokens - torch.outer(mean, mean))
+    mean, products = (total / n_tokens for total in sums)
+    if len(mean) < N_COMPONENTS:
+        raise InputError("these tokens have too few channels", wanted=N_COMPONENTS, found=len(mean))
+    values, vectors = torch.linalg.eigh(products - torch.outer(mean, mean))
     basis = vectors[:, -N_COMPONENTS:].flip(1)
     strongest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     values = values.clamp(min=0)
@@ -320,10 +293,8 @@ def _find_foreground(frames: Frames, which: str) -> Mask:
         # The middle half of the rows and columns.
         middle.add(values[rows // 4 : rows - rows // 4, cols // 4 : cols - cols // 4].flatten(0, 1))
     split = histogram.split()
-    upper = _centres() > split
-    inside, everywhere = (
-        (item.counts[0] * upper).sum() / item.counts[0].sum() for item in (middle, histogram)
-    )
+    counts = [item.counts[0] for item in (middle, histogram)]
+    inside, everywhere = (item[split < _CENTRES].sum() / item.sum() for item in counts)
     above = which == "high" or (which == "auto" and bool(inside > everywhere))
     return lambda tokens: (components.apply(tokens)[..., 0] > split) == above
 

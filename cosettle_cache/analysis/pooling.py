@@ -7,14 +7,12 @@ frame), one layer per kind, goes out. Every token is read once, a few frames at 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
 from threading import Event
 from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Float32
-from torch import Tensor
+from jaxtyping import Float32
 
 from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError
@@ -24,7 +22,7 @@ from cosettle_cache.search.masked import unit_tokens
 from cosettle_cache.store import FeatureStore
 
 #: Tokens in memory at a time; 100 MB in float32 at ViT-B width.
-BATCH_TOKENS = 32 * 1024
+_BATCH_TOKENS = 32 * 1024
 
 #: Frame vectors of one video, one layer per kind of tokens.
 FrameVectors = Float32[np.ndarray, "kind frame dim"]
@@ -77,45 +75,33 @@ def each_video(
         progress.finish()
 
 
-@dataclass(frozen=True, slots=True)
-class FramePooler:
-    """Reads videos and averages their tokens frame by frame.
+@torch.inference_mode()
+def pool_frames(
+    store: FeatureStore,
+    kinds: Sequence[TokenKind],
+    video_id: str,
+    *,
+    unit: bool = False,
+    device: str = "cpu",
+) -> FrameVectors:
+    """Return the mean over the tokens of every stored frame of a video; with `unit` tokens have length one.
 
     The paper does not say how its video vectors are pooled (PROTOCOLS 5.4); the plain mean is the rule here.
-    With `unit` every token counts with length one.
+    Raises `InputError` for a video that is not all there and for tokens that are not finite.
     """
-
-    store: FeatureStore
-    kinds: Sequence[TokenKind]
-    unit: bool = False
-    device: str = "cpu"
-
-    @torch.inference_mode()
-    def pool(self, video_id: str) -> FrameVectors:
-        """Return the vectors of all stored frames of a video, in order.
-
-        Raises `InputError` for a video that is not all there and for tokens that are not finite.
-        """
-        grid, n_frames = self.store.grid(video_id), self.store.n_frames(video_id)
-        dim = self.store.arrays[0].n_channels
-        out = np.empty((len(self.kinds), n_frames, dim), np.float32)
-        size = min(max(1, BATCH_TOKENS // grid.n_tokens), n_frames)
-        buffer = np.empty((size, grid.rows, grid.cols, dim), np.float16)
-        for number, frame in enumerate(self.store.stream_tokens(video_id)):
-            place = number % size
-            buffer[place] = frame
-            if place == size - 1 or number == n_frames - 1:
-                out[:, number - place : number + 1] = self._means(buffer[: place + 1])
-        if not np.isfinite(out).all():
-            raise InputError(
-                f"{video_id} has tokens that are not finite", hint="extract it again into another store"
-            )
-        return out
-
-    def _means(self, frames: Float16[np.ndarray, "frame row col dim"]) -> FrameVectors:
-        tokens = torch.from_numpy(frames).to(self.device).flatten(1, 2).float()
-        kinds: list[Tensor] = [kind.apply(tokens) for kind in self.kinds]
-        if self.unit:
-            kinds = [unit_tokens(of_kind) for of_kind in kinds]
-        means: FrameVectors = torch.stack([of_kind.mean(1) for of_kind in kinds]).cpu().numpy()
-        return means
+    grid, n_frames, dim = store.grid(video_id), store.n_frames(video_id), store.arrays[0].n_channels
+    out = np.empty((len(kinds), n_frames, dim), np.float32)
+    size = min(max(1, _BATCH_TOKENS // grid.n_tokens), n_frames)
+    buffer = np.empty((size, grid.rows, grid.cols, dim), np.float16)
+    for number, frame in enumerate(store.stream_tokens(video_id)):
+        place = number % size
+        buffer[place] = frame
+        if place == size - 1 or number == n_frames - 1:
+            tokens = torch.from_numpy(buffer[: place + 1]).to(device).flatten(1, 2).float()
+            for layer, kind in enumerate(kinds):
+                of_kind = unit_tokens(kind.apply(tokens)) if unit else kind.apply(tokens)
+                out[layer, number - place : number + 1] = of_kind.mean(1).cpu().numpy()
+    if not np.isfinite(out).all():
+        hint = "extract it again into another store"
+        raise InputError(f"{video_id} has tokens that are not finite", hint=hint)
+    return out

@@ -6,9 +6,11 @@ out. One pass reads every frame once; the middle frames are read again, in block
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +18,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cosettle_cache.analysis.definitions import Definition, Spread, find_definition
+from cosettle_cache.analysis.clips import (
+    DEFINITIONS,
+    Block,
+    ClipFigures,
+    Definition,
+    Spread,
+    block_slices,
+    measure_clip,
+)
 from cosettle_cache.analysis.files import AnalysisReport, Measured
 from cosettle_cache.analysis.pooling import check_frames_plan, missing_videos
 from cosettle_cache.analysis.trade_off import (
@@ -30,10 +40,9 @@ from cosettle_cache.analysis.trade_off import (
     inter_figures,
     make_spreads,
 )
-from cosettle_cache.analysis.within import Block, ClipFigures, block_slices, measure_clip
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError
-from cosettle_cache.core.parallel import Numbered, Run, in_order, in_threads
+from cosettle_cache.core.parallel import Run, in_order, in_threads
 from cosettle_cache.core.settings import AnalyzeSettings
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
@@ -48,10 +57,7 @@ MAX_GROUPS = 256
 HELD_BYTES = 128_000_000
 #: Bytes of middle frames per block of clips; two blocks are in memory at a time.
 BLOCK_BYTES = 6_000_000
-#: No grid has more places than this on a side.
-_ALL = 1 << 30
 
-Item = TypeVar("Item", bound=Numbered)
 Result = TypeVar("Result")
 
 
@@ -91,7 +97,7 @@ def plan_analysis(store: FeatureStore, settings: AnalyzeSettings) -> AnalysisPla
     """
     check_frames_plan(store, "analyze")
     names = ("compat" if settings.compat else "released", "paper")
-    definitions = tuple(replace(find_definition(name), gamma=settings.gamma) for name in names)
+    definitions = tuple(replace(DEFINITIONS[name], gamma=settings.gamma) for name in names)
     clips = [Clip(video_id, *store.video_rows(video_id)) for video_id in store.video_ids]
     video_ids = [video.video_id for video in store.manifest]
     left_out = missing_videos(store, video_ids, "its slots have not been extracted yet") | {
@@ -102,9 +108,8 @@ def plan_analysis(store: FeatureStore, settings: AnalyzeSettings) -> AnalysisPla
     }
     kept = tuple(clip for clip in clips if clip.video_id not in left_out)
     _check_clips(store, len(kept), left_out)
-    return AnalysisPlan(
-        definitions, kept, left_out, choose_places([clip.grid for clip in kept], at_most=_ALL)
-    )
+    places = choose_places([clip.grid for clip in kept], at_most=sys.maxsize)
+    return AnalysisPlan(definitions, kept, left_out, places)
 
 
 def _check_clips(store: FeatureStore, n_clips: int, left_out: dict[str, str]) -> None:
@@ -133,49 +138,59 @@ def analyze_store(
     fewer than two clips remain.
     """
     started, run, progress = time.perf_counter(), run or in_threads, progress or SILENT
-    dim, n_places = store.arrays[0].n_channels, plan.places.n_tokens
+    dim, definitions, places = store.arrays[0].n_channels, plan.definitions, plan.places
     kinds = tuple(make_kinds(projections, dim))
     size = max(1, -(-len(plan.clips) // MAX_GROUPS))
     starts = range(0, len(plan.clips), size)
     groups = [_Group(number, plan.clips[start : start + size]) for number, start in enumerate(starts)]
-    figures, left_out = list[_Figures](), dict(plan.left_out)
-    sums = [MiddleSums.zero(n_places, dim) for _ in kinds]
-    unit = _MeasureClips(store, kinds, plan.definitions, plan.places)
-    for found in _results(run, unit, groups, progress, "clips", lambda group: len(group.clips)):
-        figures += found.figures
-        left_out |= found.left_out
-        sums = [total + part for total, part in zip(sums, found.sums, strict=True)]
+    figures, sums, left_out = list[_Figures](), list[MiddleSums](), dict(plan.left_out)
+    measure = partial(_measure_group, store, kinds, definitions, places)
+    sizes = [len(group.clips) for group in groups]
+    for found, of_group, reasons in _results(run, measure, groups, progress, "clips", sizes):
+        figures += found
+        sums = [total + part for total, part in zip(sums, of_group, strict=True)] if sums else of_group
+        left_out |= reasons
     clips = [clip for clip in plan.clips if clip.video_id not in left_out]
     _check_clips(store, len(clips), left_out)
-    spreads = tuple(make_spreads(of_kind, plan.definitions) for of_kind in sums)
-    middles = tuple((clip.grid, int(clip.rows[len(clip.rows) // 2])) for clip in clips)
-    pairs = block_pairs(len(clips), max(1, BLOCK_BYTES // (4 * n_places * dim)))
-    compare_blocks = _CompareBlocks(store, kinds, middles, plan.places, spreads)
-    compared = list(_results(run, compare_blocks, pairs, progress, "pairs of blocks of clips"))
+    spreads = [make_spreads(of_kind, definitions) for of_kind in sums]
+    middles = [(clip.grid, int(clip.rows[len(clip.rows) // 2])) for clip in clips]
+    pairs = block_pairs(len(clips), max(1, BLOCK_BYTES // (4 * places.n_tokens * dim)))
+    compare_blocks = partial(_compare_blocks, store, tuple(zip(kinds, spreads, strict=True)), places, middles)
+    names = "pairs of blocks of clips"
+    compared = list(_results(run, compare_blocks, pairs, progress, names, [1] * len(pairs)))
+    n_frames = tuple(len(clip.rows) for clip in clips)
+    of_kinds = zip(sums, zip(*compared, strict=True), strict=True)
+    inter = [inter_figures(definitions, of_kind, comparisons) for of_kind, comparisons in of_kinds]
+    measured = []
+    for number, definition in enumerate(definitions):
+        for place, kind in enumerate(kinds):
+            of_clips = tuple(of_clip[place][number] for of_clip in figures)
+            total = combine(definition, of_clips, inter[place][number], sum(n_frames))
+            measured.append(Measured(kind.name, kind.sha256, definition, total, of_clips))
     return AnalysisReport(
-        measured=tuple(_measured(plan.definitions, kinds, clips, figures, sums, compared)),
+        measured=tuple(measured),
         video_ids=tuple(clip.video_id for clip in clips),
-        n_frames=tuple(len(clip.rows) for clip in clips),
+        n_frames=n_frames,
         left_out=left_out,
-        places=plan.places,
+        places=places,
         seconds=time.perf_counter() - started,
     )
 
 
 def _results(
     run: Run,
-    unit: Callable[[Item], Result],
-    items: Sequence[Item],
+    unit: Callable[[Any], Result],
+    items: Sequence[Any],
     progress: Progress,
     name: str,
-    count: Callable[[Item], int] = lambda item: 1,
+    sizes: Sequence[int],
 ) -> Iterator[Result]:
-    """Yield the results of `items` in their order; `progress` counts `name`, `count` of an item."""
-    progress.start(sum(map(count, items)), name)
+    """Yield the results of `items` in their order; `progress` counts `name`, so many of each item."""
+    progress.start(sum(sizes), name)
     try:
-        for item, result in in_order(run, unit, items):
+        for size, (_, result) in zip(sizes, in_order(run, unit, items), strict=True):
             yield result
-            progress.advance(count(item))
+            progress.advance(size)
     finally:
         progress.finish()
 
@@ -192,68 +207,45 @@ class _Group:
     clips: tuple[Clip, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _GroupResult:
-    """Figures of the clips that could be measured, why others could not, sums of middle frames by kind."""
-
-    figures: list[_Figures]
-    left_out: dict[str, str]
-    sums: list[MiddleSums]
-
-
-@dataclass(frozen=True, slots=True)
-class _MeasureClips:
-    """Measures a group of clips: a unit of work that any process can do with the store at hand."""
-
-    store: FeatureStore
-    kinds: tuple[TokenKind, ...]
-    definitions: tuple[Definition, ...]
-    places: Grid
-
-    @torch.inference_mode()
-    def __call__(self, group: _Group) -> _GroupResult:
-        dim = self.store.arrays[0].n_channels
-        result = _GroupResult([], {}, [MiddleSums.zero(self.places.n_tokens, dim) for _ in self.kinds])
-        for clip in group.clips:
-            try:
-                figures, middles = self._measure(clip)
-            except (InputError, DamagedStoreError) as error:
-                result.left_out[clip.video_id] = error.summary
-                continue
-            result.figures.append(figures)
-            for number, middle in enumerate(middles):
-                result.sums[number] += MiddleSums.of(middle)
-        return result
-
-    def _measure(self, clip: Clip) -> tuple[_Figures, list[Float[Tensor, "1 place dim"]]]:
-        n_bytes = 2 * len(clip.rows) * clip.grid.n_tokens * self.store.arrays[0].n_channels
-        held = None if n_bytes > HELD_BYTES else _read(self.store, clip.grid, clip.rows)
-        index = torch.from_numpy(place_index(clip.grid, self.places))
-        figures, middles = [], []
-        for kind in self.kinds:
-            blocks = _Blocks(self.store, clip, kind, held)
-            of_kind, middle = measure_clip(
-                blocks if held is None else list(blocks), len(clip.rows), self.definitions
-            )
-            figures.append(of_kind)
-            middles.append(middle.flatten(0, 1)[None, index])
-        return tuple(figures), middles
+@torch.inference_mode()
+def _measure_group(
+    store: FeatureStore,
+    kinds: Sequence[TokenKind],
+    definitions: Sequence[Definition],
+    places: Grid,
+    group: _Group,
+) -> tuple[list[_Figures], list[MiddleSums], dict[str, str]]:
+    """Return figures of the clips that could be measured, sums of their middle frames by kind, and by id why
+    others could not be: a unit of work that any process can do with the store at hand.
+    """
+    dim, figures, left_out = store.arrays[0].n_channels, list[_Figures](), dict[str, str]()
+    sums = [MiddleSums.of(torch.empty(0, places.n_tokens, dim)) for _ in kinds]
+    for clip in group.clips:
+        n_bytes = 2 * len(clip.rows) * clip.grid.n_tokens * dim
+        index, found = torch.from_numpy(place_index(clip.grid, places)), []
+        try:
+            held = None if n_bytes > HELD_BYTES else _read(store, clip.grid, clip.rows)
+            for kind in kinds:
+                blocks: Callable[[], Iterable[Block]] = partial(_blocks, store, clip, kind, held)
+                if held is not None:
+                    blocks = partial(iter, list(blocks()))
+                found.append(measure_clip(blocks, len(clip.rows), definitions))
+        except (InputError, DamagedStoreError) as error:
+            left_out[clip.video_id] = error.summary
+            continue
+        figures.append(tuple(of_kind for of_kind, _ in found))
+        middles = [middle.flatten(0, 1)[None, index] for _, middle in found]
+        sums = [total + MiddleSums.of(middle) for total, middle in zip(sums, middles, strict=True)]
+    return figures, sums, left_out
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Blocks:
-    """The blocks of a clip, projected or not; without `held` tokens read anew in every pass."""
-
-    store: FeatureStore
-    clip: Clip
-    kind: TokenKind
-    held: Float[Tensor, "frame row col dim"] | None
-
-    def __iter__(self) -> Iterator[Block]:
-        grid, rows = self.clip.grid, self.clip.rows
-        for part in block_slices(len(rows), grid.n_tokens):
-            tokens = _read(self.store, grid, rows[part]) if self.held is None else self.held[part]
-            yield self.kind.apply(tokens.float())
+def _blocks(
+    store: FeatureStore, clip: Clip, kind: TokenKind, held: Float[Tensor, "frame row col dim"] | None
+) -> Iterator[Block]:
+    """Yield the blocks of a clip, projected or not; without `held` tokens they are read."""
+    for part in block_slices(len(clip.rows), clip.grid.n_tokens):
+        tokens = _read(store, clip.grid, clip.rows[part]) if held is None else held[part]
+        yield kind.apply(tokens.float())
 
 
 def _read(
@@ -264,52 +256,23 @@ def _read(
     return torch.from_numpy(tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class _CompareBlocks:
-    """Compares the middle frames of two blocks of clips, by kind: the other unit of work."""
-
-    store: FeatureStore
-    kinds: tuple[TokenKind, ...]
-    middles: tuple[tuple[Grid, int], ...]
-    places: Grid
-    spreads: tuple[tuple[Spread, ...], ...]
-
-    @torch.inference_mode()
-    def __call__(self, pair: BlockPair) -> list[Comparison]:
-        first = self._read(self.middles[pair.first])
-        second = None if pair.alone else self._read(self.middles[pair.second])
-        return [
-            compare(kind.apply(first), None if second is None else kind.apply(second), spreads)
-            for kind, spreads in zip(self.kinds, self.spreads, strict=True)
-        ]
-
-    def _read(self, middles: Sequence[tuple[Grid, int]]) -> Float[Tensor, "clip place dim"]:
-        dim = self.store.arrays[0].n_channels
-        out = torch.empty(len(middles), self.places.n_tokens, dim, dtype=torch.float16)
-        for grid in {grid for grid, _ in middles}:
-            here = [number for number, (other, _) in enumerate(middles) if other == grid]
-            rows = np.array([middles[number][1] for number in here], np.int64)
-            tokens = _read(self.store, grid, rows).flatten(1, 2)
-            out[here] = tokens[:, torch.from_numpy(place_index(grid, self.places))]
-        return out
-
-
-def _measured(
-    definitions: Sequence[Definition],
-    kinds: Sequence[TokenKind],
-    clips: Sequence[Clip],
-    figures: Sequence[_Figures],
-    sums: Sequence[MiddleSums],
-    compared: Sequence[list[Comparison]],
-) -> Iterator[Measured]:
-    """Yield the figures of all clips, definition by definition, kind by kind."""
-    n_frames = sum(len(clip.rows) for clip in clips)
-    inter = [
-        inter_figures(definitions, of_kind, [item[place] for item in compared])
-        for place, of_kind in enumerate(sums)
-    ]
-    for number, definition in enumerate(definitions):
-        for place, kind in enumerate(kinds):
-            of_clips = tuple(of_clip[place][number] for of_clip in figures)
-            total = combine(definition, of_clips, inter[place][number], n_frames)
-            yield Measured(kind.name, kind.sha256, definition, total, of_clips)
+@torch.inference_mode()
+def _compare_blocks(
+    store: FeatureStore,
+    kinds: Sequence[tuple[TokenKind, tuple[Spread, ...]]],
+    places: Grid,
+    middles: Sequence[tuple[Grid, int]],
+    pair: BlockPair,
+) -> list[Comparison]:
+    """Compare the middle frames of two blocks of clips, by kind: the other unit of work."""
+    blocks = []
+    for part in [pair.first] if pair.alone else [pair.first, pair.second]:
+        chosen = middles[part]
+        block = torch.empty(len(chosen), places.n_tokens, store.arrays[0].n_channels, dtype=torch.float16)
+        for grid in {grid for grid, _ in chosen}:
+            here = [number for number, (other, _) in enumerate(chosen) if other == grid]
+            rows = np.array([chosen[number][1] for number in here], np.int64)
+            tokens = _read(store, grid, rows).flatten(1, 2)
+            block[here] = tokens[:, torch.from_numpy(place_index(grid, places))]
+        blocks.append(block)
+    return [compare(spreads, *map(kind.apply, blocks)) for kind, spreads in kinds]

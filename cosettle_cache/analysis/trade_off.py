@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,19 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from cosettle_cache.analysis.definitions import (
+from cosettle_cache.analysis.clips import (
+    DEFINITIONS,
     SMALLEST_DIAMETER,
+    ClipFigures,
     Definition,
     Distances,
     Spread,
+    block_slices,
     diameters,
     effective_rank,
-    find_definition,
+    measure_clip,
 )
-from cosettle_cache.analysis.within import ClipFigures, block_slices, measure_clip
-from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.errors import InputError, UsageError
 
 Clip = Float[np.ndarray, "_ row col dim"] | Float[Tensor, "_ row col dim"]
 Clips = Float[np.ndarray, "clip frame row col dim"] | Float[Tensor, "clip frame row col dim"]
@@ -85,42 +89,36 @@ def trade_off(tokens: Clips | Sequence[Clip], *, definition: str = "released", *
     length than the definition wants (8 frames or more, 40 in `compat`), different grids, or tokens that are
     not finite.
     """
-    chosen = replace(find_definition(definition), **overrides)
+    if definition not in DEFINITIONS:
+        raise UsageError("unknown definition", wanted=" or ".join(DEFINITIONS), found=definition)
+    chosen = replace(DEFINITIONS[definition], **overrides)
     clips = [torch.as_tensor(clip).detach().cpu() for clip in tokens]
-    _check_clips(clips, chosen)
-    figures, middles = [], []
-    with torch.inference_mode():
-        for clip in clips:
-            blocks = [clip[part].float() for part in block_slices(len(clip), clip[0, ..., 0].numel())]
-            (of_clip,), middle = measure_clip(blocks, len(clip), [chosen])
-            figures.append(of_clip)
-            middles.append(middle.flatten(0, 1))
-        inter = _compare_all(torch.stack(middles), chosen)
-    return combine(chosen, figures, inter, sum(map(len, clips)))
-
-
-def _check_clips(clips: Sequence[Float[Tensor, "_ _ _ _"]], definition: Definition) -> None:
     if len(clips) < FEWEST_CLIPS:
-        raise InputError(
-            "distances between clips need several", wanted=f"{FEWEST_CLIPS} clips", found=len(clips)
-        )
+        wanted = f"{FEWEST_CLIPS} clips"
+        raise InputError("distances between clips need several", wanted=wanted, found=len(clips))
     shapes = sorted({tuple(clip.shape[1:]) for clip in clips})
     if len(shapes) > 1:
         raise InputError("clips differ in grid or width", wanted="one shape", found=shapes)
     lengths = enumerate(map(len, clips))
-    unfit = [f"clip {number} has {length}" for number, length in lengths if not definition.fits(length)]
+    unfit = [f"clip {number} has {length}" for number, length in lengths if not chosen.fits(length)]
     if unfit:
-        raise InputError("clips of another length", wanted=definition.wanted_frames, details=unfit[:8])
-
-
-def _compare_all(middles: Middles, definition: Definition) -> dict[str, float]:
-    sums = MiddleSums.of(middles)
-    spreads = make_spreads(sums, [definition])
-    comparisons = [
-        compare(middles[pair.first], None if pair.alone else middles[pair.second], spreads)
-        for pair in block_pairs(len(middles), _BLOCK_CLIPS)
-    ]
-    return inter_figures([definition], sums, comparisons)[0]
+        raise InputError("clips of another length", wanted=chosen.wanted_frames, details=unfit[:8])
+    figures, found = [], []
+    with torch.inference_mode():
+        for clip in clips:
+            blocks = [clip[part].float() for part in block_slices(len(clip), clip[0, ..., 0].numel())]
+            (of_clip,), middle = measure_clip(partial(iter, blocks), len(clip), [chosen])
+            figures.append(of_clip)
+            found.append(middle.flatten(0, 1))
+        middles = torch.stack(found)
+        sums = MiddleSums.of(middles)
+        spreads = make_spreads(sums, [chosen])
+        comparisons = [
+            compare(spreads, middles[pair.first], None if pair.alone else middles[pair.second])
+            for pair in block_pairs(len(middles), _BLOCK_CLIPS)
+        ]
+        (inter,) = inter_figures([chosen], sums, comparisons)
+    return combine(chosen, figures, inter, sum(map(len, clips)))
 
 
 def combine(
@@ -152,21 +150,15 @@ class MiddleSums:
     products: Float64[np.ndarray, "dim dim"]
 
     def __add__(self, other: MiddleSums) -> MiddleSums:
-        return MiddleSums(
-            self.n_clips + other.n_clips, self.places + other.places, self.products + other.products
-        )
+        n_clips = self.n_clips + other.n_clips
+        return MiddleSums(n_clips, self.places + other.places, self.products + other.products)
 
     @classmethod
     def of(cls, middles: Middles) -> MiddleSums:
-        """Return the sums over some clips."""
+        """Return the sums over some clips, or over none."""
         wide = middles.double()
         tokens = wide.flatten(0, 1)
         return cls(len(middles), wide.sum(0).numpy(), (tokens.T @ tokens).numpy())
-
-    @classmethod
-    def zero(cls, n_places: int, dim: int) -> MiddleSums:
-        """Return the sums over nothing."""
-        return cls(0, np.zeros((n_places, dim)), np.zeros((dim, dim)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +178,8 @@ class BlockPair:
 def block_pairs(n_clips: int, size: int) -> list[BlockPair]:
     """Return the pairs of blocks of `size` clips; every two clips meet once."""
     blocks = [slice(start, min(start + size, n_clips)) for start in range(0, n_clips, size)]
-    pairs = [(first, second) for number, first in enumerate(blocks) for second in blocks[number:]]
-    return [BlockPair(number, first, second) for number, (first, second) in enumerate(pairs)]
+    pairs = enumerate(combinations_with_replacement(blocks, 2))
+    return [BlockPair(number, first, second) for number, (first, second) in pairs]
 
 
 def make_spreads(sums: MiddleSums, definitions: Sequence[Definition]) -> tuple[Spread, ...]:
@@ -197,9 +189,9 @@ def make_spreads(sums: MiddleSums, definitions: Sequence[Definition]) -> tuple[S
 
 
 def compare(
-    first: Middles, second: Float[Tensor, "_ place dim"] | None, spreads: Sequence[Spread]
+    spreads: Sequence[Spread], first: Middles, second: Float[Tensor, "_ place dim"] | None = None
 ) -> Comparison:
-    """Compare two blocks of clips, or with `second` None one with itself."""
+    """Compare two blocks of clips, or one with itself."""
     summed = []
     for start in range(0, first.shape[1], _PLACES):
         places = slice(start, start + _PLACES)
@@ -227,8 +219,7 @@ def inter_figures(
     rank = effective_rank(sums.products)
     figures = []
     for definition, whole, drawn in zip(definitions, spreads[::2], spreads[1::2], strict=True):
-        index = definition.drawn(len(by_place))
-        distance = float((by_place if index is None else by_place[index.numpy()]).mean())
+        distance = float(by_place[definition.drawn(len(by_place))].mean())
         known = {"inter_distance": distance, "effective_rank": rank}
         for percent, diameter in diameters(whole, definition.whole).items():
             known[f"inter_diameter_{percent}"] = diameter

@@ -130,14 +130,13 @@ def probe(
 
     Example: cosettle-cache probe --features frames.zarr --projection runs/store/projection.safetensors
     """
-    from cosettle_cache.analysis.probe.files import probe_tables, remove_probe, summary_json, write_probe
-    from cosettle_cache.analysis.probe.run import plan_probe, run_probe
+    from cosettle_cache.analysis.probe import run as probes
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.frame_labels import open_frame_labels
     from cosettle_cache.videos.manifest import read_manifest
 
     talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
-    plan = plan_probe(
+    plan = probes.plan_probe(
         store,
         list(map(str, task or ())),
         settings,
@@ -153,15 +152,18 @@ def probe(
         first, reason = next(iter(plan.left_out.items()))
         n_videos = f"{len(plan.left_out)} videos are left out"
         talk.warn(f"{n_videos}, {first} because {reason}; summary.json names all")
-    remove_probe(folder)
-    report = run_probe(plan, projections=heads, device=pick_device(device), progress=talk.progress("read"))
-    for warning in report.warnings:
-        talk.warn(warning)
-    write_probe(folder, report)
+    probes.remove_probe(folder)
+    report = probes.run_probe(
+        plan, projections=heads, device=pick_device(device), progress=talk.progress("read")
+    )
+    for item in report.measured:
+        for text in item.outcome.warnings:
+            talk.warn(f"{item.task}, {item.tokens}: {text}")
+    probes.write_probe(folder, report)
     if as_json:
-        _print_json(talk, summary_json(report))
+        _print_json(talk, probes.summary_json(report))
     else:
-        for title, header, rows in probe_tables(report):
+        for title, header, rows in probes.probe_tables(report):
             # Above the table, because a title is folded to its width.
             talk.result(title)
             talk.table("", header, rows)
@@ -250,12 +252,8 @@ def pca(
     root = media_root(store.manifest, data_root)
     folder = out or _folder("pca", store)
     if dry_run:
-        document = {
-            "videos": [row.video_id for row in videos],
-            "tokens": ["raw", *(name for name, _ in heads)],
-            "settings": asdict(settings),
-            "out": str(folder),
-        }
+        names, tokens = [row.video_id for row in videos], ["raw", *(name for name, _ in heads)]
+        document = {"videos": names, "tokens": tokens, "settings": asdict(settings), "out": str(folder)}
         _print_json(talk, document)
         return int(ExitCode.DONE)
     make_folder(folder)
@@ -283,14 +281,9 @@ def pca(
 
 def _print_pca(report: PcaReport, folder: Path, talk: Talk, as_json: bool) -> None:
     if as_json:
-        document = {
-            "out": str(folder),
-            "videos": report.n_videos,
-            "frames": report.n_frames,
-            "seconds": report.seconds,
-            "components": [asdict(item) for item in report.shares],
-        }
-        _print_json(talk, document)
+        counts = {"videos": report.n_videos, "frames": report.n_frames, "seconds": report.seconds}
+        components = [asdict(item) for item in report.shares]
+        _print_json(talk, {"out": str(folder), **counts, "components": components})
         return
     rows = [
         [item.video_id, item.tokens, *(f"{100 * share:.1f}" for share in item.shares)]

@@ -1,14 +1,13 @@
 """What frozen tokens are worth for whole videos and for single frames: the table of tasks.
 
-A row says everything about a task; the command's choices and help, checks, headings and what is kept of every
-video follow from it. Nothing heavy is imported before a task is run.
+The command's choices and help, headings and what is kept of every video follow from it. Nothing heavy is
+imported here, as the command line reads this table whenever it starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 
@@ -58,26 +57,18 @@ class ProbeTask:
     """One task; `metrics` maps the names of its figures to their headings.
 
     `needs` says what every video gives: its `mean` vector, evenly spaced frames (`order`), or all `frames`
-    and their labels; without frame labels it needs classes. `measure` and `check` are functions of this
-    package: of `Labelled` (or a `SegmentPlan`) and vectors to an `Outcome`, and of `Labelled` alone.
+    and their labels; without frame labels it needs classes.
     """
 
     name: str
     help: str
     metrics: Mapping[str, str]
     needs: str
-    measure: str
-    check: str = ""
 
     @property
     def frame_labels(self) -> bool:
         """Whether it needs labels of frames instead of classes of videos."""
         return self.needs == "frames"
-
-    def function(self, home: str) -> Any:
-        """Import one of its functions."""
-        module, name = home.split(".")
-        return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 _RECALL = {"map": "mAP", "recall_at_1": "R@1", "recall_at_5": "R@5"}
@@ -87,11 +78,11 @@ _SEGMENTS = {"accuracy": "accuracy", "foreground_accuracy": "foreground", "edit"
 _SEGMENTS |= {"f1_10": "F1@10", "f1_25": "F1@25", "f1_50": "F1@50"}
 
 _ROWS = (
-    ProbeTask("retrieval", "rank of videos", _RECALL, "mean", "videos.retrieve", "videos.check_retrieval"),
-    ProbeTask("knn", "votes of near videos", _CLASSES, "mean", "videos.vote", "videos.check_knn"),
-    ProbeTask("linear", "a hyperplane", _CLASSES, "mean", "videos.fit_linear", "videos.check_linear"),
-    ProbeTask("order", "frames in time", _ORDER, "order", "order.tell_order", "order.check_order"),
-    ProbeTask("segments", "classes of frames", _SEGMENTS, "frames", "frames.segment"),
+    ProbeTask("retrieval", "rank of videos", _RECALL, "mean"),
+    ProbeTask("knn", "votes of near videos", _CLASSES, "mean"),
+    ProbeTask("linear", "a hyperplane", _CLASSES, "mean"),
+    ProbeTask("order", "frames in time", _ORDER, "order"),
+    ProbeTask("segments", "classes of frames", _SEGMENTS, "frames"),
 )
 #: Every task by name.
 TASKS: Mapping[str, ProbeTask] = {row.name: row for row in _ROWS}

@@ -1,32 +1,70 @@
 """Probes of a store: `plan_probe` says what will be measured without reading a token, `run_probe` measures.
 
-A frames store comes in; every video is read once, whatever the number of tasks and projections, and the
-outcome of every task for every kind of tokens goes out.
+A frames store comes in; every video is read once, whatever the number of tasks and projections. The outcome
+of every task for every kind of tokens goes out, as `scores.parquet`, `answers.parquet` and `summary.json`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float32
 
-from cosettle_cache.analysis.pooling import FramePooler, check_frames_plan, each_video
-from cosettle_cache.analysis.probe import TASKS
-from cosettle_cache.analysis.probe.files import Measured, ProbeReport
-from cosettle_cache.analysis.probe.frames import SegmentPlan, plan_segments
-from cosettle_cache.analysis.probe.order import order_frames, spread
-from cosettle_cache.analysis.probe.videos import Labelled, select_videos
+from cosettle_cache.analysis.pooling import check_frames_plan, each_video, pool_frames
+from cosettle_cache.analysis.probe import TASKS, Figure, Outcome
+from cosettle_cache.analysis.probe.linear import SegmentPlan, plan_segments, segment
+from cosettle_cache.analysis.probe.videos import (
+    Labelled,
+    check_task,
+    fit_linear,
+    order_frames,
+    retrieve,
+    select_videos,
+    spread,
+    tell_order,
+    vote,
+)
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.settings import ProbeSettings, make_provenance
-from cosettle_cache.core.types import Manifest
+from cosettle_cache.core.tables import make_table, write_json, write_table
+from cosettle_cache.core.types import Manifest, Provenance
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frame_labels import FrameLabels
+
+SCORES_FILE, ANSWERS_FILE, SUMMARY_FILE = "scores.parquet", "answers.parquet", "summary.json"
+
+_TYPES = {"value": pa.float64(), "std": pa.float64(), "n_videos": pa.int64(), "n_classes": pa.int64()}
+
+
+def _schema(names: str) -> pa.Schema:
+    return pa.schema([(name, _TYPES.get(name, pa.string())) for name in names.split()])
+
+
+#: A row per figure; `labels_digest` identifies the classes and splits that were used.
+SCORES_SCHEMA = _schema(
+    "task dataset tokens case metric value std n_videos n_classes protocol_json labels_digest"
+    " manifest_digest backbone weights_sha256 projection_sha256 versions_json"
+)
+ANSWERS_SCHEMA = _schema("task tokens video_id class_name predicted value")
+#: What measures a task, by its name: from `Labelled` (or a `SegmentPlan`) and vectors to an `Outcome`.
+MEASURES: Mapping[str, Callable[[Any, Any], Outcome]] = {
+    "retrieval": retrieve,
+    "knn": vote,
+    "linear": fit_linear,
+    "order": tell_order,
+    "segments": segment,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +119,29 @@ class ProbePlan:
         """Return the plan without some videos; raise `InputError` where a task cannot use the others."""
         sources = {name: source.without(failed) for name, source in self.sources.items()}
         for name, source in sources.items():
-            if TASKS[name].check:
-                TASKS[name].function(TASKS[name].check)(source)
+            if isinstance(source, Labelled):
+                check_task(source, name)
         return replace(self, sources=sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one task found for one kind of tokens, and which labels and tokens it was asked with."""
+
+    task: str
+    tokens: str
+    outcome: Outcome
+    labels_digest: str
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """Outcomes by task and kind of tokens; by id why videos could not be read, or took no part."""
+
+    measured: tuple[Measured, ...]
+    failures: Mapping[str, str]
+    left_out: Mapping[str, str]
 
 
 def plan_probe(
@@ -109,17 +167,13 @@ def plan_probe(
     sources: dict[str, Labelled | SegmentPlan] = {}
     labelled = None
     for name in chosen:
-        if TASKS[name].frame_labels:
-            if frame_labels is None:
-                hint = "--labels FOLDER with groundTruth/, mapping.txt"
-                raise UsageError(f"{name} needs frame labels", hint=hint)
-            sources[name] = plan_segments(store, frame_labels, settings)
+        if not TASKS[name].frame_labels:
+            labelled = sources[name] = labelled or select_videos(store, settings, manifest)
+        elif frame_labels is None:
+            hint = "--labels FOLDER with groundTruth/, mapping.txt"
+            raise UsageError(f"{name} needs frame labels", hint=hint)
         else:
-            labelled = labelled or select_videos(store, settings, manifest)
-            sources[name] = labelled
-    if labelled and "order" in sources:
-        n_stored = {video_id: store.n_frames(video_id) for video_id in labelled.video_ids}
-        sources["order"] = replace(labelled, n_stored=n_stored)
+            sources[name] = plan_segments(store, frame_labels, settings)
     return ProbePlan(store, settings, sources).without(())
 
 
@@ -136,38 +190,107 @@ def run_probe(
     """
     store, failures = plan.store, plan.incomplete
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device)
-    pooler = FramePooler(store, kinds, plan.settings.unit, device)
-    vectors = _read(plan, pooler, failures, progress)
-    left_out, plan = plan.left_out, plan.without(failures)
-    dataset = "; ".join(dict.fromkeys(video.dataset for video in store.manifest if video.dataset))
-    packages = ("scikit-learn", "faiss-cpu")
-    measured = []
-    for name, source in plan.sources.items():
-        task = TASKS[name]
-        for number, kind in enumerate(kinds):
-            of_kind: Any = {video_id: vectors[task.needs][video_id][number] for video_id in source.video_ids}
-            if not task.frame_labels:
-                of_kind = np.stack(list(of_kind.values()))
-            outcome = task.function(task.measure)(source, of_kind)
-            provenance = make_provenance("probe", dataset, store.fingerprint, kind.sha256, packages)
-            measured.append(Measured(name, kind.name, outcome, source.digest, provenance))
-    return ProbeReport(tuple(measured), failures, left_out)
-
-
-def _read(
-    plan: ProbePlan, pooler: FramePooler, failures: dict[str, str], progress: Progress
-) -> Mapping[str, dict[str, Float32[np.ndarray, "kind *frame dim"]]]:
-    """Return what tasks need of every video (see `ProbeTask.needs`), by id, one layer per kind of tokens."""
+    pool = partial(pool_frames, store, kinds, unit=plan.settings.unit, device=device)
     needed: dict[str, set[str]] = {"mean": set(), "order": set(), "frames": set()}
     for name, source in plan.sources.items():
         needed[TASKS[name].needs].update(source.video_ids)
+    # What tasks need of every video (see `ProbeTask.needs`), by id, one layer per kind of tokens.
+    kept: dict[str, dict[str, Float32[np.ndarray, "kind *frame dim"]]] = {needs: {} for needs in needed}
     n_order = plan.order_frames
-    kept: dict[str, dict[str, Any]] = {needs: {} for needs in needed}
-    for video_id, frames in each_video(plan.video_ids, pooler.pool, failures, progress):
+    for video_id, frames in each_video(plan.video_ids, pool, failures, progress):
         if video_id in needed["mean"]:
             kept["mean"][video_id] = frames.mean(1)
         if video_id in needed["order"]:
             kept["order"][video_id] = frames[:, spread(frames.shape[1], n_order)]
         if video_id in needed["frames"]:
             kept["frames"][video_id] = frames
-    return kept
+    left_out, plan = plan.left_out, plan.without(failures)
+    dataset = "; ".join(dict.fromkeys(video.dataset for video in store.manifest if video.dataset))
+    packages = ("scikit-learn", "faiss-cpu")
+    measured = []
+    for name, source in plan.sources.items():
+        vectors = kept[TASKS[name].needs]
+        for number, kind in enumerate(kinds):
+            of_kind: Any = {video_id: vectors[video_id][number] for video_id in source.video_ids}
+            if isinstance(source, Labelled):
+                of_kind = np.stack(list(of_kind.values()))
+            outcome = MEASURES[name](source, of_kind)
+            provenance = make_provenance("probe", dataset, store.fingerprint, kind.sha256, packages)
+            measured.append(Measured(name, kind.name, outcome, source.digest, provenance))
+    return ProbeReport(tuple(measured), failures, left_out)
+
+
+def write_probe(folder: Path, report: ProbeReport) -> None:
+    """Write rows, answers and the summary into `folder`; the summary comes last and vouches for the rest."""
+    scores, answers = [], []
+    for item in report.measured:
+        names = {"task": item.task, "tokens": item.tokens}
+        common = names | asdict(item.provenance) | {"n_classes": item.outcome.n_classes}
+        protocol = json.dumps(dict(item.outcome.protocol), sort_keys=True)
+        common |= {"protocol_json": protocol, "labels_digest": item.labels_digest}
+        scores += [common | asdict(figure) for figure in item.outcome.figures]
+        answers += [names | asdict(answer) for answer in item.outcome.answers]
+    write_table(folder / SCORES_FILE, make_table(scores, SCORES_SCHEMA))
+    write_table(folder / ANSWERS_FILE, make_table(answers, ANSWERS_SCHEMA))
+    write_json(folder / SUMMARY_FILE, summary_json(report))
+
+
+def remove_probe(folder: Path) -> None:
+    """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed.
+
+    The folder is made, so that one that cannot be written shows before anything is measured.
+    """
+    make_folder(folder)
+    for name in (SUMMARY_FILE, SCORES_FILE, ANSWERS_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def summary_json(report: ProbeReport) -> dict[str, Any]:
+    """Return every figure by task, kind of tokens, case and metric, with protocols and provenance."""
+    measured, figures = report.measured, dict[str, Any]()
+    for item in measured:
+        of_kind = figures.setdefault(item.task, {}).setdefault(item.tokens, {})
+        for figure in item.outcome.figures:
+            case = of_kind.setdefault("cases", {}).setdefault(figure.case, {}) if figure.case else of_kind
+            case[figure.metric] = {"value": figure.value, "std": figure.std, "videos": figure.n_videos}
+    provenance, common = measured[0].provenance, ("dataset", "manifest_digest", "backbone", "weights_sha256")
+    return {
+        "complete": not report.failures,
+        "figures": figures,
+        "protocols": {item.task: dict(item.outcome.protocol) for item in measured},
+        "labels_digest": {item.task: item.labels_digest for item in measured},
+        "projections": {item.tokens: item.provenance.projection_sha256 for item in measured},
+        "provenance": {name: getattr(provenance, name) for name in common},
+        "versions": json.loads(provenance.versions_json),
+        "left_out": dict(report.left_out),
+        "failures": dict(report.failures),
+    }
+
+
+def probe_tables(report: ProbeReport) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return title, header and rows of one table per task, in percent, a line per tokens and case."""
+    tasks = dict.fromkeys(item.task for item in report.measured)
+    return [_table([item for item in report.measured if item.task == task]) for task in tasks]
+
+
+def _table(measured: Sequence[Measured]) -> tuple[str, list[str], list[list[str]]]:
+    first, task = measured[0].outcome, TASKS[measured[0].task]
+    figures = [figure for item in measured for figure in item.outcome.figures]
+    metrics = list(dict.fromkeys(figure.metric for figure in figures))
+    # The mean over cases stands last, as in the tables of papers.
+    cases = sorted(dict.fromkeys(figure.case for figure in figures), key=lambda name: not name)
+    lines = []
+    for case in cases:
+        for item in measured:
+            cells = {one.metric: _cell(one) for one in item.outcome.figures if one.case == case}
+            if cells:
+                lines.append([case or "mean", item.tokens, *(cells[metric] for metric in metrics)])
+    header = ["case", "tokens", *(task.metrics[name] for name in metrics)]
+    title = f"{task.name}: percent, {first.figures[0].n_videos} videos, {first.n_classes} classes"
+    skipped = 0 if any(cases) else 1
+    return title, header[skipped:], [line[skipped:] for line in lines]
+
+
+def _cell(figure: Figure) -> str:
+    spread_of_folds = "" if figure.std is None else f" ± {100 * figure.std:.2f}"
+    return f"{100 * figure.value:.2f}{spread_of_folds}"

@@ -1,14 +1,15 @@
-"""Retrieval, k-NN and the linear probe: what one vector per video is worth for telling classes apart.
+"""Tasks on videos with classes: retrieval, k-NN and the linear probe on one vector each, and order of frames.
 
 A store, settings and optionally a manifest that knows classes and splits better give the labelled videos;
-with their mean vectors outcomes go out. Retrieval and k-NN compare directions and learn nothing.
+with their vectors outcomes go out. Retrieval and k-NN compare directions and learn nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -16,6 +17,7 @@ from jaxtyping import Float32, Float64, Int64
 from cosettle_cache.analysis.pooling import missing_videos
 from cosettle_cache.analysis.probe import Figure, Outcome, VideoAnswer
 from cosettle_cache.analysis.probe.linear import (
+    Answer,
     Fold,
     ask_folds,
     convergence_warnings,
@@ -31,12 +33,15 @@ from cosettle_cache.search.vectors import nearest
 from cosettle_cache.store import FeatureStore
 
 Means = Float32[np.ndarray, "video dim"]
+Sampled = Float32[np.ndarray, "video frame dim"]
 Rows = Int64[np.ndarray, " row"]
 
 #: Parts of an official split.
-TRAIN, TEST = ("train",), ("test", "val")
+_TRAIN, _TEST = ("train",), ("test", "val")
 #: Ranks at which recall is reported.
 _RECALLS = (1, 5)
+#: Frames of a video at most whose order is told where nobody says how many.
+_DEFAULT_FRAMES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Labelled:
     """Videos with a class, in manifest order, and what they are asked with; by id why others are left out.
 
     `missing` are videos that would take part if the store had their tokens; `n_stored` has the stored frames
-    of each video where the order of frames is asked for.
+    of each video.
     """
 
     videos: tuple[Video, ...]
@@ -61,7 +66,7 @@ class Labelled:
     @property
     def names(self) -> list[str]:
         """Class names in alphabetical order: the numbers of `classes` count them."""
-        return sorted({str(video.class_name) for video in self.videos})
+        return list(self.sizes)
 
     @property
     def classes(self) -> Int64[np.ndarray, " video"]:
@@ -86,7 +91,7 @@ class Labelled:
     def official(self) -> Fold:
         """Return the official split as one fold; raise `InputError` where a part of it is empty."""
         splits = [video.split for video in self.videos]
-        train, test = (np.flatnonzero(np.isin(splits, part)) for part in (TRAIN, TEST))
+        train, test = (np.flatnonzero(np.isin(splits, part)) for part in (_TRAIN, _TEST))
         if not len(train) or not len(test):
             found = Counter(split or "(none)" for split in splits)
             raise InputError(
@@ -144,18 +149,54 @@ def select_videos(store: FeatureStore, settings: ProbeSettings, manifest: Manife
         if sizes[video.class_name] < settings.min_videos
     }
     wanted = [video.video_id for video in listed if video.class_name and split in ("", video.split)]
-    return Labelled(kept, settings, left_out, missing_videos(store, wanted))
+    n_stored = {video.video_id: store.n_frames(video.video_id) for video in kept}
+    return Labelled(kept, settings, left_out, missing_videos(store, wanted), n_stored)
 
 
-def check_folds(labelled: Labelled, names: Collection[str]) -> None:
-    """Raise `InputError` for an incomplete official split, or classes with fewer videos than folds."""
-    settings = labelled.settings
-    if settings.official:
+def check_task(labelled: Labelled, task: str) -> None:
+    """Raise `InputError` for videos that `task` cannot use: of one class, too few, too short, no splits."""
+    settings, names, sizes = labelled.settings, labelled.names, labelled.sizes
+    if task == "order":
+        _check_order(labelled)
+    elif len(names) < 2:
+        raise InputError(
+            f"{task} tells classes apart, and all {len(labelled.videos)} videos are of one",
+            wanted="two classes or more",
+            found=names[0],
+            hint="--task order compares each class with its own reversal",
+        )
+    if task == "retrieval":
+        if max(sizes.values()) < 2:
+            found = f"{len(names)} classes of one video"
+            raise InputError(
+                "no class has a second video to be found", wanted="two videos of a class", found=found
+            )
+    elif settings.official:
         labelled.official()
-        return
+    elif task != "knn":
+        asked = [name for pair in settings.pairs for name in pair] if task == "order" else []
+        _check_folds(settings, {name: size for name, size in sizes.items() if name in (asked or names)})
+
+
+def _check_order(labelled: Labelled) -> None:
+    n_frames, names = order_frames(labelled), labelled.names
+    lengths = [labelled.n_stored[video_id] for video_id in labelled.video_ids]
+    n_short = sum(length < max(n_frames, 2) for length in lengths)
+    if n_short or n_frames < 2:
+        raise InputError(
+            f"{n_short} videos have too few frames to speak of their order",
+            wanted=f"{max(n_frames, 2)} stored frames of each",
+            found=f"{min(lengths)} in the shortest",
+            hint="a smaller --frames, a store with more frames (extract --every), or --task linear alone",
+        )
+    unknown = [name for pair in labelled.settings.pairs for name in pair if name not in names]
+    if unknown:
+        raise InputError(f"there is no class {unknown[0]}", wanted=", ".join(names[:12]))
+
+
+def _check_folds(settings: ProbeSettings, sizes: Mapping[str, int]) -> None:
     if settings.folds < 2 or settings.seeds < 1:
         raise UsageError("nothing to cross-validate", wanted="2 folds or more, 1 seed or more")
-    sizes = {name: size for name, size in labelled.sizes.items() if name in names}
     small = {name: size for name, size in sizes.items() if size < settings.folds}
     if small:
         least = min(small.values())
@@ -165,27 +206,6 @@ def check_folds(labelled: Labelled, names: Collection[str]) -> None:
             wanted=f"{settings.folds} videos of each class",
             found=", ".join(f"{size} of {name}" for name, size in list(small.items())[:6]),
             hint=f"{hint}--min-videos {settings.folds} leaves these classes out",
-        )
-
-
-def _check_classes(labelled: Labelled, task: str) -> None:
-    if len(labelled.names) < 2:
-        raise InputError(
-            f"{task} tells classes apart, and all {len(labelled.videos)} videos are of one",
-            wanted="two classes or more",
-            found=labelled.names[0],
-            hint="--task order compares each class with its own reversal",
-        )
-
-
-def check_retrieval(labelled: Labelled) -> None:
-    """Raise `InputError` unless there are two classes and a class with two videos."""
-    _check_classes(labelled, "retrieval")
-    if max(labelled.sizes.values()) < 2:
-        raise InputError(
-            "no class has a second video to be found",
-            wanted="two videos of a class",
-            found=f"{len(labelled.videos)} classes of one video",
         )
 
 
@@ -204,15 +224,8 @@ def retrieve(labelled: Labelled, means: Means) -> Outcome:
     recalls = (Figure(f"recall_at_{k}", float(hits[:, :k].any(1).mean()), len(queries)) for k in _RECALLS)
     figures = (Figure("map", float(precision[queries].mean()), len(queries)), *recalls)
     answers = _answers(labelled, queries, classes[found.index[:, 0]], precision[queries])
-    protocol = {**_pooling(labelled.settings), "similarity": "cosine", "over": "leave-one-out"}
+    protocol = _pooling(labelled.settings) | {"similarity": "cosine", "over": "leave-one-out"}
     return Outcome(figures, len(labelled.names), protocol, answers)
-
-
-def check_knn(labelled: Labelled) -> None:
-    """Raise `InputError` unless there are two classes, and the official split if it is asked for."""
-    _check_classes(labelled, "k-NN")
-    if labelled.settings.official:
-        labelled.official()
 
 
 def vote(labelled: Labelled, means: Means) -> Outcome:
@@ -234,24 +247,12 @@ def vote(labelled: Labelled, means: Means) -> Outcome:
     np.add.at(votes, (np.arange(len(asked))[:, None], classes[keys][found.index]), weights)
     predicted = votes.argmax(1)
     right = predicted == classes[asked]
-    figures = (
-        Figure("accuracy", float(right.mean()), len(asked)),
-        Figure("class_accuracy", _class_mean(right, classes[asked]), len(asked)),
-    )
-    protocol = {
-        **_pooling(settings),
-        "neighbors": k,
-        "temperature": settings.temperature,
-        "over": "official split" if fold else "leave-one-out",
-    }
+    values = {"accuracy": float(right.mean()), "class_accuracy": _class_mean(right, classes[asked])}
+    figures = tuple(Figure(name, value, len(asked)) for name, value in values.items())
+    protocol = {"neighbors": k, "temperature": settings.temperature}
+    protocol["over"] = "official split" if fold else "leave-one-out"
     answers = _answers(labelled, asked, predicted, right.astype(np.float64))
-    return Outcome(figures, len(labelled.names), protocol, answers)
-
-
-def check_linear(labelled: Labelled) -> None:
-    """Raise `InputError` unless there are two classes with a video for every fold."""
-    _check_classes(labelled, "the linear probe")
-    check_folds(labelled, labelled.names)
+    return Outcome(figures, len(labelled.names), _pooling(settings) | protocol, answers)
 
 
 def fit_linear(labelled: Labelled, means: Means) -> Outcome:
@@ -260,8 +261,10 @@ def fit_linear(labelled: Labelled, means: Means) -> Outcome:
     Mean and standard deviation of the accuracy are over folds and seeds; the official split is one fold.
     """
     settings, classes = labelled.settings, labelled.classes
-    folds = [labelled.official()] if settings.official else None
-    folds = folds or stratified_folds(classes, settings.folds, settings.seeds)
+    if settings.official:
+        folds = [labelled.official()]
+    else:
+        folds = stratified_folds(classes, settings.folds, settings.seeds)
     answers = ask_folds(means, classes, folds, settings.penalties)
     times = np.zeros((len(means), len(labelled.names)), np.int64)
     accuracies, class_accuracies = [], []
@@ -272,20 +275,82 @@ def fit_linear(labelled: Labelled, means: Means) -> Outcome:
         np.add.at(times, (fold.test, answer.predicted), 1)
     asked = np.flatnonzero(times.any(1))
     shares = times[asked, classes[asked]] / times[asked].sum(1)
-    figures = (
-        mean_figure("accuracy", accuracies, len(asked)),
-        mean_figure("class_accuracy", class_accuracies, len(asked)),
-    )
-    return Outcome(
-        figures,
-        len(labelled.names),
-        {**_pooling(settings), **fold_protocol(settings)},
-        _answers(labelled, asked, times[asked].argmax(1), shares),
-        convergence_warnings(answers),
-    )
+    values = {"accuracy": accuracies, "class_accuracy": class_accuracies}
+    figures = tuple(mean_figure(name, of_folds, len(asked)) for name, of_folds in values.items())
+    answered = _answers(labelled, asked, times[asked].argmax(1), shares)
+    protocol = _pooling(settings) | fold_protocol(settings)
+    return Outcome(figures, len(labelled.names), protocol, answered, convergence_warnings(answers))
 
 
-def _pooling(settings: ProbeSettings) -> dict[str, object]:
+def order_frames(labelled: Labelled) -> int:
+    """Return how many frames of each video are joined: as asked for, or what all have, 8 at most."""
+    shortest = min(labelled.n_stored[video_id] for video_id in labelled.video_ids)
+    return labelled.settings.n_frames or min(_DEFAULT_FRAMES, shortest)
+
+
+def spread(n_frames: int, n_wanted: int) -> Int64[np.ndarray, " frame"]:
+    """Return evenly spaced places from the first frame to the last; from either end they look the same."""
+    half = np.linspace(0, n_frames - 1, n_wanted)[: (n_wanted + 1) // 2].round().astype(np.int64)
+    places = np.empty(n_wanted, np.int64)
+    places[: len(half)] = half
+    places[n_wanted - len(half) :] = n_frames - 1 - half[::-1]
+    return places
+
+
+def tell_order(labelled: Labelled, sampled: Sampled) -> Outcome:
+    """Return the accuracy of a linear probe per case and the mean over cases; chance is one half.
+
+    A case is a pair of classes, or a class forwards against reversed: evenly spaced frame vectors, joined in
+    order (the paper's Chiral protocol, PROTOCOLS 5.4). Folds are stratified and grouped by video: a video and
+    its reversal never stand on both sides.
+    """
+    settings, figures, answers = labelled.settings, list[Figure](), list[Answer]()
+    for name, rows, reverse, kinds in _cases(labelled):
+        folds = _folds(labelled, rows, kinds)
+        if not folds:
+            continue
+        chosen = sampled[rows]
+        turned = np.where(reverse[:, None, None] == 1, chosen[:, ::-1], chosen)
+        of_case = ask_folds(turned.reshape(len(chosen), -1), kinds, folds, settings.penalties)
+        pairs = zip(folds, of_case, strict=True)
+        shares = [float((answer.predicted == kinds[fold.test]).mean()) for fold, answer in pairs]
+        figures.append(mean_figure("accuracy", shares, len(np.unique(rows)), name))
+        answers += of_case
+    over_cases = mean_figure("accuracy", [figure.value for figure in figures], len(sampled))
+    protocol = {
+        "vector": f"mean of {'unit ' if settings.unit else ''}tokens per frame, joined",
+        "frames": sampled.shape[1],
+        "pairs": "classes" if settings.pairs else "forwards against reversed",
+        "split": settings.split,
+    } | fold_protocol(settings)
+    warnings = convergence_warnings(answers)
+    return Outcome((over_cases, *figures), len(labelled.names), protocol, warnings=warnings)
+
+
+def _cases(labelled: Labelled) -> Iterator[tuple[str, Rows, Rows, Rows]]:
+    """Yield name and, by sample, the row of its video, whether it is reversed (0, 1), and its kind (0, 1)."""
+    classes, names = labelled.classes, labelled.names
+    for first, second in labelled.settings.pairs:
+        rows = np.flatnonzero(np.isin(classes, [names.index(first), names.index(second)]))
+        kinds = (classes[rows] == names.index(second)).astype(np.int64)
+        yield f"{first} / {second}", rows, np.zeros_like(rows), kinds
+    for number, name in enumerate([] if labelled.settings.pairs else names):
+        rows = np.flatnonzero(classes == number)
+        reverse = np.repeat([0, 1], len(rows))
+        yield name, np.tile(rows, 2), reverse, reverse
+
+
+def _folds(labelled: Labelled, rows: Rows, kinds: Rows) -> list[Fold]:
+    settings = labelled.settings
+    if not settings.official:
+        return stratified_folds(kinds, settings.folds, settings.seeds, groups=rows)
+    fold = labelled.official()
+    train, test = (np.flatnonzero(np.isin(rows, part)) for part in (fold.train, fold.test))
+    # A case may have videos in one part of the split only; there is nothing to learn or to ask then.
+    return [Fold(train, test)] if len(np.unique(kinds[train])) == 2 and len(test) else []
+
+
+def _pooling(settings: ProbeSettings) -> dict[str, Any]:
     tokens = "mean of unit tokens" if settings.unit else "mean of tokens"
     return {"vector": f"{tokens} and frames", "split": settings.split}
 
@@ -297,8 +362,7 @@ def _unit(means: Means) -> Means:
 
 def _class_mean(right: np.ndarray, classes: Rows) -> float:
     """Return the mean over classes of the share of right answers."""
-    counts = np.bincount(classes)
-    hits = np.bincount(classes, right)
+    counts, hits = np.bincount(classes), np.bincount(classes, right)
     return float((hits[counts > 0] / counts[counts > 0]).mean())
 
 
