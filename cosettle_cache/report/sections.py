@@ -22,7 +22,10 @@ from cosettle_cache.report.page import chart, element, section
 from cosettle_cache.report.runs import AnalysisRun, Runs, ScoreRun, TradeOffRow, TrainRun
 from cosettle_cache.training.log import RunFiles
 
-_OBJECT_FIGURES = ("j_mean", "j_recall", "j_decay", "f_mean", "f_recall", "f_decay", "jf_mean")
+_OBJECT_FIGURES = {
+    **{"j_mean": "J", "j_recall": "J recall", "j_decay": "J decay"},
+    **{"f_mean": "F", "f_recall": "F recall", "f_decay": "F decay", "jf_mean": "J&F"},
+}
 
 
 def score_section(run: ScoreRun, number: int) -> Element:
@@ -46,18 +49,7 @@ def score_section(run: ScoreRun, number: int) -> Element:
     parts += [_main_table(run), chart(run.folder / CHART_SVG, draw, f"chart-{number}", label)]
     parts.append(_details("All figures", *score_table(run.scores), 2))
     if first.object_id is not None:
-        header = [
-            "sequence",
-            "object",
-            "tokens",
-            "J",
-            "J recall",
-            "J decay",
-            "F",
-            "F recall",
-            "F decay",
-            "J&F",
-        ]
+        header = ["sequence", "object", "tokens", *_OBJECT_FIGURES.values()]
         rows = []
         for score in run.scores:
             figures = [score.figures.get(name) for name in _OBJECT_FIGURES]
@@ -101,10 +93,9 @@ def overview_section(runs: Sequence[ScoreRun]) -> Element:
         for mean in means:
             texts = (first.task, first.provenance.backbone, mean.tokens, mean.main_name)
             share = _against_raw(mean.tokens, figures)
-            difference = _text_cell("") if share is None else _number_cell(share, _signed(100 * share, 1))
-            rows.append(
-                _row(run.name, [*map(_text_cell, texts), _figure_cell(mean.tokens, figures), difference])
-            )
+            cells = [*map(_text_cell, texts), _figure_cell(mean.tokens, figures)]
+            cells.append(_text_cell("") if share is None else _number_cell(share, _signed(100 * share, 1)))
+            rows.append(_row(run.name, cells))
     names = ["run", "task", "encoder", "tokens", "main figure", "percent", "against raw"]
     said = "Each kind of tokens against the raw tokens of its own run."
     return section("overview", "All runs", said, _table(names, rows, 5, "All runs"))
