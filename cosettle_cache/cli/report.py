@@ -8,14 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cosettle_cache.cli.options import (
-    DEFAULT_CACHE_SIZE,
-    DataRoot,
-    DryRun,
-    Json,
-    Quiet,
-    open_features,
-)
+from cosettle_cache.cli.options import DEFAULT_CACHE_SIZE, DataRoot, DryRun, Json, Quiet, open_features
 from cosettle_cache.core.console import Talk, human_bytes
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
 from cosettle_cache.core.files import name_folders

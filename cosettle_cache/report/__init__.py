@@ -15,7 +15,7 @@ from cosettle_cache.core.files import make_folder, write_durably
 from cosettle_cache.heads.kinds import load_heads
 from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
 from cosettle_cache.report.overlays import overlay_section
-from cosettle_cache.report.page import Media, Shown, assemble, encode
+from cosettle_cache.report.page import Media, Shown, assemble
 from cosettle_cache.report.runs import Runs, holds_run, read_runs
 from cosettle_cache.report.sections import (
     curves_section,
@@ -83,14 +83,6 @@ def write_report(path: Path, contents: Contents, n_videos: int = 3, max_frames: 
     """
     names = list(contents.to_json()["runs"])
     title = f"Report: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    shown = _sections(contents, n_videos, max_frames)
-    data = encode(assemble(title, [item.section for item in shown if item.section is not None]))
-    make_folder(path.parent)
-    write_durably(path, [data])
-    return Written(len(data), tuple(text for item in shown for text in item.failures))
-
-
-def _sections(contents: Contents, n_videos: int, max_frames: int) -> list[Shown]:
     runs, media, tokens = contents.runs, contents.media, contents.tokens
     scored = [run for run in runs.scored if run.scores]
     shown = [Shown(overview_section(scored))] if len(scored) > 1 else []
@@ -102,4 +94,7 @@ def _sections(contents: Contents, n_videos: int, max_frames: int) -> list[Shown]
     shown.append(Shown(plane_section(runs.analyzed)))
     shown += [Shown(curves_section(run, number)) for number, run in enumerate(runs.trained)]
     shown.append(Shown(provenance_section(runs, tokens.provenance() if tokens else {})))
-    return shown
+    data = assemble(title, [item.section for item in shown if item.section is not None])
+    make_folder(path.parent)
+    write_durably(path, [data])
+    return Written(len(data), tuple(text for item in shown for text in item.failures))

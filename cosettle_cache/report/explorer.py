@@ -1,20 +1,17 @@
 """The affinity explorer: pick a patch of the first frame, see where later frames answer, raw and projected.
 
-A store, projections and the frames behind them come in; a section whose canvases the page's scripts draw
-comes out.
-
-What the affinity explorer knows: exact neighbours of every patch of a first frame, and small tokens.
-
-A store and kinds of tokens come in; per video and kind of tokens come neighbour lists by the search that
-`propagate` uses, and 8-bit tokens from which a browser computes whole affinity maps, with the error it makes.
+A store, projections and frames come in; a section whose canvases the page's scripts draw comes out. It holds
+exact neighbours of every patch of a first frame, by the search that `propagate` uses, and 8-bit tokens from
+which a browser computes whole affinity maps, with the error it makes.
 """
 
 from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -27,7 +24,7 @@ from cosettle_cache.core.errors import CosettleError, InputError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.report.page import Media, Shown, data_element, data_uri, element, slider
+from cosettle_cache.report.page import Media, Shown, data_element, data_uri, element, section, slider
 from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.search.masked import make_ranker, unit_tokens
 from cosettle_cache.store import FeatureStore
@@ -40,17 +37,29 @@ TOP_K = 7
 #: Components of small tokens are multiples of this: cosines are then right to about 0.005 in the mean.
 STEP = 1 / 64
 
+#: Cosines are kept in steps of one over this.
+COSINE_STEPS = 32767
+
 #: Frames per video, the first included, and what the explorer may take in the page: fewer frames where they
 #: are large. Measured on ViT-Tiny tokens: 92 bytes for the 192 components of a token, 20 for its neighbours.
 MAX_FRAMES = 7
-BUDGET_BYTES = 8_000_000
+_BUDGET_BYTES = 8_000_000
 _COMPONENT_BYTES, _LIST_BYTES = 0.48, 20
 _BASE64 = 4 / 3
 
 #: Patches whose maps are compared with exact cosines.
 _CHECKED = 64
 
-ClipTokens = Float32[Tensor, "frame patch dim"]
+#: What a map can show: cosines, or softmax weights at the temperatures in use (PROTOCOLS 1.1, 1.2, 7.1).
+_MAPS = (
+    ("cosine", "cosine"),
+    ("0.03", "soft affinity, temperature 0.03 (training)"),
+    ("0.1", "soft affinity, temperature 0.1 (protocol dino)"),
+    ("0.7", "soft affinity, temperature 0.7 (protocol cosettle)"),
+)
+_DEFAULT_MAP = "0.1"
+
+_KEYS = "Arrow keys move the patch, Page Up and Page Down the frame."
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +95,6 @@ class Explored:
     kinds: tuple[ExploredKind, ...]
 
 
-#: Cosines are kept in steps of one over this.
-COSINE_STEPS = 32767
-
-
 def chosen_frames(n_frames: int, at_most: int) -> list[int]:
     """Return the first frame and later ones, ever farther apart up to the last."""
     n_later = min(n_frames, at_most, MAX_FRAMES) - 1
@@ -104,22 +109,15 @@ def explore(store: FeatureStore, video_id: str, kinds: Sequence[TokenKind], max_
     Raises `InputError` when the store lacks tokens of the video, `DamagedStoreError` when they are damaged.
     """
     frames = chosen_frames(store.n_frames(video_id), max_frames)
-    tokens = torch.stack(list(_read(store, video_id, frames)))
-    explored = tuple(_kind(kind.name, kind.apply(tokens)) for kind in kinds)
+    # Streamed, so that memory does not grow with the video.
+    stream = enumerate(islice(store.stream_tokens(video_id), frames[-1] + 1))
+    chosen = [torch.from_numpy(grid.copy()).flatten(0, 1) for index, grid in stream if index in frames]
+    tokens = torch.stack(chosen)
+    explored = tuple(_explore_kind(kind.name, kind.apply(tokens)) for kind in kinds)
     return Explored(video_id, store.grid(video_id), tuple(frames), explored)
 
 
-def _read(store: FeatureStore, video_id: str, frames: Sequence[int]) -> Iterator[Tensor]:
-    """Yield the tokens of ascending `frames`, patches row by row; memory does not grow with the video."""
-    wanted = set(frames)
-    for index, tokens in enumerate(store.stream_tokens(video_id)):
-        if index in wanted:
-            yield torch.from_numpy(tokens.copy()).flatten(0, 1)
-        if index == frames[-1]:
-            return
-
-
-def _kind(name: str, tokens: Float[Tensor, "frame patch dim"]) -> ExploredKind:
+def _explore_kind(name: str, tokens: Float[Tensor, "frame patch dim"]) -> ExploredKind:
     unit = unit_tokens(tokens)
     ranker = make_ranker("auto", unit.device)
     k = min(TOP_K, unit.shape[1])
@@ -129,40 +127,25 @@ def _kind(name: str, tokens: Float[Tensor, "frame patch dim"]) -> ExploredKind:
     return ExploredKind(name, position, cosine.reshape(position.shape), shrink(unit))
 
 
-def shrink(unit: ClipTokens) -> SmallTokens:
+def shrink(unit: Float32[Tensor, "frame patch dim"]) -> SmallTokens:
     """Return `unit` tokens turned to the directions of their uncentred second moment, and rounded."""
     flat = unit.flatten(0, 1).double()
     _, directions = torch.linalg.eigh(flat.T @ flat)
     values = (unit @ directions.flip(1).float() / STEP).round().to(torch.int8)
-    error = _largest_error(unit, values * STEP)
-    return SmallTokens(values.transpose(1, 2).contiguous().numpy(), error)
-
-
-def _largest_error(unit: ClipTokens, small: ClipTokens) -> float:
+    small = values * STEP
     some = torch.linspace(0, unit.shape[1] - 1, min(_CHECKED, unit.shape[1])).long()
     differences = [
         (unit[0, some] @ exact.T - small[0, some] @ short.T).abs().max()
         for exact, short in zip(unit, small, strict=True)
     ]
-    return float(torch.stack(differences).max())
+    error = float(torch.stack(differences).max())
+    return SmallTokens(values.transpose(1, 2).contiguous().numpy(), error)
 
 
 def affordable_frames(grid: Grid, dim: int, n_series: int) -> int:
     """Return how many frames, at least three, of each of `n_series` videos and kinds fit the budget."""
     frame_bytes = _BASE64 * grid.n_tokens * (_COMPONENT_BYTES * dim + _LIST_BYTES)
-    return max(3, int(BUDGET_BYTES / (frame_bytes * max(n_series, 1))))
-
-
-#: What a map can show: cosines, or softmax weights at the temperatures in use (PROTOCOLS 1.1, 1.2, 7.1).
-MAPS = (
-    ("cosine", "cosine"),
-    ("0.03", "soft affinity, temperature 0.03 (training)"),
-    ("0.1", "soft affinity, temperature 0.1 (protocol dino)"),
-    ("0.7", "soft affinity, temperature 0.7 (protocol cosettle)"),
-)
-DEFAULT_MAP = "0.1"
-
-_KEYS = "Arrow keys move the patch, Page Up and Page Down the frame."
+    return max(3, int(_BUDGET_BYTES / (frame_bytes * max(n_series, 1))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +154,6 @@ class Tokens:
 
     store: FeatureStore
     kinds: Sequence[TokenKind]
-
-    def affordable_frames(self, video_id: str, n_videos: int) -> int:
-        """Return how many frames of a video the page has room for."""
-        dim = self.store.arrays[0].n_channels
-        return affordable_frames(self.store.grid(video_id), dim, n_videos * len(self.kinds))
 
     def to_json(self) -> dict[str, Any]:
         """Return where the tokens are, and of which kinds they are."""
@@ -208,42 +186,30 @@ def explorer_section(
     tokens: Tokens, media: Media, runs: Sequence[ScoreRun], n_videos: int, max_frames: int
 ) -> Shown:
     """Return the explorer of up to `n_videos` videos, those of `runs` first, and which could not be read."""
-    present = tokens.store.video_ids
-    scored = (score.video_id for run in runs for score in run.scores)
-    ordered = list(dict.fromkeys([*(name for name in scored if name in present), *present]))
+    store = tokens.store
+    scored = (score.video_id for run in runs for score in run.scores if score.video_id in store.video_ids)
+    ordered = list(dict.fromkeys([*scored, *store.video_ids]))
     chosen, figures, failed = ordered[:n_videos], [], []
+    n_series, dim = len(chosen) * len(tokens.kinds), store.arrays[0].n_channels
+    every = int(store.fingerprint.plan.get("every", 1))
     for number, video_id in enumerate(chosen):
-        n_frames = min(max_frames, tokens.affordable_frames(video_id, len(chosen)))
+        n_frames = min(max_frames, affordable_frames(store.grid(video_id), dim, n_series))
         try:
-            found = explore(tokens.store, video_id, tokens.kinds, n_frames)
-            pictures = _pictures(found, tokens.store, media)
+            found = explore(store, video_id, tokens.kinds, n_frames)
+            frames = [every * frame for frame in found.frames]
+            pictures = [data_uri(image) for image in iter_frames(media.videos[video_id], media.root, frames)]
             figures.append(_figure(found, pictures, _start(found, runs), f"explorer-{number}"))
         except CosettleError as error:
             failed.append(f"{video_id}: {error.summary}")
     if not figures and not failed:
         return Shown(None)
-    section = element(
-        "section",
-        element("h2", "Affinity explorer"),
-        element("p", _about(len(figures), len(ordered), tokens.store.fingerprint.backbone), class_="about"),
-        *(element("p", text, class_="warning", role="note") for text in failed),
-        *figures,
-        id="explorer",
+    about = (
+        f"{len(figures)} of {len(ordered)} videos, tokens of {store.fingerprint.backbone}. Pick a patch of "
+        "the first frame; the later frame shows how much each of its patches resembles it, and numbers the "
+        f"nearest. {_KEYS}"
     )
-    return Shown(section, tuple(failed))
-
-
-def _about(n_shown: int, n_videos: int, backbone: str) -> str:
-    return (
-        f"{n_shown} of {n_videos} videos, tokens of {backbone}. Pick a patch of the first frame; the later "
-        f"frame shows how much each of its patches resembles it, and numbers the nearest. {_KEYS}"
-    )
-
-
-def _pictures(found: Explored, store: FeatureStore, media: Media) -> list[str]:
-    every = int(store.fingerprint.plan.get("every", 1))
-    frames = [every * frame for frame in found.frames]
-    return [data_uri(image) for image in iter_frames(media.videos[found.video_id], media.root, frames)]
+    made = section("explorer", "Affinity explorer", about, *figures, failures=failed)
+    return Shown(made, tuple(failed))
 
 
 def _start(found: Explored, runs: Sequence[ScoreRun]) -> int:
@@ -260,32 +226,12 @@ def _start(found: Explored, runs: Sequence[ScoreRun]) -> int:
 
 def _figure(found: Explored, pictures: Sequence[str], start: int, identifier: str) -> Element:
     names = [f"frame {frame}" for frame in found.frames[1:]]
-    views = [_pick(found), *map(_view, found.kinds)]
-    return element(
-        "figure",
-        element("figcaption", element("span", found.video_id, class_="name"), f", {found.grid} patches"),
-        element(
-            "div",
-            _choice(identifier),
-            slider(f"Later frame of {found.video_id}", names or ["no later frame"]),
-            class_="controls",
-        ),
-        element("div", *views, class_="views"),
-        element("details", element("summary", "What is shown"), _explained(found)),
-        data_element(f"data-{identifier}", _document(found, pictures, names, start)),
-        class_="overlay explorer",
-        data_explorer=identifier,
-    )
-
-
-def _choice(identifier: str) -> Element:
-    options = [element("option", text, value=value, selected=value == DEFAULT_MAP) for value, text in MAPS]
-    label = element("label", "Map ", for_=f"map-{identifier}")
-    return element("div", label, element("select", *options, id=f"map-{identifier}"), class_="choice")
-
-
-def _pick(found: Explored) -> Element:
-    canvas = element(
+    options = [element("option", text, value=value, selected=value == _DEFAULT_MAP) for value, text in _MAPS]
+    choice = [
+        element("label", "Map ", for_=f"map-{identifier}"),
+        element("select", *options, id=f"map-{identifier}"),
+    ]
+    first = element(
         "canvas",
         f"The first frame of {found.video_id}",
         class_="pick",
@@ -293,13 +239,36 @@ def _pick(found: Explored) -> Element:
         role="application",
         aria_label=f"First frame of {found.video_id}. {_KEYS}",
     )
-    reading = element("output", "", aria_live="polite", class_="reading")
-    return element("figure", canvas, element("figcaption", "first frame"), reading)
+    views = [_view(first, element("figcaption", "first frame"))]
+    for kind in found.kinds:
+        canvas = element("canvas", role="img", aria_label=f"Affinity of {kind.name} in the later frame")
+        views.append(_view(canvas, element("figcaption", kind.name, class_="name")))
+    document = {
+        "rows": found.grid.rows,
+        "cols": found.grid.cols,
+        "start": start,
+        "names": names,
+        "pictures": pictures,
+        "kinds": [_kind_document(kind) for kind in found.kinds],
+    }
+    return element(
+        "figure",
+        element("figcaption", element("span", found.video_id, class_="name"), f", {found.grid} patches"),
+        element(
+            "div",
+            element("div", *choice, class_="choice"),
+            slider(f"Later frame of {found.video_id}", names or ["no later frame"]),
+            class_="controls",
+        ),
+        element("div", *views, class_="views"),
+        element("details", element("summary", "What is shown"), _explained(found)),
+        data_element(f"data-{identifier}", document),
+        class_="overlay explorer",
+        data_explorer=identifier,
+    )
 
 
-def _view(kind: ExploredKind) -> Element:
-    canvas = element("canvas", role="img", aria_label=f"Affinity of {kind.name} in the later frame")
-    caption = element("figcaption", kind.name, class_="name")
+def _view(canvas: Element, caption: Element) -> Element:
     return element("figure", canvas, caption, element("output", "", aria_live="polite", class_="reading"))
 
 
@@ -316,17 +285,6 @@ def _explained(found: Explored) -> Element:
     ]
     checked = element("p", "Largest difference of a cosine in a map to the exact one, on patches checked:")
     return element("div", element("p", said), checked, element("ul", *errors))
-
-
-def _document(found: Explored, pictures: Sequence[str], names: Sequence[str], start: int) -> dict[str, Any]:
-    return {
-        "rows": found.grid.rows,
-        "cols": found.grid.cols,
-        "start": start,
-        "names": list(names),
-        "pictures": list(pictures),
-        "kinds": [_kind_document(kind) for kind in found.kinds],
-    }
 
 
 def _kind_document(kind: ExploredKind) -> dict[str, Any]:

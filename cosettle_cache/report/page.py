@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError, fromstring, tostring
 
-import numpy as np
 from PIL import Image
 
 from cosettle_cache.core.console import human_bytes
@@ -34,8 +33,8 @@ SCRIPTS = ("theme.js", "tables.js", "slider.js", "affinity.js", "canvas.js", "ex
 _SIZE_MARK = "@@size@@"
 
 #: Pixels of a picture's longer side.
-LONG_SIDE = 480
-QUALITY = 72
+_LONG_SIDE = 480
+_QUALITY = 72
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
@@ -86,6 +85,21 @@ def element(name: str, /, *children: Child, **attributes: Attribute) -> Element:
     return made
 
 
+def section(
+    identifier: str,
+    title: str,
+    about: str | None,
+    *children: Element,
+    name: str | None = None,
+    failures: Sequence[str] = (),
+) -> Element:
+    """Return a section under its title and the `name` of a run, if any; `failures` become warnings."""
+    heading = element("h2", title, *([] if name is None else [element("span", name, class_="name")]))
+    said = [] if about is None else [element("p", about, class_="about")]
+    said += [element("p", text, class_="warning", role="note") for text in failures]
+    return element("section", heading, *said, *children, id=identifier)
+
+
 def data_element(identifier: str, document: Any) -> Element:
     """Return `document` as JSON that scripts of the page read by `identifier`.
 
@@ -96,53 +110,56 @@ def data_element(identifier: str, document: Any) -> Element:
     return element("script", text, type="application/json", id=identifier)
 
 
-def assemble(title: str, sections: Sequence[Element]) -> str:
-    """Return the document; every section with an id and a heading gets a link at the top."""
-    head = element("header", element("h1", title), _theme_button(), _navigation(sections), class_="top")
-    size = element(
-        "p", f"This file: {_SIZE_MARK}; nothing in it is loaded from anywhere else.", class_="about"
-    )
-    still = element(
-        "noscript", element("p", "Without scripts there are texts, charts and first pictures only.")
-    )
-    main = element("main", still, *sections, element("footer", size))
+def assemble(title: str, sections: Sequence[Element]) -> bytes:
+    """Return the file; every section with an id and a heading gets a link at the top.
+
+    Characters that are no text, as in names of files, become question marks.
+    """
     scripts = [_asset(name) for name in SCRIPTS]
-    styles = "\n".join(_asset(name) for name in STYLES)
+    styles = "\n".join(map(_asset, STYLES))
+    allowed = " ".join(map(_digest, scripts))
+    policy = f"default-src 'none'; img-src data:; style-src {_digest(styles)}; script-src {allowed}"
+    links = [
+        element("a", "".join(heading.itertext()), href=f"#{item.get('id')}")
+        for item in sections
+        if (heading := item.find("h2")) is not None
+    ]
+    dark = {"type": "button", "id": "theme", "aria_pressed": "false", "aria_label": "Dark colours"}
+    still = element("p", "Without scripts there are texts, charts and first pictures only.")
+    size = f"This file: {_SIZE_MARK}; nothing in it is loaded from anywhere else."
     root = element(
         "html",
-        element("head", *_meta(title, styles, scripts), element("style", styles)),
-        element("body", head, main, *(element("script", script) for script in scripts)),
+        element(
+            "head",
+            element("meta", charset="utf-8"),
+            element("meta", http_equiv="Content-Security-Policy", content=policy),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("meta", name="color-scheme", content="light dark"),
+            element("title", title),
+            element("style", styles),
+        ),
+        element(
+            "body",
+            element(
+                "header",
+                element("h1", title),
+                element("button", "Dark", **dark),
+                element("nav", *links, aria_label="Sections"),
+                class_="top",
+            ),
+            element(
+                "main",
+                element("noscript", still),
+                *sections,
+                element("footer", element("p", size, class_="about")),
+            ),
+            *(element("script", script) for script in scripts),
+        ),
         lang="en",
     )
     text = "<!doctype html>\n" + tostring(root, encoding="unicode", method="html") + "\n"
-    return text.replace(_SIZE_MARK, human_bytes(len(encode(text))))
-
-
-def _theme_button() -> Element:
-    return element(
-        "button", "Dark", type="button", id="theme", aria_pressed="false", aria_label="Dark colours"
-    )
-
-
-def _navigation(sections: Sequence[Element]) -> Element:
-    links = [
-        element("a", "".join(heading.itertext()), href=f"#{section.get('id')}")
-        for section in sections
-        if (heading := section.find("h2")) is not None
-    ]
-    return element("nav", *links, aria_label="Sections")
-
-
-def _meta(title: str, styles: str, scripts: Sequence[str]) -> list[Element]:
-    allowed = " ".join(_digest(script) for script in scripts)
-    policy = f"default-src 'none'; img-src data:; style-src {_digest(styles)}; script-src {allowed}"
-    return [
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
-    ]
+    n_bytes = len(text.encode(errors="replace"))
+    return text.replace(_SIZE_MARK, human_bytes(n_bytes)).encode(errors="replace")
 
 
 def _digest(text: str) -> str:
@@ -151,11 +168,6 @@ def _digest(text: str) -> str:
 
 def _asset(name: str) -> str:
     return files("cosettle_cache.report").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def encode(text: str) -> bytes:
-    """Return the bytes of the file; names that are no text are shown with question marks."""
-    return text.encode("utf-8", errors="replace")
 
 
 def chart(svg: Path, draw: Callable[[Path], None], identifier: str, label: str) -> Element:
@@ -212,18 +224,12 @@ def _declarations(style: str) -> dict[str, str]:
 
 
 def data_uri(image: Image8) -> str:
-    """Return a frame, shrunk to `LONG_SIDE`, as WebP in a data URI."""
+    """Return a frame, shrunk to `_LONG_SIDE`, as WebP in a data URI."""
     picture = Image.fromarray(image)
-    picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="webp", quality=QUALITY, method=4)
+    picture.save(buffer, format="webp", quality=_QUALITY, method=4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getbuffer()).decode()}"
-
-
-def spread(n_frames: int, at_most: int) -> list[int]:
-    """Return up to `at_most` frames of `n_frames`, the first and the last among them, evenly spread."""
-    chosen: Sequence[float] = np.linspace(0, n_frames - 1, min(n_frames, at_most)).tolist()
-    return sorted({round(place) for place in chosen})
 
 
 def slider(label: str, names: Sequence[str], value: int = 0) -> Element:

@@ -16,12 +16,7 @@ from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.tables import read_json, read_table
 from cosettle_cache.core.types import Score
 from cosettle_cache.metrics.rows import SCORES_FILE, SUMMARY_FILE, read_scores
-from cosettle_cache.training.log import (
-    RunFiles,
-    figure_columns,
-    read_figures,
-    read_validation,
-)
+from cosettle_cache.training.log import RunFiles, figure_columns, read_figures, read_validation
 from cosettle_cache.videos.frames import natural_key
 
 #: Entries of a folder that an error lists.
@@ -111,14 +106,21 @@ def read_runs(folders: Mapping[str, Path]) -> Runs:
 
     Raises `InputError` for a folder that is missing or holds no run, and for files that cannot be read.
     """
-    for folder in folders.values():
+    scored, trained, analyzed = [], [], []
+    for name, folder in folders.items():
         _check_run(folder)
-    named = folders.items()
-    return Runs(
-        scored=tuple(_score_run(name, folder) for name, folder in named if _has_scores(folder)),
-        trained=tuple(_train_run(name, folder) for name, folder in named if _member_folders(folder)),
-        analyzed=tuple(_analysis_run(name, folder) for name, folder in named if _has_analysis(folder)),
-    )
+        if (folder / SCORES_FILE).is_file():
+            path = folder / SUMMARY_FILE
+            summary = read_json(path) if path.is_file() else None
+            complete = bool(summary.get("complete", True)) if isinstance(summary, dict) else True
+            scored.append(ScoreRun(name, folder, tuple(read_scores(folder / SCORES_FILE)), complete))
+        if found := _member_folders(folder):
+            members = tuple(_curves(name if item == folder else item.name, RunFiles(item)) for item in found)
+            report = RunFiles(folder).report
+            trained.append(TrainRun(name, folder, members, read_json(report) if report.is_file() else {}))
+        if (folder / ANALYSIS_FILE).is_file():
+            analyzed.append(_analysis_run(name, folder))
+    return Runs(tuple(scored), tuple(trained), tuple(analyzed))
 
 
 def _check_run(folder: Path) -> None:
@@ -126,10 +128,9 @@ def _check_run(folder: Path) -> None:
         raise InputError(f"{folder} is not a folder", wanted="the folder of a run")
     if holds_run(folder):
         return
-    inside = [
-        item for deep in ("*", "*/*") for item in folder.glob(deep) if item.is_dir() and holds_run(item)
-    ]
-    hint = f"cosettle-cache report {' '.join(map(str, sorted(inside)[:_LISTED]))}" if inside else None
+    deeper = [item for deep in ("*", "*/*") for item in folder.glob(deep)]
+    inside = sorted(item for item in deeper if item.is_dir() and holds_run(item))[:_LISTED]
+    hint = f"cosettle-cache report {' '.join(map(str, inside))}" if inside else None
     if (folder / "progress").is_dir():
         hint = "propagate has not finished here: run it again, it goes on where it was"
     if (folder / "projection.safetensors").is_file():
@@ -144,43 +145,12 @@ def _check_run(folder: Path) -> None:
 
 def holds_run(folder: Path) -> bool:
     """Say whether a report has anything to show of `folder`."""
-    return _has_scores(folder) or bool(_member_folders(folder)) or _has_analysis(folder)
+    tables = (folder / SCORES_FILE, folder / ANALYSIS_FILE)
+    return any(path.is_file() for path in tables) or bool(_member_folders(folder))
 
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda item: natural_key(item.name))
-
-
-def _has_scores(folder: Path) -> bool:
-    return (folder / SCORES_FILE).is_file()
-
-
-def _has_analysis(folder: Path) -> bool:
-    return (folder / ANALYSIS_FILE).is_file()
-
-
-def _analysis_run(name: str, folder: Path) -> AnalysisRun:
-    path = folder / ANALYSIS_FILE
-    found = read_table(path).to_pylist()
-    try:
-        rows = tuple(_trade_off_row(row) for row in found)
-        provenance = tuple({key: row[key] for key in ("tokens", "definition", *PROVENANCE)} for row in found)
-    except (KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a table of analyze", found=f"no {error}") from error
-    return AnalysisRun(name, folder, rows, provenance)
-
-
-def _trade_off_row(row: Mapping[str, Any]) -> TradeOffRow:
-    plain = ("dataset", "backbone", "tokens", "definition", "n_videos", "cycle_accuracy", "effective_rank")
-    distances = {name: row[f"{name}_100"] for name in ("d_inter", "d_intra", "margin")}
-    gamma = float(json.loads(row["definition_json"])["gamma"])
-    return TradeOffRow(**{name: row[name] for name in plain}, **distances, gamma=gamma)
-
-
-def _score_run(name: str, folder: Path) -> ScoreRun:
-    summary = read_json(folder / SUMMARY_FILE) if (folder / SUMMARY_FILE).is_file() else {}
-    complete = bool(summary.get("complete", True)) if isinstance(summary, dict) else True
-    return ScoreRun(name, folder, tuple(read_scores(folder / SCORES_FILE)), complete)
 
 
 def _member_folders(folder: Path) -> list[Path]:
@@ -193,13 +163,6 @@ def _member_folders(folder: Path) -> list[Path]:
     return [item for item in _entries(folder) if RunFiles(item).metrics.is_file()]
 
 
-def _train_run(name: str, folder: Path) -> TrainRun:
-    found = _member_folders(folder)
-    members = tuple(_curves(name if item == folder else item.name, RunFiles(item)) for item in found)
-    report = RunFiles(folder).report
-    return TrainRun(name, folder, members, read_json(report) if report.is_file() else {})
-
-
 def _curves(name: str, files: RunFiles) -> Curves:
     path = files.metrics
     try:
@@ -208,3 +171,18 @@ def _curves(name: str, files: RunFiles) -> Curves:
         return Curves(name, steps, figure_columns(read_validation(path)))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise InputError(f"{path} is not a journal of training", found=str(error)) from error
+
+
+def _analysis_run(name: str, folder: Path) -> AnalysisRun:
+    path = folder / ANALYSIS_FILE
+    plain = ("dataset", "backbone", "tokens", "definition", "n_videos", "cycle_accuracy", "effective_rank")
+    rows, provenance = [], []
+    try:
+        for row in read_table(path).to_pylist():
+            figures = {key: row[key] for key in plain}
+            figures |= {key: row[f"{key}_100"] for key in ("d_inter", "d_intra", "margin")}
+            rows.append(TradeOffRow(**figures, gamma=float(json.loads(row["definition_json"])["gamma"])))
+            provenance.append({key: row[key] for key in ("tokens", "definition", *PROVENANCE)})
+    except (KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a table of analyze", found=f"no {error}") from error
+    return AnalysisRun(name, folder, tuple(rows), tuple(provenance))
