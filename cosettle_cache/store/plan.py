@@ -186,7 +186,6 @@ def make_plan(
     `codec` say how tokens are stored (see `ArrayLayout`). Raises `InputError` when an image size is not a
     multiple of the patch.
     """
-    is_pairs = isinstance(settings, PairsSettings)
     recipe = (
         PairsRecipe(settings, patch) if isinstance(settings, PairsSettings) else FramesRecipe(settings, patch)
     )

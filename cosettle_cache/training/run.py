@@ -295,5 +295,5 @@ def _write(
         rows = [{"member": name, **asdict(line)} for name, lines in figures.items() for line in lines]
         write_table(files.table, make_table(rows, CURVES_SCHEMA))
         save_chart(curves_chart(steps, held_out), files.curves, files.curves_svg)
-        header, table = comparison(report.members)
-        write_json(files.comparison, {"header": header, "rows": table})
+        header, ranked = comparison(report.members)
+        write_json(files.comparison, {"header": header, "rows": ranked})
