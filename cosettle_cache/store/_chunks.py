@@ -135,14 +135,15 @@ class ChunkSource:
         self._zarr_arrays: dict[Grid, Any] = {}
 
     def read_many(
-        self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk value"]
+        self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk ..."]
     ) -> None:
-        """Fill the rows of `out` with the tokens of `chunks` of array number `array`, several at a time.
+        """Fill `out`, C-contiguous, with the tokens of `chunks` of array number `array`, several at a time.
 
         Raises `InputError` for a chunk that the store does not hold, `DamagedStoreError` for one that it
         should and cannot give.
         """
-        parts = self._shares(array, chunks.tolist(), list(out))
+        rows = out.reshape(len(out), math.prod(out.shape[1:]))
+        parts = self._shares(array, chunks.tolist(), list(rows))
         if self._storage.local is not None and len(parts) > 1:
             # One thread asks the disk for all of them before any is waited for: two get in each other's way.
             for first, outs in parts:
@@ -354,8 +355,3 @@ def _aligned_memory(n_rows: int, n_values: int) -> Float16[np.ndarray, "row valu
     raw = np.empty(2 * n_rows * n_values + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + 2 * n_rows * n_values].view(np.float16).reshape(n_rows, n_values)
-
-
-def flat_rows(out: Float16[np.ndarray, "n ..."]) -> Float16[np.ndarray, "n value"]:
-    """Return a view of contiguous tokens with one row of values per chunk."""
-    return out.reshape(len(out), math.prod(out.shape[1:]))
