@@ -35,6 +35,7 @@ from cosettle_cache.store.format import (
     chunk_bytes,
     chunks_per_shard,
 )
+from cosettle_cache.store.header import repair_hint
 from cosettle_cache.store.index import OUTLINE, SCHEMA, committed_shards, describe_rows, outline, read_part
 from cosettle_cache.store.remote import Storage
 
@@ -133,16 +134,18 @@ class ChunkSource:
             self.committed[first : first + layout.n_slots][committed_shards(storage, layout)] = True
         self._open_shards = _OpenShards(storage)
         self._zarr_arrays: dict[Grid, Any] = {}
+        self._repair_hint = f"{repair_hint(storage.path)}: it makes the damaged slots anew"
 
     def read_many(
-        self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk value"]
+        self, array: int, chunks: Int64[np.ndarray, " chunk"], out: Float16[np.ndarray, "chunk ..."]
     ) -> None:
-        """Fill the rows of `out` with the tokens of `chunks` of array number `array`, several at a time.
+        """Fill `out`, C-contiguous, with the tokens of `chunks` of array number `array`, several at a time.
 
         Raises `InputError` for a chunk that the store does not hold, `DamagedStoreError` for one that it
         should and cannot give.
         """
-        parts = self._shares(array, chunks.tolist(), list(out))
+        rows = out.reshape(len(out), math.prod(out.shape[1:]))
+        parts = self._shares(array, chunks.tolist(), list(rows))
         if self._storage.local is not None and len(parts) > 1:
             # One thread asks the disk for all of them before any is waited for: two get in each other's way.
             for first, outs in parts:
@@ -188,13 +191,16 @@ class ChunkSource:
         """
         layout, storage = self.slots.arrays[array], self._storage
         is_near = storage.local is not None and layout.codec == "none"
-        n_bytes, n_threads = (_NEAR_BYTES, 1) if is_near else (storage.stretch_bytes, storage.n_readers)
-        longest = max(1, n_bytes // chunk_bytes(layout))
+        at_once, n_threads = (_NEAR_BYTES, 1) if is_near else (storage.stretch_bytes, storage.n_readers)
+        longest = max(1, at_once // chunk_bytes(layout))
         groups = _neighbours(chunks.tolist(), longest, chunks_per_shard(layout))
 
         def read(group: Sequence[int]) -> Sequence[Tokens]:
-            n_values = layout.chunk_encodings * layout.grid.n_tokens * layout.n_channels
-            outs = list(_aligned_memory(len(group), n_values))
+            # Memory that starts at a multiple of 64 bytes, where reads are twice as fast.
+            n_bytes = 2 * len(group) * layout.chunk_encodings * layout.grid.n_tokens * layout.n_channels
+            raw = np.empty(n_bytes + ALIGNMENT, np.uint8)
+            start = -raw.ctypes.data % ALIGNMENT
+            outs = list(raw[start : start + n_bytes].view(np.float16).reshape(len(group), -1))
             self._read_waiting(array, group[0], outs)
             return outs
 
@@ -331,11 +337,6 @@ class ChunkSource:
             hint=self._repair_hint,
         )
 
-    @property
-    def _repair_hint(self) -> str:
-        command = f"cosettle-cache store repair {self._storage.path}"
-        return f"{command}, then the same extract command again: it makes the damaged slots anew"
-
 
 def _neighbours(chunks: Sequence[int], longest: int, per_shard: int) -> Iterator[list[int]]:
     """Yield the chunks in their order, up to `longest` together where they follow each other in a shard."""
@@ -347,15 +348,3 @@ def _neighbours(chunks: Sequence[int], longest: int, per_shard: int) -> Iterator
         group.append(chunk)
     if group:
         yield group
-
-
-def _aligned_memory(n_rows: int, n_values: int) -> Float16[np.ndarray, "row value"]:
-    """Return uninitialised memory that starts at a multiple of 64 bytes, where reads are twice as fast."""
-    raw = np.empty(2 * n_rows * n_values + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + 2 * n_rows * n_values].view(np.float16).reshape(n_rows, n_values)
-
-
-def flat_rows(out: Float16[np.ndarray, "n ..."]) -> Float16[np.ndarray, "n value"]:
-    """Return a view of contiguous tokens with one row of values per chunk."""
-    return out.reshape(len(out), math.prod(out.shape[1:]))

@@ -1,7 +1,6 @@
 """Grouped int8: every token as signed bytes, with one float16 scale for each 64 of its channels.
 
-Float16 tokens come in and int8 arrays go out, and back again. `docs/store.md` gives the stored form and what
-it costs.
+`docs/store.md` gives the stored form and what it costs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SMALLEST_SCALE = 2.0**-24
 
 def stored_width(n_channels: int) -> int:
     """Return the bytes of one token: its levels, then its scales."""
-    return n_channels + 2 * _n_groups(n_channels)
+    return n_channels + 2 * -(-n_channels // SCALE_CHANNELS)
 
 
 def quantize(tokens: Float16[np.ndarray, "*token dim"]) -> Int8[np.ndarray, "*token stored"]:
@@ -74,10 +73,6 @@ def _grouped(rows: Shaped[np.ndarray, "token dim"]) -> Shaped[np.ndarray, "token
     return rows.reshape(len(rows), -1, SCALE_CHANNELS)
 
 
-def _n_groups(n_channels: int) -> int:
-    return -(-n_channels // SCALE_CHANNELS)
-
-
 def _blocks(n_tokens: int, dim: int) -> Iterator[slice]:
-    at_once = max(BLOCK_VALUES // (SCALE_CHANNELS * _n_groups(dim)), 1)
+    at_once = max(BLOCK_VALUES // (dim + -dim % SCALE_CHANNELS), 1)
     return (slice(start, start + at_once) for start in range(0, n_tokens, at_once))

@@ -196,12 +196,12 @@ def sole_writer(path: Path) -> Iterator[None]:
         yield
         return
     with output_errors(path):
-        descriptor = os.open(path, os.O_RDWR)
-    try:
+        file = path.open("r+b")
+    with file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holders = ", ".join(map(str, _lock_holders(descriptor)))
+            holders = ", ".join(map(str, _lock_holders(file.fileno())))
             raise OutputError(
                 f"{path.parents[1]} is being written by another process",
                 found=f"process {holders}" if holders else None,
@@ -210,8 +210,6 @@ def sole_writer(path: Path) -> Iterator[None]:
         except OSError:
             pass
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _lock_holders(descriptor: int) -> list[int]:

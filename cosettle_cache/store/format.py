@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
@@ -18,7 +18,7 @@ from cosettle_cache.core.types import ArrayLayout, Grid
 SPEC_VERSION = 2
 
 #: How tokens can lie in an array; the first of each is spec version 1, the others need version 2.
-DTYPES: Mapping[str, Any] = {"float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "int8": np.dtype("i1")}
 CODECS = ("none", "zstd")
 
 #: Inner chunks start at multiples of this many bytes, so that reads land aligned in memory.

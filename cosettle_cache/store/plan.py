@@ -186,9 +186,11 @@ def make_plan(
     `codec` say how tokens are stored (see `ArrayLayout`). Raises `InputError` when an image size is not a
     multiple of the patch.
     """
-    recipe = (
-        PairsRecipe(settings, patch) if isinstance(settings, PairsSettings) else FramesRecipe(settings, patch)
-    )
+    recipe: PairsRecipe | FramesRecipe
+    if isinstance(settings, PairsSettings):
+        recipe = PairsRecipe(settings, patch)
+    else:
+        recipe = FramesRecipe(settings, patch)
     by_grid: dict[Grid, list[Video]] = {}
     for video in manifest:
         grid = check_grid(*recipe.image_size(video), patch, video.video_id)

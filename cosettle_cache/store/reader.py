@@ -17,7 +17,7 @@ from jaxtyping import Float16, Int, Int64
 from cosettle_cache.core.errors import DamagedStoreError, InputError, UsageError
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
 from cosettle_cache.store._cache import DEFAULT_CACHE_BYTES, CachedStorage
-from cosettle_cache.store._chunks import ChunkSource, flat_rows
+from cosettle_cache.store._chunks import ChunkSource
 from cosettle_cache.store._local import cached_property
 from cosettle_cache.store.create import HEADER_COPY
 from cosettle_cache.store.format import MANIFEST, BytesError, SlotState
@@ -28,7 +28,6 @@ from cosettle_cache.store.remote import ObjectStorage, Storage, open_storage
 from cosettle_cache.videos.manifest import manifest_from_table
 
 SampleIds = Sequence[int] | Int[np.ndarray, " n"]
-_RESUME = "run the same extract command again; it goes on with the slots that are missing"
 
 
 def open_store(
@@ -63,6 +62,7 @@ class FeatureStore:
         self.arrays: tuple[ArrayLayout, ...] = header.arrays
         self.plan_kind = PlanKind(header.fingerprint.plan["kind"])
         self._chunks = ChunkSource(storage, header.arrays)
+        self.n_slots = len(self._chunks.slots)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (FeatureStore, (self._storage,))
@@ -79,11 +79,6 @@ class FeatureStore:
             ) from error
         origin = {key: value for key, value in manifest.provenance.items() if key != HEADER_COPY}
         return replace(manifest, provenance=origin)
-
-    @property
-    def n_slots(self) -> int:
-        """Number of slots, committed or not."""
-        return len(self._chunks.slots)
 
     def unlike_every_frame(self) -> tuple[str, str] | None:
         """Return what is wanted and what is found, unless the plan has every frame of every video."""
@@ -155,7 +150,7 @@ class FeatureStore:
             rows = rows[np.asarray(frames, np.int64)]
         layout = self.arrays[array]
         out = np.empty((len(rows), *_token_shape(layout)), np.float16)
-        self._chunks.read_many(array, rows, flat_rows(out))
+        self._chunks.read_many(array, rows, out)
         return out
 
     def iter_tokens(self, video_id: str) -> Iterator[Float16[np.ndarray, "row col dim"]]:
@@ -192,7 +187,7 @@ class FeatureStore:
         """Fill `out`, C-contiguous, with the samples `ids`; its memory may be used again and again."""
         self._check_plan(PlanKind.PAIRS)
         _check_buffer("samples", (len(ids), *self._sample_shape), out)
-        self._chunks.read_many(0, np.asarray(ids, np.int64), flat_rows(out))
+        self._chunks.read_many(0, np.asarray(ids, np.int64), out)
 
     def will_need(self, slots: Sequence[int] | Int64[np.ndarray, " n"]) -> None:
         """Let the shards of slots that are read soon come into the page cache, in the background.
@@ -211,7 +206,7 @@ class FeatureStore:
             raise InputError(f"{self.path} has no array of {grid} tokens", found=found)
         array = grids.index(grid)
         _check_buffer("encodings", (len(rows), *_token_shape(self.arrays[array])), out)
-        self._chunks.read_many(array, np.asarray(rows, np.int64), flat_rows(out))
+        self._chunks.read_many(array, np.asarray(rows, np.int64), out)
 
     def sample_slots(self, ids: SampleIds) -> Int64[np.ndarray, " n"]:
         """Return the slot in which each sample lies (pairs plan); reading slot by slot is in order."""
@@ -234,7 +229,8 @@ class FeatureStore:
             raise InputError(f"{self.path} has no video {video_id}", found=known)
         if not self._is_present(self._videos[video_id]):
             reason = self.failures.get(video_id, "some of its slots have not been extracted yet")
-            raise InputError(f"{self.path} does not hold all tokens of {video_id}: {reason}", hint=_RESUME)
+            hint = "run the same extract command again; it goes on with the slots that are missing"
+            raise InputError(f"{self.path} does not hold all tokens of {video_id}: {reason}", hint=hint)
         return self._catalog.plain_rows[video_id]
 
     @cached_property

@@ -53,6 +53,8 @@ class StoreWriter:
 
     def __init__(self, storage: Storage, arrays: tuple[ArrayLayout, ...]) -> None:
         self.slots = SlotTable(arrays)
+        self.n_slots = len(self.slots)
+        self.path = storage.path
         self._storage = storage
         self._lock: WriterLock | None = None
         self._claims: SlotClaims | None = None
@@ -93,24 +95,16 @@ class StoreWriter:
             storage.write(MANIFEST, [manifest_file(header, manifest)])
         return cls(storage, wanted.arrays)
 
-    @property
-    def path(self) -> str:
-        """The store's local path or URL."""
-        return self._storage.path
-
-    @property
-    def n_slots(self) -> int:
-        """Number of slots over all arrays."""
-        return len(self.slots)
-
     def todo(self, *, retry_failed: bool = False) -> list[int]:
         """Return the slots without a commit mark, and with `retry_failed` those that list failures too."""
         committed: set[int] = set()
         for first, layout in zip(self.slots.firsts, self.slots.arrays, strict=False):
             committed |= {first + shard for shard in committed_shards(self._storage, layout)}
-        if retry_failed:
-            committed -= {index for index in committed if self._has_failures(self.slots.place(index))}
-        return [index for index in range(self.n_slots) if index not in committed]
+        return [
+            index
+            for index in range(self.n_slots)
+            if index not in committed or (retry_failed and self._has_failures(self.slots.place(index)))
+        ]
 
     def claim(self, index: int, *, retry_failed: bool = False) -> bool:
         """Hold slot `index` until it is committed or released, without waiting; say whether it is to do.
@@ -145,11 +139,14 @@ class StoreWriter:
         """
         place = self._place(slot)
         if self._is_todo(place, retry_failed=True):
-            layout = place.layout
-            reasons = [failures.get(encoding.video_id) for encoding in slot.encodings]
-            errors = _spread_over_chunks(reasons, layout.chunk_encodings)
-            present = np.array([error is None for error in errors[:: layout.chunk_encodings]])
-            encoder = ShardEncoder(layout, shard.tokens, present)
+            size = place.layout.chunk_encodings
+            errors: list[str | None] = []
+            for start in range(0, len(slot.encodings), size):
+                ids = [encoding.video_id for encoding in slot.encodings[start : start + size]]
+                # A chunk is stored whole or not at all.
+                errors += [next((failures[name] for name in ids if name in failures), None)] * size
+            present = np.array([error is None for error in errors[::size]])
+            encoder = ShardEncoder(place.layout, shard.tokens, present)
 
             def part() -> bytes:
                 return encode_part(slot, errors, ShardFacts(encoder.n_bytes, encoder.chunks_checksum))
@@ -195,15 +192,6 @@ class StoreWriter:
         if len(slot.encodings) != len(place.rows):
             raise ValueError(f"slot {slot.index} has {len(place.rows)} encodings, not {len(slot.encodings)}")
         return place
-
-
-def _spread_over_chunks(reasons: Sequence[str | None], chunk_encodings: int) -> list[str | None]:
-    """Return an error per encoding: a chunk is stored whole or not at all."""
-    errors: list[str | None] = []
-    for start in range(0, len(reasons), chunk_encodings):
-        chunk = reasons[start : start + chunk_encodings]
-        errors += [next((reason for reason in chunk if reason is not None), None)] * len(chunk)
-    return errors
 
 
 def _remove_leftovers(path: Path, arrays: Sequence[ArrayLayout]) -> None:
