@@ -108,7 +108,7 @@ class _CachedFile(ObjectFile):
         while True:
             try:
                 os.utime(self.path)
-                return LocalFile(self.path, os.O_RDONLY)
+                return LocalFile(self.path)
             except FileNotFoundError:
                 self._fetch()  # and look again: another process may need the room at once
 

@@ -82,7 +82,7 @@ class LocalStorage:
 
     def open(self, name: str) -> LocalFile:
         """Open a file for reads at any offset."""
-        return LocalFile(self.local / name, os.O_RDONLY)
+        return LocalFile(self.local / name)
 
     def exists(self, name: str) -> bool:
         """Say whether there is a file of that name; False, not an error, where looking is forbidden."""
@@ -126,7 +126,7 @@ class _OpenFile:
 
     _descriptor = -1
 
-    def __init__(self, path: Path, flags: int) -> None:
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
         self._descriptor = os.open(path, flags)
 
     def close(self) -> None:
