@@ -109,9 +109,9 @@ def load_heads(paths: Sequence[Path], store: FeatureStore) -> list[tuple[str, Pr
     encoder.
     """
     for path in paths:
-        check_encoder(path, store)
+        _check_encoder(path, store)
     dim = store.arrays[0].n_channels
-    return [(head_name(path), load_projection(path, dim=dim)) for path in paths]
+    return [(_head_name(path), load_projection(path, dim=dim)) for path in paths]
 
 
 def default_projection(store: FeatureStore, talk: Talk) -> list[Path]:
@@ -119,7 +119,7 @@ def default_projection(store: FeatureStore, talk: Talk) -> list[Path]:
     if not DEFAULT_PROJECTION.is_file():
         return []
     try:
-        check_encoder(DEFAULT_PROJECTION, store)
+        _check_encoder(DEFAULT_PROJECTION, store)
     except FingerprintError:
         talk.note(f"{DEFAULT_PROJECTION} is of another encoder: raw tokens only")
         return []
@@ -127,7 +127,7 @@ def default_projection(store: FeatureStore, talk: Talk) -> list[Path]:
     return [DEFAULT_PROJECTION]
 
 
-def check_encoder(path: Path, store: FeatureStore) -> None:
+def _check_encoder(path: Path, store: FeatureStore) -> None:
     """Raise `FingerprintError` when our own file says that it was trained on another encoder's tokens."""
     origin = read_provenance(path)
     trained_on = origin.get("weights_sha256", store.fingerprint.weights_sha256)
@@ -139,6 +139,6 @@ def check_encoder(path: Path, store: FeatureStore) -> None:
         )
 
 
-def head_name(path: Path) -> str:
+def _head_name(path: Path) -> str:
     """`runs/mine/projection.safetensors` is `mine`, any other file goes by its own name."""
     return path.absolute().parent.name if path.stem == "projection" else path.stem

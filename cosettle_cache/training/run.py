@@ -23,7 +23,7 @@ from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.pictures.charts import curves_chart, save_chart
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.training.batches import ALONE, BatchRing, Ids, Replicas, Step
+from cosettle_cache.training.batches import ALONE, BatchRing, Replicas, Step
 from cosettle_cache.training.learner import Learner, Trainer
 from cosettle_cache.training.log import (
     CURVES_SCHEMA,
@@ -55,6 +55,9 @@ from cosettle_cache.training.plan import (
 )
 from cosettle_cache.training.samples import JoinedSamples, find_not_finite
 from cosettle_cache.training.validate import validate
+
+#: Samples that an error names.
+_LISTED = 8
 
 __all__ = ["TrainPlan", "TrainReport", "make_train_plan", "train"]
 
@@ -246,23 +249,21 @@ def _check_finite(samples: JoinedSamples, learners: Sequence[Learner], step: Ste
         return
     where = f"at step {step.number} (epoch {step.epoch})"
     bad = find_not_finite(samples, step.ids)
+    ids = bad if len(bad) else step.ids
+    names = [samples.name(int(item)) for item in ids[:_LISTED]]
+    names += [f"... and {len(ids) - _LISTED} more"] if len(ids) > _LISTED else []
     if len(bad):
         raise InputError(
             f"{len(bad)} samples of the batch {where} hold tokens that are not finite",
-            details=_names(samples, bad),
+            details=names,
             hint="extract these clips again into another store",
         )
     if all(learner.diverged_at is not None for learner in learners):
         raise InputError(
             f"training diverged {where}: the loss or its gradient is not finite, the tokens are",
-            details=_names(samples, step.ids),
+            details=names,
             hint="lower base_lr or raise the temperature; the last checkpoint is kept",
         )
-
-
-def _names(samples: JoinedSamples, ids: Ids, limit: int = 8) -> list[str]:
-    more = [f"... and {len(ids) - limit} more"] if len(ids) > limit else []
-    return [samples.name(int(item)) for item in ids[:limit]] + more
 
 
 def _write(

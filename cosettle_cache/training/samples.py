@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cosettle_cache.core.errors import FingerprintError, InputError, UsageError
 from cosettle_cache.core.settings import TrainSettings
-from cosettle_cache.core.types import ArrayLayout, PlanKind
+from cosettle_cache.core.types import PlanKind
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.store.plan import choose_pair
 from cosettle_cache.training.batches import Ids
@@ -130,7 +130,21 @@ class _FramesSamples(_StoreSamples):
     """
 
     def __init__(self, store: FeatureStore, settings: TrainSettings) -> None:
-        self._settings, self._layout = settings, _only_array(store)
+        if not store.fingerprint.plan.get("n_shifted"):
+            raise InputError(
+                "training needs samples with a shifted view, and this store has none",
+                wanted="a store of the pairs plan, or of the frames plan with shifted encodings",
+                found="a store of the frames plan without shifted encodings",
+                hint="cosettle-cache extract --plan pairs makes one",
+            )
+        if len(store.arrays) != 1:
+            raise InputError(
+                "training needs one grid, and this store has several",
+                wanted="one grid",
+                found=", ".join(str(layout.grid) for layout in store.arrays),
+                hint="cosettle-cache extract --plan frames --shifted 1 --size 224x224 makes one",
+            )
+        self._settings, self._layout = settings, store.arrays[0]
         self._clips = _clips(store, settings.palindrome)
         super().__init__(store, settings.palindrome, settings.epochs)
 
@@ -287,24 +301,6 @@ def _source(store: FeatureStore, settings: TrainSettings) -> Samples:
             hint="cosettle-cache extract --plan frames --shifted 1 makes one",
         )
     return _PairsSamples(store)
-
-
-def _only_array(store: FeatureStore) -> ArrayLayout:
-    if not store.fingerprint.plan.get("n_shifted"):
-        raise InputError(
-            "training needs samples with a shifted view, and this store has none",
-            wanted="a store of the pairs plan, or of the frames plan with shifted encodings",
-            found="a store of the frames plan without shifted encodings",
-            hint="cosettle-cache extract --plan pairs makes one",
-        )
-    if len(store.arrays) != 1:
-        raise InputError(
-            "training needs one grid, and this store has several",
-            wanted="one grid",
-            found=", ".join(str(layout.grid) for layout in store.arrays),
-            hint="cosettle-cache extract --plan frames --shifted 1 --size 224x224 makes one",
-        )
-    return store.arrays[0]
 
 
 def _clips(store: FeatureStore, n_frames: int) -> tuple[_Clip, ...]:
