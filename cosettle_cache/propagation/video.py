@@ -28,7 +28,6 @@ from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.settings import PropagateSettings, digest, make_provenance
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
-from cosettle_cache.propagation.checks import input_size
 from cosettle_cache.propagation.context import ContextSearch, Neighbors
 from cosettle_cache.propagation.folder import RunFolder
 from cosettle_cache.propagation.neighbor_files import (
@@ -41,6 +40,7 @@ from cosettle_cache.propagation.propagator import LabelCarrier, check_length
 from cosettle_cache.propagation.tasks import Task, load
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.store import FeatureStore
+from cosettle_cache.videos.frames import resolve_size
 
 Tokens = Float[Tensor, "row col dim"]
 
@@ -69,7 +69,7 @@ class VideoWork:
     def setting(self, number: int) -> Setting:
         """Return what labels and maps of a video depend on."""
         video = self.videos[number]
-        size = input_size(self.protocol.size, video)
+        size = resolve_size(self.protocol.size, video.height, video.width)
         return Setting(self.protocol, size, self.store.grid(video.video_id), number)
 
     def torch_device(self) -> torch.device:

@@ -108,14 +108,15 @@ def draw_joint_clip(drawing: Drawing) -> None:
     size, grid = (video.height, video.width), drawing.setting.grid
     truth = open_joints(video, drawing.data_root).joints
     found = {kind: np.load(folder / f"{video.video_id}.npy") for kind, folder in drawing.predictions.items()}
+    frames = range(video.n_frames)
     write_overlays(
         iter_frames(video, drawing.data_root),
         {
-            kind: (cells_to_pixels(points[:, :, frame], size, grid) for frame in range(video.n_frames))
+            kind: (cells_to_pixels(points[:, :, frame], size, grid) for frame in frames)
             for kind, points in found.items()
         },
         draw_joints,
-        truth=(truth[:, :, frame] if frame < truth.shape[2] else None for frame in range(video.n_frames)),
+        truth=(truth[:, :, frame] if frame < truth.shape[2] else None for frame in frames),
         n_frames=video.n_frames,
         fps=video.fps,
         folder=drawing.folder,

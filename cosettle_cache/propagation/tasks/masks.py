@@ -23,7 +23,6 @@ from cosettle_cache.propagation.labels import (
     Mask,
     Size,
     decode_mask,
-    decode_mask_stretched,
     encode_mask,
     encode_mask_nearest,
 )
@@ -117,9 +116,8 @@ def decode_index_map(
     label_map: LabelMap, first: FirstLabels, setting: Setting, annotation: Size, out: Size
 ) -> Mask:
     """Return the index map of a label map at size `out` by the protocol's rule."""
-    decode = decode_mask_stretched if setting.protocol.norm_mask else decode_mask
     at = setting.size if setting.protocol.decode_size == "input" else annotation
-    return decode(label_map, first.object_ids, at, out)
+    return decode_mask(label_map, first.object_ids, at, out, stretched=setting.protocol.norm_mask)
 
 
 def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]) -> None:
