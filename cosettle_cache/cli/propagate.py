@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
@@ -101,7 +101,9 @@ def propagate(
         heads = heads or default_projection(store, talk)
     else:
         store, root, failures = _open_store(wish, chosen, features, cache_dir, cache_size)
-    out = out or _default_folder(task, chosen, store.path)
+    # The protocol stands in the name where it is not the default.
+    mark = "" if chosen == make_protocol(task=task) else "-" + re.sub("[ /:]+", "-", chosen.name)
+    out = out or Path("runs") / f"{task}-{store_title(store.path)}{mark}"
     projections = load_heads(heads, store)
     talk.note(f"protocol: {json.dumps(chosen.to_json())}")
 
@@ -188,12 +190,6 @@ def _workers(wish: StoreWish, stop: Event, talk: Talk) -> Iterator[tuple[Run | N
         yield partial(cluster.run, stop=stop, on_gpus=on_gpus), wish.device
 
 
-def _default_folder(task: str, protocol: EvalProtocol, store: str) -> Path:
-    """Return `runs/TASK-STORE`, with the protocol where it is not the default."""
-    mark = "" if protocol == make_protocol(task=task) else "-" + re.sub("[ /:]+", "-", protocol.name)
-    return Path("runs") / f"{task}-{store_title(store)}{mark}"
-
-
 def _print_plan(given: dict[str, Any], protocol: EvalProtocol, talk: Talk) -> None:
     """Print what was asked for, after a look at the files that it names."""
     if given["features"] is not None:
@@ -248,17 +244,19 @@ def _end(report: PropagationReport, failures: Mapping[str, str]) -> int:
 
 def _overrides(pairs: list[str]) -> dict[str, object]:
     kinds = {item.name: str(item.type) for item in fields(EvalProtocol)}
-    return dict(_override(pair, kinds) for pair in pairs)
-
-
-def _override(pair: str, kinds: dict[str, str]) -> tuple[str, object]:
-    key, equals, text = pair.partition("=")
-    if not equals:
-        raise UsageError(f"{pair!r} sets nothing", wanted="FIELD=VALUE, as top_k=10")
-    kind = kinds.get(key, "str")
-    try:
-        if kind == "bool":
-            return key, {"true": True, "false": False}[text.lower()]
-        return key, {"int": int, "float": float}.get(kind, str)(text)
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"{key} cannot be {text!r}", wanted=f"a value of type {kind}") from error
+    parsers: dict[str, Callable[[str], object]] = {
+        "int": int,
+        "float": float,
+        "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    }
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"{pair!r} sets nothing", wanted="FIELD=VALUE, as top_k=10")
+        kind = kinds.get(key, "str")
+        try:
+            found[key] = parsers.get(kind, str)(text)
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"{key} cannot be {text!r}", wanted=f"a value of type {kind}") from error
+    return found

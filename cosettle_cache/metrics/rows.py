@@ -282,7 +282,7 @@ def read_scores(path: Path) -> list[Score]:
     if version != str(TABLE_VERSION):
         raise InputError(f"{path} has another version", wanted=f"version {TABLE_VERSION}", found=version)
     rows = table.to_pylist()
-    read = _read_lines if {"name", "value"} <= set(table.column_names) else _read_wide
+    read = _read_lines if {"name", "value"} <= set(table.column_names) else rows_of_wide
     try:
         return read(rows)
     except (KeyError, TypeError, ValueError) as error:
@@ -299,7 +299,8 @@ def _read_lines(lines: Sequence[dict[str, Any]]) -> list[Score]:
     return [_make_row(dict(origin), figures) for origin, figures in found.items()]
 
 
-def _read_wide(rows: Sequence[dict[str, Any]]) -> list[Score]:
+def rows_of_wide(rows: Sequence[Mapping[str, Any]]) -> list[Score]:
+    """Return score rows from ones with a column per figure; other ones raise `KeyError` or `TypeError`."""
     scores = []
     for row in rows:
         named = ((name, value) for name, value in row.items() if name not in _COLUMNS)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from cosettle_cache.core.console import human_bytes
 from cosettle_cache.core.errors import FingerprintError, UsageError
-from cosettle_cache.core.types import EvalProtocol, Video
+from cosettle_cache.core.types import EvalProtocol
 from cosettle_cache.propagation.context import check_candidates
-from cosettle_cache.propagation.labels import Size
 from cosettle_cache.propagation.presets import check_protocol
 from cosettle_cache.propagation.protocols import image_std
 from cosettle_cache.propagation.tasks import Task
@@ -33,7 +32,7 @@ def check_store(store: FeatureStore, protocol: EvalProtocol) -> None:
         )
     size = str(store.fingerprint.plan["size"])
     for video in store.manifest:
-        at = [input_size(rule, video) for rule in (protocol.size, size)]
+        at = [resolve_size(rule, video.height, video.width) for rule in (protocol.size, size)]
         if at[0] != at[1]:
             wanted, found_at = (f"{video.video_id} at {height}x{width}" for height, width in at)
             raise _wrong_store(store, wanted, found_at, protocol)
@@ -74,11 +73,6 @@ def check_memory(
                 found=human_bytes(limit),
                 hint="a larger --memory-limit, fewer projections at a time, or a smaller n_context",
             )
-
-
-def input_size(rule: str, video: Video) -> Size:
-    """Return the (height, width) in pixels that a size rule gives for a video."""
-    return resolve_size(rule, video.height, video.width)
 
 
 def _wrong_store(store: FeatureStore, wanted: str, found: str, protocol: EvalProtocol) -> FingerprintError:

@@ -19,6 +19,7 @@ from cosettle_cache.core.settings import differing, digest, flat_text, package_v
 from cosettle_cache.core.tables import read_json, write_json
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
+from cosettle_cache.metrics.rows import rows_of_wide
 from cosettle_cache.pictures.drawing import SIDE_BY_SIDE
 from cosettle_cache.store import FeatureStore
 
@@ -31,17 +32,8 @@ _DRAWN = ".drawn"
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """What is kept of a finished video: `labels` tells the annotations apart that it started from."""
-
-    labels: str
-    files: tuple[str, ...]
-    scores: tuple[Score, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Where one run's results lie."""
+    """Where one run's results lie; a mark's `labels` tell the annotations apart that it started from."""
 
     path: Path
 
@@ -49,11 +41,6 @@ class RunFolder:
     def progress(self) -> Path:
         """Settings and marks."""
         return self.path / PROGRESS_FOLDER
-
-    @property
-    def settings(self) -> Path:
-        """The settings of the run."""
-        return self.progress / "run.json"
 
     def pictures(self, video_id: str) -> Path:
         """Return the folder of a video's pictures."""
@@ -64,28 +51,39 @@ class RunFolder:
 
         With `restart` what an earlier run left is removed first.
         """
-        wanted = flat_text(origin)
-        found = read_json(self.settings) if self.settings.exists() else None
+        wanted, settings = flat_text(origin), self.progress / "run.json"
+        found = read_json(settings) if settings.exists() else None
         if restart and found is not None:
-            self._clear(found["kinds"])
+            # Marks first: whatever is left then, if this is cut short, counts for nothing.
+            for name in (f"{PROGRESS_FOLDER}/videos", OVERLAY_FOLDER, *found["kinds"], PROGRESS_FOLDER):
+                if (self.path / name).exists():
+                    with output_errors(self.path / name):
+                        shutil.rmtree(self.path / name)
         elif found is not None and (details := differing(wanted, found["origin"])):
             raise FingerprintError(
                 f"{self.path} holds results of other settings",
                 details=details,
                 hint="choose another folder with --out, or start this one anew with --restart",
             )
-        write_json(self.settings, {"origin": wanted, "kinds": list(kinds)})
+        write_json(settings, {"origin": wanted, "kinds": list(kinds)})
 
-    def finished(self, video: Video, data_root: Path) -> Mark | None:
-        """Return the mark of a finished video; None where files are gone or annotations have changed."""
+    def finished(self, video: Video, data_root: Path) -> tuple[Score, ...] | None:
+        """Return the rows of a finished video; None where files are gone or annotations have changed."""
         try:
-            document = read_json(self._mark(video.video_id))
-            scores = tuple(map(Score.from_json, document["scores"]))
-            mark = Mark(document["labels"], tuple(document["files"]), scores)
-        except (InputError, KeyError, TypeError):  # none, damaged, or of another version: to be done
+            mark = read_json(self._mark(video.video_id))
+            rows, files, labels = mark["scores"], mark["files"], mark["labels"]
+            # Version 0.1 wrote rows with a column per figure.
+            wide = any("figures" not in row for row in rows)
+            scores = tuple(rows_of_wide(rows) if wide else map(Score.from_json, rows))
+            there = all((self.path / name).is_file() for name in files)
+        except (
+            InputError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ):  # none, damaged, or of another version: to be done
             return None
-        there = all((self.path / name).is_file() for name in mark.files)
-        return mark if there and mark.labels == labels_stamp(video, data_root) else None
+        return scores if there and labels == labels_stamp(video, data_root) else None
 
     def reopen(self, video_id: str) -> None:
         """Forget that a video was finished, before anything of it is written."""
@@ -114,13 +112,6 @@ class RunFolder:
 
     def _mark(self, video_id: str) -> Path:
         return self.progress / "videos" / f"{video_id}.json"
-
-    def _clear(self, kinds: Sequence[str]) -> None:
-        # Marks first: whatever is left then, if this is cut short, counts for nothing.
-        for name in (f"{PROGRESS_FOLDER}/videos", OVERLAY_FOLDER, *kinds, PROGRESS_FOLDER):
-            if (self.path / name).exists():
-                with output_errors(self.path / name):
-                    shutil.rmtree(self.path / name)
 
 
 def run_origin(

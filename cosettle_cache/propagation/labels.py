@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -49,7 +50,8 @@ def encode_mask(mask: Mask, size: Size, grid: Grid) -> FirstLabels:
     at_input = resize_mask(mask, size)
     object_ids = tuple(np.unique(at_input).tolist())
     # One class at a time: OpenCV drops the axis of a single class, and all at once take a frame each.
-    maps = [_shrink(at_input == object_id, grid) for object_id in object_ids]
+    shrink = partial(cv2.resize, dsize=(grid.cols, grid.rows), interpolation=cv2.INTER_LINEAR)
+    maps = [shrink((at_input == object_id).astype(np.float32)) for object_id in object_ids]
     return FirstLabels(object_ids, torch.from_numpy(np.stack(maps, axis=-1)))
 
 
@@ -68,32 +70,30 @@ def encode_mask_nearest(mask: Mask, grid: Grid) -> FirstLabels:
 
 
 def decode_mask(
-    label_map: Float32[Tensor, "row col class"], object_ids: Sequence[int], size: Size, mask_size: Size
+    label_map: Float32[Tensor, "row col class"],
+    object_ids: Sequence[int],
+    size: Size,
+    mask_size: Size,
+    *,
+    stretched: bool = False,
 ) -> Mask:
     """Return the index mask of a label map at `mask_size`.
 
-    Bilinear to the input `size`, the strongest class, then nearest neighbour to `mask_size`. Of equally
-    strong classes the first wins, which is the background where there is any (PROTOCOLS 1.2.9).
+    Bilinear to the input `size`, the strongest class, then OpenCV's nearest neighbour to `mask_size`. Of
+    equally strong classes the first wins, which is the background where there is any (PROTOCOLS 1.2.9).
+    `stretched` is DINO's way: first each class's minimum and maximum over the image go to
+    0 and 1 (a class that is the same everywhere to 0), and Pillow resizes to `mask_size` (PROTOCOLS 1.1).
     """
-    classes = _enlarge(label_map, size).max(dim=0).indices
+    # Class-major in memory first: interpolating the strided view is fifteen times slower on a CPU.
+    maps = label_map.permute(2, 0, 1)[None].contiguous()
+    maps = torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
+    if stretched:
+        maps = maps - maps.amin(dim=(1, 2), keepdim=True)
+        highest = maps.amax(dim=(1, 2), keepdim=True)
+        maps = maps / highest.where(highest > 0, 1.0)
     lookup = torch.tensor(object_ids, dtype=torch.uint8, device=label_map.device)
-    return resize_mask(lookup[classes].cpu().numpy(), mask_size)
-
-
-def decode_mask_stretched(
-    label_map: Float32[Tensor, "row col class"], object_ids: Sequence[int], size: Size, mask_size: Size
-) -> Mask:
-    """Return DINO's index mask of a label map: every class is stretched to 0..1 before the strongest wins.
-
-    Bilinear to the input `size`, minimum and maximum of each class over the image to 0 and 1 (a class that is
-    the same everywhere to 0), then Pillow's nearest neighbour to `mask_size` (PROTOCOLS 1.1).
-    """
-    maps = _enlarge(label_map, size)
-    maps = maps - maps.amin(dim=(1, 2), keepdim=True)
-    highest = maps.amax(dim=(1, 2), keepdim=True)
-    classes = (maps / highest.where(highest > 0, 1.0)).max(dim=0).indices
-    lookup = torch.tensor(object_ids, dtype=torch.uint8, device=label_map.device)
-    return sample_mask(lookup[classes].cpu().numpy(), mask_size)
+    mask = lookup[maps.max(dim=0).indices].cpu().numpy()
+    return sample_mask(mask, mask_size) if stretched else resize_mask(mask, mask_size)
 
 
 def encode_keypoints(points: Points, grid: Grid) -> Float32[Tensor, "row col class"]:
@@ -146,16 +146,3 @@ def _bump(centre: float, n_cells: int) -> Float64[np.ndarray, " cell"]:
     cells = np.arange(n_cells)
     profile = np.exp(-((cells - (start + 2)) ** 2) / (2 * SIGMA**2))
     return np.where((cells >= start) & (cells < stop), profile, 0.0)
-
-
-def _shrink(chosen: np.ndarray, grid: Grid) -> Float32[np.ndarray, "row col"]:
-    size = (grid.cols, grid.rows)
-    return cv2.resize(chosen.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-
-
-def _enlarge(
-    label_map: Float32[Tensor, "row col class"], size: Size
-) -> Float32[Tensor, "class height width"]:
-    # Class-major in memory first: interpolating the strided view is fifteen times slower on a CPU.
-    maps = label_map.permute(2, 0, 1)[None].contiguous()
-    return torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cosettle_cache.core.errors import FingerprintError, InputError
+from cosettle_cache.core.settings import digest
 from cosettle_cache.core.tables import open_table, stream_table
 from cosettle_cache.core.types import EvalProtocol, Grid
 from cosettle_cache.propagation.context import Neighbors
@@ -42,38 +42,28 @@ _LISTS = ("neighbor_frame", "neighbor_position", "similarity", "count")
 _KEY = b"cosettle_neighbors"
 
 
-@dataclass(frozen=True, slots=True)
-class NeighborsKey:
-    """What neighbour lists depend on: the video's tokens, told apart by `tokens`, and the search.
+def neighbors_key(
+    protocol: EvalProtocol, *, video_id: str, tokens: str, n_frames: int, grid: Grid
+) -> dict[str, object]:
+    """Return what one video's lists depend on: the tokens and the protocol's fields that play a part.
 
-    `tokens` is free text: digests of the store's fingerprint and of the projection, say. `search` holds the
-    protocol's fields that play a part (`protocols.SEARCH_FIELDS`).
+    `tokens` is free text: digests of the store's fingerprint and of the projection, say.
     """
+    search = {name: getattr(protocol, name) for name in SEARCH_FIELDS}
+    size = {"n_frames": n_frames, "grid": str(grid)}
+    return {"version": VERSION, "video_id": video_id, "tokens": tokens, **size, **search}
 
-    video_id: str
-    tokens: str
-    n_frames: int
-    grid: Grid
-    search: Mapping[str, object]
 
-    @classmethod
-    def of(
-        cls, protocol: EvalProtocol, *, video_id: str, tokens: str, n_frames: int, grid: Grid
-    ) -> NeighborsKey:
-        """Return the key of one video's lists under a protocol."""
-        search = {key: getattr(protocol, key) for key in SEARCH_FIELDS}
-        return cls(video_id, tokens, n_frames, grid, search)
-
-    def to_json(self) -> dict[str, object]:
-        """Return plain JSON types, flat."""
-        size = {"n_frames": self.n_frames, "grid": str(self.grid)}
-        return {"version": VERSION, "video_id": self.video_id, "tokens": self.tokens, **size, **self.search}
+def neighbors_path(folder: Path, key: Mapping[str, object]) -> Path:
+    """Return where lists are kept; tokens and searches have folders of their own."""
+    name = digest([key["tokens"], {name: key[name] for name in SEARCH_FIELDS}])[:16]
+    return folder / name / f"{key['video_id']}.parquet"
 
 
 @contextmanager
-def neighbor_writer(path: Path, key: NeighborsKey) -> Iterator[Callable[[Neighbors], None]]:
+def neighbor_writer(path: Path, key: Mapping[str, object]) -> Iterator[Callable[[Neighbors], None]]:
     """Give a function that takes the lists frame by frame; the file is there when all have come."""
-    schema = SCHEMA.with_metadata({_KEY: json.dumps(key.to_json())})
+    schema = SCHEMA.with_metadata({_KEY: json.dumps(key)})
     n_written = 0
     with stream_table(path, schema) as write_rows:
 
@@ -83,12 +73,13 @@ def neighbor_writer(path: Path, key: NeighborsKey) -> Iterator[Callable[[Neighbo
             write_rows(_to_rows(neighbors, n_written, schema))
 
         yield write
-        if n_written != key.n_frames - 1:
-            what = f"the neighbours of {key.video_id} are not complete"
-            raise InputError(what, wanted=f"{key.n_frames - 1} frames", found=n_written)
+        wanted = int(str(key["n_frames"])) - 1
+        if n_written != wanted:
+            what = f"the neighbours of {key['video_id']} are not complete"
+            raise InputError(what, wanted=f"{wanted} frames", found=n_written)
 
 
-def load_neighbors(path: Path, key: NeighborsKey) -> Iterator[Neighbors]:
+def load_neighbors(path: Path, key: Mapping[str, object]) -> Iterator[Neighbors]:
     """Return the lists of a video's second to last frame, read as they are asked for.
 
     Raises `FingerprintError` when the file is of other tokens or of another search.
@@ -97,12 +88,10 @@ def load_neighbors(path: Path, key: NeighborsKey) -> Iterator[Neighbors]:
     found = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b"{}"))
     if not found:
         raise InputError(f"{path} holds no neighbours", wanted="a file that --save-neighbors wrote")
-    wanted = key.to_json()
-    keys = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-    if keys:
+    if keys := [name for name in {**key, **found} if key.get(name) != found.get(name)]:
         raise FingerprintError(
             f"{path} holds neighbours of other tokens or of another search",
-            details=[f"{name}: wanted {wanted.get(name)}, found {found.get(name)}" for name in keys],
+            details=[f"{name}: wanted {key.get(name)}, found {found.get(name)}" for name in keys],
             hint="search again, and keep the lists in another folder",
         )
     top_k = int(found["top_k"])

@@ -6,6 +6,7 @@ map per frame comes out. Nothing is read or written, and nothing kept grows with
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -65,7 +66,10 @@ class LabelCarrier:
 
         Raises `InputError` for neighbours on another grid.
         """
-        self._check(neighbors)
+        wanted, given = self._labels.shape[1], len(neighbors.count)
+        if wanted != given:
+            what = f"the neighbours of frame {self._n_seen} are not on the labels' grid"
+            raise InputError(what, wanted=f"{wanted} queries", found=given)
         frame, position, similarity, count = (
             part.to(self._device)
             for part in (neighbors.frame, neighbors.position, neighbors.similarity, neighbors.count)
@@ -81,12 +85,6 @@ class LabelCarrier:
         # n_context may be 0; then every neighbour is in the first frame.
         queued = 1 + (frame - 1) % max(self._protocol.n_context, 1)
         return queued * (frame > 0)
-
-    def _check(self, neighbors: Neighbors) -> None:
-        wanted, found = self._labels.shape[1], len(neighbors.count)
-        if wanted != found:
-            what = f"the neighbours of frame {self._n_seen} are not on the labels' grid"
-            raise InputError(what, wanted=f"{wanted} queries", found=found)
 
 
 class Propagator:
@@ -106,9 +104,15 @@ class Propagator:
         memory_limit: int | None = None,
     ) -> None:
         self._carrier = LabelCarrier(first_labels, protocol, device=device)
-        self._grid = Grid(*first_labels.shape[:2])
-        self._protocol, self._device = protocol, torch.device(device)
-        self._search_name, self._memory_limit = search, memory_limit
+        self._make_search = partial(
+            ContextSearch,
+            Grid(*first_labels.shape[:2]),
+            protocol=protocol,
+            device=torch.device(device),
+            search=search,
+            memory_limit=memory_limit,
+            labels_bytes=self._carrier.nbytes,
+        )
         self._search: ContextSearch | None = None
 
     def step(self, tokens: Float[Tensor, "row col dim"]) -> LabelMap:
@@ -117,20 +121,9 @@ class Propagator:
         Raises `InputError` for tokens that do not fit the labels' grid or are not finite.
         """
         if self._search is None:
-            self._search = self._make_search(tokens.shape[-1])
+            self._search = self._make_search(dim=tokens.shape[-1])
         neighbors = self._search.step(tokens)
         return self._carrier.first if neighbors is None else self._carrier.step(neighbors)
-
-    def _make_search(self, dim: int) -> ContextSearch:
-        return ContextSearch(
-            self._grid,
-            dim,
-            self._protocol,
-            device=self._device,
-            search=self._search_name,
-            memory_limit=self._memory_limit,
-            labels_bytes=self._carrier.nbytes,
-        )
 
 
 def propagate(

@@ -7,10 +7,9 @@ what is on disk, beside the propagation or, by workers, after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -106,120 +105,110 @@ def propagate_store(
     check_memory(store, protocol, settings.memory_limit, n_kinds=len(kinds), ranker=ranker)
     folder = RunFolder(out.absolute())
     work = VideoWork(store, data_root.absolute(), protocol, folder, settings, row, kinds, device)
-    run = _Run(work, progress)
-    with run.seconds.timed("total"):
+    seconds, reports, n_before, error = StageSeconds(), dict[int, VideoReport](), 0, None
+    with seconds.timed("total"):
         try:
-            todo = run.begin(save_projections=runner is not None)
-            on_start(run.n_before)
-            with run.reporting(todo):
-                if runner is None:
-                    run.propagate_here(todo, stop or Event())
-                else:
-                    run.propagate_across(todo, runner)
+            folder.begin(
+                run_origin(store, task, protocol, kinds),
+                [kind.name for kind in kinds],
+                restart=settings.restart,
+            )
+            for number, video in enumerate(work.videos):
+                if (rows := folder.finished(video, work.data_root)) is not None:
+                    reports[number] = VideoReport(scores=rows)
+            n_before = len(reports)
+            on_start(n_before)
+            if runner is None:
+                _propagate_here(work, reports, seconds, progress, stop or Event())
+            else:
+                saved = tuple(kind.saved(folder.progress / "projections") for kind in kinds)
+                _propagate_across(replace(work, kinds=saved), reports, seconds, progress, runner)
         except FingerprintError:
             raise
-        except CosettleError as error:
-            run.error = error
-    return run.report()
+        except CosettleError as caught:
+            error = caught
+    return _summary(work, reports, seconds, n_before, error)
 
 
-@dataclass(slots=True)
-class _Run:
-    """One call of `propagate_store`: its videos by number, and what became of them."""
+def _propagate_here(
+    work: VideoWork, reports: dict[int, VideoReport], seconds: StageSeconds, progress: Progress, stop: Event
+) -> None:
+    """Add the reports of the videos that have none; pictures are drawn beside, from what is on disk."""
+    drawings: dict[int, Future[str | None]] = {}
+    painter = ThreadPoolExecutor(1, "overlays")
+    progress.start(_n_frames_left(work, reports), "frames")
+    try:
+        for number in range(len(work.videos)):
+            if stop.is_set():
+                break
+            if number not in reports:
+                reports[number] = propagate_video(work, number, progress.advance)
+            if _is_to_be_drawn(work, reports, number):
+                drawings[number] = painter.submit(draw_video, work, number)
+    finally:
+        # What was not begun is drawn by the next run.
+        painter.shutdown(wait=False, cancel_futures=stop.is_set())
+        with seconds.timed("wait_overlays"):
+            for number, job in drawings.items():
+                if not job.cancelled():
+                    reports[number] = replace(reports[number], not_drawn=job.result())
+        progress.finish()
 
-    work: VideoWork
-    progress: Progress
-    seconds: StageSeconds = field(default_factory=StageSeconds)
-    scores: dict[int, tuple[Score, ...]] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
-    n_before: int = 0
-    n_frames: int = 0
-    n_reused: int = 0
-    peak_memory: int = 0
-    error: CosettleError | None = None
 
-    def begin(self, *, save_projections: bool) -> list[int]:
-        """Take the folder, recall what is finished in it, and return what is left to do."""
-        work, folder = self.work, self.work.folder
-        origin = run_origin(work.store, work.task.name, work.protocol, work.kinds)
-        folder.begin(origin, [kind.name for kind in work.kinds], restart=work.settings.restart)
-        if save_projections:
-            kinds = tuple(kind.saved(folder.progress / "projections") for kind in work.kinds)
-            self.work = replace(work, kinds=kinds)
-        marks = [folder.finished(video, work.data_root) for video in work.videos]
-        self.scores = {number: mark.scores for number, mark in enumerate(marks) if mark is not None}
-        self.n_before = len(self.scores)
-        return [number for number, mark in enumerate(marks) if mark is None]
+def _propagate_across(
+    work: VideoWork, reports: dict[int, VideoReport], seconds: StageSeconds, progress: Progress, runner: Run
+) -> None:
+    """Add the reports of the videos that have none, by workers, which then draw."""
+    progress.start(_n_frames_left(work, reports), "frames")
+    try:
+        todo = [number for number in range(len(work.videos)) if number not in reports]
+        for number, report in runner(partial(propagate_video, work), todo):
+            reports[number] = report
+            progress.advance(work.videos[number].n_frames)
+        to_draw = [number for number in sorted(reports) if _is_to_be_drawn(work, reports, number)]
+        with seconds.timed("wait_overlays"):
+            for number, failure in runner(partial(draw_video, work), to_draw):
+                reports[number] = replace(reports[number], not_drawn=failure)
+    finally:
+        progress.finish()
 
-    @contextmanager
-    def reporting(self, todo: Sequence[int]) -> Iterator[None]:
-        self.progress.start(sum(self.work.videos[number].n_frames for number in todo), "frames")
-        try:
-            yield
-        finally:
-            self.progress.finish()
 
-    def propagate_here(self, todo: Sequence[int], stop: Event) -> None:
-        """Propagate in this thread; pictures are drawn beside it, from what is on disk."""
-        drawings: dict[int, Future[str | None]] = {}
-        painter = ThreadPoolExecutor(1, "overlays")
-        try:
-            for number in range(len(self.work.videos)):
-                if stop.is_set():
-                    break
-                if number in todo:
-                    self.add(number, propagate_video(self.work, number, self.progress.advance))
-                if self.is_to_be_drawn(number):
-                    drawings[number] = painter.submit(draw_video, self.work, number)
-        finally:
-            # What was not begun is drawn by the next run.
-            painter.shutdown(wait=False, cancel_futures=stop.is_set())
-            with self.seconds.timed("wait_overlays"):
-                self.add_drawings((n, job.result()) for n, job in drawings.items() if not job.cancelled())
+def _n_frames_left(work: VideoWork, reports: Mapping[int, VideoReport]) -> int:
+    return sum(video.n_frames for number, video in enumerate(work.videos) if number not in reports)
 
-    def propagate_across(self, todo: Sequence[int], runner: Run) -> None:
-        """Propagate by workers, which then draw."""
-        for number, report in runner(partial(propagate_video, self.work), todo):
-            self.add(number, report)
-            self.progress.advance(self.work.videos[number].n_frames)
-        to_draw = [number for number in sorted(self.scores) if self.is_to_be_drawn(number)]
-        with self.seconds.timed("wait_overlays"):
-            self.add_drawings(runner(partial(draw_video, self.work), to_draw))
 
-    def add(self, number: int, report: VideoReport) -> None:
-        self.seconds.add(report.seconds)
-        self.peak_memory = max(self.peak_memory, report.peak_memory_bytes)
-        self.n_reused += report.n_reused
-        self.n_frames += report.n_frames
-        if report.failure is None:
-            self.scores[number] = report.scores
-        else:
-            self.failures[number] = report.failure
+def _is_to_be_drawn(work: VideoWork, reports: Mapping[int, VideoReport], number: int) -> bool:
+    """Say whether pictures of a video are wanted and not there."""
+    overlays = work.settings.overlays
+    if overlays == "none" or number not in reports or reports[number].failure is not None:
+        return False
+    if overlays == "first" and any(reports[i].failure is None for i in reports if i < number):
+        return False
+    return not work.folder.is_drawn(work.videos[number].video_id)
 
-    def is_to_be_drawn(self, number: int) -> bool:
-        """Say whether pictures of a video are wanted and not there."""
-        wanted = {"none": (), "first": (min(self.scores, default=None),), "all": self.scores}
-        if number not in self.scores or number not in wanted[self.work.settings.overlays]:
-            return False
-        return not self.work.folder.is_drawn(self.work.videos[number].video_id)
 
-    def add_drawings(self, results: Iterable[tuple[int, str | None]]) -> None:
-        self.failures |= {number: failure for number, failure in results if failure is not None}
-
-    def report(self) -> PropagationReport:
-        videos = self.work.videos
-        done = self.scores.keys() | self.failures.keys()
-        return PropagationReport(
-            scores=tuple(score for number in sorted(self.scores) for score in self.scores[number]),
-            n_frames=self.n_frames,
-            failures={videos[number].video_id: self.failures[number] for number in sorted(self.failures)},
-            seconds=self.seconds,
-            peak_memory_bytes=max(self.peak_memory, peak_memory_bytes()),
-            interrupted=self.error is None and len(done) < len(videos),
-            error=self.error,
-            n_videos_before=self.n_before,
-            n_reused=self.n_reused,
-        )
+def _summary(
+    work: VideoWork,
+    reports: Mapping[int, VideoReport],
+    seconds: StageSeconds,
+    n_before: int,
+    error: CosettleError | None,
+) -> PropagationReport:
+    ordered = [(video.video_id, reports[i]) for i, video in enumerate(work.videos) if i in reports]
+    for _, report in ordered:
+        seconds.add(report.seconds)
+    failures = {video_id: report.failure or report.not_drawn for video_id, report in ordered}
+    return PropagationReport(
+        scores=tuple(score for _, report in ordered for score in report.scores),
+        n_frames=sum(report.n_frames for _, report in ordered),
+        failures={video_id: reason for video_id, reason in failures.items() if reason is not None},
+        seconds=seconds,
+        peak_memory_bytes=max(peak_memory_bytes(), *(report.peak_memory_bytes for _, report in ordered), 0),
+        interrupted=error is None and len(reports) < len(work.videos),
+        error=error,
+        n_videos_before=n_before,
+        n_reused=sum(report.n_reused for _, report in ordered),
+    )
 
 
 def write_score_chart(path: Path, scores: Sequence[Score]) -> None:

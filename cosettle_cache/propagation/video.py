@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,14 +28,19 @@ from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.settings import PropagateSettings, digest, make_provenance
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
-from cosettle_cache.propagation.checks import input_size
 from cosettle_cache.propagation.context import ContextSearch, Neighbors
 from cosettle_cache.propagation.folder import RunFolder
-from cosettle_cache.propagation.neighbor_files import NeighborsKey, load_neighbors, neighbor_writer
+from cosettle_cache.propagation.neighbor_files import (
+    load_neighbors,
+    neighbor_writer,
+    neighbors_key,
+    neighbors_path,
+)
 from cosettle_cache.propagation.propagator import LabelCarrier, check_length
 from cosettle_cache.propagation.tasks import Task, load
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.store import FeatureStore
+from cosettle_cache.videos.frames import resolve_size
 
 Tokens = Float[Tensor, "row col dim"]
 
@@ -64,7 +69,7 @@ class VideoWork:
     def setting(self, number: int) -> Setting:
         """Return what labels and maps of a video depend on."""
         video = self.videos[number]
-        size = input_size(self.protocol.size, video)
+        size = resolve_size(self.protocol.size, video.height, video.width)
         return Setting(self.protocol, size, self.store.grid(video.video_id), number)
 
     def torch_device(self) -> torch.device:
@@ -103,7 +108,7 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class VideoReport:
-    """What became of one video; `failure` says why there is nothing else.
+    """What became of one video; `failure` says why there is nothing else, `not_drawn` why no pictures.
 
     `n_reused` counts the kinds of tokens whose neighbours had been kept.
     """
@@ -114,6 +119,7 @@ class VideoReport:
     n_reused: int = 0
     seconds: StageSeconds = field(default_factory=StageSeconds)
     peak_memory_bytes: int = 0
+    not_drawn: str | None = None
 
 
 def propagate_video(
@@ -123,28 +129,47 @@ def propagate_video(
 
     What is wrong with the video or with its tokens becomes the report's `failure`; other errors are raised.
     """
-    _check_places(work)
-    video, seconds = work.videos[number], StageSeconds()
+    for path, what in ((work.data_root, "the data root"), (work.folder.progress, "the output folder")):
+        if not path.is_dir():
+            raise InputError(
+                f"{path} is not a folder on {platform.node()}",
+                wanted=f"{what} under the same path on every worker",
+            )
+    video, seconds, device = work.videos[number], StageSeconds(), work.torch_device()
     work.folder.reopen(video.video_id)
     try:
         check_length(video.n_frames)
-        subject = load(work.task.open)(video, work.data_root, work.setting(number))
+        subject: Subject = load(work.task.open)(video, work.data_root, work.setting(number))
         with torch.inference_mode(), ExitStack() as open_files:
             tracks = [_open_track(work, kind, number, subject, open_files) for kind in work.kinds]
-            need_tokens = not all(track.kept for track in tracks)
-            for index, tokens in enumerate(_frames(work, video, seconds, need_tokens=need_tokens)):
+            n_reused = sum(track.kept for track in tracks)
+            stream = work.store.stream_tokens(video.video_id) if n_reused < len(tracks) else None
+            for index in range(video.n_frames):
                 with seconds.timed("read"):
+                    tokens = None if stream is None else torch.from_numpy(next(stream)).to(device)
                     truth = subject.truth(index)
                 for track in tracks:
-                    track.step(index, tokens, truth, seconds)
+                    with seconds.timed("propagate"):
+                        found = track.find(tokens)
+                        labels = track.carrier.first if found is None else track.carrier.step(found)
+                        prediction = subject.decode(labels)
+                    with seconds.timed("write"):
+                        track.predictions.write(index, prediction)
+                    if truth is not None:
+                        with seconds.timed("score"):
+                            track.predictions.score(truth, prediction)
                 advance()
-        scores = [score for track in tracks for score in track.close(work, video, seconds)]
+        scores: list[Score] = []
+        for kind, track in zip(work.kinds, tracks, strict=True):
+            with seconds.timed("write"):
+                track.predictions.close()
+            with seconds.timed("score"):
+                scores += track.predictions.rows(_empty_row(work, video, kind))
         with seconds.timed("write"):
             files = [path for track in tracks for path in track.predictions.files]
             work.folder.finish(video, work.data_root, files, scores)
     except (InputError, DamagedStoreError) as error:
         return VideoReport(failure=error.summary)
-    n_reused = sum(track.kept for track in tracks)
     return VideoReport(video.n_frames, tuple(scores), None, n_reused, seconds, peak_memory_bytes())
 
 
@@ -171,130 +196,68 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class _Track:
-    """One kind of tokens in one video.
+class _Track(NamedTuple):
+    """One kind of tokens in one video: `find` returns the neighbours of the next frame, `kept` ones
+    without its tokens."""
 
-    `find` returns the neighbours of the next frame, `kept` ones without its tokens.
-    """
-
-    kind: TokenKind
     find: Callable[[Tokens | None], Neighbors | None]
     kept: bool
     carrier: LabelCarrier
-    subject: Subject
     predictions: Predictions
-
-    def step(self, index: int, tokens: Tokens | None, truth: Any, seconds: StageSeconds) -> None:
-        with seconds.timed("propagate"):
-            found = self.find(tokens)
-            label_map = self.carrier.first if found is None else self.carrier.step(found)
-            prediction = self.subject.decode(label_map)
-        with seconds.timed("write"):
-            self.predictions.write(index, prediction)
-        if truth is not None:
-            with seconds.timed("score"):
-                self.predictions.score(truth, prediction)
-
-    def close(self, work: VideoWork, video: Video, seconds: StageSeconds) -> list[Score]:
-        with seconds.timed("write"):
-            self.predictions.close()
-        row = Score(
-            task=work.task.name,
-            video_id=video.video_id,
-            tokens=self.kind.name,
-            n_frames=video.n_frames,
-            scored_size=f"{video.height}x{video.width}",
-            protocol=work.protocol.name,
-            protocol_json=json.dumps(work.protocol.to_json(), sort_keys=True),
-            provenance=make_provenance("propagate", video.dataset, work.store.fingerprint, self.kind.sha256),
-        )
-        with seconds.timed("score"):
-            return self.predictions.rows(row)
 
 
 def _open_track(
     work: VideoWork, kind: TokenKind, number: int, subject: Subject, open_files: ExitStack
 ) -> _Track:
     """Begin one kind of tokens; neighbour lists that are to be kept are written to a file in `open_files`."""
-    carrier = LabelCarrier(subject.label_map, work.protocol, device=work.torch_device())
+    setting, video, device = work.setting(number), work.videos[number], work.torch_device()
+    carrier = LabelCarrier(subject.label_map, work.protocol, device=device)
     predictions = subject.begin(work.folder.path / kind.name)
-    if work.settings.neighbors is None:
-        find = _search(work, kind, number, carrier.nbytes)
-        return _Track(kind, find, False, carrier, subject, predictions)
-    key = _neighbors_key(work, kind, number)
-    # Tokens and searches have folders of their own.
-    name = digest([key.tokens, dict(key.search)])[:16]
-    path = work.settings.neighbors / name / f"{key.video_id}.parquet"
-    try:
-        lists = chain([None], load_neighbors(path, key))
-        return _Track(kind, lambda tokens: next(lists), True, carrier, subject, predictions)
-    except InputError:  # none, or none that can be used: made anew
-        write = open_files.enter_context(neighbor_writer(path, key))
-        find = _search(work, kind, number, carrier.nbytes, write)
-        return _Track(kind, find, False, carrier, subject, predictions)
-
-
-def _search(
-    work: VideoWork,
-    kind: TokenKind,
-    number: int,
-    labels_bytes: int,
-    write: Callable[[Neighbors], None] = lambda neighbors: None,
-) -> Callable[[Tokens | None], Neighbors | None]:
-    """Return a function that searches the neighbours of the next frame and writes them."""
-    device, limit = work.torch_device(), work.settings.memory_limit
+    write: Callable[[Neighbors], None] | None = None
+    if work.settings.neighbors is not None:
+        key = neighbors_key(
+            work.protocol,
+            video_id=video.video_id,
+            tokens=digest([work.store.fingerprint.to_json(), kind.sha256]),
+            n_frames=video.n_frames,
+            grid=setting.grid,
+        )
+        path = neighbors_path(work.settings.neighbors, key)
+        try:
+            lists = chain([None], load_neighbors(path, key))
+            return _Track(lambda tokens: next(lists), True, carrier, predictions)
+        except InputError:  # none, or none that can be used: made anew
+            write = open_files.enter_context(neighbor_writer(path, key))
+    limit = work.settings.memory_limit
     search = ContextSearch(
-        work.setting(number).grid,
+        setting.grid,
         work.store.arrays[0].n_channels,
         work.protocol,
         device=device,
         search=work.settings.search,
         memory_limit=None if limit is None else limit // len(work.kinds),
-        labels_bytes=labels_bytes,
+        labels_bytes=carrier.nbytes,
     )
     kind = kind.on(device)
 
     def find(tokens: Tokens | None) -> Neighbors | None:
         assert tokens is not None
         found = search.step(kind.apply(tokens))
-        if found is not None:
+        if found is not None and write is not None:
             write(found)
         return found
 
-    return find
+    return _Track(find, False, carrier, predictions)
 
 
-def _neighbors_key(work: VideoWork, kind: TokenKind, number: int) -> NeighborsKey:
-    video = work.videos[number]
-    return NeighborsKey.of(
-        work.protocol,
+def _empty_row(work: VideoWork, video: Video, kind: TokenKind) -> Score:
+    return Score(
+        task=work.task.name,
         video_id=video.video_id,
-        tokens=digest([work.store.fingerprint.to_json(), kind.sha256]),
+        tokens=kind.name,
         n_frames=video.n_frames,
-        grid=work.setting(number).grid,
+        scored_size=f"{video.height}x{video.width}",
+        protocol=work.protocol.name,
+        protocol_json=json.dumps(work.protocol.to_json(), sort_keys=True),
+        provenance=make_provenance("propagate", video.dataset, work.store.fingerprint, kind.sha256),
     )
-
-
-def _frames(
-    work: VideoWork, video: Video, seconds: StageSeconds, *, need_tokens: bool
-) -> Iterator[Tokens | None]:
-    """Yield the tokens of every frame, or None as often where nobody needs them."""
-    if not need_tokens:
-        yield from [None] * video.n_frames
-        return
-    frames = work.store.stream_tokens(video.video_id)
-    for _ in range(video.n_frames):
-        with seconds.timed("read"):
-            tokens = torch.from_numpy(next(frames)).to(work.torch_device())
-        yield tokens
-
-
-def _check_places(work: VideoWork) -> None:
-    """Raise `InputError` on a machine that does not see the data or the output under the run's paths."""
-    for path, what in ((work.data_root, "the data root"), (work.folder.progress, "the output folder")):
-        if not path.is_dir():
-            raise InputError(
-                f"{path} is not a folder on {platform.node()}",
-                wanted=f"{what} under the same path on every worker",
-            )

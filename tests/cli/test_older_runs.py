@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from propagation_cases import make_squares, single_thread
+from propagation_cases import make_squares, propagate_store, single_thread
 from safetensors.numpy import load_file
 from store_cases import folder_bytes
 
 from cosettle_cache.core.settings import TrainSettings, package_versions
 from cosettle_cache.metrics.rows import read_scores
-from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.folder import labels_stamp
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import open_store, verify_store

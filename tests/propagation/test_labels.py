@@ -14,7 +14,6 @@ from cosettle_cache.core.types import Grid
 from cosettle_cache.propagation.labels import (
     decode_keypoints,
     decode_mask,
-    decode_mask_stretched,
     encode_keypoints,
     encode_mask,
     encode_mask_nearest,
@@ -156,9 +155,11 @@ def test_stretched_masks_are_dinos(golden, case):
     size = arrays["masks"].shape[1:]
     for label_map, expected in zip(arrays["soft_labels"][1:], arrays["masks"], strict=True):
         ids = range(label_map.shape[-1])
-        assert np.array_equal(decode_mask_stretched(torch.from_numpy(label_map), ids, size, size), expected)
+        assert np.array_equal(
+            decode_mask(torch.from_numpy(label_map), ids, size, size, stretched=True), expected
+        )
 
 
 def test_a_class_that_is_everywhere_the_same_wins_nothing():
     label_map = torch.tensor([[[0.6, 0.1, 0.3], [0.6, 0.2, 0.2]]])
-    assert decode_mask_stretched(label_map, (0, 4, 9), (1, 2), (1, 2)).tolist() == [[9, 4]]
+    assert decode_mask(label_map, (0, 4, 9), (1, 2), (1, 2), stretched=True).tolist() == [[9, 4]]

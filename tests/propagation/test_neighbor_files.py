@@ -14,9 +14,9 @@ from cosettle_cache.core.tables import write_json
 from cosettle_cache.core.types import Grid
 from cosettle_cache.propagation.context import ContextSearch
 from cosettle_cache.propagation.neighbor_files import (
-    NeighborsKey,
     load_neighbors,
     neighbor_writer,
+    neighbors_key,
 )
 from cosettle_cache.propagation.propagator import LabelCarrier, propagate
 from cosettle_cache.propagation.protocols import make_protocol
@@ -32,7 +32,7 @@ def one_thread():
 
 def make_key(protocol=PROTOCOL, **changed):
     fields = {"video_id": "dog", "tokens": "store 1, raw", "n_frames": 4, "grid": Grid(3, 5), **changed}
-    return NeighborsKey.of(protocol, **fields)
+    return neighbors_key(protocol, **fields)
 
 
 def save(path, key, tokens, protocol):

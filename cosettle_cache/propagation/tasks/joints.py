@@ -34,9 +34,7 @@ Cells = Float32[np.ndarray, "2 joint"]
 
 
 @dataclass(frozen=True, slots=True)
-class JointSubject:
-    """A clip with joints."""
-
+class _JointSubject:
     sequence: JointSequence
     setting: Setting
     label_map: LabelMap
@@ -49,15 +47,12 @@ class JointSubject:
         points = decode_keypoints(label_map, n_cells=self.setting.protocol.keypoint_top_k)
         return points.cpu().numpy()
 
-    def begin(self, folder: Path) -> JointPredictions:
-        """Return empty predictions."""
-        return JointPredictions(self.sequence, self.setting, make_folder(folder))
+    def begin(self, folder: Path) -> _JointPredictions:
+        return _JointPredictions(self.sequence, self.setting, make_folder(folder))
 
 
 @dataclass(frozen=True, slots=True)
-class JointPredictions:
-    """One kind's joints of one clip."""
-
+class _JointPredictions:
     sequence: JointSequence
     setting: Setting
     folder: Path
@@ -83,7 +78,6 @@ class JointPredictions:
         self.files.extend((by_name, by_number))
 
     def rows(self, row: Score) -> list[Score]:
-        """Return the clip's row."""
         truth, video = self.sequence.joints, self.sequence.video
         if truth.shape[2] < 2:
             return []
@@ -94,12 +88,12 @@ class JointPredictions:
         return np.stack(self.points, axis=-1)
 
 
-def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> JointSubject:
+def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> _JointSubject:
     """Return a clip with joints; raise `MediaError` for annotations that cannot be used."""
     sequence = open_joints(video, data_root)
     size = (video.height, video.width)
     first = pixels_to_cells(sequence.joints[:, :, 0], size, setting.grid)
-    return JointSubject(sequence, setting, encode_keypoints(first, setting.grid))
+    return _JointSubject(sequence, setting, encode_keypoints(first, setting.grid))
 
 
 def draw_joint_clip(drawing: Drawing) -> None:
@@ -108,14 +102,15 @@ def draw_joint_clip(drawing: Drawing) -> None:
     size, grid = (video.height, video.width), drawing.setting.grid
     truth = open_joints(video, drawing.data_root).joints
     found = {kind: np.load(folder / f"{video.video_id}.npy") for kind, folder in drawing.predictions.items()}
+    frames = range(video.n_frames)
     write_overlays(
         iter_frames(video, drawing.data_root),
         {
-            kind: (cells_to_pixels(points[:, :, frame], size, grid) for frame in range(video.n_frames))
+            kind: (cells_to_pixels(points[:, :, frame], size, grid) for frame in frames)
             for kind, points in found.items()
         },
         draw_joints,
-        truth=(truth[:, :, frame] if frame < truth.shape[2] else None for frame in range(video.n_frames)),
+        truth=(truth[:, :, frame] if frame < truth.shape[2] else None for frame in frames),
         n_frames=video.n_frames,
         fps=video.fps,
         folder=drawing.folder,

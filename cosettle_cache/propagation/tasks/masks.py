@@ -23,7 +23,6 @@ from cosettle_cache.propagation.labels import (
     Mask,
     Size,
     decode_mask,
-    decode_mask_stretched,
     encode_mask,
     encode_mask_nearest,
 )
@@ -57,18 +56,16 @@ class MaskSubject:
         size = self.first_mask.shape
         return decode_index_map(label_map, self.first, self.setting, size, size)
 
-    def begin(self, folder: Path) -> MaskPredictions:
+    def begin(self, folder: Path) -> _MaskPredictions:
         """Return empty predictions."""
         scorer = DavisScorer.from_first_mask(self.first_mask) if self.sequence.scorable else None
         place = make_folder(folder / self.sequence.video.video_id)
         shown = frozenset(np.unique(self.first_mask).tolist())
-        return MaskPredictions(place, self.sequence.frame_names, scorer, shown)
+        return _MaskPredictions(place, self.sequence.frame_names, scorer, shown)
 
 
 @dataclass(frozen=True, slots=True)
-class MaskPredictions:
-    """One kind's masks of one video."""
-
+class _MaskPredictions:
     folder: Path
     names: tuple[str, ...]
     scorer: DavisScorer | None
@@ -76,12 +73,10 @@ class MaskPredictions:
     files: list[Path] = field(default_factory=list)
 
     def write(self, index: int, prediction: Mask) -> None:
-        """Write the mask of a frame."""
         self.files.append(self.folder / f"{self.names[index]}.png")
         write_mask(self.files[-1], prediction)
 
     def score(self, truth: Mask, prediction: Mask) -> None:
-        """Count a frame."""
         if self.scorer is not None:
             self.scorer.add(truth, prediction)
 
@@ -117,9 +112,8 @@ def decode_index_map(
     label_map: LabelMap, first: FirstLabels, setting: Setting, annotation: Size, out: Size
 ) -> Mask:
     """Return the index map of a label map at size `out` by the protocol's rule."""
-    decode = decode_mask_stretched if setting.protocol.norm_mask else decode_mask
     at = setting.size if setting.protocol.decode_size == "input" else annotation
-    return decode(label_map, first.object_ids, at, out)
+    return decode_mask(label_map, first.object_ids, at, out, stretched=setting.protocol.norm_mask)
 
 
 def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]) -> None:

@@ -32,9 +32,7 @@ ClassMap = UInt8[np.ndarray, "_ _"]
 
 
 @dataclass(frozen=True, slots=True)
-class PartSubject:
-    """A clip with body parts."""
-
+class _PartSubject:
     sequence: PartSequence
     setting: Setting
     annotation: Size
@@ -42,7 +40,6 @@ class PartSubject:
 
     @property
     def label_map(self) -> LabelMap:
-        """The first frame's labels."""
         return self.first.label_map
 
     def truth(self, index: int) -> Mask | None:
@@ -54,17 +51,14 @@ class PartSubject:
         out = self.setting.size if self.setting.protocol.decode_size == "input" else self.annotation
         return decode_index_map(label_map, self.first, self.setting, self.annotation, out)
 
-    def begin(self, folder: Path) -> PartPredictions:
-        """Return empty predictions."""
+    def begin(self, folder: Path) -> _PartPredictions:
         files = self.sequence.files
         place = make_folder(folder / files.video.video_id)
-        return PartPredictions(place, files.frame_names, len(files.labelled) >= MIN_LABELLED)
+        return _PartPredictions(place, files.frame_names, len(files.labelled) >= MIN_LABELLED)
 
 
 @dataclass(frozen=True, slots=True)
-class PartPredictions:
-    """One kind's class maps of one clip."""
-
+class _PartPredictions:
     folder: Path
     names: tuple[str, ...]
     scorable: bool
@@ -72,7 +66,6 @@ class PartPredictions:
     counts: list[Confusion] = field(default_factory=list)
 
     def write(self, index: int, prediction: ClassMap) -> None:
-        """Write the class map of a frame."""
         self.files.append(self.folder / FILE.format(self.names[index]))
         write_mask(self.files[-1], prediction)
 
@@ -84,15 +77,14 @@ class PartPredictions:
         """Do nothing: every frame has its file."""
 
     def rows(self, row: Score) -> list[Score]:
-        """Return the clip's row."""
         return [parts_row(row, sum(self.counts[1:], start=self.counts[0]))] if self.scorable else []
 
 
-def open_part_clip(video: Video, data_root: Path, setting: Setting) -> PartSubject:
+def open_part_clip(video: Video, data_root: Path, setting: Setting) -> _PartSubject:
     """Return a clip with body parts; raise `MediaError` for annotations that cannot be used."""
     sequence = open_parts(video, data_root)
     first_mask = sequence.first_mask()
-    return PartSubject(sequence, setting, first_mask.shape, encode_index_map(first_mask, setting))
+    return _PartSubject(sequence, setting, first_mask.shape, encode_index_map(first_mask, setting))
 
 
 def draw_parts(drawing: Drawing) -> None:
