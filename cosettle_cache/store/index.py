@@ -145,7 +145,7 @@ def read_part(storage: ReadStorage, place: SlotPlace, columns: Sequence[str] | N
 
 
 def decode_part(data: bytes, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
-    """Return the part of `place`, or columns of it with `row` and `slot`; raise `BytesError` if it is none."""
+    """Return the part of `place`, or columns with `row` and `slot`; raise `BytesError` if it is none."""
     table = unseal(data, columns)
     metadata = read_metadata(table)
     wanted = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])

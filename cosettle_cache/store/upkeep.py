@@ -111,7 +111,7 @@ def copy_store(
 
 
 def plan_copy(source: str | Path, target: str | Path) -> dict[str, Any]:
-    """Return what `copy_store` would do, as far as listings say; only metadata is checked, nothing written."""
+    """Return what `copy_store` would do, as far as listings say; only metadata is read, nothing written."""
     reader, target_storage, metadata = _open_both(source, target)
     sizes = dict(reader.walk())
     there = {name for name, _ in target_storage.walk()}
