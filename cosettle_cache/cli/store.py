@@ -30,18 +30,15 @@ def info(store: Store, as_json: Json = False) -> None:
     from cosettle_cache.store import open_store, store_summary
 
     summary = store_summary(open_store(store))
-    head = "{path}: {plan_kind} plan, {n_videos} videos, ".format(**summary)
     lines = [
-        head + human_bytes(summary["n_bytes"]),
+        "{path}: {plan_kind} plan, {n_videos} videos, ".format(**summary) + human_bytes(summary["n_bytes"]),
         "slots: {n_slots} = {n_done} done, {n_failed} failed, {n_todo} to do".format(**summary),
         "encodings: {n_present} of {n_encodings} present, {n_failed_encodings} failed".format(**summary),
     ]
-    line = (
-        "array {grid}: {n_present} of {n_encodings} encodings, {n_channels} channels, {dtype}, codec {codec}"
-    )
     for array in summary["arrays"]:
-        slots = f"{array['n_slots']} slots of {human_bytes(array['slot_bytes'])}"
-        lines.append(f"{line.format(**array)}, {slots}")
+        text = "array {grid}: {n_present} of {n_encodings} encodings, {n_channels} channels, {dtype}, "
+        text += "codec {codec}, {n_slots} slots of "
+        lines.append(text.format(**array) + human_bytes(array["slot_bytes"]))
     for title in ("fingerprint", "encoder"):
         lines.append(f"{title}:")
         for key, value in summary[title].items():
@@ -80,6 +77,7 @@ def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: 
     Example: cosettle-cache store repair store.zarr
     """
     from cosettle_cache.store import repair_store
+    from cosettle_cache.store.format import MANIFEST
 
     talk = Talk(quiet=quiet)
     with interruptible(talk, "slots") as stop:
@@ -89,7 +87,7 @@ def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: 
     lines = [f"{mood}restored: {name}" for name in report.restored]
     lines += [f"{mood}removed: {name}" for name in report.removed]
     lines.append(f"{report.path}: {len(report.damages)} damages, {slots}{_AGAIN * report.interrupted}")
-    if report.needs_extract:
+    if report.removed or any(damage.file == MANIFEST for damage in report.damages):
         lines.append("hint: the same extract command again brings back what is missing")
     _show(report, as_json, lines)
     return ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE

@@ -58,7 +58,7 @@ SlotReport = tuple[int, list[Damage]]
 
 
 def audit_shard(storage: Storage, place: SlotPlace, part: Part) -> Iterator[Piece]:
-    """Yield the whole shard of a slot in pieces; raise `ShardLostError` when nothing of it can be trusted.
+    """Yield the whole shard of a slot piece by piece; raise `ShardLostError` when none of it can be trusted.
 
     So it is when it cannot be read, when its size or its index is not what the part implies, or, known at the
     end, when its chunks are not those of the part.
@@ -142,7 +142,7 @@ def _chunk_fault(layout: ArrayLayout, view: memoryview, size: int) -> str | None
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The header of a store, the metadata that follows from it, the manifest unless damaged, and damages."""
+    """The header of a store, the metadata that follows from it, the manifest unless it is damaged, damage."""
 
     header: Header
     files: Mapping[str, bytes]
@@ -303,8 +303,7 @@ def verify_storage(
 
 def find_committed(storage: Storage, slots: SlotTable) -> tuple[list[SlotPlace], list[Damage]]:
     """Return the committed slots in order, and the index folders that cannot be listed."""
-    committed: list[SlotPlace] = []
-    damages: list[Damage] = []
+    committed, damages = list[SlotPlace](), list[Damage]()
     for first, layout in zip(slots.firsts, slots.arrays, strict=False):
         try:
             shards = committed_shards(storage, layout)
@@ -334,8 +333,7 @@ def _check_files(storage: Storage, metadata: Metadata, place: SlotPlace, data: b
         part = decode_part(data, place)
     except BytesError as error:
         return 0, [_part_damage(metadata, place, str(error))]
-    faults: dict[str, list[int]] = {}
-    n_bytes = 0
+    n_bytes, faults = 0, dict[str, list[int]]()
     try:
         for piece, found in audit_shard(storage, place, part):
             n_bytes += len(piece)

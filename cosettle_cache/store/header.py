@@ -21,6 +21,8 @@ AXES = ("encoding", "row", "col", "channel")
 #: A hole read past the index must not pass for tokens: not a number, or a value that no token takes.
 FILL_VALUES: Mapping[str, Any] = {"float16": "NaN", "int8": -128}
 
+_ELSEWHERE = "write to another folder with --out, or repeat the settings of this store"
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -117,9 +119,6 @@ def check_array(storage: Storage, layout: ArrayLayout) -> None:
     wanted, found = ({fact: pair[side] for fact, pair in facts.items()} for side in (0, 1))
     if found != wanted:
         raise DamagedStoreError(damage, wanted=wanted, found=found, hint=hint)
-
-
-_ELSEWHERE = "write to another folder with --out, or repeat the settings of this store"
 
 
 def check_same(wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHERE) -> None:

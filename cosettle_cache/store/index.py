@@ -38,10 +38,7 @@ def seal(table: pa.Table) -> bytes:
 
 
 def unseal(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the table of a sealed file, without the seal, or some columns of it.
-
-    Raises `BytesError` when any byte has changed.
-    """
+    """Return the table of a sealed file, or some columns; raise `BytesError` when any byte has changed."""
     start = _digits_start(data)
     blank = data[:start] + b"0" * _DIGITS + data[start + _DIGITS :]
     if data[start : start + _DIGITS] != b"%08x" % crc32c(blank):
@@ -63,6 +60,8 @@ def _digits_start(data: bytes) -> int:
     return mark + len(_MARK)
 
 
+_CROP = ("top", "left", "height", "width")
+
 #: Columns of the index; `error` says why an encoding is absent and is null where it is present.
 SCHEMA = pa.schema(
     [
@@ -73,10 +72,7 @@ SCHEMA = pa.schema(
         pa.field("frame", pa.int64(), nullable=False),
         pa.field("view", pa.int32(), nullable=False),
         pa.field("role", pa.string(), nullable=False),
-        pa.field("crop_top", pa.int32()),
-        pa.field("crop_left", pa.int32()),
-        pa.field("crop_height", pa.int32()),
-        pa.field("crop_width", pa.int32()),
+        *(pa.field(f"crop_{side}", pa.int32()) for side in _CROP),
         pa.field("flip", pa.bool_(), nullable=False),
         pa.field("shift_ratio", pa.float64()),
         pa.field("shift_row", pa.int32()),
@@ -127,7 +123,7 @@ def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> 
         {"array": str(slot.grid), "row": slot.start + number, "slot": slot.index, "error": error}
         | {name: getattr(encoding, name) for name in ("video_id", "frame", "view", "flip")}
         | {"role": str(encoding.role)}
-        | {f"crop_{name}": getattr(encoding.crop, name, None) for name in ("top", "left", "height", "width")}
+        | {f"crop_{name}": getattr(encoding.crop, name, None) for name in _CROP}
         | {f"shift_{name}": getattr(encoding.shift, name, None) for name in ("ratio", "row", "col")}
         for number, (encoding, error) in enumerate(zip(slot.encodings, errors, strict=True))
     ]
@@ -141,10 +137,7 @@ def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> 
 
 
 def read_part(storage: Storage, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
-    """Read an index part, or some columns of it; `row` and `slot` must be among them.
-
-    Raises `BytesError` when it is unreadable, damaged, or another slot's.
-    """
+    """Read an index part; raise `BytesError` when it is unreadable, damaged, or another slot's."""
     try:
         data = storage.read(place.part_name)
     except OSError as error:
@@ -153,7 +146,7 @@ def read_part(storage: Storage, place: SlotPlace, columns: Sequence[str] | None 
 
 
 def decode_part(data: bytes, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
-    """Return the index part that `data` holds; raise `BytesError` unless it is the part of `place`."""
+    """Return the part of `place`, or columns with `row` and `slot`; raise `BytesError` if it is none."""
     table = unseal(data, columns)
     metadata = read_metadata(table)
     wanted = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])

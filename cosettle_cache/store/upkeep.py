@@ -51,9 +51,6 @@ from cosettle_cache.store.writer import StoreWriter
 #: A slot in hand may take its shard's bytes of memory where it goes to an object store.
 MAX_SLOTS_IN_HAND = 4
 
-#: Writers lock these, and a lock belongs to the file, not to its name.
-_LOCKED = (f"{INDEX_GROUP}/{ROOT_METADATA}", f"{TOKENS_GROUP}/{ROOT_METADATA}")
-
 
 @dataclass(frozen=True, slots=True)
 class CopyReport:
@@ -114,10 +111,7 @@ def copy_store(
 
 
 def plan_copy(source: str | Path, target: str | Path) -> dict[str, Any]:
-    """Return what `copy_store` would do, as far as listings say; `n_bytes` are those of the shards to copy.
-
-    Nothing is written, and only metadata is checked.
-    """
+    """Return what `copy_store` would do, as far as listings say; only metadata is read, nothing written."""
     reader, target_storage, metadata = _open_both(source, target)
     sizes = dict(reader.walk())
     there = {name for name, _ in target_storage.walk()}
@@ -137,9 +131,8 @@ def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage
     reader, writer = open_storage(source), open_storage(paths[1])
     one, other = map(PurePosixPath, paths)
     if one == other or one in other.parents or other in one.parents:
-        raise UsageError(
-            "a store cannot be copied into itself", wanted="two places apart", found=f"{source} and {target}"
-        )
+        found = f"{source} and {target}"
+        raise UsageError("a store cannot be copied into itself", wanted="two places apart", found=found)
     metadata = inspect_metadata(reader)
     if metadata.damages:
         raise DamagedStoreError(
@@ -207,11 +200,6 @@ class RepairReport:
     slots: tuple[int, ...]
     interrupted: bool = False
 
-    @property
-    def needs_extract(self) -> bool:
-        """Whether the extract command must run again to bring back what was removed."""
-        return bool(self.removed) or any(damage.file == MANIFEST for damage in self.damages)
-
 
 def repair_store(
     path: str | Path, *, dry_run: bool = False, progress: Progress = SILENT, stop: Event | None = None
@@ -229,7 +217,7 @@ def repair_store(
         found = verify_storage(storage, metadata, progress, stop)
         damaged = {damage.file for damage in found.damages}
         slots = SlotTable(metadata.header.arrays)
-        places = [slots.place(index) for index in found.damaged_slots]
+        places = map(slots.place, found.damaged_slots)
         # The index part first: without it the slot is to do, whatever happens next.
         names = [name for place in places for name in (place.part_name, place.shard_name)]
         names += {MANIFEST} & damaged
@@ -255,7 +243,9 @@ def _restore(storage: Storage, name: str, metadata: Metadata) -> None:
     if storage.local is not None:
         path = storage.local / name
         make_folder(path if data is None else path.parent)
-        if data is not None and name in _LOCKED and path.is_file():
+        # Writers lock these, and a lock belongs to the file, not to its name.
+        locked = (f"{INDEX_GROUP}/{ROOT_METADATA}", f"{TOKENS_GROUP}/{ROOT_METADATA}")
+        if data is not None and name in locked and path.is_file():
             overwrite_durably(path, data)
             return
     if data is not None:
@@ -263,10 +253,7 @@ def _restore(storage: Storage, name: str, metadata: Metadata) -> None:
 
 
 def store_summary(store: FeatureStore) -> dict[str, Any]:
-    """Return what `store info --json` prints; `n_bytes` counts every file in the store's folder.
-
-    Encodings count as planned (`n_encodings`) = present + failed + still to do.
-    """
+    """Return what `store info --json` prints; `n_encodings` counts present, failed and those still to do."""
     states, index = store.slot_states(), store.index
     counts = pc.value_counts(index["array"].filter(pc.is_null(index["error"]))).to_pylist()
     present = {count["values"]: count["counts"] for count in counts}
