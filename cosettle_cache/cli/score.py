@@ -54,8 +54,8 @@ def score(
     if dry_run:
         talk.result(f"{len(data.manifest) - len(left_out)} videos can be scored")
         return int(ExitCode.DONE)
-    for path in filter(None, (out, chart)):
-        make_folder(path.parent)
+    for file in filter(None, (out, chart)):
+        make_folder(file.parent)
     scores, failures = list[Score](), {**left_out, **data.failures}
     for name, folder in folders.items():
         rows, unscored = score_predictions(

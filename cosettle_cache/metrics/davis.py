@@ -151,9 +151,8 @@ def _j_and_f(truth: Mask, prediction: Mask, object_id: int, disk: AnyMask) -> tu
 def _boundary_f(truth: Mask, prediction: Mask, disk: AnyMask) -> float:
     # Edges are the pixels that differ from their right, lower or lower-right neighbour; not the rim.
     square = np.ones((2, 2), np.uint8)
-    edges = [
-        cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, square, anchor=(0, 0)) for mask in (truth, prediction)
-    ]
+    masks = (truth, prediction)
+    edges: list[Any] = [cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, square, anchor=(0, 0)) for mask in masks]
     n_true, n_predicted = map(np.count_nonzero, edges)
     if n_true == 0 or n_predicted == 0:
         return float(n_true == n_predicted)

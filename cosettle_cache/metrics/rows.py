@@ -188,13 +188,11 @@ def _pool_joints(rows: Sequence[Score]) -> Figures:
     documents = [json.loads(row.counts_json) for row in rows]
     totals = []
     for reading in ("inherited", "strict"):
-        plain = (document[reading].items() for document in documents)
-        clips = [
-            JointCounts(
-                **{name: np.array(value) if isinstance(value, list) else value for name, value in items}
-            )
-            for items in plain
-        ]
+        clips = []
+        for document in documents:
+            counts: dict[str, Any] = document[reading]
+            arrays = {name: np.array(value) for name, value in counts.items() if isinstance(value, list)}
+            clips.append(JointCounts(**{**counts, **arrays}))
         totals.append(sum(clips[1:], start=clips[0]))
     return _joint_figures(*totals)
 
@@ -257,10 +255,11 @@ def write_scores(folder: Path, scores: Sequence[Score], *, complete: bool = True
 
 def write_rows(path: Path, scores: Sequence[Score]) -> None:
     """Write all rows as Parquet, or as CSV when `path` ends in .csv; a line per figure, one at least."""
+    nothing: Mapping[str, Any] = {"": None}
     lines = [
         {**_origin(score), "name": name, "value": value}
         for score in scores
-        for name, value in (score.figures or {"": None}).items()
+        for name, value in (score.figures or nothing).items()
     ]
     write_table(path, make_table(lines, SCHEMA))
 

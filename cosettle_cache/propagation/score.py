@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -40,8 +40,6 @@ GIVEN = "as given"
 
 #: Modes of images whose pixels are numbers.
 _INDEXED = ("P", "L", "1")
-#: How a frame's part map may be called: as released, or like its annotation.
-_MAP_SUFFIXES = ("_mask.png", ".png")
 
 _T = TypeVar("_T")
 
@@ -76,7 +74,9 @@ def find_problems(
     progress: Progress = SILENT,
 ) -> dict[str, list[str]]:
     """Return, by video id, what is missing or of a wrong size, kind or length; score nothing."""
-    check = load(find_scored(task).check)
+    row = find_scored(task)
+    assert row.check is not None
+    check = load(row.check)
     if not predictions.is_dir():
         raise InputError(f"{predictions} is not a folder", wanted="a folder of predictions")
     found = _over_videos(check, manifest, data_root, predictions, grid, (), progress)
@@ -100,7 +100,9 @@ def score_predictions(
     `name` stands in the rows as their tokens. A video is not scored when a file of it turns out not to be
     readable, or shows what does not exist.
     """
-    score = load(find_scored(task).score)
+    row = find_scored(task)
+    assert row.score is not None
+    score = load(row.score)
     digest, versions = manifest_digest(manifest), json.dumps({"score": package_versions()}, sort_keys=True)
 
     def rows(case: Case) -> list[Score]:
@@ -118,7 +120,7 @@ def score_predictions(
         return score(case, empty)  # type: ignore[no-any-return]
 
     found = _over_videos(rows, manifest, data_root, predictions, grid, leave_out, progress)
-    scores = [row for result in found.values() if not isinstance(result, str) for row in result]
+    scores = [item for result in found.values() if not isinstance(result, str) for item in result]
     return scores, {video_id: result for video_id, result in found.items() if isinstance(result, str)}
 
 
@@ -174,12 +176,9 @@ def check_masks(case: Case) -> list[str]:
     if not sequence.scorable:
         found = f"{len(sequence.labelled)} of {case.video.n_frames} frames annotated"
         return [f"cannot be scored: {found}, at least {MIN_SCORED_FRAMES} and all needed"]
-    if not case.folder.is_dir():
-        return ["no folder of masks"]
-    paths = [case.folder / f"{name}.png" for name in sequence.frame_names[1:-1]]
-    missing = {path.name for path in paths if not path.is_file()}
-    faults = (_header_fault(path, case.video) for path in paths if path.name not in missing)
-    return [*_lacking("masks", missing, [path.name for path in paths]), *filter(None, faults)]
+    names = [f"{name}.png" for name in sequence.frame_names[1:-1]]
+    files = {name: _first_file(case.folder, name) for name in names}
+    return _image_faults("masks", case.folder, files, case.video)
 
 
 def score_masks(case: Case, row: Score) -> list[Score]:
@@ -198,13 +197,9 @@ def score_masks(case: Case, row: Score) -> list[Score]:
 def check_parts(case: Case) -> list[str]:
     """Return what keeps a clip of parts from being scored; frames without annotation are not looked for."""
     files = open_parts(case.video, case.data_root).files
-    if not case.folder.is_dir():
-        return ["no folder of maps"]
-    names = [files.frame_names[index] for index in sorted(files.labelled)]
-    found = {f"{name}{_MAP_SUFFIXES[0]}": _find_map(case.folder, name) for name in names}
-    missing = {name for name, path in found.items() if path is None}
-    faults = (_header_fault(path) for path in found.values() if path)
-    return [*_lacking("maps", missing, list(found)), *filter(None, faults)]
+    names = [_map_names(files.frame_names[index]) for index in sorted(files.labelled)]
+    found = {either[0]: _first_file(case.folder, *either) for either in names}
+    return _image_faults("maps", case.folder, found)
 
 
 def score_parts(case: Case, row: Score) -> list[Score]:
@@ -215,16 +210,20 @@ def score_parts(case: Case, row: Score) -> list[Score]:
     sequence = open_parts(case.video, case.data_root)
     total = no_pixels(len(PARTS))
     for index in sorted(sequence.files.labelled):
-        truth, path = sequence.mask(index), _find_map(case.folder, sequence.files.frame_names[index])
+        truth = sequence.mask(index)
+        path = _first_file(case.folder, *_map_names(sequence.files.frame_names[index]))
         assert truth is not None
         assert path is not None
         total += count_pixels(truth, sample_mask(_read_classes(path), truth.shape), len(PARTS))
     return [parts_row(row, total)]
 
 
-def _find_map(folder: Path, name: str) -> Path | None:
-    paths = (folder / f"{name}{suffix}" for suffix in _MAP_SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+def _map_names(name: str) -> tuple[str, str]:
+    return f"{name}_mask.png", f"{name}.png"  # as released, or like the annotation
+
+
+def _first_file(folder: Path, *names: str) -> Path | None:
+    return next((path for name in names if (path := folder / name).is_file()), None)
 
 
 def _read_classes(path: Path) -> Mask:
@@ -242,7 +241,7 @@ def _read_classes(path: Path) -> Mask:
 def check_joints(case: Case) -> list[str]:
     """Return what keeps the clip from being scored: no file, fewer frames, or another grid."""
     truth = open_joints(case.video, case.data_root).joints
-    path = _find_joints(case)
+    path = _first_file(case.predictions, *_joint_names(case))
     if path is None:
         return [f"neither {case.number}.dat nor {case.video.video_id}.npy"]
     try:
@@ -272,27 +271,32 @@ def _joint_faults(
 def score_joints(case: Case, row: Score) -> list[Score]:
     """Return the clip's row."""
     truth = open_joints(case.video, case.data_root).joints
-    path = _find_joints(case)
+    path = _first_file(case.predictions, *_joint_names(case))
     assert path is not None
     size = (case.video.height, case.video.width)
     return [clip_row(row, truth, cells_to_pixels(read_predicted_joints(path), size, case.grid), size)]
 
 
-def _find_joints(case: Case) -> Path | None:
-    names = (f"{case.video.video_id}.npy", f"{case.number}.dat")
-    return next((path for name in names if (path := case.predictions / name).is_file()), None)
+def _joint_names(case: Case) -> tuple[str, str]:
+    return f"{case.video.video_id}.npy", f"{case.number}.dat"
 
 
-def _lacking(what: str, missing: Collection[str], wanted: Sequence[str]) -> list[str]:
-    """Return no line, or one that names every missing file, neighbours in `wanted` as a range."""
-    if not missing:
-        return []
-    runs = [list(run) for is_missing, run in groupby(wanted, key=missing.__contains__) if is_missing]
+def _image_faults(
+    what: str, folder: Path, found: Mapping[str, Path | None], masks_of: Video | None = None
+) -> list[str]:
+    """Return a line that names every missing image, neighbours as a range, and what headers have wrong."""
+    if not folder.is_dir():
+        return [f"no folder of {what}"]
+    runs = [
+        list(run) for is_missing, run in groupby(found, key=lambda name: found[name] is None) if is_missing
+    ]
     names = [run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    return [f"lacks {len(missing)} of {len(wanted)} {what}: {', '.join(names)}"]
+    lacking = f"lacks {sum(map(len, runs))} of {len(found)} {what}: {', '.join(names)}" if runs else None
+    faults = (_header_fault(path, masks_of) for path in found.values() if path)
+    return [line for line in (lacking, *faults) if line]
 
 
-def _header_fault(path: Path, masks_of: Video | None = None) -> str | None:
+def _header_fault(path: Path, masks_of: Video | None) -> str | None:
     """Return what is wrong with an image's header; object masks have the size and kind of `masks_of`'s."""
     try:
         with decode_errors(path), Image.open(path) as image:

@@ -233,10 +233,10 @@ def _find(
 
 def _table(case: _Case, found: _FoundTracks, query_mode: str) -> pa.RecordBatch:
     """Return the rows of the frames that count, and of the query's own; of free points all."""
-    kept = np.ones(found.visible.shape, np.bool_)
+    kept, n_frames = np.ones(found.visible.shape, np.bool_), case.video.n_frames
     if case.truth is not None:
-        own = np.arange(kept.shape[1]) == case.queries.frames[:, None]
-        kept = own | scored_frames(case.queries.frames, kept.shape[1], query_mode)
+        own = np.arange(n_frames) == case.queries.frames[:, None]
+        kept = own | scored_frames(case.queries.frames, n_frames, query_mode)
     query, frame = np.nonzero(kept)
     columns: dict[str, object] = {
         "video_id": [case.video.video_id] * len(query),
