@@ -233,11 +233,9 @@ def align_signs(painter: Painter, reference: Painter, pairs: Iterable[tuple[Toke
     `pairs` are the same frames in the reference's and in the painter's own kind of tokens. The sign of a
     component means nothing; turned like this, colours of two kinds can be compared.
     """
-    agreement = sum(
-        (reference.components.apply(one) * painter.components.apply(other)).sum(dim=(0, 1))
-        for one, other in pairs
-    )
-    assert isinstance(agreement, Tensor)
+    agreement = torch.zeros(N_COMPONENTS, dtype=torch.float64, device=painter.components.mean.device)
+    for one, other in pairs:
+        agreement += (reference.components.apply(one) * painter.components.apply(other)).sum(dim=(0, 1))
     signs = torch.where(agreement < 0, -1.0, 1.0).double()
     components = replace(painter.components, basis=painter.components.basis * signs)
     up = signs.cpu().numpy() > 0
@@ -254,8 +252,7 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
     foreground.
     """
     side = None if foreground == "none" else _find_foreground(frames, foreground)
-    components = _fit(frames, side)
-    histogram = Histogram()
+    components, histogram = _fit(frames, side), Histogram()
     for tokens in frames():
         histogram.add(components.apply(_chosen(tokens, side)))
     low, high = (histogram.percentile(percent) for percent in PERCENTILES)

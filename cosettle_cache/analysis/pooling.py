@@ -77,12 +77,7 @@ def each_video(
 
 @torch.inference_mode()
 def pool_frames(
-    store: FeatureStore,
-    kinds: Sequence[TokenKind],
-    video_id: str,
-    *,
-    unit: bool = False,
-    device: str = "cpu",
+    store: FeatureStore, kinds: Sequence[TokenKind], video_id: str, *, unit: bool = False, device: str = "cpu"
 ) -> FrameVectors:
     """Return the mean over the tokens of every stored frame of a video; with `unit` tokens have length one.
 

@@ -1,54 +1,71 @@
 """What the encoder and its projections trade: consistency within clips against separability between them.
 
 A frames store and projections come in; the released metrics and the paper's, for raw and projected tokens, go
-out. One pass reads every frame once; the middle frames are read again, in blocks, for pairs of clips.
+out, as tables in which every row carries definition, digests and versions (docs/analysis.md). One pass reads
+every frame once; the middle frames are read again, in blocks, for pairs of clips.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cosettle_cache.analysis.clips import (
-    DEFINITIONS,
-    Block,
-    ClipFigures,
-    Definition,
-    Spread,
-    block_slices,
-    measure_clip,
-)
-from cosettle_cache.analysis.files import AnalysisReport, Measured
 from cosettle_cache.analysis.pooling import check_frames_plan, missing_videos
 from cosettle_cache.analysis.trade_off import (
+    DEFINITIONS,
     FEWEST_CLIPS,
+    Block,
     BlockPair,
+    ClipFigures,
     Comparison,
+    Definition,
     MiddleSums,
+    Spread,
+    TradeOff,
     block_pairs,
+    block_slices,
     combine,
     compare,
     inter_figures,
     make_spreads,
+    measure_clip,
 )
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError
 from cosettle_cache.core.parallel import Run, in_order, in_threads
-from cosettle_cache.core.settings import AnalyzeSettings
+from cosettle_cache.core.settings import AnalyzeSettings, digest, make_provenance
+from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.search.correspondence import choose_places, place_index
 from cosettle_cache.store import FeatureStore
+
+#: One row per kind of tokens and definition; one row per clip besides; means and provenance; the plane.
+ANALYSIS_FILE, VIDEOS_FILE = "analysis.parquet", "analysis_videos.parquet"
+SUMMARY_FILE, PLANE_FILE, PLANE_SVG = "analysis.json", "tradeoff.png", "tradeoff.svg"
+#: What stands beside every figure.
+PROVENANCE: tuple[str, ...] = (
+    "dataset",
+    "definition_json",
+    "places",
+    "plan_json",
+    "manifest_digest",
+    "store_digest",
+)
+PROVENANCE += ("backbone", "weights_sha256", "projection_sha256", "versions_json")
 
 #: Groups of clips at most: what each gives back must travel, so there are few whatever the store's size.
 MAX_GROUPS = 256
@@ -88,6 +105,33 @@ class AnalysisPlan:
             "places": str(self.places),
             "left_out": self.left_out,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The figures of one kind of tokens under one definition: of all clips, and of each."""
+
+    tokens: str
+    projection_sha256: str
+    definition: Definition
+    total: TradeOff
+    clips: tuple[ClipFigures, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnalysisReport:
+    """What one run of `analyze_store` found.
+
+    `video_ids` and `n_frames` name the clips that were measured, in the order of `Measured.clips`;
+    `left_out` gives the reason by video id. `places` are those at which clips are compared.
+    """
+
+    measured: tuple[Measured, ...]
+    video_ids: tuple[str, ...]
+    n_frames: tuple[int, ...]
+    left_out: dict[str, str]
+    places: Grid
+    seconds: float
 
 
 def plan_analysis(store: FeatureStore, settings: AnalyzeSettings) -> AnalysisPlan:
@@ -276,3 +320,74 @@ def _compare_blocks(
             block[here] = tokens[:, torch.from_numpy(place_index(grid, places))]
         blocks.append(block)
     return [compare(spreads, *map(kind.apply, blocks)) for kind, spreads in kinds]
+
+
+def _schema(names: Sequence[str], figures: type) -> pa.Schema:
+    """Return the columns of a table: `names`, the fields of `figures`, and the provenance."""
+    numbers = [item.name for item in fields(figures)]
+    kinds = dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(("n_videos", "n_frames"), pa.int64())
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in (*names, *numbers, *PROVENANCE)])
+
+
+ANALYSIS_SCHEMA = _schema(("tokens", "definition"), TradeOff)
+VIDEOS_SCHEMA = _schema(("video_id", "tokens", "definition", "n_frames"), ClipFigures)
+
+
+def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) -> None:
+    """Write both tables, the summary, and the picture of distances within clips against those between."""
+    rows, video_rows = [], []
+    for item in report.measured:
+        names = {"tokens": item.tokens, "definition": item.definition.name}
+        common = names | _provenance(store, report, item)
+        rows.append(asdict(item.total) | common)
+        for video_id, n_frames, clip in zip(report.video_ids, report.n_frames, item.clips, strict=True):
+            video_rows.append({"video_id": video_id, "n_frames": n_frames} | asdict(clip) | common)
+    write_table(folder / ANALYSIS_FILE, make_table(rows, ANALYSIS_SCHEMA))
+    write_table(folder / VIDEOS_FILE, make_table(video_rows, VIDEOS_SCHEMA))
+    write_json(folder / SUMMARY_FILE, summary_json(store, report))
+    # matplotlib takes 60 MB, and the measuring imports this module.
+    from cosettle_cache.pictures.charts import Plane, PlanePoint, plane_chart, save_chart
+
+    backbone, planes = store.fingerprint.backbone, []
+    for definition in dict.fromkeys(item.definition for item in report.measured):
+        points = [
+            PlanePoint(backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
+            for item in report.measured
+            if item.definition == definition
+        ]
+        title = f"{definition.name}: {len(report.video_ids)} clips, distances in diameters (100 %)"
+        planes.append(Plane(title, definition.gamma, points))
+    save_chart(plane_chart(planes), folder / PLANE_FILE, folder / PLANE_SVG)
+
+
+def remove_analysis(folder: Path) -> None:
+    """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
+    for name in (ANALYSIS_FILE, VIDEOS_FILE, SUMMARY_FILE, PLANE_FILE, PLANE_SVG):
+        (folder / name).unlink(missing_ok=True)
+
+
+def summary_json(store: FeatureStore, report: AnalysisReport) -> dict[str, Any]:
+    """Return figures by definition and kind of tokens, what was left out and why, and the provenance once."""
+    figures: dict[str, dict[str, Any]] = {}
+    for item in report.measured:
+        figures.setdefault(item.definition.name, {})[item.tokens] = asdict(item.total)
+    common = _provenance(store, report, report.measured[0])
+    of_rows = ("definition_json", "projection_sha256")
+    return {
+        "complete": not report.left_out,
+        "figures": figures,
+        "definitions": {item.definition.name: asdict(item.definition) for item in report.measured},
+        "projections": {item.tokens: item.projection_sha256 for item in report.measured},
+        "left_out": report.left_out,
+        "provenance": {name: common[name] for name in PROVENANCE if name not in of_rows},
+    }
+
+
+def _provenance(store: FeatureStore, report: AnalysisReport, item: Measured) -> dict[str, Any]:
+    dataset = ", ".join(dict.fromkeys(video.dataset for video in store.manifest))
+    return asdict(make_provenance("analyze", dataset, store.fingerprint, item.projection_sha256)) | {
+        "definition_json": json.dumps(asdict(item.definition), sort_keys=True),
+        "places": str(report.places),
+        "plan_json": json.dumps(dict(store.fingerprint.plan), sort_keys=True),
+        "store_digest": digest(store.fingerprint.to_json()),
+    }

@@ -35,8 +35,8 @@ from cosettle_cache.core.files import make_folder, store_title
 from cosettle_cache.core.settings import AnalyzeSettings, ExportSettings, PcaSettings, ProbeSettings
 
 if TYPE_CHECKING:
-    from cosettle_cache.analysis.files import AnalysisReport
     from cosettle_cache.analysis.pca import PcaReport
+    from cosettle_cache.analysis.run import AnalysisReport
     from cosettle_cache.store import FeatureStore
 
     TaskName = str
@@ -62,41 +62,38 @@ def analyze(
 
     Example: cosettle-cache analyze --features frames.zarr --projection runs/store/projection.safetensors
     """
-    from cosettle_cache.analysis.files import remove_analysis, summary_json, write_analysis
-    from cosettle_cache.analysis.run import analyze_store, plan_analysis
+    from cosettle_cache.analysis import run as analysis
     from cosettle_cache.heads.kinds import load_heads
 
     talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
     heads = load_heads(projection or (), store)
-    plan = plan_analysis(store, settings)
+    plan = analysis.plan_analysis(store, settings)
     folder = out or _folder("analyze", store)
     if dry_run:
         names = [name for name, _ in heads]
         _print_json(talk, {"out": str(folder), "tokens": ["raw", *names], **plan.to_json()})
         return
-    remove_analysis(folder)
+    analysis.remove_analysis(folder)
     with work_on(workers, scheduler, note=talk.note) as run:
-        report = analyze_store(store, plan, heads, run=run, progress=talk.progress("analyze"))
-    write_analysis(folder, store, report)
+        report = analysis.analyze_store(store, plan, heads, run=run, progress=talk.progress("analyze"))
+    analysis.write_analysis(folder, store, report)
     if as_json:
-        _print_json(talk, summary_json(store, report))
+        _print_json(talk, analysis.summary_json(store, report))
     else:
         _print_analysis(report, folder, talk)
-    n_left_out = f"{len(report.left_out)} of {len(store.manifest)} clips"
-    _check_clean(report.left_out, f"{n_left_out} were left out, the others are measured")
+    n_left_out = f"{len(report.left_out)} of {len(store.manifest)}"
+    _check_clean(report.left_out, f"{n_left_out} clips were left out, the others are measured")
 
 
 _HEADER = ["definition", "tokens", "D inter", "D intra", "D", "cycle acc.", "eff. rank", "inter", "intra"]
 
 
 def _print_analysis(report: AnalysisReport, folder: Path, talk: Talk) -> None:
-    rows = []
-    for item in report.measured:
-        total = item.total
-        scaled = [total.d_inter_100, total.d_intra_100, total.margin_100]
-        others = [total.cycle_accuracy, total.effective_rank, total.inter_distance, total.intra_distance]
-        figures = [f"{value:.4f}" for value in scaled + others]
-        rows.append([item.definition.name, item.tokens, *figures])
+    names = "d_inter_100 d_intra_100 margin_100 cycle_accuracy effective_rank inter_distance intra_distance"
+    rows = [
+        [item.definition.name, item.tokens, *(f"{getattr(item.total, name):.4f}" for name in names.split())]
+        for item in report.measured
+    ]
     title = f"{len(report.video_ids)} clips, {sum(report.n_frames)} frames; D in diameters (100 %)"
     talk.table(title, _HEADER, rows)
     talk.result(f"{folder}: {human_seconds(report.seconds)}")
@@ -286,8 +283,7 @@ def _print_pca(report: PcaReport, folder: Path, talk: Talk, as_json: bool) -> No
         _print_json(talk, {"out": str(folder), **counts, "components": components})
         return
     rows = [
-        [item.video_id, item.tokens, *(f"{100 * share:.1f}" for share in item.shares)]
-        for item in report.shares
+        [row.video_id, row.tokens, *(f"{100 * part:.1f}" for part in row.shares)] for row in report.shares
     ]
     talk.table("share of the variance, percent", ["video", "tokens", "red", "green", "blue"], rows)
     talk.result(f"{report.n_frames} frames in {human_seconds(report.seconds)}: {folder}")

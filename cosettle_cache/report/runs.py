@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache.analysis.files import ANALYSIS_FILE, PROVENANCE
+from cosettle_cache.analysis.run import ANALYSIS_FILE, PROVENANCE
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.tables import read_json, read_table
 from cosettle_cache.core.types import Score

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from cosettle_cache.analysis.files import PLANE_SVG
+from cosettle_cache.analysis.run import PLANE_SVG
 from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.heads.projection import read_provenance

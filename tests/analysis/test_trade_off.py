@@ -19,10 +19,8 @@ from safetensors.torch import load_file
 from store_cases import Case, frames_case, pairs_case
 
 from cosettle_cache import trade_off
-from cosettle_cache.analysis.clips import effective_rank
-from cosettle_cache.analysis.files import AnalysisReport
-from cosettle_cache.analysis.run import analyze_store, plan_analysis
-from cosettle_cache.analysis.trade_off import TradeOff, block_pairs
+from cosettle_cache.analysis.run import AnalysisReport, analyze_store, plan_analysis
+from cosettle_cache.analysis.trade_off import TradeOff, block_pairs, effective_rank
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.parallel import one_by_one
@@ -232,7 +230,7 @@ def test_blocks_and_held_clips_do_not_move_figures(
     whole = analyze(store)
     monkeypatch.setattr("cosettle_cache.analysis.run.HELD_BYTES", 0)
     monkeypatch.setattr("cosettle_cache.analysis.run.BLOCK_BYTES", 0)
-    monkeypatch.setattr("cosettle_cache.analysis.clips.BLOCK_TOKENS", 3 * 16)
+    monkeypatch.setattr("cosettle_cache.analysis.trade_off.BLOCK_TOKENS", 3 * 16)
     pieces = analyze(store)
     for one, other in zip(whole.measured, pieces.measured, strict=True):
         assert known(other.total) == pytest.approx(known(one.total), rel=1e-5)

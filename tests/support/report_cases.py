@@ -10,7 +10,7 @@ from typing import Any
 
 from propagation_cases import make_squares
 
-from cosettle_cache.analysis.files import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
+from cosettle_cache.analysis.run import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
 from cosettle_cache.core.settings import PropagateSettings
 from cosettle_cache.core.tables import make_table, write_table
 from cosettle_cache.heads.projection import Projection, save_projection

@@ -249,7 +249,7 @@ def vote(labelled: Labelled, means: Means) -> Outcome:
     right = predicted == classes[asked]
     values = {"accuracy": float(right.mean()), "class_accuracy": _class_mean(right, classes[asked])}
     figures = tuple(Figure(name, value, len(asked)) for name, value in values.items())
-    protocol = {"neighbors": k, "temperature": settings.temperature}
+    protocol: dict[str, Any] = {"neighbors": k, "temperature": settings.temperature}
     protocol["over"] = "official split" if fold else "leave-one-out"
     answers = _answers(labelled, asked, predicted, right.astype(np.float64))
     return Outcome(figures, len(labelled.names), _pooling(settings) | protocol, answers)
@@ -261,10 +261,8 @@ def fit_linear(labelled: Labelled, means: Means) -> Outcome:
     Mean and standard deviation of the accuracy are over folds and seeds; the official split is one fold.
     """
     settings, classes = labelled.settings, labelled.classes
-    if settings.official:
-        folds = [labelled.official()]
-    else:
-        folds = stratified_folds(classes, settings.folds, settings.seeds)
+    folds = [labelled.official()] if settings.official else []
+    folds = folds or stratified_folds(classes, settings.folds, settings.seeds)
     answers = ask_folds(means, classes, folds, settings.penalties)
     times = np.zeros((len(means), len(labelled.names)), np.int64)
     accuracies, class_accuracies = [], []
