@@ -30,7 +30,7 @@ Figures = Mapping[str, float]
 Columns = Mapping[str, Sequence[float]]
 
 #: Mid-tones, legible on white and on near black; the first is of what others are compared with.
-COLOURS = ("#818995", "#3d8bd0", "#dd7a1c", "#2f9e58", "#9a72d0", "#d2609f", "#a8861c", "#1f97a5", "#dd4b4b")
+_COLOURS = ("#818995", "#3d8bd0", "#dd7a1c", "#2f9e58", "#9a72d0", "#d2609f", "#a8861c", "#1f97a5", "#dd4b4b")
 _MARKERS = "oDs^vPXh"
 _DASHES = ("-", "--", ":", "-.")
 _FAINT = "#8a8f98"
@@ -55,13 +55,13 @@ _NAME_LENGTH = 34
 _LEAST_SPAN = 10.0
 
 #: Name of a step's figure, title of its panel; then those of the held-out clips, one per epoch.
-PANELS = (
+_PANELS = (
     ("total", "total loss"),
     ("cycle", "cycle loss (nats)"),
     ("separability", "separability loss"),
     ("cycle_accuracy", "cycle accuracy"),
 )
-HELD_OUT = (
+_HELD_OUT = (
     ("cycle_accuracy", "cycle accuracy, held-out clips"),
     ("margin", "margin D, held-out clips"),
     ("inter_distance", "D inter, held-out clips"),
@@ -78,14 +78,12 @@ _BESIDE, _APART = 0.35, 0.05
 def save_chart(chart: Figure, *paths: Path) -> None:
     """Write the chart as PNG or SVG by each path's suffix; raise `OutputError` when it cannot be written."""
     for path in paths:
-        data = _svg(chart) if path.suffix == ".svg" else _png(chart)
-        write_durably(path, [data])
-
-
-def _png(chart: Figure) -> bytes:
-    buffer = io.BytesIO()
-    chart.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
+        buffer = io.BytesIO()
+        if path.suffix == ".svg":
+            buffer.write(_svg(chart))
+        else:
+            chart.savefig(buffer, format="png", facecolor="white")
+        write_durably(path, [buffer.getvalue()])
 
 
 @rc_context(_STYLE)
@@ -97,12 +95,12 @@ def _svg(chart: Figure) -> bytes:
     text = text[text.index("<svg") :].replace("<svg", '<svg fill="currentColor"', 1)
     text = re.sub(r'(?<=[a-z]: )#000000(?=[;"])', "currentColor", text)
     text = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", text)
-    return re.sub(r' d="[^"]*"', _rounded, text).encode()
 
+    def rounded(path: re.Match[str]) -> str:
+        short = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path[0])
+        return re.sub(r"\s+", " ", short)
 
-def _rounded(path: re.Match[str]) -> str:
-    short = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path[0])
-    return re.sub(r"\s+", " ", short)
+    return re.sub(r' d="[^"]*"', rounded, text).encode()
 
 
 @rc_context(_STYLE)
@@ -122,13 +120,20 @@ def score_chart(title: str, unit: str, sequences: Mapping[str, Figures], whole: 
     chart = Figure(figsize=(9, height), dpi=130, layout="constrained")
     axis = chart.subplots()
     (_draw_rows if named else _draw_ranks)(axis, ordered, kinds)
-    _finish_scores(axis, title, unit, whole, named)
-    handles = [
-        Line2D(
-            [], [], **_look(number), mfc=None if number else "none", ls="--", label=_whole_label(kind, value)
-        )
-        for number, (kind, value) in enumerate(whole.items())
-    ]
+    line, handles = axis.axvline if named else axis.axhline, []
+    for number, (kind, value) in enumerate(whole.items()):
+        line(value, color=_colour(number), linestyle="--", linewidth=1.4, zorder=2)
+        label = f"{_short(kind)}: " + (f"{value:.2f} in all" if math.isfinite(value) else "no figure")
+        look = _look(number) | ({} if number else {"markerfacecolor": "none"})
+        handles.append(Line2D([], [], **look, linestyle="--", label=label))
+    if named:
+        axis.set(xlim=_limits(*axis.get_xlim()), xlabel=unit)
+    else:
+        axis.set(ylim=_limits(*axis.get_ylim()), ylabel=unit)
+    axis.set_title(title, loc="left", fontsize=11, wrap=True)
+    axis.grid(alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
     chart.legend(handles=handles, loc="outside lower center", ncols=min(3, len(kinds)), frameon=False)
     return chart
 
@@ -138,11 +143,7 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _whole_label(kind: str, value: float) -> str:
-    return f"{_short(kind)}: {value:.2f} in all" if math.isfinite(value) else f"{_short(kind)}: no figure"
+    return _COLOURS[number % len(_COLOURS)]
 
 
 def _short(name: str) -> str:
@@ -175,20 +176,6 @@ def _draw_ranks(axis: Axes, ordered: Sequence[tuple[str, Figures]], kinds: Seque
     axis.set_xlabel(f"{len(ordered)} sequences, in the order of {kinds[0]}")
 
 
-def _finish_scores(axis: Axes, title: str, unit: str, whole: Figures, named: bool) -> None:
-    line = axis.axvline if named else axis.axhline
-    for number, value in enumerate(whole.values()):
-        line(value, color=_colour(number), linestyle="--", linewidth=1.4, zorder=2)
-    if named:
-        axis.set(xlim=_limits(*axis.get_xlim()), xlabel=unit)
-    else:
-        axis.set(ylim=_limits(*axis.get_ylim()), ylabel=unit)
-    axis.set_title(title, loc="left", fontsize=11, wrap=True)
-    axis.grid(alpha=0.25)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def _limits(low: float, high: float) -> tuple[float, float]:
     """Return limits that leave out what no percentage can be, and do not blow up a small difference."""
     low, high = max(low, -1.5), min(high, 101.5)
@@ -204,9 +191,9 @@ def curves_chart(
     Both hold the columns of a log (`step` among them) by the name of a run, or of the members of a sweep.
     `n_tokens` pooled tokens give the chance levels ln(n) and 1/n of the cycle loss and its accuracy.
     """
-    panels = [(members, name, title) for name, title in PANELS]
+    panels = [(members, name, title) for name, title in _PANELS]
     if any(held_out.values()):
-        panels += [(held_out, name, title) for name, title in HELD_OUT]
+        panels += [(held_out, name, title) for name, title in _HELD_OUT]
     width, legend_height = 5 + 9 * len(panels) / 8, 0.2 * len(members) if len(members) > 1 else 0
     chart = Figure(figsize=(width, 6.5 + legend_height), dpi=120, layout="constrained")
     axes = chart.subplots(2, len(panels) // 2, sharex=True)
@@ -219,8 +206,12 @@ def curves_chart(
     for axis in axes[-1]:
         axis.set_xlabel("step")
     if n_tokens is not None:
-        _draw_chance(axes.flat[1], math.log(n_tokens), f"chance, ln {n_tokens}")
-        _draw_chance(axes.flat[3], 1 / n_tokens, f"chance, 1/{n_tokens}")
+        chances = ((1, math.log(n_tokens), f"ln {n_tokens}"), (3, 1 / n_tokens, f"1/{n_tokens}"))
+        for place, level, formula in chances:
+            axis = axes.flat[place]
+            label = f"chance, {formula}"
+            line = axis.axhline(level, color=_COLOURS[-1], linestyle="--", linewidth=1, label=label)
+            axis.legend(handles=[line], loc="best", frameon=False)
     if len(members) > 1:
         handles, labels = axes.flat[0].get_legend_handles_labels()
         chart.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
@@ -230,7 +221,7 @@ def curves_chart(
 def _draw_curve(
     axis: Axes, steps: Sequence[float], values: Sequence[float], label: str, number: int, *, alone: bool
 ) -> None:
-    colour, dashes = _colour(number + 1), _DASHES[number // (len(COLOURS) - 1) % len(_DASHES)]
+    colour, dashes = _colour(number + 1), _DASHES[number // (len(_COLOURS) - 1) % len(_DASHES)]
     few = len(steps) <= _SMOOTHED_STEPS
     every = slice(None, None, -(-len(steps) // _MAX_POINTS))
     if alone or few:
@@ -253,11 +244,6 @@ def smooth(values: Sequence[float], width: int) -> Float[np.ndarray, " step"]:
     first, after = np.maximum(middle - width, 0), np.minimum(middle + width + 1, len(array))
     means: NDArray[np.float64] = base + (sums[after] - sums[first]) / (after - first)
     return np.where(gaps[after] > gaps[first], np.nan, means)
-
-
-def _draw_chance(axis: Axes, level: float, label: str) -> None:
-    axis.axhline(level, color=COLOURS[-1], linestyle="--", linewidth=1, label=label)
-    axis.legend(handles=[axis.lines[-1]], loc="best", frameon=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +285,15 @@ def plane_chart(planes: Sequence[Plane]) -> Figure:
 def _draw_plane(axis: Axes, plane: Plane) -> None:
     points = [item for item in plane.points if math.isfinite(item.d_intra) and math.isfinite(item.d_inter)]
     for number, encoder in enumerate(dict.fromkeys(point.encoder for point in points)):
-        _draw_encoder(axis, [item for item in points if item.encoder == encoder], _colour(number + 1))
+        own = [item for item in points if item.encoder == encoder]
+        raw = next((item for item in own if item.tokens == "raw"), None)
+        for point in own:
+            marker, label = ("o", encoder) if point is (raw or own[0]) else ("s", None)
+            place = (point.d_intra, point.d_inter)
+            axis.scatter(*place, color=_colour(number + 1), marker=marker, label=label, zorder=3)
+            if raw is not None and point is not raw:
+                arrow: Any = {"arrowstyle": "->", "color": _colour(number + 1), "alpha": 0.6}
+                axis.annotate("", place, (raw.d_intra, raw.d_inter), arrowprops=arrow)
     axis.margins(0.2)
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     for margin in np.linspace(low - plane.gamma * right, high - plane.gamma * left, 8)[1:-1]:
@@ -313,17 +307,6 @@ def _draw_plane(axis: Axes, plane: Plane) -> None:
     at_corner: Any = {"transform": axis.transAxes, "ha": "right", "va": "bottom"}
     axis.text(0.99, 0.01, note, fontsize="x-small", color=_FAINT, **at_corner)
     axis.legend(loc="best", frameon=False)
-
-
-def _draw_encoder(axis: Axes, points: Sequence[PlanePoint], colour: str) -> None:
-    raw = next((item for item in points if item.tokens == "raw"), None)
-    for point in points:
-        marker, label = ("o", point.encoder) if point is (raw or points[0]) else ("s", None)
-        place = (point.d_intra, point.d_inter)
-        axis.scatter(*place, color=colour, marker=marker, label=label, zorder=3)
-        if raw is not None and point is not raw:
-            arrow: Any = {"arrowstyle": "->", "color": colour, "alpha": 0.6}
-            axis.annotate("", place, (raw.d_intra, raw.d_inter), arrowprops=arrow)
 
 
 def _label_points(axis: Axes, points: Sequence[PlanePoint]) -> None:

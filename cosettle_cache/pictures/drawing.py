@@ -8,7 +8,7 @@ files of masks keep their own.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
@@ -30,9 +30,9 @@ Points = Float[np.ndarray, "2 joint"]
 Colour = tuple[int, int, int]
 
 #: Share of an object's colour in the pixels that it covers.
-OPACITY = 0.45
+_OPACITY = 0.45
 #: Frames are enlarged by a whole factor until their short side has so many pixels, for lines to be fine.
-SHORT_SIDE = 480
+_SHORT_SIDE = 480
 #: Longer side of a panel among others.
 PANEL_SIDE = 640
 
@@ -42,42 +42,32 @@ _GAP = 4
 #: One step of hue from an index to the next: neighbours differ most, and no index repeats another's hue.
 _GOLDEN = 0.618034
 
-#: The bones of JHMDB's fifteen joints (PROTOCOLS 2.1), grouped by what gets one colour.
-_TRUNK = ((2, 0), (0, 1))
-_RIGHT = ((0, 3), (3, 7), (7, 11), (1, 5), (5, 9), (9, 13))
-_LEFT = ((0, 4), (4, 8), (8, 12), (1, 6), (6, 10), (10, 14))
-BONES: tuple[tuple[tuple[tuple[int, int], ...], Colour], ...] = (
-    (_TRUNK, (250, 222, 80)),
-    (_RIGHT, (255, 112, 67)),
-    (_LEFT, (64, 180, 255)),
+#: The bones of JHMDB's fifteen joints (PROTOCOLS 2.1), with their colour: trunk, right side, left side.
+_BONES: tuple[tuple[int, int, Colour], ...] = (
+    *((a, b, (250, 222, 80)) for a, b in ((2, 0), (0, 1))),
+    *((a, b, (255, 112, 67)) for a, b in ((0, 3), (3, 7), (7, 11), (1, 5), (5, 9), (9, 13))),
+    *((a, b, (64, 180, 255)) for a, b in ((0, 4), (4, 8), (8, 12), (1, 6), (6, 10), (10, 14))),
 )
 #: Fraction bits of OpenCV's coordinates.
 _SHIFT = 4
 
 
-def _make_colours() -> UInt8[np.ndarray, "256 3"]:
-    """Return a vivid colour for every index but 0; three strengths in turn tell close hues apart."""
-    strengths = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.72))
-    rows = [colorsys.hsv_to_rgb(0.97 + index * _GOLDEN, *strengths[index // 7 % 3]) for index in range(256)]
-    colours = np.round(255 * np.array(rows)).astype(np.uint8)
-    colours[0] = 0
-    return colours
-
+#: Red, green and blue of every object or class but 0; three strengths in turn tell close hues apart.
+_STRENGTHS = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.72))
+_SHADES = [
+    colorsys.hsv_to_rgb(0.97 + index * _GOLDEN, *_STRENGTHS[index // 7 % 3]) for index in range(1, 256)
+]
+COLOURS: UInt8[np.ndarray, "256 3"] = np.round(255 * np.array([(0, 0, 0), *_SHADES])).astype(np.uint8)
 
 #: Name of the film that shows all kinds; no kind bears it.
 SIDE_BY_SIDE = "side_by_side"
 #: Title of the panel of annotations, and of the first one where later frames have none.
-TRUTH, GIVEN = "truth", "frame 0, as given"
-#: Films of tokens: by the suffix of their name.
-FILMS = ("mp4", "webp", "none")
-
-#: Red, green and blue of every object or class.
-COLOURS = _make_colours()
+_TRUTH, _GIVEN = "truth", "frame 0, as given"
 
 
 def canvas_scale(height: int, width: int) -> int:
     """Return the whole factor that frames of a size are enlarged by before they are drawn on."""
-    return max(1, -(-SHORT_SIDE // min(height, width)))
+    return max(1, -(-_SHORT_SIDE // min(height, width)))
 
 
 def enlarge(image: Image8, scale: int) -> Image8:
@@ -88,18 +78,14 @@ def enlarge(image: Image8, scale: int) -> Image8:
 def draw_mask(image: Image8, mask: Mask, scale: int = 1) -> Image8:
     """Return `image`, `scale` times as large as `mask`, with every object in its colour and outlined."""
     mask = mask.repeat(scale, 0).repeat(scale, 1)
-    veiled = cv2.addWeighted(image, 1 - OPACITY, COLOURS[mask], OPACITY, 0.0)
+    veiled = cv2.addWeighted(image, 1 - _OPACITY, COLOURS[mask], _OPACITY, 0.0)
     drawn = np.where((mask > 0)[..., None], veiled, image)
     for index in np.unique(mask[mask > 0]).tolist():
         shape = (mask == index).astype(np.uint8)
         outline, _ = cv2.findContours(shape, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(drawn, outline, -1, _lighter(COLOURS[index]), 2, cv2.LINE_AA)
+        lighter = [round(255 - 0.55 * (255 - value)) for value in COLOURS[index].tolist()]
+        cv2.drawContours(drawn, outline, -1, lighter, 2, cv2.LINE_AA)
     return drawn
-
-
-def _lighter(colour: UInt8[np.ndarray, "3"]) -> Colour:
-    red, green, blue = (round(255 - 0.55 * (255 - int(value))) for value in colour)
-    return red, green, blue
 
 
 def draw_joints(image: Image8, points: Points, scale: int = 1) -> Image8:
@@ -112,41 +98,33 @@ def draw_joints(image: Image8, points: Points, scale: int = 1) -> Image8:
     places = np.round(((points + 0.5) * scale - 0.5) * 2**_SHIFT).astype(int).T.tolist()
     seen: Bool[np.ndarray, " joint"] = np.asarray((points >= 0).all(axis=0))
     thick = max(2, round(min(image.shape[:2]) / 150))
-    bones = [(a, b, colour) for pairs, colour in BONES for a, b in pairs if seen[a] and seen[b]]
+    bones = [(a, b, colour) for a, b, colour in _BONES if seen[a] and seen[b]]
     # A dark rim first, under everything: bright lines stay legible on bright frames.
     for a, b, _ in bones:
         cv2.line(drawn, places[a], places[b], _BACKGROUND, thick + 3, cv2.LINE_AA, _SHIFT)
     for a, b, colour in bones:
         cv2.line(drawn, places[a], places[b], colour, thick, cv2.LINE_AA, _SHIFT)
     for joint in np.flatnonzero(seen).tolist():
-        _dot(drawn, places[joint], _joint_colour(joint), thick)
+        own = next(colour for a, b, colour in _BONES if joint in (a, b))
+        for radius, shade in ((1.75 * thick + 1.5, _BACKGROUND), (1.75 * thick, _TEXT), (1.2 * thick, own)):
+            size = round(radius * 2**_SHIFT)
+            cv2.circle(drawn, places[joint], size, shade, cv2.FILLED, cv2.LINE_AA, _SHIFT)
     return drawn
-
-
-def _joint_colour(joint: int) -> Colour:
-    return next(colour for pairs, colour in BONES if any(joint in pair for pair in pairs))
-
-
-def _dot(image: Image8, place: Sequence[int], colour: Colour, thick: int) -> None:
-    for radius, shade in ((1.75 * thick + 1.5, _BACKGROUND), (1.75 * thick, _TEXT), (1.2 * thick, colour)):
-        cv2.circle(image, place, round(radius * 2**_SHIFT), shade, cv2.FILLED, cv2.LINE_AA, _SHIFT)
 
 
 def side_by_side(panels: Mapping[str, Image8]) -> Image8:
     """Return the panels, all of one size, under their titles, in rows of up to three."""
-    titled = [np.concatenate([_strip(title, image.shape[1]), image]) for title, image in _fitted(panels)]
-    n_cols = 2 if len(titled) == 4 else min(len(titled), 3)
-    titled += [np.full_like(titled[0], _BACKGROUND)] * (-len(titled) % n_cols)
-    rows = [_joined(titled[start : start + n_cols], 1) for start in range(0, len(titled), n_cols)]
-    return _joined(rows, 0)
-
-
-def _fitted(panels: Mapping[str, Image8]) -> Iterator[tuple[str, Image8]]:
+    titled = []
     for title, image in panels.items():
         height, width = image.shape[:2]
         ratio = PANEL_SIDE / max(height, width)
         size = (round(width * ratio), round(height * ratio))
-        yield title, image if ratio >= 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        fitted = image if ratio >= 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        titled.append(np.concatenate([_strip(title, fitted.shape[1]), fitted]))
+    n_cols = 2 if len(titled) == 4 else min(len(titled), 3)
+    titled += [np.full_like(titled[0], _BACKGROUND)] * (-len(titled) % n_cols)
+    rows = [_joined(titled[start : start + n_cols], 1) for start in range(0, len(titled), n_cols)]
+    return _joined(rows, 0)
 
 
 def _joined(images: Sequence[Image8], axis: int) -> Image8:
@@ -202,9 +180,9 @@ def write_overlays(
             if annotation is not None:
                 true = draw(canvas, annotation, scale)
                 given = true if given is None else given
-                panels = {TRUTH: true, **panels}
+                panels = {_TRUTH: true, **panels}
             elif given is not None:
-                panels = {GIVEN: given, **panels}
+                panels = {_GIVEN: given, **panels}
             writers[SIDE_BY_SIDE].add(side_by_side(panels))
 
 

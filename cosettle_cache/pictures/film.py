@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -18,41 +17,16 @@ from cosettle_cache.core.errors import OutputError
 from cosettle_cache.core.files import output_errors, temporary_name, write_durably
 from cosettle_cache.videos.frames import Image8
 
-N_STILLS = 4
+_N_STILLS = 4
 #: Frames per second where the source does not say; DAVIS was filmed at 24.
-USUAL_FPS = 24.0
+_USUAL_FPS = 24.0
 #: A third of the usual preset's time for a tenth more bytes.
 _H264 = {"preset": "veryfast", "crf": "20"}
 
 
 def still_frames(n_frames: int) -> list[int]:
     """Return the frames that also become PNGs: first, last, and evenly between."""
-    return sorted({round(place) for place in np.linspace(0, n_frames - 1, N_STILLS)})
-
-
-class Film:
-    """`folder/NAME.mp4` of all pictures and `folder/NAME_FRAME.png` of four, as they come; see `Movie`."""
-
-    def __init__(self, folder: Path, name: str, n_frames: int, fps: float | None) -> None:
-        self._folder, self._name = folder, name
-        self._stills, self._n_added = frozenset(still_frames(n_frames)), 0
-        self._movie = Movie(folder / f"{name}.mp4", fps)
-
-    def __enter__(self) -> Film:
-        self._movie.__enter__()
-        return self
-
-    def add(self, picture: Image8) -> None:
-        """Append one picture."""
-        self._movie.add(picture)
-        if self._n_added in self._stills:
-            buffer = io.BytesIO()
-            Image.fromarray(picture).save(buffer, format="PNG")
-            write_durably(self._folder / f"{self._name}_{self._n_added:05d}.png", [buffer.getbuffer()])
-        self._n_added += 1
-
-    def __exit__(self, *error: Any) -> None:
-        self._movie.__exit__(*error)
+    return sorted({round(place) for place in np.linspace(0, n_frames - 1, _N_STILLS)})
 
 
 class Movie:
@@ -63,7 +37,7 @@ class Movie:
 
     def __init__(self, path: Path, fps: float | None) -> None:
         self._path, self._temporary = path, temporary_name(path)
-        self._rate = Fraction(fps or USUAL_FPS).limit_denominator(1001)
+        self._rate = Fraction(fps or _USUAL_FPS).limit_denominator(1001)
         self._is_webp = path.suffix == ".webp"
         self._stream: av.VideoStream | None = None
 
@@ -79,8 +53,8 @@ class Movie:
         height, width = (side // 2 * 2 for side in image.shape[:2])
         if self._stream is None:
             self._stream = self._open_stream(height, width)
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
-        self._encode(frame)
+        cropped = np.ascontiguousarray(image[:height, :width])
+        self._encode(av.VideoFrame.from_ndarray(cropped, format="rgb24"))
 
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
         # Some builds of FFmpeg lack H.264; every build has MPEG-4.
@@ -111,3 +85,21 @@ class Movie:
                     self._temporary.replace(self._path)
         finally:
             self._temporary.unlink(missing_ok=True)
+
+
+class Film(Movie):
+    """`folder/NAME.mp4` of all pictures and `folder/NAME_FRAME.png` of four, as they come."""
+
+    def __init__(self, folder: Path, name: str, n_frames: int, fps: float | None) -> None:
+        super().__init__(folder / f"{name}.mp4", fps)
+        self._stills, self._n_added = frozenset(still_frames(n_frames)), 0
+
+    def add(self, image: Image8) -> None:
+        """Append one picture."""
+        super().add(image)
+        if self._n_added in self._stills:
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, format="PNG")
+            still = self._path.with_name(f"{self._path.stem}_{self._n_added:05d}.png")
+            write_durably(still, [buffer.getbuffer()])
+        self._n_added += 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from matplotlib import colormaps
 
 from cosettle_cache.core.files import make_folder
@@ -22,7 +22,7 @@ from cosettle_cache.videos.frames import Image8
 from cosettle_cache.videos.tapvid import PointTracks
 
 #: Frames that a tail goes back.
-TAIL = 10
+_TAIL = 10
 #: Sub-pixels per pixel in which OpenCV takes places, as a power of two.
 _SHIFT = 4
 #: The radius of a dot as a share of the image's height.
@@ -40,79 +40,64 @@ class DrawnTracks:
     given: Int64[np.ndarray, " point"]
     truth: PointTracks | None = None
 
-    @property
-    def colours(self) -> UInt8[np.ndarray, "point 3"]:
-        """One colour per point, by its place from the top left to the bottom right where it was given."""
-        starts = self.found.points[np.arange(len(self.given)), self.given]
-        order = np.argsort(np.argsort(starts.sum(axis=1)))
-        shades = colormaps["turbo"](0.05 + 0.9 * order / max(len(order) - 1, 1))
-        return np.asarray(255 * shades[:, :3], np.uint8)
-
 
 def write_tracks(
     images: Iterable[Image8], tracks: DrawnTracks, fps: float | None, folder: Path, name: str
 ) -> None:
-    """Write `folder/name.mp4` and four stills of it; raise `OutputError` when they cannot be written."""
+    """Write `folder/name.mp4` and four stills of it, small frames enlarged.
+
+    Raises `OutputError` when they cannot be written.
+    """
+    # One colour per point, by its place from the top left to the bottom right where it was given.
+    starts = tracks.found.points[np.arange(len(tracks.given)), tracks.given]
+    order = np.argsort(np.argsort(starts.sum(axis=1)))
+    shades = colormaps["turbo"](0.05 + 0.9 * order / max(len(order) - 1, 1))
+    colours = np.asarray(255 * shades[:, :3], np.uint8).tolist()
     make_folder(folder)
     with Film(folder, name, tracks.found.n_frames, fps) as film:
-        for index, image in enumerate(images):
-            film.add(draw_tracks(image, tracks, index))
+        for frame, image in enumerate(images):
+            scale = canvas_scale(*image.shape[:2])
+            canvas = enlarge(image.copy(), scale)
+            given = np.flatnonzero(tracks.given <= frame).tolist()
+            for point in given:
+                _draw_tail(canvas, scale, tracks, point, frame, colours[point])
+            for point in given:
+                _draw_point(canvas, scale, tracks, point, frame, colours[point])
+            film.add(canvas)
 
 
-def draw_tracks(image: Image8, tracks: DrawnTracks, frame: int) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Return the frame, enlarged if it is small, with every point that was given by then."""
-    scale = canvas_scale(*image.shape[:2])
-    canvas = enlarge(image.copy(), scale)
-    brush = _Brush(canvas, scale, canvas.shape[0] * _DOT)
-    colours = tracks.colours.tolist()
-    given = np.flatnonzero(tracks.given <= frame).tolist()
-    for point in given:
-        _draw_tail(brush, tracks, point, frame, colours[point])
-    for point in given:
-        _draw_truth(brush, tracks, point, frame)
-        shown = bool(tracks.found.visible[point, frame])
-        brush.dot(tracks.found.points[point, frame], colours[point], shown)
-    return canvas
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Brush:
-    """Draws on a canvas that is `scale` times as large as the frame whose pixels places are given in."""
-
-    canvas: Image8
-    scale: int
-    radius: float
-
-    def line(self, start: Place, end: Place, colour: list[int]) -> None:
-        cv2.line(self.canvas, self._fixed(start), self._fixed(end), colour, 1, cv2.LINE_AA, _SHIFT)
-
-    def dot(self, place: Place, colour: list[int], filled: bool) -> None:
-        centre, size = self._fixed(place), round(self.radius * 2**_SHIFT)
-        cv2.circle(self.canvas, centre, size, (0, 0, 0), 2, cv2.LINE_AA, _SHIFT)
-        cv2.circle(self.canvas, centre, size, colour, -1 if filled else 1, cv2.LINE_AA, _SHIFT)
-
-    def cross(self, place: Place) -> None:
-        for step in ((self.radius, 0.0), (0.0, self.radius)):
-            reach = np.array(step) / self.scale
-            self.line(place - reach, place + reach, _WHITE)
-
-    def _fixed(self, place: Place) -> tuple[int, int]:
-        """Return a place as OpenCV counts: in parts of a pixel, from the first pixel's centre."""
-        x, y = np.round((place * self.scale - 0.5) * 2**_SHIFT).astype(int).tolist()
-        return x, y
-
-
-def _draw_tail(brush: _Brush, tracks: DrawnTracks, point: int, frame: int, colour: list[int]) -> None:
-    first = max(int(tracks.given[point]), frame - TAIL)
+def _draw_tail(
+    canvas: Image8, scale: int, tracks: DrawnTracks, point: int, frame: int, colour: list[int]
+) -> None:
+    first = max(int(tracks.given[point]), frame - _TAIL)
     points, visible = tracks.found.points[point], tracks.found.visible[point]
     for index in range(first + 1, frame + 1):
         if visible[index - 1] and visible[index]:
-            brush.line(points[index - 1], points[index], colour)
+            _line(canvas, scale, points[index - 1], points[index], colour)
 
 
-def _draw_truth(brush: _Brush, tracks: DrawnTracks, point: int, frame: int) -> None:
-    """Tie the true place to the found one; nothing where the point does not show."""
+def _draw_point(
+    canvas: Image8, scale: int, tracks: DrawnTracks, point: int, frame: int, colour: list[int]
+) -> None:
+    """Draw the dot of the found place, tied to the cross of the true one where the point shows."""
+    radius, place = canvas.shape[0] * _DOT, tracks.found.points[point, frame]
     if tracks.truth is not None and tracks.truth.visible[point, frame]:
         true = tracks.truth.points[point, frame]
-        brush.line(true, tracks.found.points[point, frame], _WHITE)
-        brush.cross(true)
+        _line(canvas, scale, true, place, _WHITE)
+        for step in ((radius, 0.0), (0.0, radius)):
+            reach = np.array(step) / scale
+            _line(canvas, scale, true - reach, true + reach, _WHITE)
+    centre, size = _fixed(place, scale), round(radius * 2**_SHIFT)
+    cv2.circle(canvas, centre, size, (0, 0, 0), 2, cv2.LINE_AA, _SHIFT)
+    filled = -1 if tracks.found.visible[point, frame] else 1
+    cv2.circle(canvas, centre, size, colour, filled, cv2.LINE_AA, _SHIFT)
+
+
+def _line(canvas: Image8, scale: int, start: Place, end: Place, colour: list[int]) -> None:
+    cv2.line(canvas, _fixed(start, scale), _fixed(end, scale), colour, 1, cv2.LINE_AA, _SHIFT)
+
+
+def _fixed(place: Place, scale: int) -> tuple[int, int]:
+    """Return a place of the frame as OpenCV counts: in parts of a pixel, from the first pixel's centre."""
+    x, y = np.round((place * scale - 0.5) * 2**_SHIFT).astype(int).tolist()
+    return x, y

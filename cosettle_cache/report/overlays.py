@@ -40,7 +40,8 @@ def overlay_section(run: ScoreRun, number: int, media: Media, n_videos: int, max
     known = [video_id for video_id in videos if _is_drawable(run, video_id, kinds, media)]
     if not known or not n_videos or not kinds:
         return Shown(None)
-    figures, failed = [], []
+    figures: list[Element] = []
+    failed: list[str] = []
     for video_id in known[:n_videos]:
         try:
             identifier = f"overlay-{number}-{len(figures)}"

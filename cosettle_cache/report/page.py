@@ -198,7 +198,8 @@ def _inline(path: Path, prefix: str) -> Element:
     for node in nodes:
         for child in [item for item in node if item.tag not in _SHAPES]:
             node.remove(child)
-        found = {**node.attrib, **_declarations(node.get("style", ""))}
+        pairs = (item.partition(":") for item in node.get("style", "").split(";"))
+        found = {**node.attrib, **{name.strip(): value.strip() for name, _, value in pairs}}
         kept = {key: value for key, value in found.items() if _LOOKS.fullmatch(key) and "(" not in value}
         if _TRANSFORM.fullmatch(found.get("transform", "")):
             kept["transform"] = found["transform"]
@@ -218,11 +219,6 @@ def _inline(path: Path, prefix: str) -> Element:
     return root
 
 
-def _declarations(style: str) -> dict[str, str]:
-    pairs = (item.partition(":") for item in style.split(";"))
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
 def data_uri(image: Image8) -> str:
     """Return a frame, shrunk to `_LONG_SIDE`, as WebP in a data URI."""
     picture = Image.fromarray(image)
@@ -232,23 +228,15 @@ def data_uri(image: Image8) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getbuffer()).decode()}"
 
 
-def slider(label: str, names: Sequence[str], value: int = 0) -> Element:
-    """Return a slider over `names`, at number `value`; without a choice it is disabled."""
+def slider(label: str, names: Sequence[str]) -> Element:
+    """Return a slider over `names`, at the first; without a choice it is disabled."""
     only_one = len(names) < 2
+    place: dict[str, Attribute] = {"min": 0, "max": len(names) - 1, "step": 1, "value": 0}
+    said = {"aria_label": label, "aria_valuetext": names[0]}
     return element(
         "div",
         element("button", "Play", type="button", class_="play", aria_pressed="false", disabled=only_one),
-        element(
-            "input",
-            type="range",
-            min=0,
-            max=max(len(names) - 1, 0),
-            step=1,
-            value=value,
-            aria_label=label,
-            aria_valuetext=names[value],
-            disabled=only_one,
-        ),
-        element("output", names[value]),
+        element("input", type="range", **place, **said, disabled=only_one),
+        element("output", names[0]),
         class_="slider",
     )
