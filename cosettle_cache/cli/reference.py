@@ -63,7 +63,8 @@ def name_reference() -> str:
     """Return docs/api.md: the public names, and the classes of what they return."""
     from cosettle_cache.core.types import EvalProtocol
     from cosettle_cache.encoders import Backbone
-    from cosettle_cache.metrics import MeanIoU, ObjectScore
+    from cosettle_cache.metrics.davis import ObjectScore
+    from cosettle_cache.metrics.vip import MeanIoU
     from cosettle_cache.store import FeatureStore
     from cosettle_cache.training.losses import LossTerms
 

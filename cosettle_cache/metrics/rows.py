@@ -159,7 +159,7 @@ def mean_scores(scores: Sequence[Score]) -> list[Mean]:
     known = {name for score in scores for name in score.figures} or {"oa"}
     means = []
     for kind, rows in kinds.items():
-        main, label, titles, pool = next(rule for mark, rule in _RULES.items() if mark in known)
+        main, label, titles, pool = next(rule for mark, rule in RULES.items() if mark in known)
         figures, n_videos = pool(rows), len({row.video_id for row in rows})
         means.append(Mean(kind, n_videos, figures, figures[main], titles[main], label, titles))
     return means
@@ -207,7 +207,7 @@ def _pool_tracks(rows: Sequence[Score]) -> Figures:
 
 #: How rows of one benchmark become one, by a figure that every row of theirs has: the main figure, what the
 #: figures are over, the columns people read, and the function.
-_RULES: Mapping[str, tuple[str, str, Mapping[str, str], Callable[[Sequence[Score]], Figures]]] = {
+RULES: Mapping[str, tuple[str, str, Mapping[str, str], Callable[[Sequence[Score]], Figures]]] = {
     "jf_mean": (
         "jf_mean",
         "mean over objects",
