@@ -118,11 +118,16 @@ def propagate_store(
                     reports[number] = VideoReport(scores=rows)
             n_before = len(reports)
             on_start(n_before)
-            if runner is None:
-                _propagate_here(work, reports, seconds, progress, stop or Event())
-            else:
-                saved = tuple(kind.saved(folder.progress / "projections") for kind in kinds)
-                _propagate_across(replace(work, kinds=saved), reports, seconds, progress, runner)
+            n_frames = (video.n_frames for i, video in enumerate(work.videos) if i not in reports)
+            progress.start(sum(n_frames), "frames")
+            try:
+                if runner is None:
+                    _propagate_here(work, reports, seconds, progress, stop or Event())
+                else:
+                    saved = tuple(kind.saved(folder.progress / "projections") for kind in kinds)
+                    _propagate_across(replace(work, kinds=saved), reports, seconds, progress, runner)
+            finally:
+                progress.finish()
         except FingerprintError:
             raise
         except CosettleError as caught:
@@ -136,7 +141,6 @@ def _propagate_here(
     """Add the reports of the videos that have none; pictures are drawn beside, from what is on disk."""
     drawings: dict[int, Future[str | None]] = {}
     painter = ThreadPoolExecutor(1, "overlays")
-    progress.start(_n_frames_left(work, reports), "frames")
     try:
         for number in range(len(work.videos)):
             if stop.is_set():
@@ -152,29 +156,20 @@ def _propagate_here(
             for number, job in drawings.items():
                 if not job.cancelled():
                     reports[number] = replace(reports[number], not_drawn=job.result())
-        progress.finish()
 
 
 def _propagate_across(
     work: VideoWork, reports: dict[int, VideoReport], seconds: StageSeconds, progress: Progress, runner: Run
 ) -> None:
     """Add the reports of the videos that have none, by workers, which then draw."""
-    progress.start(_n_frames_left(work, reports), "frames")
-    try:
-        todo = [number for number in range(len(work.videos)) if number not in reports]
-        for number, report in runner(partial(propagate_video, work), todo):
-            reports[number] = report
-            progress.advance(work.videos[number].n_frames)
-        to_draw = [number for number in sorted(reports) if _is_to_be_drawn(work, reports, number)]
-        with seconds.timed("wait_overlays"):
-            for number, failure in runner(partial(draw_video, work), to_draw):
-                reports[number] = replace(reports[number], not_drawn=failure)
-    finally:
-        progress.finish()
-
-
-def _n_frames_left(work: VideoWork, reports: Mapping[int, VideoReport]) -> int:
-    return sum(video.n_frames for number, video in enumerate(work.videos) if number not in reports)
+    todo = [number for number in range(len(work.videos)) if number not in reports]
+    for number, report in runner(partial(propagate_video, work), todo):
+        reports[number] = report
+        progress.advance(work.videos[number].n_frames)
+    to_draw = [number for number in sorted(reports) if _is_to_be_drawn(work, reports, number)]
+    with seconds.timed("wait_overlays"):
+        for number, failure in runner(partial(draw_video, work), to_draw):
+            reports[number] = replace(reports[number], not_drawn=failure)
 
 
 def _is_to_be_drawn(work: VideoWork, reports: Mapping[int, VideoReport], number: int) -> bool:
