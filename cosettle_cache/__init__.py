@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cosettle_cache.core.lazy import lazy_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "PositionShift": "core.types",
