@@ -7,7 +7,6 @@ import pickle
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.io
@@ -31,14 +30,8 @@ AnyPoints = Float[np.ndarray, "2 ..."]
 
 #: What the MATLAB reader raises for files that are broken, something else, or of version 7.3.
 _UNREADABLE = (
-    ValueError,
-    TypeError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    EOFError,
-    zlib.error,
-    scipy.io.matlab.MatReadError,
+    *(ValueError, TypeError, KeyError, NotImplementedError, OSError, EOFError),
+    *(zlib.error, scipy.io.matlab.MatReadError),
 )
 
 
@@ -84,10 +77,7 @@ def read_joints(path: str | Path) -> Joints:
     if "pos_img" not in content:
         found = ", ".join(name for name in content if not name.startswith("__"))
         raise MediaError(f"{path} has no pos_img", wanted="pos_img", found=found or "nothing")
-    return _checked(content["pos_img"], path) - 1
-
-
-def _checked(joints: Any, path: Path) -> Joints:
+    joints = content["pos_img"]
     # MATLAB drops the last axis of a clip of one frame.
     joints = joints[:, :, None] if np.ndim(joints) == 2 else joints
     if np.ndim(joints) != 3 or joints.shape[:2] != (2, len(JOINTS)) or not joints.shape[2]:
@@ -98,7 +88,7 @@ def _checked(joints: Any, path: Path) -> Joints:
         )
     if joints.dtype.kind not in "fiu" or not np.isfinite(joints).all():
         raise MediaError(f"{path} has joints that are nowhere", wanted="finite numbers", found="others")
-    return np.asarray(joints, dtype=np.float64)
+    return np.asarray(joints, dtype=np.float64) - 1
 
 
 def pixels_to_cells(points: AnyPoints, image_size: tuple[int, int], grid: Grid) -> AnyPoints:

@@ -1,8 +1,6 @@
 """Lists of videos as benchmarks publish them, and the manifests that they make without any data at hand.
 
-In comes a text file (one name, or a pair of image and label paths, a line), a CSV file with sizes, or a
-manifest; out go names, or rows at the places where a data set keeps its files. What a list does not say
-stays unknown.
+A list is text (one name, or a pair of image and label paths, a line), a CSV file with sizes, or a manifest.
 """
 
 from __future__ import annotations
@@ -65,7 +63,24 @@ def list_manifest(
     row, path = DATASETS[dataset], Path(path)
     root = PurePosixPath(folder or row.list_folder or next(iter(row.folders), dataset))
     split = split or row.list_split or row.split or ""
-    videos = tuple(_row(item, dataset, root, split) for item in read_list(path))
+    videos = tuple(
+        Video(
+            video_id=item.name,
+            media=str(root / row.media.format(name=item.name)),
+            media_kind=MediaKind.FRAMES,
+            n_frames=item.n_frames,
+            height=item.height,
+            width=item.width,
+            dataset=dataset,
+            split=split,
+            labels=str(root / row.labels.format(name=item.name)) if row.labels else None,
+            label_kind=row.label_kind,
+            labelled_frames=item.n_frames if row.labels else 0,
+            n_objects=item.n_objects,
+            class_name=item.name.rpartition("/")[0] or None,
+        )
+        for item in read_list(path)
+    )
     provenance = {
         "builder": dataset,
         "root": str(root),
@@ -76,25 +91,6 @@ def list_manifest(
         "date": datetime.now(UTC).date().isoformat(),
     }
     return Manifest(videos, {key: text for key, text in provenance.items() if text})
-
-
-def _row(item: Listed, dataset: str, root: PurePosixPath, split: str) -> Video:
-    row = DATASETS[dataset]
-    return Video(
-        video_id=item.name,
-        media=str(root / row.media.format(name=item.name)),
-        media_kind=MediaKind.FRAMES,
-        n_frames=item.n_frames,
-        height=item.height,
-        width=item.width,
-        dataset=dataset,
-        split=split,
-        labels=str(root / row.labels.format(name=item.name)) if row.labels else None,
-        label_kind=row.label_kind,
-        labelled_frames=item.n_frames if row.labels else 0,
-        n_objects=item.n_objects,
-        class_name=item.name.rpartition("/")[0] or None,
-    )
 
 
 def _lines(path: Path) -> list[str]:
@@ -113,21 +109,16 @@ def _from_line(line: str, path: Path) -> Listed:
         return Listed(parts[0])
     if len(parts) > 2:
         raise InputError(f"{path} is not a list of videos", wanted="one name or two paths a line", found=line)
-    labels, media = sorted(parts, key=_looks_like_media)
-    return Listed(_name_of(media), media, labels)
-
-
-def _looks_like_media(part: str) -> bool:
-    return not part.endswith(".mat") and not any(name in PurePosixPath(part).parts for name in _LABEL_FOLDERS)
-
-
-def _name_of(media: str) -> str:
-    """Return what follows `Images` or `Rename_Images`: a class and a clip, or a clip alone."""
-    parts = PurePosixPath(media).parts
+    # Labels are a MATLAB file or lie under one of their folders; media are the other of the two.
+    labels, media = sorted(
+        parts,
+        key=lambda part: not (part.endswith(".mat") or {*_LABEL_FOLDERS} & {*PurePosixPath(part).parts}),
+    )
+    places = PurePosixPath(media).parts
     for folder in _MEDIA_FOLDERS[:2]:
-        if folder in parts[:-1]:
-            return "/".join(parts[parts.index(folder) + 1 :])
-    return parts[-1]
+        if folder in places[:-1]:  # what follows is a class and a clip, or a clip alone
+            return Listed("/".join(places[places.index(folder) + 1 :]), media, labels)
+    return Listed(places[-1], media, labels)
 
 
 def _from_row(row: dict[str, object], path: Path) -> Listed:
@@ -136,21 +127,17 @@ def _from_row(row: dict[str, object], path: Path) -> Listed:
         found = ", ".join(row)
         raise InputError(f"{path} names no videos", wanted="a column video_id or sequence", found=found)
     try:
-        n_frames, height, width, n_objects = (_number(row, *names) for names in _SIZE_COLUMNS)
+        # A row says a size under one of the names, or not at all.
+        sizes = [[row[name] for name in names if row.get(name) is not None] for names in _SIZE_COLUMNS]
+        return Listed(str(name), None, None, *(int(str(found[0])) if found else 0 for found in sizes))
     except ValueError as error:
         raise InputError(f"{path} has a size that is no number", found=error) from error
-    return Listed(str(name), None, None, n_frames, height, width, n_objects)
 
 
-def _number(row: dict[str, object], *names: str) -> int:
-    """Return what the row has under one of `names`, 0 where it has nothing."""
-    return int(str(next((row[name] for name in names if row.get(name) is not None), 0)))
-
-
-def locate(root: Path, listed: str, folders: tuple[str, ...] = (*_MEDIA_FOLDERS, *_LABEL_FOLDERS)) -> Path:
+def locate(root: Path, listed: str) -> Path:
     """Return the place under `root` of a path in a list, which may begin with its author's own folders."""
     path = PurePosixPath(listed)
-    starts = [index for index, part in enumerate(path.parts) if part in folders]
+    starts = [index for index, part in enumerate(path.parts) if part in (*_MEDIA_FOLDERS, *_LABEL_FOLDERS)]
     if path.is_absolute() or ".." in path.parts or not (root / listed).exists():
         path = PurePosixPath(*path.parts[starts[0] :]) if starts else PurePosixPath(path.name)
     return root / path

@@ -1,15 +1,14 @@
 """Manifests: which videos a job is about, one row per video, as Parquet or CSV.
 
-In come table files; out go `Manifest` objects whose paths are safe (relative, no `..`) and whose ids are
-unique. The digest of the rows identifies the list wherever a number is reported. A published list may leave
-sizes open; the manifest that a job works from may not.
+Paths are safe (relative, no `..`) and ids unique. The digest of the rows identifies the list wherever a
+number is reported. A published list may leave sizes open; the manifest that a job works from may not.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,7 +45,13 @@ LISTED_SCHEMA = pa.schema(
     [field.with_nullable(field.nullable or field.name in _MEASURES) for field in SCHEMA]
 )
 _REQUIRED = [field.name for field in SCHEMA if not field.nullable]
-_DEFAULTS = {field.name: field.default for field in fields(Video)}
+_TEXTS = ("video_id", "media", "dataset", "split", "labels", "class_name")
+_COUNTS = (*_MEASURES, "first_frame", "labelled_frames", "n_objects")
+_TYPES: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(_COUNTS, int),
+    **{"media_kind": MediaKind, "label_kind": LabelKind, "fps": float},
+}
 
 
 def manifest_table(manifest: Manifest) -> pa.Table:
@@ -80,7 +85,9 @@ def manifest_from_table(table: pa.Table, origin: str = "the manifest", *, listed
     videos = tuple(_video(row, number, origin, least) for number, row in enumerate(rows, start=1))
     if not videos:
         raise InputError(f"{origin} lists no videos", wanted="at least one row")
-    _check_unique(videos, origin)
+    repeated = [video_id for video_id, count in Counter(v.video_id for v in videos).items() if count > 1]
+    if repeated:
+        raise InputError(f"{origin} lists {repeated[0]} twice", wanted="unique video_id values")
     return Manifest(videos, read_metadata(table))
 
 
@@ -124,57 +131,27 @@ def _video(row: Mapping[str, Any], number: int, origin: str, least: int) -> Vide
     empty = [name for name in _REQUIRED if row.get(name) is None]
     if empty:
         raise InputError(f"row {number} of {origin} has no {empty[0]}", wanted=", ".join(_REQUIRED))
-    values = {name: _DEFAULTS[name] if row.get(name) is None else row[name] for name in _DEFAULTS}
+    given = {name: row[name] for name in SCHEMA.names if row.get(name) is not None}
     try:
-        video = Video(**_typed(values))
+        video = Video(**{name: _TYPES[name](value) for name, value in given.items()})
     except (TypeError, ValueError) as error:
         raise InputError(f"row {number} of {origin} is malformed", found=str(error)) from error
-    _check_row(video, f"row {number} of {origin} ({video.video_id})", least)
-    return video
-
-
-def _typed(values: dict[str, Any]) -> dict[str, Any]:
-    whole = ("n_frames", "height", "width", "first_frame", "labelled_frames", "n_objects")
-    values |= {name: int(values[name]) for name in whole}
-    values |= {name: str(values[name]) for name in ("video_id", "media", "dataset", "split")}
-    values["media_kind"] = MediaKind(values["media_kind"])
-    if values["label_kind"] is not None:
-        values["label_kind"] = LabelKind(values["label_kind"])
-    if values["fps"] is not None:
-        values["fps"] = float(values["fps"])
-    return values
-
-
-def _check_row(video: Video, where: str, least: int) -> None:
-    """Raise `InputError` for unsafe paths and for counts and sizes below `least`."""
+    where = f"row {number} of {origin} ({video.video_id})"
     # The id names the folder that masks go to.
     for path in (video.video_id, video.media, video.labels):
         if path is not None and not is_safe_path(path):
             raise InputError(f"{where} has an unsafe path", wanted="a relative path without ..", found=path)
     if video.n_frames < least or video.first_frame < 0:
         found = f"n_frames={video.n_frames}, first_frame={video.first_frame}"
-        raise InputError(
-            f"{where} has no frames", wanted=f"n_frames >= {least}, first_frame >= 0", found=found
-        )
+        wanted = f"n_frames >= {least}, first_frame >= 0"
+        raise InputError(f"{where} has no frames", wanted=wanted, found=found)
     if video.height < least or video.width < least:
-        raise InputError(
-            f"{where} has no size", wanted="positive pixels", found=f"{video.height}x{video.width}"
-        )
+        found = f"{video.height}x{video.width}"
+        raise InputError(f"{where} has no size", wanted="positive pixels", found=found)
+    return video
 
 
 def is_safe_path(path: str) -> bool:
     """Say whether a manifest may hold `path`: relative, forward slashes, no `..`, no drive."""
     pure = PurePosixPath(path)
-    return (
-        bool(path)
-        and not pure.is_absolute()
-        and ".." not in pure.parts
-        and "\\" not in path
-        and ":" not in path
-    )
-
-
-def _check_unique(videos: tuple[Video, ...], origin: str) -> None:
-    repeated = [video_id for video_id, count in Counter(v.video_id for v in videos).items() if count > 1]
-    if repeated:
-        raise InputError(f"{origin} lists {repeated[0]} twice", wanted="unique video_id values")
+    return bool(path) and not pure.is_absolute() and ".." not in pure.parts and not {":", "\\"} & set(path)

@@ -5,7 +5,7 @@ In come a manifest row and the data root, or a file; out go tracks and queries i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cosettle_cache.videos.sprites import read_settings
 from cosettle_cache.videos.tapvid import PointTracks, read_shares
 
 #: A file of points: one row per query, pixels of the video.
-QUERY_SCHEMA = pa.schema(
+_QUERY_SCHEMA = pa.schema(
     [("video_id", pa.string()), ("frame", pa.int64()), ("x", pa.float64()), ("y", pa.float64())]
 )
 
@@ -87,11 +87,13 @@ def read_queries(path: str | Path, manifest: Manifest) -> dict[str, Queries]:
     `frame` counts from 0, `x` and `y` are pixels from the corner of the image. Raises `InputError` naming the
     row that is not in a video of the manifest.
     """
-    table = read_table(Path(path), QUERY_SCHEMA)
+    table = read_table(Path(path), _QUERY_SCHEMA)
     missing = [name for name in ("frame", "x", "y") if name not in table.column_names]
     if missing:
-        found = ", ".join(table.column_names)
-        raise InputError(f"{path} lacks the column {missing[0]}", wanted="video_id, frame, x, y", found=found)
+        columns = ", ".join(table.column_names)
+        raise InputError(
+            f"{path} lacks the column {missing[0]}", wanted="video_id, frame, x, y", found=columns
+        )
     rows: dict[str, list[tuple[int, float, float]]] = {}
     videos = {video.video_id: video for video in manifest}
     for number, row in enumerate(table.to_pylist(), start=1):
@@ -99,7 +101,12 @@ def read_queries(path: str | Path, manifest: Manifest) -> dict[str, Queries]:
         rows.setdefault(video.video_id, []).append(_checked(row, video, f"row {number} of {path}"))
     if not rows:
         raise InputError(f"{path} lists no points", wanted="at least one row")
-    return {video_id: _queries(found) for video_id, found in rows.items()}
+    queries = {}
+    for video_id, found in rows.items():
+        frames, *places = zip(*found, strict=True)
+        points = np.array(places, np.float64).T
+        queries[video_id] = Queries(np.array(frames, np.int64), points, np.arange(len(found)))
+    return queries
 
 
 def _video_of(row: Mapping[str, Any], videos: Mapping[str, Video], where: str) -> Video:
@@ -127,8 +134,3 @@ def _checked(row: Mapping[str, Any], video: Video, where: str) -> tuple[int, flo
         wanted = f"x from 0 to {video.width}, y from 0 to {video.height}"
         raise InputError(f"{where} lies outside {video.video_id}", wanted=wanted, found=f"({x:g}, {y:g})")
     return frame, x, y
-
-
-def _queries(rows: Sequence[tuple[int, float, float]]) -> Queries:
-    frames = np.array([row[0] for row in rows], np.int64)
-    return Queries(frames, np.array([row[1:] for row in rows], np.float64), np.arange(len(rows)))

@@ -1,13 +1,9 @@
-"""Pickles from strangers: arrays and plain containers are read, everything else is refused unexecuted.
-
-An open file comes in, what it holds goes out.
-"""
+"""Pickles from strangers: arrays and plain containers are read, everything else is refused unexecuted."""
 
 from __future__ import annotations
 
-import io
 import pickle
-from typing import IO, Any
+from typing import Any
 
 #: What a pickled NumPy array is made of, in any version of NumPy and of the pickle format.
 _ARRAY_PARTS = {
@@ -23,9 +19,6 @@ _ARRAY_PARTS = {
 
 class ArrayUnpickler(pickle.Unpickler):
     """Loads arrays, plain numbers, texts, bytes, lists, tuples, dictionaries, and nothing else."""
-
-    def __init__(self, file: IO[bytes] | io.BytesIO) -> None:
-        super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
         """Refuse what is no part of an array."""

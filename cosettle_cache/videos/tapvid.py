@@ -1,11 +1,8 @@
-"""TAP-Vid: its pickles become folders of frames and files of tracks, which are a data root like any other.
+"""Point tracks: TAP-Vid's pickles become frames and files of tracks, a data root like any other.
 
 In comes `tapvid_davis.pkl` (a dictionary of clips by name) or `tapvid_rgb_stacking.pkl` (a list); out go
-`frames/NAME/00000.png` and `tracks/NAME.npz`. And in comes such a folder, out goes a manifest.
-
-Points and where they are in every frame; on disk in TAP-Vid's terms, shares of the image, as `.npz`.
-
-Positions are (x, y) in pixels from the corner of the image: the first pixel's centre lies at one half.
+`frames/NAME/00000.png` and `tracks/NAME.npz`, which has shares of the image. In memory positions are (x, y)
+in pixels from the corner of the image: the first pixel's centre lies at one half.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float64
 from PIL import Image
 
 from cosettle_cache.core.errors import InputError, MediaError
@@ -53,17 +50,8 @@ class PointTracks:
         return hashlib.sha256(self.visible.tobytes() + seen.tobytes()).hexdigest()
 
 
-def write_shares(
-    path: Path, points: Float[np.ndarray, "point frame 2"], occluded: Bool[np.ndarray, "point frame"]
-) -> None:
-    """Write tracks as shares of the image's width and height, as TAP-Vid has them."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, points=points, occluded=occluded)
-    write_durably(path, [buffer.getbuffer()])
-
-
 def read_shares(path: Path, video: Video) -> PointTracks:
-    """Return the tracks of a file that `write_shares` wrote, in pixels of the video.
+    """Return the tracks of a file that `unpack_tapvid` wrote, in pixels of the video.
 
     Raises `MediaError` when the file is missing, holds something else, or other frames than the video.
     """
@@ -74,7 +62,7 @@ def read_shares(path: Path, video: Video) -> PointTracks:
         raise MediaError(f"{path} does not exist", wanted="a file of tracks") from error
     except (KeyError, ValueError, OSError, EOFError, BadZipFile, TypeError) as error:
         raise MediaError(f"{path} holds no tracks", wanted="points and occluded", found=str(error)) from error
-    problem = shares_problem(points, occluded)
+    problem = _shares_problem(points, occluded)
     if problem:
         raise MediaError(f"{path} holds no tracks", wanted="points in 0..1 and flags", found=problem)
     last = video.first_frame + video.n_frames
@@ -89,8 +77,7 @@ def read_shares(path: Path, video: Video) -> PointTracks:
     return PointTracks(pixels, occluded[:, own] == 0)
 
 
-def shares_problem(points: np.ndarray, occluded: np.ndarray) -> str | None:
-    """Say what keeps two arrays from being tracks as shares of the image; None when nothing does."""
+def _shares_problem(points: np.ndarray, occluded: np.ndarray) -> str | None:
     if points.ndim != 3 or points.shape[-1] != 2 or points.dtype.kind != "f":
         return f"points of {points.dtype} {points.shape}"
     if occluded.shape != points.shape[:2] or occluded.dtype.kind not in "bui":
@@ -124,7 +111,10 @@ def read_tapvid(path: str | Path) -> Clips:
     except Exception as error:  # a pickle of anything raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MediaError(f"{path} is no pickle of TAP-Vid", wanted="arrays only", found=reason) from error
-    clips = _by_name(content)
+    numbered = enumerate(content) if isinstance(content, list | tuple) else ()
+    clips = {f"{number:05d}": clip for number, clip in numbered}
+    if isinstance(content, dict):
+        clips = {str(name): clip for name, clip in content.items()}
     if not clips:
         raise MediaError(f"{path} holds no clips", wanted=_LAYOUT, found=type(content).__name__)
     for name, clip in clips.items():
@@ -132,14 +122,6 @@ def read_tapvid(path: str | Path) -> Clips:
         if problem:
             raise MediaError(f"{path} has another layout: clip {name}", wanted=_LAYOUT, found=problem)
     return clips
-
-
-def _by_name(content: Any) -> dict[str, Any]:
-    if isinstance(content, dict):
-        return {str(name): clip for name, clip in content.items()}
-    if isinstance(content, list | tuple):
-        return {f"{number:05d}": clip for number, clip in enumerate(content)}
-    return {}
 
 
 def _problem(name: str, clip: Any) -> str | None:
@@ -154,18 +136,16 @@ def _problem(name: str, clip: Any) -> str | None:
         return f"a video of {getattr(video, 'dtype', type(video).__name__)} {np.shape(video)[:4]}"
     if len(video) != points.shape[1]:
         return f"{len(video)} frames and tracks of {points.shape[1]}"
-    return shares_problem(points, occluded)
+    return _shares_problem(points, occluded)
 
 
 def _is_video(video: Any) -> bool:
     if isinstance(video, np.ndarray) and video.dtype == np.uint8:
         return video.ndim == 4 and video.shape[-1] == 3 and video.size > 0
     is_list = isinstance(video, list | tuple) or (isinstance(video, np.ndarray) and video.ndim == 1)
-    return is_list and len(video) > 0 and all(_is_jpeg(frame) for frame in video)
-
-
-def _is_jpeg(frame: Any) -> bool:
-    return isinstance(frame, bytes) and frame.startswith(_JPEG_MARK)
+    return (
+        is_list and len(video) > 0 and all(isinstance(f, bytes) and f.startswith(_JPEG_MARK) for f in video)
+    )
 
 
 def check_empty(folder: Path) -> None:
@@ -183,16 +163,14 @@ def unpack_tapvid(clips: Clips, folder: str | Path, advance: Callable[[], None] 
     for name, clip in clips.items():
         frames = make_folder(folder / "frames" / name)
         for index, frame in enumerate(clip["video"]):
-            _write_frame(frames / f"{index:05d}", frame)
+            path = frames / f"{index:05d}{'.jpg' if isinstance(frame, bytes) else '.png'}"
+            with output_errors(path):
+                if isinstance(frame, bytes):
+                    path.write_bytes(frame)
+                else:
+                    Image.fromarray(frame).save(path, compress_level=1)
         make_folder(folder / "tracks")
-        points, occluded = np.asarray(clip["points"]), np.asarray(clip["occluded"]) != 0
-        write_shares(folder / "tracks" / f"{name}.npz", points, occluded)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, points=clip["points"], occluded=clip["occluded"] != 0)
+        write_durably(folder / "tracks" / f"{name}.npz", [buffer.getbuffer()])
         advance()
-
-
-def _write_frame(stem: Path, frame: Any) -> None:
-    with output_errors(stem):
-        if isinstance(frame, bytes):
-            stem.with_suffix(".jpg").write_bytes(frame)
-        else:
-            Image.fromarray(frame).save(stem.with_suffix(".png"), compress_level=1)
