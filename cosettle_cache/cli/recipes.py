@@ -97,7 +97,6 @@ class Recipe:
 
 
 def run(
-    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A file such as pipelines/sprites.toml.")],
     data_root: DataRoot = None,
     dry_run: DryRun = False,
@@ -111,7 +110,7 @@ def run(
     chosen, talk = read_recipe(recipe, data_root), Talk(quiet=quiet)
     # Of a JSON run stdout holds one document; what the steps print goes where talk goes.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        code = _run_steps(context, chosen, talk, dry_run=dry_run)
+        code = _run_steps(chosen, talk, dry_run=dry_run)
     found = [] if code or dry_run else check_expectations(chosen)
     if as_json:
         figures = [{**asdict(item), "met": item.met} for item in found]
@@ -128,14 +127,14 @@ def run(
     return code
 
 
-def demo(context: typer.Context, quiet: Quiet = False) -> int:
+def demo(quiet: Quiet = False) -> int:
     """Extract, train and propagate on the built-in sprites clips; two minutes on two CPU cores.
 
     Example: cosettle-cache demo
     """
     talk = Talk(quiet=quiet)
     recipe = _with_best_weights(read_recipe(DEMO), talk)
-    if code := _run_steps(context, recipe, talk):
+    if code := _run_steps(recipe, talk):
         return code
     talk.result("pictures: demo/sprites/curves.png and demo/propagated/overlays")
     for outcome in check_expectations(recipe):
@@ -144,17 +143,15 @@ def demo(context: typer.Context, quiet: Quiet = False) -> int:
     return int(ExitCode.DONE)
 
 
-def _run_steps(context: typer.Context, recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
+def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
     """Run the steps of a recipe in this process; the first that does not end clean ends the run."""
+    from cosettle_cache.cli import run_command
+
     talk.note(recipe.title)
     for step in recipe.steps:
         talk.note(f"$ {step.line}")
-        if not dry_run:
-            try:
-                context.find_root().command.main(step.arguments, "cosettle-cache")
-            except SystemExit as end:
-                if end.code:
-                    return int(end.code)
+        if not dry_run and (code := run_command(step.arguments)):
+            return code
     return int(ExitCode.DONE)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -75,7 +76,7 @@ class Originals:
 
 def transfer_loss(
     projection: Callable[[Tensor], Tensor],
-    samples: Float[Tensor, "n view row col dim"] | Originals,
+    samples: Float[Tensor, "n view row col dim"] | Float[np.ndarray, "n view row col dim"] | Originals,
     *,
     temperature: float = 0.03,
     separability_weight: float = 3.0,
@@ -96,7 +97,7 @@ def transfer_loss(
     unknown regulariser or reduction.
     """
     find_regularizer(regularizer, reduction)
-    originals = samples if isinstance(samples, Originals) else Originals(samples.float())
+    originals = samples if isinstance(samples, Originals) else Originals(torch.as_tensor(samples).float())
     settings = _Settings(temperature, window, regularizer, reduction, tuple(walk))
     # The gradient by hand is that in the projected tokens, and torch.func (vmap, grad) cannot go through it.
     by_torch = originals.tokens.requires_grad or torch._C._are_functorch_transforms_active()

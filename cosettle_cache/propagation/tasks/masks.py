@@ -56,16 +56,18 @@ class MaskSubject:
         size = self.first_mask.shape
         return decode_index_map(label_map, self.first, self.setting, size, size)
 
-    def begin(self, folder: Path) -> _MaskPredictions:
+    def begin(self, folder: Path) -> MaskPredictions:
         """Return empty predictions."""
         scorer = DavisScorer.from_first_mask(self.first_mask) if self.sequence.scorable else None
         place = make_folder(folder / self.sequence.video.video_id)
         shown = frozenset(np.unique(self.first_mask).tolist())
-        return _MaskPredictions(place, self.sequence.frame_names, scorer, shown)
+        return MaskPredictions(place, self.sequence.frame_names, scorer, shown)
 
 
 @dataclass(frozen=True, slots=True)
-class _MaskPredictions:
+class MaskPredictions:
+    """One kind's masks of one video; a task with another score builds on it."""
+
     folder: Path
     names: tuple[str, ...]
     scorer: DavisScorer | None
@@ -73,10 +75,12 @@ class _MaskPredictions:
     files: list[Path] = field(default_factory=list)
 
     def write(self, index: int, prediction: Mask) -> None:
+        """Write the mask of a frame."""
         self.files.append(self.folder / f"{self.names[index]}.png")
         write_mask(self.files[-1], prediction)
 
     def score(self, truth: Mask, prediction: Mask) -> None:
+        """Count a frame."""
         if self.scorer is not None:
             self.scorer.add(truth, prediction)
 
