@@ -28,7 +28,6 @@ from cosettle_cache.cli.options import (
     exits,
     open_features,
 )
-from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UncleanError
 from cosettle_cache.core.files import make_folder, store_title
@@ -63,6 +62,7 @@ def analyze(
     Example: cosettle-cache analyze --features frames.zarr --projection runs/store/projection.safetensors
     """
     from cosettle_cache.analysis import run as analysis
+    from cosettle_cache.core.cluster import work_on
     from cosettle_cache.heads.kinds import load_heads
 
     talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
@@ -128,6 +128,7 @@ def probe(
     Example: cosettle-cache probe --features frames.zarr --projection runs/store/projection.safetensors
     """
     from cosettle_cache.analysis.probe import run as probes
+    from cosettle_cache.core.cluster import pick_device
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.frame_labels import open_frame_labels
     from cosettle_cache.videos.manifest import read_manifest
@@ -195,6 +196,7 @@ def frames(
     Example: cosettle-cache export frames --features breakfast.zarr --out breakfast/features
     """
     from cosettle_cache.analysis.export import export_frames, plan_export
+    from cosettle_cache.core.cluster import pick_device
     from cosettle_cache.heads.kinds import load_heads, make_kinds
 
     talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
@@ -240,6 +242,7 @@ def pca(
     Example: cosettle-cache pca --features davis.zarr --video dog --data-root /data
     """
     from cosettle_cache.analysis.pca import draw_store, plan_pca
+    from cosettle_cache.core.cluster import pick_device
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.find import media_root
 

@@ -29,7 +29,6 @@ from cosettle_cache.cli.options import (
     Workers,
     open_features,
 )
-from cosettle_cache.core.cluster import pick_device
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
 from cosettle_cache.core.files import store_title
@@ -176,6 +175,8 @@ def _open_store(
 @contextmanager
 def _workers(wish: StoreWish, stop: Event, talk: Talk) -> Iterator[tuple[Run | None, str | None]]:
     """Yield what runs videos on workers (None: this process does all), and the device."""
+    from cosettle_cache.core.cluster import pick_device
+
     if not wish.workers and wish.scheduler is None:
         yield None, pick_device(wish.device)
         return

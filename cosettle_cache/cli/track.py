@@ -24,7 +24,6 @@ from cosettle_cache.cli.options import (
     Weights,
     open_features,
 )
-from cosettle_cache.core.cluster import pick_device
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
 from cosettle_cache.core.files import make_folder, store_title
@@ -72,6 +71,7 @@ def track(
 
     Example: cosettle-cache track --task sprites --features sprites.zarr
     """
+    from cosettle_cache.core.cluster import pick_device
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.metrics.rows import remove_scores, write_scores

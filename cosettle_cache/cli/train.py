@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, Scheduler, Workers, exits
-from cosettle_cache.core.cluster import pick_device, work_on
 from cosettle_cache.core.console import SILENT, Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.files import store_title
@@ -68,6 +67,7 @@ def _fit(
     as_json: bool,
     talk: Talk,
 ) -> None:
+    from cosettle_cache.core.cluster import pick_device, work_on
     from cosettle_cache.store import open_store
     from cosettle_cache.training.spectral import fit_spectral, plan_spectral
 
@@ -163,6 +163,8 @@ def train(
 
     Example: cosettle-cache train --features store.zarr --sweep window=1,2
     """
+    from cosettle_cache.core.cluster import pick_device
+
     talk = Talk(quiet=quiet)
     settings = replace(settings, batch_size=batch or settings.batch_size)
     if settings.head == "spectral":

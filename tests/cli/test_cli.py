@@ -25,7 +25,7 @@ from cosettle_cache.store import open_store
 from cosettle_cache.videos.masks import write_mask
 
 RANDOM = ["--backbone", "timm/test_vit", "--weights", "random"]
-HEAVY = {"torch", "timm", "zarr", "faiss", "pyarrow", "cv2", "av", "matplotlib", "scipy"}
+HEAVY = {"distributed", "torch", "timm", "zarr", "faiss", "pyarrow", "cv2", "av", "matplotlib", "scipy"}
 
 
 def run(*arguments: object) -> int:
