@@ -25,11 +25,13 @@ from cosettle_cache.cli.options import (
     Quiet,
     Scheduler,
     Workers,
+    check_clean,
     exits,
+    finish,
     open_features,
 )
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
-from cosettle_cache.core.errors import ExitCode, UncleanError
+from cosettle_cache.core.errors import ExitCode
 from cosettle_cache.core.files import make_folder, store_title
 from cosettle_cache.core.settings import AnalyzeSettings, ExportSettings, PcaSettings, ProbeSettings
 
@@ -82,7 +84,7 @@ def analyze(
     else:
         _print_analysis(report, folder, talk)
     n_left_out = f"{len(report.left_out)} of {len(store.manifest)}"
-    _check_clean(report.left_out, f"{n_left_out} clips were left out, the others are measured")
+    check_clean(report.left_out, f"{n_left_out} clips were left out, the others are measured")
 
 
 _HEADER = ["definition", "tokens", "D inter", "D intra", "D", "cycle acc.", "eff. rank", "inter", "intra"]
@@ -166,7 +168,7 @@ def probe(
             talk.result(title)
             talk.table("", header, rows)
         talk.result(f"rows, answers and summary: {folder}")
-    _check_clean(report.failures, f"{len(report.failures)} videos could not be read")
+    check_clean(report.failures, f"{len(report.failures)} videos could not be read")
 
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write vectors for other programs.")
@@ -220,7 +222,7 @@ def frames(
         _print_json(talk, document | {"vectors": n_vectors, "failures": failures})
     else:
         talk.result(f"{folder}: {n_vectors} vectors of {len(lengths)} videos, {kind.name} tokens")
-    _check_clean(failures, f"{len(failures)} videos were not written")
+    check_clean(failures, f"{len(failures)} videos were not written")
 
 
 def pca(
@@ -270,13 +272,7 @@ def pca(
             stop=stop,
         )
     _print_pca(report, folder, talk, as_json)
-    if report.error:
-        raise report.error
-    if report.interrupted:
-        return int(ExitCode.INTERRUPTED)
-    failures = report.failures if video else {**store.failures, **report.failures}
-    _check_clean(failures, f"{len(failures)} videos had failures")
-    return int(ExitCode.DONE)
+    return finish(report, report.failures if video else {**store.failures, **report.failures})
 
 
 def _print_pca(report: PcaReport, folder: Path, talk: Talk, as_json: bool) -> None:
@@ -298,8 +294,3 @@ def _folder(stage: str, store: FeatureStore) -> Path:
 
 def _print_json(talk: Talk, document: Mapping[str, Any]) -> None:
     talk.result(json.dumps(document, indent=2))
-
-
-def _check_clean(failures: Mapping[str, str], message: str) -> None:
-    if failures:
-        raise UncleanError(message, details=[f"{name}: {reason}" for name, reason in failures.items()])

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, exits
+from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, check_clean, exits
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.datasets import DATASETS, listable
 
@@ -157,9 +157,7 @@ def check(
         talk.result(json.dumps({"videos": len(content), "problems": problems}, indent=2))
     else:
         talk.result(f"{manifest}: {len(content)} videos, {len(problems)} with problems")
-    if problems:
-        details = [f"{video_id}: {reason}" for video_id, reason in problems.items()]
-        raise UncleanError(f"{len(problems)} videos have problems", details=details)
+    check_clean(problems, f"{len(problems)} videos have problems")
     return int(ExitCode.DONE)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_o
 import typer
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import CosettleError, ExitCode
+from cosettle_cache.core.errors import CosettleError, ExitCode, UncleanError
 from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, parse_bytes
 
 if TYPE_CHECKING:
@@ -54,6 +54,22 @@ def open_features(features: str, cache_dir: Path | None, cache_size: str) -> Fea
     from cosettle_cache.store import open_store
 
     return open_store(features, cache_dir=cache_dir, cache_bytes=parse_bytes(cache_size))
+
+
+def check_clean(failures: Mapping[str, str], message: str) -> None:
+    """Raise `UncleanError` with a line per failure, named by its video, if there are any."""
+    if failures:
+        raise UncleanError(message, details=[f"{name}: {reason}" for name, reason in failures.items()])
+
+
+def finish(report: Any, failures: Mapping[str, str]) -> int:
+    """Return the exit code of a run over videos; raise its own error, or `UncleanError` for its failures."""
+    if report.error:
+        raise report.error
+    if report.interrupted:
+        return ExitCode.INTERRUPTED
+    check_clean(failures, f"{len(failures)} videos had failures")
+    return ExitCode.DONE
 
 
 def exits(command: Callable[..., int | None]) -> Callable[..., None]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,10 +25,11 @@ from cosettle_cache.cli.options import (
     Scheduler,
     Weights,
     Workers,
+    finish,
     open_features,
 )
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
-from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
+from cosettle_cache.core.errors import ExitCode, InputError, UsageError
 from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import FITTING_SIZE, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol
@@ -38,9 +37,6 @@ from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.propagation.tasks import TASKS, find_task
 
 if TYPE_CHECKING:
-    from threading import Event
-
-    from cosettle_cache.core.parallel import Run
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.propagation import PropagationReport
     from cosettle_cache.store import FeatureStore
@@ -87,6 +83,7 @@ def propagate(
         _print_plan(given, chosen, talk)
         return int(ExitCode.DONE)
 
+    from cosettle_cache.core.cluster import pick_device, work_on
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG, remove_scores, write_scores
@@ -112,7 +109,11 @@ def propagate(
         if n_finished:
             talk.note(f"{out}: {n_finished} of {len(store.manifest)} videos are finished already")
 
-    with interruptible(talk, "videos") as stop, _workers(wish, stop, talk) as (runner, where):
+    with (
+        interruptible(talk, "videos") as stop,
+        # A video keeps all cores of its worker busy: one at a time.
+        work_on(workers, scheduler, device, threads=1, stop=stop, note=talk.note) as runner,
+    ):
         report = propagate_store(
             store,
             root,
@@ -121,7 +122,7 @@ def propagate(
             settings,
             task=task,
             projections=projections,
-            device=where,
+            device=device if runner else pick_device(device),
             runner=runner,
             progress=talk.progress("propagate"),
             stop=stop,
@@ -131,9 +132,8 @@ def propagate(
     failures |= report.failures
     _print(report, out, failures, talk, as_json=as_json)
     if settings.overlays != "none":
-        for name in (CHART_FILE, CHART_SVG):
-            write_score_chart(out / name, report.scores)
-    return _end(report, failures)
+        write_score_chart(report.scores, out / CHART_FILE, out / CHART_SVG)
+    return finish(report, failures)
 
 
 def _make_store(
@@ -170,25 +170,6 @@ def _open_store(
     store = open_features(features, cache_dir, cache_size)
     check_store(store, protocol)
     return store, media_root(store.manifest, wish.data_root), dict(store.failures)
-
-
-@contextmanager
-def _workers(wish: StoreWish, stop: Event, talk: Talk) -> Iterator[tuple[Run | None, str | None]]:
-    """Yield what runs videos on workers (None: this process does all), and the device."""
-    from cosettle_cache.core.cluster import pick_device
-
-    if not wish.workers and wish.scheduler is None:
-        yield None, pick_device(wish.device)
-        return
-    from cosettle_cache.core.cluster import check_workers, connect
-
-    gpus = check_workers(wish.workers, wish.scheduler, wish.device)
-    # A video keeps all cores of its worker busy: one at a time.
-    with connect(
-        workers=wish.workers, scheduler=wish.scheduler, threads=1, gpus=gpus, note=talk.note
-    ) as cluster:
-        on_gpus = wish.device == "cuda" or (wish.device is None and cluster.has_gpus())
-        yield partial(cluster.run, stop=stop, on_gpus=on_gpus), wish.device
 
 
 def _print_plan(given: dict[str, Any], protocol: EvalProtocol, talk: Talk) -> None:
@@ -230,17 +211,6 @@ def _print(
         f"peak memory {human_bytes(report.peak_memory_bytes)}"
     )
     talk.result(f"predictions, overlays and scores: {out}")
-
-
-def _end(report: PropagationReport, failures: Mapping[str, str]) -> int:
-    if report.error:
-        raise report.error
-    if report.interrupted:
-        return int(ExitCode.INTERRUPTED)
-    if failures:
-        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
-        raise UncleanError(f"{len(failures)} videos had failures", details=details)
-    return int(ExitCode.DONE)
 
 
 def _overrides(pairs: list[str]) -> dict[str, object]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
+from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, check_clean
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import ExitCode, InputError, UncleanError, UsageError
+from cosettle_cache.core.errors import ExitCode, InputError, UsageError
 from cosettle_cache.core.files import make_folder, name_folders
 from cosettle_cache.core.types import Grid, Score
 from cosettle_cache.propagation.tasks import TASKS
@@ -75,13 +75,13 @@ def score(
         talk.result(json.dumps(document, indent=2))
     elif scores:
         talk.table(f"{scores[0].provenance.dataset}: percent", *score_table(scores))
-    for what, path, write in (("rows", out, write_rows), ("chart", chart, write_score_chart)):
-        if path is not None:
-            write(path, scores)
-            talk.note(f"{what}: {path}")
-    if failures:
-        details = [f"{what}: {reason}" for what, reason in failures.items()]
-        raise UncleanError(f"{len(failures)} videos were not scored", details=details)
+    if out is not None:
+        write_rows(out, scores)
+        talk.note(f"rows: {out}")
+    if chart is not None:
+        write_score_chart(scores, chart)
+        talk.note(f"chart: {chart}")
+    check_clean(failures, f"{len(failures)} videos were not scored")
     return int(ExitCode.DONE)
 
 

@@ -22,10 +22,11 @@ from cosettle_cache.cli.options import (
     Projections,
     Quiet,
     Weights,
+    finish,
     open_features,
 )
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
-from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.files import make_folder, store_title
 from cosettle_cache.core.settings import FITTING_SIZE, TrackSettings
 from cosettle_cache.core.types import LabelKind
@@ -121,12 +122,7 @@ def track(
         write_scores(out, report.scores, complete=not (report.interrupted or report.error))
     failures |= report.failures
     _print_report(report, out, failures, talk, as_json)
-    if report.error:
-        raise report.error
-    if failures and not report.interrupted:
-        details = [f"{video_id}: {reason}" for video_id, reason in failures.items()]
-        raise UncleanError(f"{len(failures)} videos had failures", details=details)
-    return int(ExitCode.INTERRUPTED if report.interrupted else ExitCode.DONE)
+    return finish(report, failures)
 
 
 def _print_plan(plan: Mapping[str, object], talk: Talk) -> int:

@@ -36,8 +36,6 @@ def group() -> None:
     """Make the closed-form head; look into and export any."""
 
 
-@app.command()
-@exits
 def fit(
     features: Annotated[str, typer.Option(help="A store of either plan, local or at a URL.")],
     settings: SpectralSettings,
@@ -53,25 +51,11 @@ def fit(
 
     Example: cosettle-cache projection fit --features store.zarr
     """
-    _fit(features, settings, out, workers, scheduler, device, dry_run, as_json, Talk(quiet=quiet))
-
-
-def _fit(
-    features: str,
-    settings: SpectralSettings,
-    out: Path | None,
-    workers: int,
-    scheduler: str | None,
-    device: str | None,
-    dry_run: bool,
-    as_json: bool,
-    talk: Talk,
-) -> None:
     from cosettle_cache.core.cluster import pick_device, work_on
     from cosettle_cache.store import open_store
     from cosettle_cache.training.spectral import fit_spectral, plan_spectral
 
-    store = open_store(features)
+    talk, store = Talk(quiet=quiet), open_store(features)
     folder = out or Path("runs") / f"{store_title(features)}-spectral"
     if dry_run:
         talk.result(json.dumps({"out": str(folder), **plan_spectral(store, settings)}, indent=2))
@@ -93,6 +77,10 @@ def _fit(
         f"{after.margin:.4f} (predicted {report.raw_predicted.margin:.4f} -> {report.predicted.margin:.4f})"
     )
     talk.result(json.dumps(report.to_json(), indent=2) if as_json else text)
+
+
+#: `train --head spectral` calls the function itself.
+app.command("fit")(exits(fit))
 
 
 @app.command()
@@ -170,7 +158,7 @@ def train(
     if settings.head == "spectral":
         _check_spectral(features, settings, sweep or [])
         spectral = SpectralSettings(correspondence, spectral_lambda, seed=settings.seed)
-        _fit(features[0], spectral, out, 0, None, device, dry_run, as_json, talk)
+        fit(features[0], spectral, out, device=device, dry_run=dry_run, as_json=as_json, quiet=quiet)
         return ExitCode.DONE
 
     from cosettle_cache.store import open_store

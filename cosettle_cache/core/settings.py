@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,11 @@ QUERY_MODES = ("first", "strided")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)i?B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+#: Which videos get pictures.
+OVERLAYS = ("none", "first", "all")
+#: Who ranks the context.
+SEARCHES = ("auto", "bf16", "faiss", "torch")
 
 #: Packages whose versions can move a number; recorded with every store and score.
 VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillow", "av")
@@ -226,8 +231,8 @@ class PropagateSettings:
     """
 
     restart: bool = setting(False, "Remove earlier results in --out first.")
-    overlays: str = setting("first", "Pictures of no, one or all videos.", choices=("none", "first", "all"))
-    search: str = setting("auto", "All are exact.", choices=("auto", "bf16", "faiss", "torch"))
+    overlays: str = setting("first", "Pictures of no, one or all videos.", choices=OVERLAYS)
+    search: str = setting("auto", "All are exact.", choices=SEARCHES)
     memory_limit: int | None = setting(
         None, "Most bytes that the search takes, as 500MB.", metavar="SIZE", parse=parse_bytes
     )
@@ -387,13 +392,6 @@ def digest(document: Any) -> str:
     """Return the hex SHA-256 of `document` as canonical JSON."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def settings_json(
-    settings: PairsSettings | FramesSettings | TrainSettings | SpectralSettings,
-) -> dict[str, Any]:
-    """Return a settings object as plain JSON types."""
-    return asdict(settings)
 
 
 def package_versions(*others: str) -> dict[str, str]:

@@ -76,13 +76,8 @@ class RunFolder:
             wide = any("figures" not in row for row in rows)
             scores = tuple(rows_of_wide(rows) if wide else map(Score.from_json, rows))
             there = all((self.path / name).is_file() for name in files)
-        except (
-            InputError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ):  # none, damaged, or of another version: to be done
-            return None
+        except (InputError, KeyError, TypeError, ValueError):
+            return None  # no mark, a damaged one, or one of another version: to be done
         return scores if there and labels == labels_stamp(video, data_root) else None
 
     def reopen(self, video_id: str) -> None:

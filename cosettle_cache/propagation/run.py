@@ -19,7 +19,7 @@ import torch
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
 from cosettle_cache.core.parallel import Run
-from cosettle_cache.core.settings import PropagateSettings
+from cosettle_cache.core.settings import OVERLAYS, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
@@ -37,8 +37,6 @@ from cosettle_cache.propagation.video import (
 )
 from cosettle_cache.search.masked import make_ranker
 from cosettle_cache.store import FeatureStore
-
-OVERLAYS = ("none", "first", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +204,8 @@ def _summary(
     )
 
 
-def write_score_chart(path: Path, scores: Sequence[Score]) -> None:
-    """Draw the main figure of every sequence by kind of tokens as PNG or SVG; no file without rows."""
+def write_score_chart(scores: Sequence[Score], *paths: Path) -> None:
+    """Draw the main figure of every sequence by kind of tokens as PNG or SVG; no files without rows."""
     from cosettle_cache.pictures.charts import save_chart, score_chart
 
     means = mean_scores(scores)
@@ -216,7 +214,7 @@ def write_score_chart(path: Path, scores: Sequence[Score]) -> None:
         origins = row_origins(scores)
         title = f"{'; '.join(origins['dataset'])}, protocol {'; '.join(origins['protocol'])}"
         unit = f"{means[0].main_name}, percent"
-        save_chart(score_chart(title, unit, by_sequence, _main_percent(means)), path)
+        save_chart(score_chart(title, unit, by_sequence, _main_percent(means)), *paths)
 
 
 def _main_percent(means: Sequence[Mean]) -> dict[str, float]:

@@ -197,8 +197,10 @@ def peak_memory_bytes() -> int:
 
 
 class _Track(NamedTuple):
-    """One kind of tokens in one video: `find` returns the neighbours of the next frame, `kept` ones
-    without its tokens."""
+    """One kind of tokens in one video.
+
+    `find` returns the neighbours of the next frame; lists that were `kept` need no tokens.
+    """
 
     find: Callable[[Tokens | None], Neighbors | None]
     kept: bool

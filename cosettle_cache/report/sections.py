@@ -43,7 +43,7 @@ def score_section(run: ScoreRun, number: int) -> Element:
         parts.append(element("p", strong, text, class_="warning", role="note"))
 
     def draw(path: Path) -> None:
-        write_score_chart(path, run.scores)
+        write_score_chart(run.scores, path)
 
     label = f"Chart of {run.name}; the table has its figures"
     parts += [_main_table(run), chart(run.folder / CHART_SVG, draw, f"chart-{number}", label)]

@@ -21,6 +21,7 @@ from jaxtyping import BFloat16, Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.settings import SEARCHES
 from cosettle_cache.core.types import EvalProtocol, Grid
 
 
@@ -147,8 +148,6 @@ def make_slabs(
         slabs.append(Slab(slice(start, stop), positions, blocked))
     return slabs
 
-
-SEARCHES = ("auto", "bf16", "faiss", "torch")
 
 #: Keys per matrix product on a CPU: MKL runs 2,000 at a time a fifth faster than 30,000 at once.
 _CPU_KEYS = 2048

@@ -115,12 +115,10 @@ class _CachedFile(ObjectFile):
     def _fetch(self) -> None:
         lock_path = self.path.parent / f".{self.path.name[:2]}.lock"
         try:
-            # Other threads and processes wait for the lock; it dies with its holder. On a file system without
-            # locks the copy is fetched twice, nothing worse.
+            # Other threads and processes wait for the lock; it dies with its holder.
             with output_errors(self.path), lock_path.open("w") as lock:
-                with suppress(
-                    OSError
-                ):  # a file system without locks: the copy is fetched twice, nothing worse
+                # On a file system without locks the copy is fetched twice, nothing worse.
+                with suppress(OSError):
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 if not self.path.exists():
                     self._storage.make_room(self._size)

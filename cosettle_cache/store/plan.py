@@ -10,11 +10,11 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from cosettle_cache.core.settings import FramesSettings, PairsSettings, settings_json
+from cosettle_cache.core.settings import FramesSettings, PairsSettings
 from cosettle_cache.core.types import (
     ArrayLayout,
     Crop,
@@ -167,7 +167,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan's kind and settings, as they stand in a store's fingerprint."""
         slots = {str(layout.grid): layout.slot_encodings for layout in self.arrays}
-        return {"kind": str(self.kind), "slot_encodings": slots, **settings_json(self.recipe.settings)}
+        return {"kind": str(self.kind), "slot_encodings": slots, **asdict(self.recipe.settings)}
 
 
 def make_plan(

@@ -26,7 +26,6 @@ from cosettle_cache.core.settings import (
     TrainSettings,
     digest,
     package_versions,
-    settings_json,
 )
 from cosettle_cache.store import FeatureStore
 
@@ -311,7 +310,7 @@ def projection_provenance(
 ) -> dict[str, str]:
     """Return what a projection's file says of its origin; `figures` are kept as JSON under their names."""
     fingerprints = [store.fingerprint for store in stores]
-    documents = {"settings": settings_json(settings), "versions": package_versions(), **figures}
+    documents = {"settings": asdict(settings), "versions": package_versions(), **figures}
     return {
         "backbone": fingerprints[0].backbone,
         "weights_sha256": fingerprints[0].weights_sha256,

@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.settings import TrainSettings, digest, flat_text, settings_json
+from cosettle_cache.core.settings import TrainSettings, digest, flat_text
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads import check_trainable
 from cosettle_cache.heads.projection import released_init
@@ -43,7 +43,7 @@ _STREAM_SETTINGS = {"epochs", "batch_size", "accumulate", "precision", "seed", "
 _STREAM_SETTINGS |= {"validation", "palindrome", "gap", "checkpoint_every"}
 
 #: Type of every setting, and those that may differ between the members of a sweep.
-_KINDS: dict[str, type[Value]] = {name: type(value) for name, value in settings_json(TrainSettings()).items()}
+_KINDS: dict[str, type[Value]] = {name: type(value) for name, value in asdict(TrainSettings()).items()}
 SWEEPABLE = tuple(name for name in _KINDS if name not in _STREAM_SETTINGS)
 
 
@@ -171,7 +171,7 @@ class Stream:
         """
         document: dict[str, Any] = {}
         for member in members:
-            settings = settings_json(member.settings)
+            settings = asdict(member.settings)
             del settings["checkpoint_every"]
             document[member.name or "settings"] = settings
         for number, store in enumerate(self.stores):

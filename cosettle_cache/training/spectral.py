@@ -26,7 +26,7 @@ from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.parallel import Run, in_order, one_by_one
-from cosettle_cache.core.settings import SpectralSettings, settings_json
+from cosettle_cache.core.settings import SpectralSettings
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
@@ -223,7 +223,7 @@ def plan_spectral(store: FeatureStore, settings: SpectralSettings) -> dict[str, 
         "clips": len(held_out),
         "held_out": int(held_out.sum()),
         "pairs_of_frames": sum(map(len, pairs.groups)),
-        "settings": settings_json(settings),
+        "settings": asdict(settings),
     }
 
 
@@ -240,7 +240,7 @@ def _split(store: FeatureStore, settings: SpectralSettings) -> tuple[PairList, B
         raise UsageError(
             "these settings leave nothing to choose from",
             wanted="n_lambdas and max_held_out of 2 or more, held_out in [0, 1)",
-            found=settings_json(settings),
+            found=asdict(settings),
         )
     pairs = list_pairs(store)
     return pairs, choose_held_out(pairs.video_ids, settings)
