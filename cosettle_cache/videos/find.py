@@ -121,6 +121,7 @@ def _first_of(
 def _built(name: str, folder: Path, data_root: Path, talk: Talk | None = None) -> Data:
     """Return a folder's videos; `talk` says what was left out."""
     built = build_manifest(name, folder, data_root)
-    for media, reason in built.failures.items() if talk else ():
-        talk.warn(f"left out {media}: {reason}")  # type: ignore[union-attr]
+    if talk is not None:
+        for media, reason in built.failures.items():
+            talk.warn(f"left out {media}: {reason}")
     return Data(built.manifest, data_root, f"{folder} ({len(built.manifest)} videos)", built.failures)
