@@ -130,7 +130,7 @@ def probe(
     Example: cosettle-cache probe --features frames.zarr --projection runs/store/projection.safetensors
     """
     from cosettle_cache.analysis.probe import run as probes
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.frame_labels import open_frame_labels
     from cosettle_cache.videos.manifest import read_manifest
@@ -198,7 +198,7 @@ def frames(
     Example: cosettle-cache export frames --features breakfast.zarr --out breakfast/features
     """
     from cosettle_cache.analysis.export import export_frames, plan_export
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads, make_kinds
 
     talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
@@ -244,7 +244,7 @@ def pca(
     Example: cosettle-cache pca --features davis.zarr --video dog --data-root /data
     """
     from cosettle_cache.analysis.pca import draw_store, plan_pca
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.find import media_root
 

@@ -83,7 +83,8 @@ def propagate(
         _print_plan(given, chosen, talk)
         return int(ExitCode.DONE)
 
-    from cosettle_cache.core.cluster import pick_device, work_on
+    from cosettle_cache.core.cluster import work_on
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG, remove_scores, write_scores

@@ -72,7 +72,7 @@ def track(
 
     Example: cosettle-cache track --task sprites --features sprites.zarr
     """
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.metrics.rows import remove_scores, write_scores

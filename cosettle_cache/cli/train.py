@@ -51,7 +51,8 @@ def fit(
 
     Example: cosettle-cache projection fit --features store.zarr
     """
-    from cosettle_cache.core.cluster import pick_device, work_on
+    from cosettle_cache.core.cluster import work_on
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.store import open_store
     from cosettle_cache.training.spectral import fit_spectral, plan_spectral
 
@@ -151,7 +152,7 @@ def train(
 
     Example: cosettle-cache train --features store.zarr --sweep window=1,2
     """
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
 
     talk = Talk(quiet=quiet)
     settings = replace(settings, batch_size=batch or settings.batch_size)
