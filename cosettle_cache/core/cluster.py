@@ -309,4 +309,5 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
         try:
             yield cluster
         finally:
-            cluster.close(timeout=CLOSE_TIMEOUT_S)
+            with suppress(TimeoutError):  # the processes end with this one
+                cluster.close(timeout=CLOSE_TIMEOUT_S)
