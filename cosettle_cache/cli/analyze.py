@@ -236,7 +236,7 @@ def pca(
         names, tokens = [row.video_id for row in videos], ["raw", *(name for name, _ in heads)]
         document = {"videos": names, "tokens": tokens, "settings": asdict(settings), "out": str(folder)}
         talk.json(document)
-        return int(ExitCode.DONE)
+        return ExitCode.DONE
     make_folder(folder)
     with interruptible(talk, "video") as stop:
         report = draw_store(

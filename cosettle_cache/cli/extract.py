@@ -55,14 +55,14 @@ def extract(
     if mode.dry_run:
         lines = [f"{key}: {value}" for key, value in asdict(summary).items()]
         talk.result(json.dumps(asdict(summary), indent=2) if mode.as_json else "\n".join(lines))
-        return int(ExitCode.DONE)
+        return ExitCode.DONE
     note_plan(summary, talk)
     report = extract_store(job, made, data.manifest, talk)
     lines = report_lines(job, report)
     talk.result(json.dumps(report.to_json(), indent=2) if mode.as_json else "\n".join(lines))
     if report.interrupted:
-        return int(ExitCode.INTERRUPTED)
-    return int(ExitCode.UNCLEAN if report.failures or data.failures else ExitCode.DONE)
+        return ExitCode.INTERRUPTED
+    return ExitCode.UNCLEAN if report.failures or data.failures else ExitCode.DONE
 
 
 def _side(size: str | None, default: int) -> int:

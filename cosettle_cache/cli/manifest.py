@@ -63,7 +63,7 @@ def build(
     _say(talk, path, counts, mode.as_json, left_out=dict(result.failures))
     for media, reason in result.failures.items():
         talk.warn(f"left out {media}: {reason}")
-    return int(ExitCode.UNCLEAN if result.failures else ExitCode.DONE)
+    return ExitCode.UNCLEAN if result.failures else ExitCode.DONE
 
 
 @app.command("from-list")
@@ -136,7 +136,7 @@ def check(
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> int:
+) -> None:
     """Find missing, changed or broken media and annotations before the encoder does.
 
     Example: cosettle-cache manifest check clips.parquet --data-root /data --decode
@@ -154,7 +154,6 @@ def check(
     else:
         talk.result(f"{manifest}: {len(content)} videos, {len(problems)} with problems")
     check_clean(problems, f"{len(problems)} videos have problems")
-    return int(ExitCode.DONE)
 
 
 @app.command()

@@ -137,7 +137,7 @@ def demo(quiet: Quiet = False) -> int:
     for outcome in check_expectations(recipe):
         kept = "as expected" if outcome.met else f"expected {outcome.value:.4f}"
         talk.note(f"{outcome.title} {outcome.measured:.4f}, {kept}")
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
@@ -149,7 +149,7 @@ def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
         talk.note(f"$ {step.line}")
         if not dry_run and (code := run_command(step.arguments)):
             return code
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:

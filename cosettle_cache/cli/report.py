@@ -9,7 +9,7 @@ import typer
 
 from cosettle_cache.cli.options import Cache, DataRoot, Mode
 from cosettle_cache.core.console import Talk, human_bytes
-from cosettle_cache.core.errors import ExitCode, UncleanError, UsageError
+from cosettle_cache.core.errors import UncleanError, UsageError
 from cosettle_cache.core.files import name_folders
 
 
@@ -28,7 +28,7 @@ def report(
     data_root: DataRoot = None,
     videos: Annotated[int, typer.Option(min=0, help="Videos with pictures, of every run.")] = 3,
     max_frames: Annotated[int, typer.Option(min=1, help="Frames with pictures, of every video.")] = 24,
-) -> int:
+) -> None:
     """Show in one HTML file what runs did: scores, masks, curves, and affinities to explore.
 
     Example: cosettle-cache report runs/davis runs/linear --features davis.zarr
@@ -47,7 +47,7 @@ def report(
     document = {"out": str(out), **contents.to_json()}
     if mode.dry_run:
         talk.json(document)
-        return int(ExitCode.DONE)
+        return
     written = write_report(out, contents, videos, max_frames)
     if mode.as_json:
         document |= {"bytes": written.n_bytes, "failures": written.failures}
@@ -56,4 +56,3 @@ def report(
         talk.result(f"{out}: {human_bytes(written.n_bytes)}")
     if written.failures:
         raise UncleanError("some pictures are missing from the report", details=written.failures)
-    return int(ExitCode.DONE)

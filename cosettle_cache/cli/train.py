@@ -212,17 +212,17 @@ def _tell(talk: Talk, report: TrainReport, plan: TrainPlan, as_json: bool) -> No
         talk.warn(f"{member.name} diverged at step {member.diverged_at} and has no projection")
     steps = report.steps_before + report.steps
     result = report.folder / ("sweep.json" if report.members[0].name else "projection.safetensors")
-    text = ""
     if as_json:
-        text = json.dumps(report.to_json(), indent=2)
+        talk.json(report.to_json())
     elif report.interrupted:
-        text = f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again"
+        talk.result(f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again")
     elif report.steps == 0:
-        text = f"{result}: all {plan.n_steps} steps were done already"
-    if text:
-        talk.result(text)
-        return
+        talk.result(f"{result}: all {plan.n_steps} steps were done already")
+    else:
+        _tell_figures(talk, report, result)
 
+
+def _tell_figures(talk: Talk, report: TrainReport, result: Path) -> None:
     from cosettle_cache.training.log import comparison
 
     member, is_sweep = report.members[0], bool(report.members[0].name)
