@@ -14,7 +14,7 @@ import typer
 
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import CosettleError, ExitCode, UncleanError
-from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, parse_bytes, setting
+from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, Settings, parse_bytes, setting
 
 if TYPE_CHECKING:
     from cosettle_cache.store import FeatureStore
@@ -40,7 +40,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Work(Settings):
     """Where the work is done."""
 
     workers: int = setting(0, "Processes here; 0: this one.", min=0)
@@ -48,7 +48,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class Cache(Settings):
     """Copies on this machine of what a remote store holds."""
 
     cache_dir: Path | None = setting(  # noqa: RUF009 - frozen
@@ -64,7 +64,7 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class Mode:
+class Mode(Settings):
     """What a command is to do at all, and what it says."""
 
     dry_run: bool = setting(False, "Print what would be done and stop.")
@@ -130,6 +130,7 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
         flag = ("--" + item.name.replace("_", "-"),) if item.default is False else ()  # without a --no-flag
         names, parse = option.pop("names", flag), option.pop("parse", None)
         choices = option.pop("choices", ())
+        option.pop("positive", None)  # which the settings check themselves
         if table := option.pop("table", ""):
             package, _, words = table.partition(":")
             option["help"] += ", ".join(getattr(import_module(package), words)) + "."

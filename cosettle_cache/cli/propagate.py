@@ -221,6 +221,8 @@ def _overrides(pairs: list[str]) -> dict[str, object]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise UsageError(f"{pair!r} sets nothing", wanted="FIELD=VALUE, as top_k=10")
+        if key in ("name", "task"):
+            raise UsageError(f"{key} is no field to set", hint="--protocol and --task choose the preset")
         kind = kinds.get(key, "str")
         try:
             found[key] = parsers.get(kind, str)(text)

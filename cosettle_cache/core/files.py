@@ -209,19 +209,24 @@ def read_file(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> bytes:
     A pipe or a device is not waited for.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor
-            status = os.fstat(descriptor)
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path} is not a file")
+                raise IsADirectoryError
             if status.st_size > most_bytes:
                 found = f"{status.st_size} bytes"
                 raise InputError(f"{path} is too large", wanted=f"{most_bytes} bytes at most", found=found)
             return file.read(most_bytes)
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is not a file") from error
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise InputError(f"{path} cannot be read", found=getattr(error, "strerror", None) or error) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_text(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> str:
