@@ -50,16 +50,12 @@ from cosettle_cache.training.plan import (
     TrainPlan,
     make_members,
     make_stream,
-    make_train_plan,
     plan_stream,
 )
 from cosettle_cache.training.samples import JoinedSamples, find_not_finite
-from cosettle_cache.training.validate import validate
 
 #: Samples that an error names.
 _LISTED = 8
-
-__all__ = ["TrainPlan", "TrainReport", "make_train_plan", "train"]
 
 
 def train(
@@ -186,7 +182,7 @@ def _learn(
             shown = {"loss": line.total, "cycle_accuracy": line.cycle_accuracy, "GB_per_s": speed}
             progress.advance(len(step.ids), **shown)
             if step.ends_epoch and plan.n_held_out and replicas.is_first:
-                _append(pages, "validation", validate(learners, samples, stream.held_out.ids, step))
+                _append(pages, "validation", trainer.validate(samples, stream.held_out.ids, step))
             stopped = replicas.any(stop.is_set(), learners[0].device)
             due = step.ends_epoch or (step.number + 1) % stream.settings.checkpoint_every == 0
             if pages and (due or stopped):
