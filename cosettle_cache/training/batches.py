@@ -261,10 +261,8 @@ class Replicas:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether the flag is set in any process."""
-        if self.count == 1:
-            return flag
         total = torch.tensor([float(flag)], device=device)
-        dist.all_reduce(total)
+        self.add_up([total])
         return bool(total.item())
 
     def wait(self) -> None:

@@ -65,12 +65,11 @@ class Learner:
         self.projection, self.settings = projection, settings
         self._parameters = list(projection.parameters())
         # Weight decay on matrices only: no biases, no LayerNorm.
+        matrices = [item for item in self._parameters if item.ndim > 1]
+        vectors = [item for item in self._parameters if item.ndim <= 1]
         groups = [
-            {
-                "params": [item for item in self._parameters if item.ndim > 1],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [item for item in self._parameters if item.ndim <= 1], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
         self.diverged_at: int | None = None

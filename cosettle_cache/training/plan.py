@@ -207,7 +207,7 @@ class TrainPlan:
     @property
     def sample_bytes(self) -> int:
         """Bytes of a sample's tokens."""
-        return self.read_bytes // max(self.n_samples, 1)
+        return self.read_bytes // self.n_samples
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -243,7 +243,7 @@ def make_train_plan(
 
 def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:
     """Return the plan of training `members` on `stream`."""
-    _, rows, cols, dim = shape = stream.samples.shape
+    _, rows, cols, _ = shape = stream.samples.shape
     for member in members:
         _check_settings(member.settings, rows, cols)
     epochs = range(stream.settings.epochs)
@@ -266,7 +266,7 @@ def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:
         sample_shape=shape,
         lr=stream.settings.lr,
         init=released_init(stream.stores[0].fingerprint.backbone),
-        read_bytes=n_samples * shape[0] * rows * cols * dim * 2,
+        read_bytes=n_samples * math.prod(shape) * 2,
         warnings=tuple(_warnings(stream, members)),
     )
 

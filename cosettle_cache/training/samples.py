@@ -29,9 +29,6 @@ from cosettle_cache.training.batches import Ids
 #: What must be equal for tokens of several stores to lie in one space.
 _ENCODER_KEYS = ("backbone", "weights_sha256", "token_rule", "position_rule", "preprocessing")
 
-#: Samples that a scan reads at a time.
-_SCAN_SAMPLES = 64
-
 
 def walk_of(n_views: int) -> tuple[int, ...]:
     """Return the positions that a walk visits: out over the plain views, back, and to the shifted first one.
@@ -265,15 +262,14 @@ class HeldOut:
         return held_out
 
 
-def find_not_finite(samples: JoinedSamples, ids: Ids) -> Ids:
+def find_not_finite(samples: JoinedSamples, ids: Ids) -> list[int]:
     """Return the ids among `ids` whose tokens are not all finite, reading them once more."""
-    buffer = np.empty((min(len(ids), _SCAN_SAMPLES), *samples.shape), np.float16)
-    finite = np.empty(len(ids), bool)
-    for start in range(0, len(ids), _SCAN_SAMPLES):
-        part = ids[start : start + _SCAN_SAMPLES]
-        samples.read_into(part, buffer[: len(part)])
-        finite[start : start + len(part)] = np.isfinite(buffer[: len(part)]).all((1, 2, 3, 4))
-    return ids[~finite]
+    buffer, bad = np.empty((1, *samples.shape), np.float16), []
+    for sample in ids:
+        samples.read_into(sample[None], buffer)
+        if not np.isfinite(buffer).all():
+            bad.append(int(sample))
+    return bad
 
 
 def choose_frames(n_frames: int, gap: float, draws: Sequence[float]) -> tuple[int, ...]:

@@ -302,7 +302,7 @@ def _warnings(
 
 
 def _write_tables(report: SpectralReport, spectrum: Spectrum, trials: Sequence[Trial]) -> None:
-    """Write the columns of `Spectrum`; a row per lambda tried, the last (infinite) for raw tokens; the report."""
+    """Write a row per direction; a row per lambda tried, the last (infinite) for raw tokens; the report."""
     table = {"intra": spectrum.intra, "inter": spectrum.inter, "energy": spectrum.energy}
     table["gain"] = spectrum.gains(report.spectral_lambda)
     write_table(report.folder / "spectrum.parquet", pa.table(table))
