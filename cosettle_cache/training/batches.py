@@ -261,6 +261,8 @@ class Replicas:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether the flag is set in any process."""
+        if self.count == 1:
+            return flag
         total = torch.tensor([float(flag)], device=device)
         self.add_up([total])
         return bool(total.item())
