@@ -38,7 +38,7 @@ from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.metrics.rows import tracks_row
 from cosettle_cache.metrics.tapvid import SIZE, count_tracks, scored_frames
-from cosettle_cache.pictures.tracks import DrawnTracks, write_tracks
+from cosettle_cache.pictures.drawing import DrawnTracks, write_tracks
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.queries import Queries, open_tracks, sample_queries
