@@ -1,4 +1,4 @@
-"""From clips on disk to manifest rows: what the builders of all folder layouts share."""
+"""From clips on disk to manifest rows, as the builders of all folder layouts share it, and back: a check."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
-from cosettle_cache.videos.davis import open_sequence
-from cosettle_cache.videos.frames import VIDEO_SUFFIXES, natural_key, probe
+from cosettle_cache.videos.frames import VIDEO_SUFFIXES, MediaInfo, iter_frames, natural_key, probe
 from cosettle_cache.videos.jhmdb import open_joints
 from cosettle_cache.videos.manifest import is_safe_path
+from cosettle_cache.videos.masks import open_parts, open_sequence
 from cosettle_cache.videos.queries import open_tracks
-from cosettle_cache.videos.vip import open_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,61 @@ def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tupl
     sequence = opener(video, data_root)
     for index in range(video.n_frames if decode else 0):
         sequence.mask(index)
-    return sequence.n_objects, len(sequence.files.labelled)
+    return sequence.n_objects, len(sequence.labelled)
+
+
+def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: Progress) -> dict[str, str]:
+    """Return a reason for every video that does not hold what its row says.
+
+    Sizes and counts are compared as far as the row knows them; with `decode` every frame is decoded and every
+    mask is read too.
+    """
+    problems: dict[str, str] = {}
+    progress.start(len(manifest), "videos")
+    try:
+        for video in manifest:
+            try:
+                _check_video(video, data_root, decode)
+            except MediaError as error:
+                problems[video.video_id] = error.summary
+            progress.advance()
+    finally:
+        progress.finish()
+    return problems
+
+
+def _check_video(video: Video, data_root: Path, decode: bool) -> None:
+    video = _measured(video, probe(data_root / video.media))
+    if decode:
+        for _ in iter_frames(video, data_root):
+            pass
+    if video.label_kind is not None:
+        _, n_labelled = count_labels(video, data_root, decode=decode)
+        if n_labelled < video.labelled_frames:
+            raise MediaError(
+                f"{video.labels} lacks annotations",
+                wanted=f"{video.labelled_frames} annotated frames",
+                found=f"{n_labelled} annotated frames",
+            )
+
+
+def _measured(video: Video, info: MediaInfo) -> Video:
+    """Return the row with what it did not know filled in; raise `MediaError` where it knew otherwise."""
+    n_frames = video.n_frames or info.n_frames - video.first_frame
+    if not 0 < video.first_frame + n_frames <= info.n_frames:
+        raise MediaError(
+            f"{video.media} ends early",
+            wanted=f"{video.first_frame + n_frames} frames",
+            found=f"{info.n_frames} frames",
+        )
+    size = (video.height or info.height, video.width or info.width)
+    if size != (info.height, info.width):
+        raise MediaError(
+            f"{video.media} has another size",
+            wanted=f"{size[0]}x{size[1]}",
+            found=f"{info.height}x{info.width}",
+        )
+    return replace(video, n_frames=n_frames, height=info.height, width=info.width)
 
 
 def _path_in(root: Path, data_root: Path) -> Path:
