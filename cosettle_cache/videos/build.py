@@ -1,4 +1,4 @@
-"""From clips on disk to manifest rows, as the builders of all folder layouts share it, and back: a check."""
+"""Clips on disk and manifest rows: what the builders of all layouts share, and a check of rows."""
 
 from __future__ import annotations
 

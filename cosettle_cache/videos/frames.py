@@ -95,11 +95,6 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_frame(video: Video, data_root: str | Path, index: int) -> Image8:
-    """Return one frame; for a video file this decodes up to it."""
-    return next(iter_frames(video, data_root, [index]))
-
-
 def iter_frames(
     video: Video, data_root: str | Path, indices: Sequence[int] | None = None
 ) -> Iterator[Image8]:

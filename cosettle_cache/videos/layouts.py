@@ -32,7 +32,7 @@ _USUAL_RESOLUTION = "480p"
 _VIP_LABELS = ("Annotations/Category_ids", "Category_ids")
 
 
-def build_davis_manifest(
+def build_davis(
     root: Path,
     data_root: Path,
     split: str = "val",
@@ -51,7 +51,7 @@ def build_davis_manifest(
 
 
 #: The built-in clips in a folder made by `ensure_sprites`; splits train, val.
-build_sprites_manifest = partial(build_davis_manifest, dataset="sprites")
+build_sprites = partial(build_davis, dataset="sprites")
 
 
 def _only_resolution(root: Path) -> str:
@@ -78,9 +78,7 @@ def _davis_list(root: Path, split: str) -> list[str]:
     return names
 
 
-def build_vip_manifest(
-    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
-) -> BuildResult:
+def build_vip(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:
     """Return the clips `names`, or those of `lists/SPLIT_videos.txt`, or all where there is no list."""
     files = (f"{split}_videos.txt", f"vip_{split}list.txt")
     listed = _listed(names, *(folder / file for file in files for folder in (root / "lists", root)))
@@ -88,9 +86,7 @@ def build_vip_manifest(
     return _build_pairs(Source("vip", split if listed else "", root, data_root), listed, "Images", labels)
 
 
-def build_jhmdb_manifest(
-    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
-) -> BuildResult:
+def build_jhmdb(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:
     """Return the clips `names` (`CLASS/CLIP`), or those of `jhmdb_SPLITlist.txt`, or all without a list."""
     listed = _listed(names, *(folder / f"jhmdb_{split}list.txt" for folder in (root, root / "lists")))
     source = Source("jhmdb", split if listed else "", root, data_root)
@@ -100,9 +96,7 @@ def build_jhmdb_manifest(
     return _build_pairs(source, listed, "Rename_Images", "joint_positions", "/joint_positions.mat")
 
 
-def build_tapvid_manifest(
-    root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()
-) -> BuildResult:
+def build_tapvid(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
     """Return the clips of a folder that `manifest unpack` wrote, or `names`; one without tracks fails."""
     if root.is_file():
         raise InputError(
@@ -136,7 +130,7 @@ def _build_pairs(
     return build(clips, source)
 
 
-def build_masks_manifest(
+def build_masks(
     root: Path, data_root: Path, split: str = "", names: Sequence[str] = (), mask: Path | None = None
 ) -> BuildResult:
     """Return the clips directly in `root`, each with its mask; a clip without one is a named failure.

@@ -82,9 +82,9 @@ class Actor:
         placement: Placement = move(x * width, y * height) @ turn(angle) @ stretch(facing * size, size)
         return placement
 
-    def phase_at(self, moment: float) -> float:
-        """Return the phase of the creature's own motion in radians."""
-        return self.phase + 2 * np.pi * self.beats * moment
+    def pose(self, moment: float) -> Pose:
+        """Return how the creature stands at `moment`."""
+        return self.creature(self.phase + 2 * np.pi * self.beats * moment)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,8 +150,7 @@ def poses(scene: Scene, moment: float) -> Iterator[tuple[int, Placement, Pose]]:
     An actor has the same pieces in the same order at every moment.
     """
     for actor, object_id in zip(scene.actors, scene.objects, strict=True):
-        placement = actor.placement(moment, scene.height, scene.width)
-        yield object_id, placement, actor.creature(actor.phase_at(moment))
+        yield object_id, actor.placement(moment, scene.height, scene.width), actor.pose(moment)
 
 
 def _shows(
