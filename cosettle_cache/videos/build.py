@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.frames import VIDEO_SUFFIXES, MediaInfo, iter_frames, natural_key, probe
 from cosettle_cache.videos.jhmdb import open_joints
+from cosettle_cache.videos.lists import Listed, locate
 from cosettle_cache.videos.manifest import is_safe_path
 from cosettle_cache.videos.masks import open_parts, open_sequence
 from cosettle_cache.videos.queries import open_tracks
@@ -49,21 +51,31 @@ def build_manifest(name: str, root: str | Path, data_root: str | Path, **options
     if name not in DATASETS:
         raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
     options = {"split": DATASETS[name].split} | options
-    builder, folders = DATASETS[name].builder(), (Path(root), Path(data_root))
-    result: BuildResult = builder(*folders, **options) if builder else _build_row(name, *folders, **options)
+    builder = DATASETS[name].builder() or partial(_build_row, name)
+    result: BuildResult = builder(Path(root), Path(data_root), **options)
     return result
 
 
 def _build_row(name: str, root: Path, data_root: Path, split: str, names: Sequence[str] = ()) -> BuildResult:
-    """Return the clips at the places that the row names; one without labels becomes a row without."""
-    row = DATASETS[name]
-    listed = names or [path.name for path in subfolders(root / row.media.partition("{name}")[0])]
-    labels = row.labels or None
-    clips = [
-        Clip(clip, root / row.media.format(name=clip), labels=labels and root / labels.format(name=clip))
-        for clip in listed
-    ]
-    return build(clips, Source(name, split, root, data_root))
+    row, listed = DATASETS[name], [Listed(clip) for clip in names]
+    return build_places(Source(name, split, root, data_root), listed, row.media, row.labels)
+
+
+def build_places(source: Source, listed: Sequence[Listed], media: str, labels: str) -> BuildResult:
+    """Return the clips `listed`, or every folder there is, at the places `media` and `labels` with `{name}`.
+
+    A line of a list with two paths says itself where its clip and labels are. A clip without labels becomes a
+    row without.
+    """
+    root, clips = source.root, []
+    for item in listed or [Listed(path.name) for path in subfolders(root / media.partition("{name}")[0])]:
+        path = root / media.format(name=item.name)
+        label = root / labels.format(name=item.name) if labels else None
+        if item.media is not None and item.labels is not None:
+            path, label = locate(root, item.media), locate(root, item.labels)
+        class_name = item.name.rpartition("/")[0] if source.dataset == "jhmdb" else ""
+        clips.append(Clip(item.name, path, class_name or None, label))
+    return build(clips, source)
 
 
 @dataclass(frozen=True, slots=True)
