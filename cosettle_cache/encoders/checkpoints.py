@@ -140,9 +140,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     _check_file(path)
-    if _is_safetensors(path):
+    head = _head(path)
+    # Safetensors begin with the length of their JSON header, 8 bytes, little-endian.
+    if path.suffix == ".safetensors" or head[6:9] == b"\0\0{":
         return _read_safetensors(path)
-    if _head(path).startswith(_ZIP_MAGIC) and is_torchscript(path):
+    if head.startswith(_ZIP_MAGIC) and is_torchscript(path):
         return read_torchscript(path)
     return _unwrapped(path, _read_torch(path))
 
@@ -178,11 +180,6 @@ def _check_file(path: Path) -> None:
 def _head(path: Path, n_bytes: int = 256) -> bytes:
     with path.open("rb") as file:
         return file.read(n_bytes)
-
-
-def _is_safetensors(path: Path) -> bool:
-    head = _head(path, 9)
-    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[6:8] == b"\0\0")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

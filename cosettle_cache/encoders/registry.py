@@ -171,11 +171,7 @@ FAMILIES: dict[str, Family] = {
             ignored=(_HEAD,),
             outside=(r"^(base_encoder|predictor)\.",),
             sine_positions=True,
-            quirks=(
-                _SINCOS,
-                _SCALE,
-                "the momentum encoder is used, not the base encoder",
-            ),
+            quirks=(_SINCOS, _SCALE, "the momentum encoder is used, not the base encoder"),
         ),
         Family(
             "dino",
@@ -301,9 +297,7 @@ class BackboneInfo:
 def _vit(
     width: int, depth: int, heads: int, patch: int, side: int, registers: int = 0, layer_scale: bool = False
 ) -> Architecture:
-    return Architecture(
-        width, depth, heads, patch, Grid(side, side), 4 * width, registers=registers, layer_scale=layer_scale
-    )
+    return Architecture(width, depth, heads, patch, Grid(side, side), 4 * width, registers, layer_scale)
 
 
 _S16, _B16, _L16 = _vit(384, 12, 6, 16, 14), _vit(768, 12, 12, 16, 14), _vit(1024, 24, 16, 16, 14)

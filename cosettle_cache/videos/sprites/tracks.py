@@ -38,9 +38,9 @@ class _Stage:
     `placements` map the pieces' own units to pixels, `outlines` are in pixels.
     """
 
-    owners: tuple[int, ...]
-    placements: tuple[Placement, ...]
-    outlines: tuple[Float[np.ndarray, "_ 2"], ...]
+    owners: list[int]
+    placements: list[Placement]
+    outlines: list[Float[np.ndarray, "_ 2"]]
 
     def covers(self, number: int, point: Float[np.ndarray, "2"]) -> bool:
         """Say whether the outline of piece `number` covers a point in pixels."""
@@ -96,15 +96,13 @@ def scene_tracks(
 
 
 def _stage(scene: Scene, moment: float) -> _Stage:
-    owners = [_BACKGROUND]
-    placements = [np.linalg.inv(background_look(scene, moment))]
-    outlines: list[Float[np.ndarray, "_ 2"]] = [np.zeros((0, 2))]
+    stage = _Stage([_BACKGROUND], [np.linalg.inv(background_look(scene, moment))], [np.zeros((0, 2))])
     for object_id, placement, pose in poses(scene, moment):
         for piece in pose.pieces:
-            owners.append(object_id)
-            placements.append(placement @ piece.placement)
-            outlines.append(transform(placements[-1], piece.outline))
-    return _Stage(tuple(owners), tuple(placements), tuple(outlines))
+            stage.owners.append(object_id)
+            stage.placements.append(placement @ piece.placement)
+            stage.outlines.append(transform(stage.placements[-1], piece.outline))
+    return stage
 
 
 def _draw_anchor(
