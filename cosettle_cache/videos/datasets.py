@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from cosettle_cache.core.types import LabelKind
@@ -39,11 +39,10 @@ class DataSet:
 
     def builder(self) -> Callable[..., Any] | None:
         """Return the function that builds a manifest; None where the row's own places do."""
-        if not isinstance(self.build, str) or not self.build:
-            return self.build or None
-        module, _, name = self.build.partition(":")
-        builder: Callable[..., Any] = getattr(import_module(f"cosettle_cache.videos.{module}"), name)
-        return builder
+        if isinstance(self.build, str) and self.build:
+            builder: Callable[..., Any] = resolve_name(f"cosettle_cache.videos.{self.build}")
+            return builder
+        return self.build or None
 
     def find(self, data_root: Path) -> Path | None:
         """Return the data set's folder under the data root, None where there is none."""

@@ -55,7 +55,7 @@ def _colour(hue: float, saturation: float, value: float) -> Colour:
 
 
 def _painted(pattern: Pattern, dark: Colour, light: Colour, rng: Generator, grain: float) -> Tile:
-    tile = dark + pattern[..., None].astype(np.float32) * (light - dark)
+    tile = np.asarray(dark + pattern[..., None].astype(np.float32) * (light - dark))
     noise = _noise(rng, len(tile), cells=len(tile) // 16, octaves=2)[..., None]
     return np.clip(tile * (1 + grain * (2 * noise - 1)), 0, 1).astype(np.float32)
 
@@ -279,10 +279,9 @@ def _eye(x: float, y: float, size: float) -> tuple[Piece, ...]:
 
 
 def _make_ball(rng: Generator, hue: float) -> Creature:
-    skin = sprite_texture(rng, hue)
-    patch = sprite_texture(rng, hue + 0.5)
-    ball = Piece(_ellipse(1.0, 1.0), np.eye(3), skin)
-    return lambda _: Pose((ball, Piece(_ellipse(0.45, 0.45), np.eye(3), patch)))
+    ball = Piece(_ellipse(1.0, 1.0), np.eye(3), sprite_texture(rng, hue))
+    patch = Piece(_ellipse(0.45, 0.45), np.eye(3), sprite_texture(rng, hue + 0.5))
+    return lambda _: Pose((ball, patch))
 
 
 def _make_star(rng: Generator, hue: float) -> Creature:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from numpy.random import Generator, default_rng
 
+from cosettle_cache.videos.masks import Mask
 from cosettle_cache.videos.sprites.figures import (
     KINDS,
     Canvas,
@@ -48,9 +49,9 @@ class Frame:
     """
 
     image: UInt8[np.ndarray, "height width 3"]
-    objects: UInt8[np.ndarray, "height width"]
-    parts: UInt8[np.ndarray, "height width"]
-    joints: Float[np.ndarray, "joint 2"] | None
+    objects: Mask
+    parts: Mask
+    joints: Joints | None
     visible: Bool[np.ndarray, " joint"] | None
 
 
@@ -97,8 +98,8 @@ class Scene:
     drift: Point
     zoom: float
     roll: float
-    actors: tuple[Actor, ...]
-    objects: tuple[int, ...]
+    actors: tuple[Actor, ...] = ()
+    objects: tuple[int, ...] = ()
 
 
 def draw_scene(cast: Sequence[str], seed: Sequence[int], height: int, width: int) -> Scene:
@@ -153,9 +154,7 @@ def poses(scene: Scene, moment: float) -> Iterator[tuple[int, Placement, Pose]]:
         yield object_id, actor.placement(moment, scene.height, scene.width), actor.pose(moment)
 
 
-def _shows(
-    objects: UInt8[np.ndarray, "height width"], joints: Joints, figure: int
-) -> Bool[np.ndarray, " joint"]:
+def _shows(objects: Mask, joints: Joints, figure: int) -> Bool[np.ndarray, " joint"]:
     col, row = np.round(joints).astype(int).T
     height, width = objects.shape
     inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
@@ -182,8 +181,6 @@ def _draw_background(rng: Generator, height: int, width: int) -> Scene:
         drift=(rng.uniform(-0.12, 0.12), rng.uniform(-0.05, 0.05)),
         zoom=rng.uniform(0.93, 1.07),
         roll=rng.uniform(-0.06, 0.06),
-        actors=(),
-        objects=(),
     )
 
 

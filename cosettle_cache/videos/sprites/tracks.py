@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float64, UInt8
+from jaxtyping import Float, Float64
 from numpy.random import Generator, default_rng
 
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.settings import SpritesSettings
+from cosettle_cache.videos.masks import Mask
 from cosettle_cache.videos.sprites.figures import Placement, transform
 from cosettle_cache.videos.sprites.scenes import Scene, background_look, draw_scene, poses, render
 from cosettle_cache.videos.sprites.write import CASTS, plan_split
@@ -105,9 +106,7 @@ def _stage(scene: Scene, moment: float) -> _Stage:
     return stage
 
 
-def _draw_anchor(
-    shown: UInt8[np.ndarray, "height width"], stage: _Stage, owner: int, rng: Generator
-) -> _Anchor | None:
+def _draw_anchor(shown: Mask, stage: _Stage, owner: int, rng: Generator) -> _Anchor | None:
     """Return a random place of `owner` that shows; None where hardly anything of it does."""
     row, col = np.nonzero(shown == owner)
     for _ in range(_MAX_DRAWS if len(row) else 0):
