@@ -26,12 +26,18 @@ from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
 from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row
 from cosettle_cache.propagation.tasks import TASKS, Task, load
-from cosettle_cache.videos.davis import MIN_SCORED_FRAMES, open_sequence
 from cosettle_cache.videos.frames import decode_errors
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
 from cosettle_cache.videos.manifest import manifest_digest
-from cosettle_cache.videos.masks import Mask, read_mask, sample_mask
-from cosettle_cache.videos.vip import PARTS, open_parts
+from cosettle_cache.videos.masks import (
+    MIN_SCORED_FRAMES,
+    PARTS,
+    Mask,
+    open_parts,
+    open_sequence,
+    read_mask,
+    sample_mask,
+)
 
 #: The grid of the released JHMDB protocol.
 DEFAULT_GRID = Grid(20, 20)
@@ -196,7 +202,7 @@ def score_masks(case: Case, row: Score) -> list[Score]:
 
 def check_parts(case: Case) -> list[str]:
     """Return what keeps a clip of parts from being scored; frames without annotation are not looked for."""
-    files = open_parts(case.video, case.data_root).files
+    files = open_parts(case.video, case.data_root)
     names = [_map_names(files.frame_names[index]) for index in sorted(files.labelled)]
     found = {either[0]: _first_file(case.folder, *either) for either in names}
     return _image_faults("maps", case.folder, found)
@@ -209,9 +215,9 @@ def score_parts(case: Case, row: Score) -> list[Score]:
     """
     sequence = open_parts(case.video, case.data_root)
     total = no_pixels(len(PARTS))
-    for index in sorted(sequence.files.labelled):
+    for index in sorted(sequence.labelled):
         truth = sequence.mask(index)
-        path = _first_file(case.folder, *_map_names(sequence.files.frame_names[index]))
+        path = _first_file(case.folder, *_map_names(sequence.frame_names[index]))
         assert truth is not None
         assert path is not None
         total += count_pixels(truth, sample_mask(_read_classes(path), truth.shape), len(PARTS))

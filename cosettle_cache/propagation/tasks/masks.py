@@ -28,9 +28,15 @@ from cosettle_cache.propagation.labels import (
 )
 from cosettle_cache.propagation.propagator import LabelMap
 from cosettle_cache.propagation.tasks.base import Drawing, Setting
-from cosettle_cache.videos.davis import DavisSequence, open_sequence
 from cosettle_cache.videos.frames import iter_frames
-from cosettle_cache.videos.masks import frame_stems, read_mask, sample_mask, write_mask
+from cosettle_cache.videos.masks import (
+    DavisSequence,
+    frame_stems,
+    open_sequence,
+    read_mask,
+    sample_mask,
+    write_mask,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from cosettle_cache.propagation.labels import FirstLabels, Mask, Size
 from cosettle_cache.propagation.propagator import LabelMap
 from cosettle_cache.propagation.tasks.base import Drawing, Setting
 from cosettle_cache.propagation.tasks.masks import decode_index_map, draw_index_maps, encode_index_map
-from cosettle_cache.videos.masks import sample_mask, write_mask
-from cosettle_cache.videos.vip import PARTS, PartSequence, open_parts
+from cosettle_cache.videos.masks import PARTS, PartSequence, open_parts, sample_mask, write_mask
 
 #: What the released scripts call a frame's map.
 FILE = "{}_mask.png"
@@ -52,9 +51,9 @@ class _PartSubject:
         return decode_index_map(label_map, self.first, self.setting, self.annotation, out)
 
     def begin(self, folder: Path) -> _PartPredictions:
-        files = self.sequence.files
-        place = make_folder(folder / files.video.video_id)
-        return _PartPredictions(place, files.frame_names, len(files.labelled) >= MIN_LABELLED)
+        sequence = self.sequence
+        place = make_folder(folder / sequence.video.video_id)
+        return _PartPredictions(place, sequence.frame_names, len(sequence.labelled) >= MIN_LABELLED)
 
 
 @dataclass(frozen=True, slots=True)
