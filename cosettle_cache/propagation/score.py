@@ -24,7 +24,7 @@ from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.settings import package_versions
 from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
-from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row
+from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row, video_row
 from cosettle_cache.propagation.tasks import TASKS, Task, load
 from cosettle_cache.videos.davis import MIN_SCORED_FRAMES, open_sequence
 from cosettle_cache.videos.frames import decode_errors
@@ -106,18 +106,8 @@ def score_predictions(
     digest, versions = manifest_digest(manifest), json.dumps({"score": package_versions()}, sort_keys=True)
 
     def rows(case: Case) -> list[Score]:
-        video = case.video
-        empty = Score(
-            task=task,
-            video_id=video.video_id,
-            tokens=name,
-            n_frames=video.n_frames,
-            scored_size=f"{video.height}x{video.width}",
-            protocol=GIVEN,
-            protocol_json="{}",
-            provenance=Provenance(video.dataset, digest, "", "", "", versions),
-        )
-        return score(case, empty)  # type: ignore[no-any-return]
+        origin = Provenance(case.video.dataset, digest, "", "", "", versions)
+        return score(case, video_row(task, case.video, name, GIVEN, {}, origin))  # type: ignore[no-any-return]
 
     found = _over_videos(rows, manifest, data_root, predictions, grid, leave_out, progress)
     scores = [item for result in found.values() if not isinstance(result, str) for item in result]

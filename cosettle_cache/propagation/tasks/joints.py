@@ -17,9 +17,8 @@ from cosettle_cache.core.files import make_folder, write_durably
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics.rows import clip_row
 from cosettle_cache.pictures.drawing import draw_joints, write_overlays
-from cosettle_cache.propagation.labels import decode_keypoints, encode_keypoints
-from cosettle_cache.propagation.propagator import LabelMap
-from cosettle_cache.propagation.tasks.base import Drawing, Setting
+from cosettle_cache.propagation.labels import LabelMap, decode_keypoints, encode_keypoints
+from cosettle_cache.propagation.tasks.base import Drawing, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.jhmdb import (
     JointSequence,
@@ -34,24 +33,6 @@ Cells = Float32[np.ndarray, "2 joint"]
 
 
 @dataclass(frozen=True, slots=True)
-class _JointSubject:
-    sequence: JointSequence
-    setting: Setting
-    label_map: LabelMap
-
-    def truth(self, index: int) -> None:
-        """Return nothing: joints are scored when all are there."""
-
-    def decode(self, label_map: LabelMap) -> Cells:
-        """Return the joints in cells of the grid."""
-        points = decode_keypoints(label_map, n_cells=self.setting.protocol.keypoint_top_k)
-        return points.cpu().numpy()
-
-    def begin(self, folder: Path) -> _JointPredictions:
-        return _JointPredictions(self.sequence, self.setting, make_folder(folder))
-
-
-@dataclass(frozen=True, slots=True)
 class _JointPredictions:
     sequence: JointSequence
     setting: Setting
@@ -60,14 +41,10 @@ class _JointPredictions:
     points: list[Cells] = field(default_factory=list)
 
     def write(self, index: int, prediction: Cells) -> None:
-        """Keep the joints of a frame: a few hundred bytes."""
+        """Keep the joints of a frame, a few hundred bytes; write all under the clip's name and number."""
         self.points.append(prediction)
-
-    def score(self, truth: None, prediction: Cells) -> None:
-        """Do nothing: joints are scored when all are there."""
-
-    def close(self) -> None:
-        """Write the joints under the clip's number and under its name."""
+        if len(self.points) < self.sequence.video.n_frames:
+            return
         by_name = self.folder / f"{self.sequence.video.video_id}.npy"
         buffer = io.BytesIO()
         np.save(buffer, self._all())
@@ -76,6 +53,9 @@ class _JointPredictions:
         by_number = self.folder / f"{self.setting.number}.dat"
         write_predicted_joints(by_number, self._all())
         self.files.extend((by_name, by_number))
+
+    def score(self, truth: None, prediction: Cells) -> None:
+        """Do nothing: joints are scored when all are there."""
 
     def rows(self, row: Score) -> list[Score]:
         truth, video = self.sequence.joints, self.sequence.video
@@ -88,12 +68,20 @@ class _JointPredictions:
         return np.stack(self.points, axis=-1)
 
 
-def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> _JointSubject:
+def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
     """Return a clip with joints; raise `MediaError` for annotations that cannot be used."""
     sequence = open_joints(video, data_root)
     size = (video.height, video.width)
     first = pixels_to_cells(sequence.joints[:, :, 0], size, setting.grid)
-    return _JointSubject(sequence, setting, encode_keypoints(first, setting.grid))
+
+    def decode(label_map: LabelMap) -> Cells:
+        return decode_keypoints(label_map, n_cells=setting.protocol.keypoint_top_k).cpu().numpy()
+
+    def begin(folder: Path) -> _JointPredictions:
+        return _JointPredictions(sequence, setting, make_folder(folder))
+
+    # No frame has a truth of its own: joints are scored when all are there.
+    return Subject(encode_keypoints(first, setting.grid), lambda index: None, decode, begin)
 
 
 def draw_joint_clip(drawing: Drawing) -> None:
