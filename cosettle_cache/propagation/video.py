@@ -121,7 +121,7 @@ def propagate_video(
                     labels = track.carrier.first if found is None else track.carrier.step(found)
                     prediction = subject.decode(labels)
                     track.predictions.write(index, prediction)
-                    if truth is not None:
+                    if truth is not None and track.predictions.score is not None:
                         track.predictions.score(truth, prediction)
                 advance()
         scores: list[Score] = []

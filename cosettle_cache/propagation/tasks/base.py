@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from cosettle_cache.core.types import EvalProtocol, Grid, Score, Video
 from cosettle_cache.propagation.labels import LabelMap, Size
@@ -28,22 +28,20 @@ class Setting:
     number: int
 
 
-@runtime_checkable
-class Predictions(Protocol):
-    """What one kind of tokens says about one video: taken frame by frame, written, scored."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictions:
+    """What one kind of tokens says about one video.
 
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files written so far."""
+    `write` takes the frame's index and its prediction, frame by frame; `files` are there when all have come.
+    `score` takes what is annotated of a frame and its prediction; it is None where frames are not scored one
+    by one. `rows` returns the row that it is given with the video's figures, once per scored thing, nothing
+    where the video cannot be scored.
+    """
 
-    def write(self, index: int, prediction: Any) -> None:
-        """Write the prediction of frame `index`; frames come in order, and all of them come."""
-
-    def score(self, truth: Any, prediction: Any) -> None:
-        """Compare a frame's prediction with what is annotated."""
-
-    def rows(self, row: Score) -> list[Score]:
-        """Return `row` with the video's figures, once per scored thing; none where it cannot be scored."""
+    files: Sequence[Path]
+    write: Callable[[int, Any], None]
+    score: Callable[[Any, Any], None] | None = None
+    rows: Callable[[Score], list[Score]] = lambda row: []
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,6 @@ as `CLIP.npy`, and one row. Without annotations beyond the first frame nothing i
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics.rows import clip_row
 from cosettle_cache.pictures.drawing import draw_joints, write_overlays
 from cosettle_cache.propagation.labels import LabelMap, decode_keypoints, encode_keypoints
-from cosettle_cache.propagation.tasks.base import Drawing, Setting, Subject
+from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.jhmdb import (
-    JointSequence,
     cells_to_pixels,
     open_joints,
     pixels_to_cells,
@@ -30,42 +28,6 @@ from cosettle_cache.videos.jhmdb import (
 
 #: Joints of one frame: x, then y, in cells.
 Cells = Float32[np.ndarray, "2 joint"]
-
-
-@dataclass(frozen=True, slots=True)
-class _JointPredictions:
-    sequence: JointSequence
-    setting: Setting
-    folder: Path
-    files: list[Path] = field(default_factory=list)
-    points: list[Cells] = field(default_factory=list)
-
-    def write(self, index: int, prediction: Cells) -> None:
-        """Keep the joints of a frame, a few hundred bytes; write all under the clip's name and number."""
-        self.points.append(prediction)
-        if len(self.points) < self.sequence.video.n_frames:
-            return
-        by_name = self.folder / f"{self.sequence.video.video_id}.npy"
-        buffer = io.BytesIO()
-        np.save(buffer, self._all())
-        make_folder(by_name.parent)
-        write_durably(by_name, [buffer.getbuffer()])
-        by_number = self.folder / f"{self.setting.number}.dat"
-        write_predicted_joints(by_number, self._all())
-        self.files.extend((by_name, by_number))
-
-    def score(self, truth: None, prediction: Cells) -> None:
-        """Do nothing: joints are scored when all are there."""
-
-    def rows(self, row: Score) -> list[Score]:
-        truth, video = self.sequence.joints, self.sequence.video
-        if truth.shape[2] < 2:
-            return []
-        size = (video.height, video.width)
-        return [clip_row(row, truth, cells_to_pixels(self._all(), size, self.setting.grid), size)]
-
-    def _all(self) -> Float32[np.ndarray, "2 joint frame"]:
-        return np.stack(self.points, axis=-1)
 
 
 def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
@@ -77,8 +39,26 @@ def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
     def decode(label_map: LabelMap) -> Cells:
         return decode_keypoints(label_map, n_cells=setting.protocol.keypoint_top_k).cpu().numpy()
 
-    def begin(folder: Path) -> _JointPredictions:
-        return _JointPredictions(sequence, setting, make_folder(folder))
+    def begin(folder: Path) -> Predictions:
+        by_name, by_number = folder / f"{video.video_id}.npy", folder / f"{setting.number}.dat"
+        make_folder(by_name.parent)
+        points: list[Cells] = []
+
+        def write(index: int, prediction: Cells) -> None:
+            points.append(prediction)
+            if len(points) == video.n_frames:
+                buffer = io.BytesIO()
+                np.save(buffer, np.stack(points, axis=-1))
+                write_durably(by_name, [buffer.getbuffer()])
+                write_predicted_joints(by_number, np.stack(points, axis=-1))
+
+        def rows(row: Score) -> list[Score]:
+            if sequence.joints.shape[2] < 2:
+                return []
+            found = cells_to_pixels(np.stack(points, axis=-1), size, setting.grid)
+            return [clip_row(row, sequence.joints, found, size)]
+
+        return Predictions([by_name, by_number], write, rows=rows)
 
     # No frame has a truth of its own: joints are scored when all are there.
     return Subject(encode_keypoints(first, setting.grid), lambda index: None, decode, begin)

@@ -6,15 +6,15 @@ is annotated, one row per object.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.core.types import Score, Video
+from cosettle_cache.core.types import Video
 from cosettle_cache.metrics import DavisScorer
 from cosettle_cache.metrics.rows import object_rows
 from cosettle_cache.pictures.drawing import draw_mask, write_overlays
@@ -27,35 +27,10 @@ from cosettle_cache.propagation.labels import (
     encode_mask,
     encode_mask_nearest,
 )
-from cosettle_cache.propagation.tasks.base import Drawing, Setting, Subject
+from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.davis import open_sequence
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.masks import frame_stems, read_mask, sample_mask, write_mask
-
-
-@dataclass(frozen=True, slots=True)
-class MaskPredictions:
-    """One kind's masks of one video; a task with another score builds on it."""
-
-    folder: Path
-    names: tuple[str, ...]
-    scorer: DavisScorer | None
-    shown: frozenset[int]
-    files: list[Path] = field(default_factory=list)
-
-    def write(self, index: int, prediction: Mask) -> None:
-        """Write the mask of a frame."""
-        self.files.append(self.folder / f"{self.names[index]}.png")
-        write_mask(self.files[-1], prediction)
-
-    def score(self, truth: Mask, prediction: Mask) -> None:
-        """Count a frame."""
-        if self.scorer is not None:
-            self.scorer.add(truth, prediction)
-
-    def rows(self, row: Score) -> list[Score]:
-        """Return one row per object of the first annotation, if all frames are annotated."""
-        return [] if self.scorer is None else object_rows(row, self.scorer, self.shown)
 
 
 def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
@@ -67,10 +42,13 @@ def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
     def decode(label_map: LabelMap) -> Mask:
         return decode_index_map(label_map, first, setting, size, out=size)
 
-    def begin(folder: Path) -> MaskPredictions:
-        scorer = DavisScorer.from_first_mask(first_mask) if sequence.scorable else None
-        shown = frozenset(np.unique(first_mask).tolist())
-        return MaskPredictions(make_folder(folder / video.video_id), sequence.frame_names, scorer, shown)
+    def begin(folder: Path) -> Predictions:
+        names = [f"{name}.png" for name in sequence.frame_names]
+        predictions = write_index_maps(folder / video.video_id, names)
+        if not sequence.scorable:
+            return predictions
+        scorer, shown = DavisScorer.from_first_mask(first_mask), set(np.unique(first_mask).tolist())
+        return replace(predictions, score=scorer.add, rows=lambda row: object_rows(row, scorer, shown))
 
     return Subject(first.label_map, sequence.mask, decode, begin)
 
@@ -94,6 +72,13 @@ def decode_index_map(
     """Return the index map of a label map by the protocol's rule, at size `out` or that of its argmax."""
     at = setting.size if setting.protocol.decode_size == "input" else annotation
     return decode_mask(label_map, first.object_ids, at, out or at, stretched=setting.protocol.norm_mask)
+
+
+def write_index_maps(folder: Path, names: Sequence[str]) -> Predictions:
+    """Return predictions that are files of these names, one per frame, in a folder that is made; unscored."""
+    make_folder(folder)
+    files = [folder / name for name in names]
+    return Predictions(files, lambda index, prediction: write_mask(files[index], prediction))
 
 
 def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]) -> None:
