@@ -32,11 +32,7 @@ class LabelCarrier:
     """
 
     def __init__(
-        self,
-        first_labels: AnyMap,
-        protocol: EvalProtocol,
-        *,
-        device: str | torch.device = "cpu",
+        self, first_labels: AnyMap, protocol: EvalProtocol, *, device: str | torch.device = "cpu"
     ) -> None:
         check_protocol(protocol)
         self._protocol, self._device = protocol, torch.device(device)

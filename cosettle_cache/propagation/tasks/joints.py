@@ -19,12 +19,7 @@ from cosettle_cache.pictures.drawing import draw_joints, write_overlays
 from cosettle_cache.propagation.labels import LabelMap, decode_keypoints, encode_keypoints
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
-from cosettle_cache.videos.jhmdb import (
-    cells_to_pixels,
-    open_joints,
-    pixels_to_cells,
-    write_predicted_joints,
-)
+from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, pixels_to_cells, write_predicted_joints
 
 #: Joints of one frame: x, then y, in cells.
 Cells = Float32[np.ndarray, "2 joint"]
