@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,7 +24,7 @@ from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.settings import package_versions
 from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
-from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row
+from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row, video_row
 from cosettle_cache.propagation.tasks import TASKS, Task, load
 from cosettle_cache.videos.frames import decode_errors
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
@@ -82,10 +82,10 @@ def find_problems(
     """Return, by video id, what is missing or of a wrong size, kind or length; score nothing."""
     row = find_scored(task)
     assert row.check is not None
-    check = load(row.check)
     if not predictions.is_dir():
         raise InputError(f"{predictions} is not a folder", wanted="a folder of predictions")
-    found = _over_videos(check, manifest, data_root, predictions, grid, (), progress)
+    cases = [Case(*item, len(manifest), data_root, predictions, grid) for item in enumerate(manifest)]
+    found = _over_videos(load(row.check), cases, progress)
     lines = {video_id: [said] if isinstance(said, str) else said for video_id, said in found.items()}
     return {video_id: said for video_id, said in lines.items() if said}
 
@@ -112,20 +112,12 @@ def score_predictions(
     digest, versions = manifest_digest(manifest), json.dumps({"score": package_versions()}, sort_keys=True)
 
     def rows(case: Case) -> list[Score]:
-        video = case.video
-        empty = Score(
-            task=task,
-            video_id=video.video_id,
-            tokens=name,
-            n_frames=video.n_frames,
-            scored_size=f"{video.height}x{video.width}",
-            protocol=GIVEN,
-            protocol_json="{}",
-            provenance=Provenance(video.dataset, digest, "", "", "", versions),
-        )
-        return score(case, empty)  # type: ignore[no-any-return]
+        origin = Provenance(case.video.dataset, digest, "", "", "", versions)
+        return score(case, video_row(task, case.video, name, GIVEN, {}, origin))  # type: ignore[no-any-return]
 
-    found = _over_videos(rows, manifest, data_root, predictions, grid, leave_out, progress)
+    cases = [Case(*item, len(manifest), data_root, predictions, grid) for item in enumerate(manifest)]
+    chosen = [case for case in cases if case.video.video_id not in leave_out]
+    found = _over_videos(rows, chosen, progress)
     scores = [item for result in found.values() if not isinstance(result, str) for item in result]
     return scores, {video_id: result for video_id, result in found.items() if isinstance(result, str)}
 
@@ -140,13 +132,7 @@ def find_scored(task: str) -> Task:
 
 
 def _over_videos(
-    work: Callable[[Case], _T],
-    manifest: Manifest,
-    data_root: Path,
-    predictions: Path,
-    grid: Grid,
-    leave_out: Collection[str],
-    progress: Progress,
+    work: Callable[[Case], _T], cases: Sequence[Case], progress: Progress
 ) -> dict[str, _T | str]:
     """Do `work` for each video on a few threads (decoding and counting let go of the interpreter).
 
@@ -159,8 +145,6 @@ def _over_videos(
         except InputError as error:
             return error.summary
 
-    cases = [Case(*item, len(manifest), data_root, predictions, grid) for item in enumerate(manifest)]
-    cases = [case for case in cases if case.video.video_id not in leave_out]
     found: dict[str, _T | str] = {}
     progress.start(len(cases), "videos")
     try:
