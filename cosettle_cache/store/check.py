@@ -26,7 +26,7 @@ from cosettle_cache.core.settings import FramesSettings, PairsSettings, digest
 from cosettle_cache.core.tables import read_metadata
 from cosettle_cache.core.types import ArrayLayout, Manifest, PlanKind
 from cosettle_cache.store._local import TEMPORARY
-from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded_bytes, read_entries
+from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded, read_entries
 from cosettle_cache.store.create import HEADER_COPY, metadata_bytes, metadata_files, plain_metadata
 from cosettle_cache.store.format import (
     ALIGNMENT,
@@ -131,13 +131,12 @@ def _chunk_fault(layout: ArrayLayout, view: memoryview, size: int) -> str | None
         return "the checksum of a chunk does not match"
     if any(view[size:]):
         return "the bytes after a chunk are not zero"
-    if layout.codec == "none":
-        return None
     try:
-        n_bytes = decoded_bytes(chunk)
+        if layout.codec != "none":
+            decoded(chunk, layout)
     except BytesError as error:
         return str(error)
-    return None if n_bytes == chunk_bytes(layout) else f"a chunk decodes to {n_bytes} bytes"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
