@@ -32,7 +32,7 @@ from cosettle_cache.store.format import (
     chunks_per_shard,
 )
 from cosettle_cache.store.header import repair_hint
-from cosettle_cache.store.index import OUTLINE, SCHEMA, committed_shards, describe_rows, outline, read_part
+from cosettle_cache.store.index import OUTLINE, SCHEMA, committed_shards, outline, read_part, video_rows
 from cosettle_cache.store.remote import Storage
 
 #: Shards kept open: a file descriptor each, so at most a quarter of what the process may have.
@@ -296,13 +296,13 @@ class ChunkSource:
         n_rows = place.layout.chunk_encodings
         chunk = table.slice(number * n_rows, n_rows)
         if isinstance(fault, ChunkMissingError) and chunk["error"].null_count == 0:
-            (line, *_) = describe_rows(chunk)
+            (line, *_) = video_rows(chunk)
             return InputError(f"{self._storage.path} does not hold {line}: {chunk['error'][0]}")
         if isinstance(fault, ShardLostError):
             chunk = table.filter(pc.is_null(table["error"]))
         return DamagedStoreError(
             f"{place.title} of {self._storage.path} is damaged: {fault}",
-            details=describe_rows(chunk),
+            details=[str(video) for video in video_rows(chunk)],
             hint=self._repair_hint,
         )
 

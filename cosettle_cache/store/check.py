@@ -92,7 +92,7 @@ def _pieces(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]
             checksum = int(crc32c(view[size - CHECKSUM_BYTES : size], checksum))
         yield data, faults
         first = last
-    if part.shard.chunks_checksum not in (None, checksum):
+    if part.chunks_checksum not in (None, checksum):
         raise ShardLostError("its chunks are not those that its index part commits")
     index = entries.astype("<u8").tobytes()
     yield memoryview(index + checksum_bytes(index)), []
@@ -110,8 +110,8 @@ def _check_entries(
 ) -> UInt64[np.ndarray, "chunk 2"]:
     """Return the shard's index, which the format determines but for the sizes of compressed chunks."""
     n_bytes = file.size()
-    if n_bytes != part.shard.n_bytes:
-        raise ShardLostError(f"it has {n_bytes} bytes, not {part.shard.n_bytes}")
+    if n_bytes != part.shard_bytes:
+        raise ShardLostError(f"it has {n_bytes} bytes, not {part.shard_bytes}")
     entries = read_entries(file, layout)
     offsets, sizes = entries[present].T
     raw_size = chunk_bytes(layout) + CHECKSUM_BYTES
