@@ -71,8 +71,9 @@ def analyze(
         talk.json(analysis.summary_json(store, report))
     else:
         _print_analysis(report, folder, talk)
-    n_left_out = f"{len(report.left_out)} of {len(store.manifest)}"
-    check_clean(report.left_out, f"{n_left_out} clips were left out, the others are measured")
+    left_out = report.plan.left_out
+    n_left_out = f"{len(left_out)} of {len(store.manifest)}"
+    check_clean(left_out, f"{n_left_out} clips were left out, the others are measured")
 
 
 _HEADER = ["definition", "tokens", "D inter", "D intra", "D", "cycle acc.", "eff. rank", "inter", "intra"]
@@ -84,7 +85,8 @@ def _print_analysis(report: AnalysisReport, folder: Path, talk: Talk) -> None:
         [item.definition.name, item.tokens, *(f"{getattr(item.total, name):.4f}" for name in names.split())]
         for item in report.measured
     ]
-    title = f"{len(report.video_ids)} clips, {sum(report.n_frames)} frames; D in diameters (100 %)"
+    total = report.measured[0].total
+    title = f"{total.n_videos} clips, {total.n_frames} frames; D in diameters (100 %)"
     talk.table(title, _HEADER, rows)
     talk.result(f"{folder}: {human_seconds(report.seconds)}")
 
@@ -187,7 +189,7 @@ def frames(
     plan = plan_export(store, settings)
     folder = out or _folder("frames", store)
     if mode.dry_run:
-        talk.json({"out": str(folder), "videos": len(plan.names), **plan.to_json()})
+        talk.json({"out": str(folder), "videos": len(store.video_ids), **plan.to_json()})
         return
     place = pick_device(device)
     heads = load_heads([projection] if projection else [], store)

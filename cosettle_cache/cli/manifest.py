@@ -141,7 +141,7 @@ def check(
 
     Example: cosettle-cache manifest check clips.parquet --data-root /data --decode
     """
-    from cosettle_cache.videos.check import check_media
+    from cosettle_cache.videos.build import check_media
     from cosettle_cache.videos.find import media_root
     from cosettle_cache.videos.manifest import read_manifest
 

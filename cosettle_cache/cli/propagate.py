@@ -171,7 +171,7 @@ def _open_store(
 ) -> tuple[FeatureStore, Path, dict[str, str]]:
     """Return the store at `features`, the root of its media, and what failed when it was made."""
     from cosettle_cache.core.files import is_url
-    from cosettle_cache.propagation.checks import check_store
+    from cosettle_cache.propagation.run import check_store
     from cosettle_cache.videos.find import media_root
 
     if (wish.workers or wish.scheduler) and not is_url(features):
@@ -203,7 +203,7 @@ def _print(
             f"neighbours of {report.n_reused} videos (each kind of tokens counts) were read, not searched"
         )
     talk.result(
-        f"{report.n_frames} frames in {human_seconds(report.seconds.total)}, "
+        f"{report.n_frames} frames in {human_seconds(report.seconds)}, "
         f"peak memory {human_bytes(report.peak_memory_bytes)}"
     )
     talk.result(f"predictions, overlays and scores: {out}")

@@ -19,8 +19,8 @@ from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings
 
 if TYPE_CHECKING:
+    from cosettle_cache.training.log import TrainReport
     from cosettle_cache.training.plan import TrainPlan
-    from cosettle_cache.training.run import TrainReport
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Make the closed-form head; look into and export any."

@@ -46,7 +46,7 @@ class RunFolder:
         """Return the folder of a video's pictures."""
         return self.path / OVERLAY_FOLDER / video_id
 
-    def begin(self, origin: Mapping[str, Any], kinds: Sequence[str], *, restart: bool = False) -> None:
+    def begin(self, origin: Mapping[str, Any], kinds: Sequence[str], restart: bool) -> None:
         """Take the folder for a run; raise `FingerprintError` when it belongs to other settings.
 
         With `restart` what an earlier run left is removed first.

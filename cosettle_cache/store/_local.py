@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosettle_cache.core.errors import OutputError
 from cosettle_cache.core.files import Buffer, lock_alone, output_errors, sync, unfilled, write_durably
@@ -113,12 +113,6 @@ class LocalStorage:
 
     def forget(self, name: str) -> None:
         """Do nothing: no copies are kept."""
-
-    def zarr_store(self) -> Any:
-        """Return what `zarr.open` takes, read-only."""
-        from zarr.storage import LocalStore
-
-        return LocalStore(self.local, read_only=True)
 
 
 class _OpenFile:

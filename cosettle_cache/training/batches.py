@@ -264,7 +264,7 @@ class Replicas:
         if self.count == 1:
             return flag
         total = torch.tensor([float(flag)], device=device)
-        dist.all_reduce(total)
+        self.add_up([total])
         return bool(total.item())
 
     def wait(self) -> None:

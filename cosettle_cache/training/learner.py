@@ -1,7 +1,8 @@
 """One optimiser step after another: the released schedule, AdamW with decay on matrices, and the objective.
 
-Batches of float16 samples go in, figures come out; the projections change in place. Several projections may
-learn from one stream: every batch is copied and cast once. Nothing touches disk.
+Batches of float16 samples go in, figures come out; the projections change in place, unless held-out samples
+measure them. Several projections may learn from one stream: every batch is copied and cast once. Nothing
+touches disk.
 """
 
 from __future__ import annotations
@@ -9,23 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
-from cosettle_cache.core.settings import TrainSettings
+from cosettle_cache.core.settings import MARGIN_GAMMA, TrainSettings
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.training.batches import ALONE, Batch, Replicas, Step
-from cosettle_cache.training.log import StepFigures
+from cosettle_cache.training.batches import ALONE, Batch, Ids, Replicas, Step
+from cosettle_cache.training.log import StepFigures, ValidationFigures
 from cosettle_cache.training.losses import LossTerms, Originals, transfer_loss
-from cosettle_cache.training.samples import walk_of
+from cosettle_cache.training.samples import JoinedSamples, walk_of
 
 #: Bytes of float32 tokens that go through the objective at a time; gradients add up over the parts of a
 #: batch. Bounds the memory, and on a CPU keeps the half dozen arrays of a part within reach of its caches
 #: and, each below 4 MiB, in memory that the allocator keeps: from 8 MiB on every array is faulted in anew.
 PART_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+
+#: Clips that validation reads and compares with each other at a time; distances are of pairs among them.
+GROUP_CLIPS = 16
 
 #: Number formats of the projection's arithmetic; parameters and the loss stay in float32.
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,16 +61,15 @@ class Learner:
     `diverged_at` is the step whose loss or gradient was not finite; from there on it learns nothing.
     """
 
-    def __init__(self, projection: Projection, settings: TrainSettings, name: str = "") -> None:
-        self.projection, self.settings, self.name = projection, settings, name
+    def __init__(self, projection: Projection, settings: TrainSettings) -> None:
+        self.projection, self.settings = projection, settings
         self._parameters = list(projection.parameters())
         # Weight decay on matrices only: no biases, no LayerNorm.
+        matrices = [item for item in self._parameters if item.ndim > 1]
+        vectors = [item for item in self._parameters if item.ndim <= 1]
         groups = [
-            {
-                "params": [item for item in self._parameters if item.ndim > 1],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [item for item in self._parameters if item.ndim <= 1], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
         self.diverged_at: int | None = None
@@ -205,5 +211,48 @@ class Trainer:
             return []
         self.replicas.add_up([tensor for learner in active for tensor in learner.sums()])
         values = torch.stack([learner.finish_gradient() for learner in active]).tolist()
-        found = {id(a): a.finish_step(step, line) for a, line in zip(active, values, strict=True)}
-        return [found.get(id(learner)) for learner in self.learners]
+        found = {a: a.finish_step(step, line) for a, line in zip(active, values, strict=True)}
+        return [found.get(learner) for learner in self.learners]
+
+    @torch.no_grad()
+    def validate(self, samples: JoinedSamples, ids: Ids, step: Step) -> list[ValidationFigures | None]:
+        """Return the figures of every learner on the samples `ids` after `step`; none for one that diverged.
+
+        Clips are taken in groups of up to 16, and distances between clips are those within a group.
+        """
+        active = [learner for learner in self.learners if learner.diverged_at is None]
+        groups = np.array_split(ids, -(-len(ids) // GROUP_CLIPS))
+        buffer = np.empty((len(groups[0]), *samples.shape), np.float16)
+        means = torch.zeros(len(active), 5)
+        for group in groups:
+            samples.read_into(group, buffer[: len(group)])
+            originals = Originals(torch.from_numpy(buffer[: len(group)]).to(self._device).float())
+            figures = []
+            for learner in active:
+                terms = transfer_loss(learner.project, originals, **learner.objective(originals))
+                distances = token_distances(learner.project(originals.tokens))
+                parts = (terms.cycle, terms.separability, terms.cycle_accuracy, *distances)
+                figures.append(torch.stack(parts))
+            means += len(group) / len(ids) * torch.stack(figures).cpu()
+        found = {}
+        for learner, line in zip(active, means.tolist(), strict=True):
+            margin = line[-2] - MARGIN_GAMMA * line[-1]
+            found[learner] = ValidationFigures(step.number, step.epoch, *[*line, margin])
+        return [found.get(learner) for learner in self.learners]
+
+
+def token_distances(
+    tokens: Float[Tensor, "n view row col dim"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the mean distance of unit tokens at equal places: between clips, and along a clip's plain views.
+
+    Distances are in diameters of the unit sphere (0 to 1), as in the paper's tables. With one clip there is
+    nothing between clips, and the first is 0.
+    """
+    places = F.normalize(tokens, dim=-1).flatten(2, 3).permute(1, 2, 0, 3)
+    plain = places[:-1]
+    within = torch.stack([(a - b).norm(dim=-1).mean() / 2 for a, b in pairwise(plain)]).mean()
+    n = places.shape[2]
+    distances = torch.cdist(plain[0], plain[0], compute_mode="donot_use_mm_for_euclid_dist")
+    between = distances.sum() / max(2 * n * (n - 1) * plain.shape[1], 1)
+    return between, within

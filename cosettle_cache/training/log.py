@@ -21,12 +21,7 @@ import torch
 
 from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.files import output_errors, write_durably
-from cosettle_cache.core.settings import (
-    SpectralSettings,
-    TrainSettings,
-    digest,
-    package_versions,
-)
+from cosettle_cache.core.settings import SpectralSettings, TrainSettings, digest, package_versions
 from cosettle_cache.store import FeatureStore
 
 #: What to do about a folder that holds something else.
@@ -264,8 +259,8 @@ class TrainReport:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
         members = [asdict(member) | {"folder": str(member.folder)} for member in self.members]
-        lists = {"members": members, "warnings": list(self.warnings)}
-        return asdict(self) | {"folder": str(self.folder), "samples_per_s": self.samples_per_s} | lists
+        changed = {"folder": str(self.folder), "samples_per_s": self.samples_per_s, "members": members}
+        return asdict(self) | changed
 
 
 def report_member(files: RunFiles, name: str, diverged_at: int | None, sha256: str) -> MemberReport:

@@ -33,8 +33,7 @@ from cosettle_cache.training.batches import (
 )
 from cosettle_cache.training.learner import PRECISIONS
 from cosettle_cache.training.losses import find_regularizer
-from cosettle_cache.training.samples import JoinedSamples, make_samples
-from cosettle_cache.training.validate import HeldOut
+from cosettle_cache.training.samples import HeldOut, JoinedSamples, make_samples
 
 Value = str | int | float
 
@@ -208,12 +207,11 @@ class TrainPlan:
     @property
     def sample_bytes(self) -> int:
         """Bytes of a sample's tokens."""
-        return self.read_bytes // max(self.n_samples, 1)
+        return self.read_bytes // self.n_samples
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        lists = {name: list(getattr(self, name)) for name in ("members", "sample_shape", "warnings")}
-        return asdict(self) | {"grid": str(self.grid)} | lists
+        return asdict(self) | {"grid": str(self.grid)}
 
 
 def make_stream(stores: FeatureStore | Sequence[FeatureStore], settings: TrainSettings) -> Stream:
@@ -245,7 +243,7 @@ def make_train_plan(
 
 def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:
     """Return the plan of training `members` on `stream`."""
-    _, rows, cols, dim = shape = stream.samples.shape
+    _, rows, cols, _ = shape = stream.samples.shape
     for member in members:
         _check_settings(member.settings, rows, cols)
     epochs = range(stream.settings.epochs)
@@ -268,7 +266,7 @@ def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:
         sample_shape=shape,
         lr=stream.settings.lr,
         init=released_init(stream.stores[0].fingerprint.backbone),
-        read_bytes=n_samples * shape[0] * rows * cols * dim * 2,
+        read_bytes=n_samples * math.prod(shape) * 2,
         warnings=tuple(_warnings(stream, members)),
     )
 
@@ -297,23 +295,21 @@ def _warnings(stream: Stream, members: Sequence[Member]) -> Iterator[str]:
     settings = stream.settings
     views, rows, cols, dim = stream.samples.shape
     ratio = views * rows * cols / dim / _RELEASED_TOKENS_PER_DIM
-    released = [
-        m.settings for m in members if (m.settings.regularizer, m.settings.reduction) == _RELEASED_FORM
-    ]
+    all_settings = [member.settings for member in members]
+    released = [item for item in all_settings if (item.regularizer, item.reduction) == _RELEASED_FORM]
     for weight in dict.fromkeys(item.separability_weight for item in released):
-        if weight == "auto" or abs(ratio - 1) <= 0.01:
-            continue
-        yield (
-            f"the separability weight acts {ratio:.3g} times as strongly on these tokens as on the released "
-            f"588 of 768 channels; {weight / ratio:.3g} would act as {weight:.3g} did there"
-        )
+        if weight != "auto" and abs(ratio - 1) > 0.01:
+            yield (
+                f"the separability weight acts {ratio:.3g} times as strongly on these tokens as on the "
+                f"released 588 of 768 channels; {weight / ratio:.3g} would act as {weight:.3g} did there"
+            )
     smallest = min(len(stream.order.visited(epoch)) for epoch in range(settings.epochs))
     if smallest < settings.step_samples:
         yield (
             f"a view set has {smallest} samples, fewer than the batch of {settings.step_samples}: each is "
             f"one step, {settings.epochs} steps in all, at the learning rate of the full batch"
         )
-    for warmup in sorted({member.settings.warmup_epochs for member in members}):
+    for warmup in sorted({item.warmup_epochs for item in all_settings}):
         if settings.epochs <= warmup:
             yield f"the warm-up of {warmup:g} epochs is never left in {settings.epochs} epochs"
     if settings.validation and len(stream.held_out.ids) < 2:

@@ -50,16 +50,12 @@ from cosettle_cache.training.plan import (
     TrainPlan,
     make_members,
     make_stream,
-    make_train_plan,
     plan_stream,
 )
 from cosettle_cache.training.samples import JoinedSamples, find_not_finite
-from cosettle_cache.training.validate import validate
 
 #: Samples that an error names.
 _LISTED = 8
-
-__all__ = ["TrainPlan", "TrainReport", "make_train_plan", "train"]
 
 
 def train(
@@ -86,14 +82,13 @@ def train(
     plan, origin = plan_stream(stream, members), stream.origin(members)
     files = RunFiles(make_folder(out))
     folders = [files.member(member.name) for member in members]
-    heads = [
-        Projection(plan.sample_shape[-1], m.settings.head, init=plan.init, seed=m.settings.seed)
-        for m in members
-    ]
-    learners = [Learner(head.to(device), m.settings) for head, m in zip(heads, members, strict=True)]
+    learners = []
+    for item in (member.settings for member in members):
+        head = Projection(plan.sample_shape[-1], item.head, init=plan.init, seed=item.seed)
+        learners.append(Learner(head.to(device), item))
     if replicas.is_first and not (resume and files.checkpoint.exists()):
-        for item in (files, *folders):
-            item.clear()
+        for folder in (files, *folders):
+            folder.clear()
     replicas.wait()
     before = _restore(files.checkpoint, learners, origin)
     trainer, started = Trainer(learners, replicas), time.perf_counter()
@@ -186,16 +181,15 @@ def _learn(
             shown = {"loss": line.total, "cycle_accuracy": line.cycle_accuracy, "GB_per_s": speed}
             progress.advance(len(step.ids), **shown)
             if step.ends_epoch and plan.n_held_out and replicas.is_first:
-                _append(pages, "validation", validate(learners, samples, stream.held_out.ids, step))
+                _append(pages, "validation", trainer.validate(samples, stream.held_out.ids, step))
             stopped = replicas.any(stop.is_set(), learners[0].device)
             due = step.ends_epoch or (step.number + 1) % stream.settings.checkpoint_every == 0
             if pages and (due or stopped):
                 # The checkpoint counts lines of figures: these must be safely on disk before it.
                 n_bytes = [page.sync() for page in pages]
                 states = [learner.state() for learner in learners]
-                write_checkpoint(
-                    files.checkpoint, Checkpoint(step.number + 1, before.origin, n_bytes, states)
-                )
+                checkpoint = Checkpoint(step.number + 1, before.origin, n_bytes, states)
+                write_checkpoint(files.checkpoint, checkpoint)
             if stopped:
                 break
     return n_steps, n_samples, ring.waited_s
@@ -209,10 +203,8 @@ class _Page:
 
     def __init__(self, files: RunFiles, step: int, n_bytes: tuple[int, int]) -> None:
         make_folder(files.folder)
-        paths = {"train": files.metrics, "validation": files.validation}
-        self._logs = {
-            name: FiguresLog(path, n) for (name, path), n in zip(paths.items(), n_bytes, strict=True)
-        }
+        logs = map(FiguresLog, (files.metrics, files.validation), n_bytes)
+        self._logs = dict(zip(("train", "validation"), logs, strict=True))
         self._scalars: Any = None
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -249,10 +241,10 @@ def _check_finite(samples: JoinedSamples, learners: Sequence[Learner], step: Ste
         return
     where = f"at step {step.number} (epoch {step.epoch})"
     bad = find_not_finite(samples, step.ids)
-    ids = bad if len(bad) else step.ids
-    names = [samples.name(int(item)) for item in ids[:_LISTED]]
+    ids = bad or step.ids.tolist()
+    names = [samples.name(sample) for sample in ids[:_LISTED]]
     names += [f"... and {len(ids) - _LISTED} more"] if len(ids) > _LISTED else []
-    if len(bad):
+    if bad:
         raise InputError(
             f"{len(bad)} samples of the batch {where} hold tokens that are not finite",
             details=names,
@@ -275,13 +267,12 @@ def _write(
     learners: Sequence[Learner],
 ) -> None:
     """Leave each member's picture and, when it is done, its projection; then the report of the run."""
-    figures = {a.name: read_figures(RunFiles(a.folder).metrics) for a in report.members}
+    folders = {member.name: files.member(member.name) for member in members}
+    figures = {name: read_figures(mine.metrics) for name, mine in folders.items()}
     steps = {name: figure_columns(lines) for name, lines in figures.items()}
-    held_out = {
-        a.name: figure_columns(read_validation(RunFiles(a.folder).validation)) for a in report.members
-    }
+    held_out = {name: figure_columns(read_validation(mine.validation)) for name, mine in folders.items()}
     for found, member, learner in zip(report.members, members, learners, strict=True):
-        name, mine = found.name, RunFiles(found.folder)
+        name, mine = found.name, folders[found.name]
         if not found.last:
             continue
         n_tokens = plan.grid.n_tokens // member.settings.window**2

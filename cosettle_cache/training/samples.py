@@ -1,20 +1,22 @@
 """Training samples: what a pairs store holds, what a frames store can make, and several stores as one.
 
 Stores go in; out comes one source of samples with ids, that reads them, names them and knows their clips and
-shards. A sample is the views that a walk visits on its way out, and the first of them shifted.
+shards. A sample is the views that a walk visits on its way out, and the first of them shifted. Equal ids are
+equal samples, in every epoch and process. Some clips may be held out of training.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from cosettle_cache.core.errors import FingerprintError, InputError, UsageError
@@ -26,40 +28,6 @@ from cosettle_cache.training.batches import Ids
 
 #: What must be equal for tokens of several stores to lie in one space.
 _ENCODER_KEYS = ("backbone", "weights_sha256", "token_rule", "position_rule", "preprocessing")
-
-#: Samples that a scan reads at a time.
-_SCAN_SAMPLES = 64
-
-
-@runtime_checkable
-class Samples(Protocol):
-    """A source of samples; equal ids are equal samples, in every epoch and process."""
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Views, rows, columns and channels of a sample."""
-
-    @property
-    def n_rounds(self) -> int:
-        """Epochs that differ in more than their order: view sets, or the epochs asked for."""
-
-    def epoch_ids(self, epoch: int) -> Ids:
-        """Return the ids of an epoch, ascending: one sample of every clip."""
-
-    def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
-        """Fill `out` `[n view row col dim]` with the samples `ids`."""
-
-    def will_need(self, slots: Ids) -> None:
-        """Let shards that are read soon come into the page cache, where there is one."""
-
-    def slots(self, ids: Ids) -> Ids:
-        """Return the shard in which each sample (of a frames store: its first frame) lies."""
-
-    def videos(self, ids: Ids) -> list[str]:
-        """Return the clip of each sample."""
-
-    def name(self, sample: int) -> str:
-        """Return what messages call a sample."""
 
 
 def walk_of(n_views: int) -> tuple[int, ...]:
@@ -75,9 +43,9 @@ class _StoreSamples:
     """What both kinds of stores share: `n_rounds` epochs of samples of `n_frames` plain views."""
 
     def __init__(self, store: FeatureStore, n_frames: int, n_rounds: int) -> None:
-        layout = store.arrays[0]
-        self._store, self.n_rounds = store, n_rounds
-        self.shape = (n_frames + 1, layout.grid.rows, layout.grid.cols, layout.n_channels)
+        self._store, self._layout, self.n_rounds = store, store.arrays[0], n_rounds
+        grid = self._layout.grid
+        self.shape = (n_frames + 1, grid.rows, grid.cols, self._layout.n_channels)
 
     def will_need(self, slots: Ids) -> None:
         self._store.will_need(slots)
@@ -144,8 +112,7 @@ class _FramesSamples(_StoreSamples):
                 found=", ".join(str(layout.grid) for layout in store.arrays),
                 hint="cosettle-cache extract --plan frames --shifted 1 --size 224x224 makes one",
             )
-        self._settings, self._layout = settings, store.arrays[0]
-        self._clips = _clips(store, settings.palindrome)
+        self._settings, self._clips = settings, _clips(store, settings.palindrome)
         super().__init__(store, settings.palindrome, settings.epochs)
 
     def epoch_ids(self, epoch: int) -> Ids:
@@ -179,19 +146,23 @@ class _FramesSamples(_StoreSamples):
         return clip, frames, int(draws[0] * len(clip.shifted))
 
 
-class JoinedSamples:
-    """Several sources as one: sample `i` of source `s` of `n` is number `i * n + s`.
+_Source = _PairsSamples | _FramesSamples
 
-    Every epoch visits one sample of every clip of every source.
+
+class JoinedSamples:
+    """The samples of all stores: sample `i` of source `s` of `n` is number `i * n + s`.
+
+    `shape` is views, rows, columns and channels of a sample, `n_rounds` the epochs that differ in more than
+    their order: view sets, or the epochs asked for.
     """
 
-    def __init__(self, sources: Sequence[Samples]) -> None:
+    def __init__(self, sources: Sequence[_Source]) -> None:
         self._sources = tuple(sources)
         self.shape = sources[0].shape
         self.n_rounds = max(source.n_rounds for source in sources)
 
     def epoch_ids(self, epoch: int) -> Ids:
-        """Return the ids of all sources' epochs."""
+        """Return the ids of an epoch: one sample of every clip of every source."""
         n = len(self._sources)
         return np.concatenate([s.epoch_ids(epoch) * n + number for number, s in enumerate(self._sources)])
 
@@ -200,18 +171,18 @@ class JoinedSamples:
         return ids[np.argsort(ids % len(self._sources), kind="stable")]
 
     def read_into(self, ids: Ids, out: NDArray[np.float16], /) -> None:
-        """Fill `out` with the samples `ids`; each run of one source is one read."""
+        """Fill `out` `[n view row col dim]` with the samples `ids`; each run of one source is one read."""
         for source, local, place in self._runs(ids):
             source.read_into(local, out[place])
 
     def will_need(self, slots: Ids) -> None:
-        """Let shards of all sources come into the page cache."""
+        """Let shards that are read soon come into the page cache, where there is one."""
         n = len(self._sources)
         for number, source in enumerate(self._sources):
             source.will_need(slots[slots % n == number] // n)
 
     def slots(self, ids: Ids) -> Ids:
-        """Return the slot of each sample; slots of different sources differ."""
+        """Return the shard in which each sample (of a frames store: its first frame) lies."""
         found, n = np.empty(len(ids), np.int64), len(self._sources)
         for number, source in enumerate(self._sources):
             mine = ids % n == number
@@ -231,7 +202,7 @@ class JoinedSamples:
         name = self._sources[number].name(local)
         return name if len(self._sources) == 1 else f"store {number + 1}, {name}"
 
-    def _runs(self, ids: Ids) -> Iterator[tuple[Samples, Ids, slice]]:
+    def _runs(self, ids: Ids) -> Iterator[tuple[_Source, Ids, slice]]:
         """Yield the source, its own ids and the place of every run of one source."""
         local, number = np.divmod(ids, len(self._sources))
         bounds = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ids)]
@@ -266,15 +237,39 @@ def make_samples(stores: Sequence[FeatureStore], settings: TrainSettings) -> Joi
     return JoinedSamples(sources)
 
 
-def find_not_finite(samples: Samples, ids: Ids) -> Ids:
+@dataclass(frozen=True)
+class HeldOut:
+    """Marks the samples of held-out clips: those whose hash of seed and video id falls below `share`."""
+
+    samples: JoinedSamples
+    share: float
+    seed: int
+    _known: dict[str, bool] = field(default_factory=dict, compare=False)
+
+    def __call__(self, ids: Ids) -> Bool[np.ndarray, " n"]:
+        """Return whether each sample is held out."""
+        videos = self.samples.videos(ids)
+        for video in set(videos) - self._known.keys():
+            word = hashlib.sha256(f"{self.seed}\0{video}".encode()).digest()[:8]
+            self._known[video] = int.from_bytes(word, "big") < self.share * 2**64
+        return np.array([self._known[video] for video in videos], bool)
+
+    @cached_property
+    def ids(self) -> Ids:
+        """The held-out samples of the first epoch, by which all epochs are measured."""
+        first = self.samples.epoch_ids(0)
+        held_out: Ids = first[self(first)]
+        return held_out
+
+
+def find_not_finite(samples: JoinedSamples, ids: Ids) -> list[int]:
     """Return the ids among `ids` whose tokens are not all finite, reading them once more."""
-    buffer = np.empty((min(len(ids), _SCAN_SAMPLES), *samples.shape), np.float16)
-    finite = np.empty(len(ids), bool)
-    for start in range(0, len(ids), _SCAN_SAMPLES):
-        part = ids[start : start + _SCAN_SAMPLES]
-        samples.read_into(part, buffer[: len(part)])
-        finite[start : start + len(part)] = np.isfinite(buffer[: len(part)]).all((1, 2, 3, 4))
-    return ids[~finite]
+    buffer, bad = np.empty((1, *samples.shape), np.float16), []
+    for sample in ids:
+        samples.read_into(sample[None], buffer)
+        if not np.isfinite(buffer).all():
+            bad.append(int(sample))
+    return bad
 
 
 def choose_frames(n_frames: int, gap: float, draws: Sequence[float]) -> tuple[int, ...]:
@@ -290,7 +285,7 @@ def choose_frames(n_frames: int, gap: float, draws: Sequence[float]) -> tuple[in
     return tuple(start + number * distance for number in range(len(draws)))
 
 
-def _source(store: FeatureStore, settings: TrainSettings) -> Samples:
+def _source(store: FeatureStore, settings: TrainSettings) -> _Source:
     if store.plan_kind is PlanKind.FRAMES:
         return _FramesSamples(store, settings)
     if settings.palindrome != 2:

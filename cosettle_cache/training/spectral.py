@@ -26,8 +26,8 @@ from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.parallel import Run, in_order, one_by_one
-from cosettle_cache.core.settings import SpectralSettings
-from cosettle_cache.core.tables import make_table, write_json, write_table
+from cosettle_cache.core.settings import SpectralSettings, flat
+from cosettle_cache.core.tables import write_json, write_table
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.search.correspondence import choose_places, find_correspondence, place_index
@@ -148,7 +148,7 @@ class SpectralReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        return asdict(self) | {"folder": str(self.folder), "warnings": list(self.warnings)}
+        return asdict(self) | {"folder": str(self.folder)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,32 +301,14 @@ def _warnings(
         yield "the store is not complete: some slots are to do or hold failed clips"
 
 
-#: Columns of `spectrum.parquet`; see `Spectrum`.
-_SPECTRUM_SCHEMA = pa.schema(
-    [("intra", pa.float64()), ("inter", pa.float64()), ("energy", pa.float64()), ("gain", pa.float64())]
-)
-
-#: Columns of `margins.parquet`: one row per lambda tried, the last (infinite) for the raw tokens.
-MARGINS_SCHEMA = pa.schema(
-    [("spectral_lambda", pa.float64()), ("n_directions", pa.int64())]
-    + [
-        (f"{kind}_{name}", pa.float64())
-        for kind in ("measured", "predicted")
-        for name in ("d_inter", "d_intra", "margin")
-    ]
-    + [("chosen", pa.bool_())]
-)
-
-
 def _write_tables(report: SpectralReport, spectrum: Spectrum, trials: Sequence[Trial]) -> None:
-    columns = (spectrum.intra, spectrum.inter, spectrum.energy, spectrum.gains(report.spectral_lambda))
-    table = pa.table([*map(pa.array, columns)], schema=_SPECTRUM_SCHEMA)
-    write_table(report.folder / "spectrum.parquet", table)
+    """Write a row per direction; a row per lambda tried, the last (infinite) for raw tokens; the report."""
+    table = {"intra": spectrum.intra, "inter": spectrum.inter, "energy": spectrum.energy}
+    table["gain"] = spectrum.gains(report.spectral_lambda)
+    write_table(report.folder / "spectrum.parquet", pa.table(table))
     rows = []
     for trial in trials:
-        row = asdict(trial) | {"chosen": trial.spectral_lambda == report.spectral_lambda}
-        for kind in ("measured", "predicted"):
-            row |= {f"{kind}_{name}": value for name, value in row.pop(kind).items()}
-        rows.append(row)
-    write_table(report.folder / "margins.parquet", make_table(rows, MARGINS_SCHEMA))
+        row = {name.replace(".", "_"): value for name, value in flat(asdict(trial)).items()}
+        rows.append(row | {"chosen": trial.spectral_lambda == report.spectral_lambda})
+    write_table(report.folder / "margins.parquet", pa.Table.from_pylist(rows))
     write_json(report.folder / "spectral.json", report.to_json())

@@ -90,8 +90,7 @@ class Spectrum:
 
     def gains(self, spectral_lambda: float) -> Directions:
         """Return by what factor the square of each direction is kept: 1 - sigma / (2 lambda), at least 0."""
-        gains: Directions = np.clip(1 - self.intra / (2 * spectral_lambda), 0, None)
-        return gains
+        return (1 - self.intra / (2 * spectral_lambda)).clip(0)
 
     def matrix(self, spectral_lambda: float) -> Matrix:
         """Return W = U diag(sqrt(gains)) U^T, of all with this W^T W the one nearest to the identity."""
@@ -121,9 +120,7 @@ class Spectrum:
         moving = self.intra[-self.rank :]
         n_kept = min(max(1, int(np.ceil(SMALLEST_KEPT * len(moving)))), len(moving) - 1)
         lowest = moving[n_kept] if n_kept else 2 * moving[-1]
-        lambdas: Float64[np.ndarray, " lambda"]
-        lambdas = np.geomspace(lowest, LARGEST_THRESHOLD * moving[-1], n_lambdas) / 2
-        return lambdas
+        return np.geomspace(lowest, LARGEST_THRESHOLD * moving[-1], n_lambdas) / 2
 
 
 def make_spectrum(statistics: SpectralStatistics) -> Spectrum:

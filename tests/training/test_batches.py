@@ -23,9 +23,9 @@ from cosettle_cache.core.types import Fingerprint
 from cosettle_cache.store import FeatureStore, open_store
 from cosettle_cache.store.plan import choose_pair
 from cosettle_cache.training.batches import EpochOrder, Replicas, ShuffleShards, Step, make_portions
-from cosettle_cache.training.run import make_train_plan, train
-from cosettle_cache.training.samples import JoinedSamples, choose_frames, make_samples, walk_of
-from cosettle_cache.training.validate import HeldOut
+from cosettle_cache.training.plan import make_train_plan
+from cosettle_cache.training.run import train
+from cosettle_cache.training.samples import HeldOut, JoinedSamples, choose_frames, make_samples, walk_of
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -23,7 +23,7 @@ from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputE
 from cosettle_cache.heads.projection import Projection, load_projection
 from cosettle_cache.store import open_store
 from cosettle_cache.training.batches import Batch, Portion, Step
-from cosettle_cache.training.learner import Learner, Trainer
+from cosettle_cache.training.learner import Learner, Trainer, token_distances
 from cosettle_cache.training.log import (
     comparison,
     read_checkpoint,
@@ -32,9 +32,8 @@ from cosettle_cache.training.log import (
     write_checkpoint,
 )
 from cosettle_cache.training.losses import transfer_loss
-from cosettle_cache.training.plan import SWEEPABLE, Axis, make_members, parse_axis
-from cosettle_cache.training.run import make_train_plan, train
-from cosettle_cache.training.validate import token_distances
+from cosettle_cache.training.plan import SWEEPABLE, Axis, make_members, make_train_plan, parse_axis
+from cosettle_cache.training.run import train
 
 AXES = (Axis("temperature", (0.1,)), Axis("head", ("linear", "mlp2")))
 

@@ -35,8 +35,9 @@ from cosettle_cache.training.batches import (
     make_steps,
 )
 from cosettle_cache.training.learner import Learner, Trainer, learning_rate
-from cosettle_cache.training.log import read_figures
-from cosettle_cache.training.run import TrainReport, make_train_plan, train
+from cosettle_cache.training.log import TrainReport, read_figures
+from cosettle_cache.training.plan import make_train_plan
+from cosettle_cache.training.run import train
 
 SMALL = TrainSettings(epochs=3, batch_size=3, base_lr=0.3, checkpoint_every=2, separability_weight=0.02)
 
