@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float16, Int, Int64
 
-from cosettle_cache.core.errors import DamagedStoreError, InputError, UsageError
+from cosettle_cache.core.errors import DamagedStoreError, InputError, UsageError, masked
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
 from cosettle_cache.store._cache import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store._chunks import ChunkSource
@@ -56,7 +56,7 @@ class FeatureStore:
         header = read_header(storage)
         for layout in header.arrays:
             check_array(storage, layout)
-        self.path = storage.path
+        self.path = masked(storage.path)
         self._storage = storage
         self.fingerprint: Fingerprint = header.fingerprint
         self.encoder: Mapping[str, Any] = header.encoder
