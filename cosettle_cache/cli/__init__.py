@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from cosettle_cache.cli import (
     train,
 )
 from cosettle_cache.cli.options import exits
+from cosettle_cache.core.console import Talk, guard_streams
+from cosettle_cache.core.errors import ExitCode, UncleanError
 
 # Before any OpenMP runtime loads: waiting threads sleep instead of spinning. On a machine of one's own it
 # costs nothing measurable; beside one other busy process spinning made propagation over five times slower.
@@ -81,8 +84,17 @@ for name, command in COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point of the `cosettle-cache` script."""
-    app()
+    """Entry point of the `cosettle-cache` script; the work goes on without stdout or stderr."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        # Names and files are UTF-8 whatever the locale says, in our worker processes too.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "cosettle_cache.cli", *sys.argv[1:]])  # noqa: S606
+    lost = guard_streams()
+    code = run_command(sys.argv[1:])
+    if (streams := lost()) and not code:
+        Talk().error(UncleanError(f"the work was done, but not all could be written to {streams}"))
+        code = ExitCode.UNCLEAN
+    sys.exit(code)
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,11 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_o
 import typer
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import CosettleError, ExitCode, UncleanError
+from cosettle_cache.core.errors import CosettleError, ExitCode, InputError, UncleanError, UsageError
+from cosettle_cache.core.files import check_local
 from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, Settings, parse_bytes, setting
 
 if TYPE_CHECKING:
     from cosettle_cache.store import FeatureStore
+
+#: What Linux takes as a path; other text that is longer is no option either.
+_MOST_PATH_BYTES = 4095
 
 DataRoot = Annotated[
     Path | None,
@@ -100,10 +106,16 @@ def exits(command: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*given: Any, **values: Any) -> None:
         try:
+            for name, value in values.items():
+                _check_paths(name, value if isinstance(value, list) else [value])
             code = int(command(*given, **_settings(classes, values)) or ExitCode.DONE)
         except CosettleError as error:
             Talk().error(error)
             code = int(error.exit_code)
+        except (OSError, MemoryError) as error:
+            refusal = _refusal(error)
+            Talk().error(refusal)
+            code = int(refusal.exit_code)
         except KeyboardInterrupt:
             Talk().warn("interrupted")
             code = int(ExitCode.INTERRUPTED)
@@ -119,6 +131,27 @@ def exits(command: Callable[..., int | None]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
+
+
+def _check_paths(name: str, values: Sequence[Any]) -> None:
+    """Raise `UsageError` for a value of the option `name` that no path can be, or a URL for a local path."""
+    option = "--" + name.replace("_", "-")
+    for value in values:
+        text = str(value) if isinstance(value, str | Path) else ""
+        if "\0" in text or len(os.fsencode(text)) > _MOST_PATH_BYTES:
+            wanted = f"text without zero bytes, {_MOST_PATH_BYTES} bytes at most"
+            raise UsageError(f"{option} cannot be what is given", wanted=wanted, found=repr(text[:100]))
+        if isinstance(value, Path):
+            check_local(value)
+
+
+def _refusal(error: OSError | MemoryError) -> CosettleError:
+    """Return what the system refused as an error with one sentence."""
+    if isinstance(error, MemoryError):
+        return InputError("out of memory", found=str(error) or None, hint="try a smaller --batch")
+    place = f"{error.filename}: " if error.filename else ""
+    hint = "raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else None
+    return InputError(f"{place}{error.strerror or error or type(error).__name__}", hint=hint)
 
 
 def _options(settings: Any) -> Iterator[inspect.Parameter]:

@@ -11,11 +11,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from pathlib import Path
 from threading import Event
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +30,68 @@ from cosettle_cache.core.errors import CosettleError, masked
 from cosettle_cache.core.files import UNPRINTABLE
 
 PLAIN_INTERVAL_S = 30.0
+
+
+class PatientStream:
+    """A standard stream that the work survives: after the first error the rest is lost, and `lost` says so.
+
+    A reader that has gone, a full disk and a descriptor that was closed before are such errors; what an old
+    locale cannot write is spelled out.
+    """
+
+    def __init__(self, stream: TextIO | None, number: int) -> None:
+        self.lost = stream is None
+        self._number = number
+        self._stream = stream or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        if isinstance(self._stream, TextIOWrapper):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write `text`, or lose it."""
+        with self._losing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand over what was written, or lose it."""
+        with self._losing():
+            self._stream.flush()
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.lost = True
+            # Not the stream is replaced but what is behind it, so that Python can empty its buffers.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._number)
+            os.close(nowhere)
+
+
+def guard_streams() -> Callable[[], str | None]:
+    """Make stdout and stderr survive their readers; return a function that says in the end what was lost.
+
+    Descriptors 0 to 2 that are closed are opened on nothing, or a file of ours would get their numbers, and
+    what a library prints with it.
+    """
+    for number in range(3):
+        with suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    streams = {"stdout": PatientStream(sys.stdout, 1), "stderr": PatientStream(sys.stderr, 2)}
+    sys.stdout, sys.stderr = streams.values()
+
+    def lost() -> str | None:
+        for stream in streams.values():
+            stream.flush()
+        return " and ".join(name for name, stream in streams.items() if stream.lost) or None
+
+    return lost
 
 
 @runtime_checkable

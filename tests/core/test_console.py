@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
+from PIL import Image
 
 from cosettle_cache.cli import run_command
+from cosettle_cache.cli.options import exits
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import InputError, masked
 from cosettle_cache.core.tables import write_json
@@ -57,3 +64,88 @@ def test_names_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     spelled = r"a\x1b[2J\x07\r\x9b\u202e\udcff" + "\u00e9"
     assert (out.count(spelled), err.count(spelled)) == (3, 4)
     assert not set("\x1b\x07\r\x9b\u202e\udcff") & set(out + err)
+
+
+def shell(line: str, **environment: str) -> tuple[int, str, str]:
+    """Run a line of shell in which `$RUN` is the command; return its exit code, stdout and stderr."""
+    environment = os.environ | {"RUN": f"{sys.executable} -m cosettle_cache.cli"} | environment
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=False, env=environment)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+LOST = "error: the work was done, but not all could be written to stdout\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("$RUN backbones > /dev/full", (4, "", LOST)),
+        ("$RUN backbones >&-", (4, "", LOST)),
+        ("$RUN backbones | true; exit ${PIPESTATUS[0]}", (4, "", LOST)),
+        ("$RUN run none.toml 2>&-", (3, "", "")),
+    ],
+)
+def test_the_exit_code_says_what_nobody_could_read(line: str, wanted: tuple[int, str, str]) -> None:
+    assert shell(line) == wanted
+
+
+def test_work_goes_on_without_anyone_to_tell(tmp_path: Path) -> None:
+    (tmp_path / "clips/a").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"clips/a/{number}.png")
+    build = ["manifest", "build", "folder", "clips", "--data-root", str(tmp_path), "--out"]
+    assert run_command([*build, str(tmp_path / "told.parquet")]) == 0
+    assert shell(f"$RUN {' '.join(build)} {tmp_path}/untold.parquet >&- 2>&-")[0] == 4
+    assert (tmp_path / "untold.parquet").read_bytes() == (tmp_path / "told.parquet").read_bytes()
+
+
+def test_names_outside_the_locale_are_utf8(tmp_path: Path) -> None:
+    (tmp_path / "clips/\u00e9").mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"clips/\u00e9/{number}.png")
+    line = f"cd {tmp_path}; $RUN manifest build folder clips/\u00e9 --data-root . --out a.csv"
+    assert shell(line, LC_ALL="C", PYTHONUTF8="0")[0] == 0
+    assert "\u00e9" in (tmp_path / "a.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["train", "--features", "a\0b"], 2, "--features cannot be what is given"),
+        (["train", "--features", "x" * 5000], 2, "--features cannot be what is given"),
+        (["report", ".", "--out", "s3://bucket/report.html"], 2, "s3:/bucket/report.html is a URL"),
+        (["manifest", "build", "folder", ".", "--out", "s3://bucket/a.parquet"], 2, "is a URL"),
+    ],
+)
+def test_options_that_no_path_can_be(
+    words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert run_command(words) == code
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            "Too many open files\nhint: raise the limit (ulimit -n)",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xyz"), "xyz: File name too long"),
+        (MemoryError(), "out of memory\nhint: try a smaller --batch"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @exits
+    def command() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as end:
+        command()
+    assert end.value.exit_code == 3
+    assert capsys.readouterr().err == f"error: {said}\n"
