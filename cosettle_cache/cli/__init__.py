@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from cosettle_cache.cli import (
     analyze,
+    doctor,
     extract,
     manifest,
     propagate,
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Any] = {
     "store": store.app,
     "run": recipes.run,
     "demo": recipes.demo,
+    "doctor": doctor.doctor,
 }
 
 

@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from threading import Barrier
 
 import torch
 from jaxtyping import BFloat16, Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
-from cosettle_cache.core.errors import UsageError
-from cosettle_cache.core.settings import SEARCHES
+from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.settings import SEARCHES, package_versions
 from cosettle_cache.core.types import EvalProtocol, Grid
+
+#: Packages that bring the module `faiss`. It is always imported after torch (above): the other way round the
+#: two may load different copies of CUDA's and OpenMP's libraries.
+FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 
 
 def unit_tokens(tokens: Float[Tensor, "*shape dim"]) -> Float32[Tensor, "*shape dim"]:
@@ -384,6 +389,34 @@ def exact_products(
     return torch.cat(parts)
 
 
+def faiss_packages() -> list[str]:
+    """Return the packages of FAISS that are installed, one or none; raise `InputError` for several."""
+    versions = package_versions(*FAISS_PACKAGES)
+    found = [name for name in FAISS_PACKAGES if versions[name] != "absent"]
+    if len(found) > 1:
+        raise InputError(
+            "several packages of FAISS are installed, and each overwrites the files of the others",
+            found=", ".join(found),
+            hint=f"pip uninstall {' '.join(found)}, then install one of them again",
+        )
+    return found
+
+
+def describe_faiss() -> dict[str, str]:
+    """Return which FAISS is installed, what it was built for, its number of GPUs and the CUDA it needs."""
+    packages = faiss_packages()
+    if importlib.util.find_spec("faiss") is None:
+        return {"faiss": "absent"}
+    import faiss
+
+    said = {"faiss": " ".join([faiss.__version__, *packages])}
+    said["faiss built for"] = faiss.get_compile_options().strip()
+    said["GPUs of faiss"] = str(faiss.get_num_gpus())
+    needed = [need for name in packages for need in metadata.requires(name) or ()]
+    cuda = [need for need in needed if need.startswith(("nvidia-", "cuda-", "libcuvs"))]
+    return said | {"CUDA of faiss": ", ".join(cuda) or "none"}
+
+
 def make_ranker(search: str, device: torch.device) -> Ranker:
     """Return the ranker named `auto`, `bf16`, `faiss` or `torch`; all give the same neighbours.
 
@@ -405,5 +438,7 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     if search == "bf16" or (search == "auto" and on_cpu and native):
         return RoughRanker()
-    use_faiss = search == "faiss" or (search == "auto" and has_faiss and on_cpu)
-    return FaissRanker() if use_faiss else TorchRanker()
+    if search == "faiss" or (search == "auto" and has_faiss and on_cpu):
+        faiss_packages()
+        return FaissRanker()
+    return TorchRanker()
