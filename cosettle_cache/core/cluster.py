@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,19 @@ from threading import Event, Lock
 from typing import Any, Generic, TypeVar
 
 import dask
-from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed, get_worker
+from distributed import (
+    Client,
+    Future,
+    KilledWorker,
+    Nanny,
+    Scheduler,
+    Security,
+    SpecCluster,
+    as_completed,
+    get_worker,
+)
+from distributed.comm.addressing import parse_address, parse_host_port
+from distributed.comm.registry import backends
 from distributed.scheduler import NoWorkerError
 
 from cosettle_cache import __version__
@@ -259,14 +272,27 @@ def _scheduler_gone(told_by: type[Exception]) -> Iterator[None]:
 
 def _client(address: str | SpecCluster) -> Client:
     try:  # the client itself warns of other versions of Python, dask and numpy (`Client.get_versions`)
+        if isinstance(address, str):
+            _knock(address)
         return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False, name="cosettle")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise ClusterError(
             f"no scheduler answers at {address}",
             wanted="the address of a running dask scheduler, as tcp://host:8786",
             found=str(error) or type(error).__name__,
             hint="start one with: dask scheduler",
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise an `OSError` or `ValueError` at once where the client would try again until its time is over."""
+    scheme, place = parse_address(address)
+    if scheme not in backends:
+        raise ValueError(f"dask speaks no {scheme}")
+    if scheme == "tls" and Security().get_connection_args("client")["ssl_context"] is None:
+        raise ValueError("no certificate is configured (distributed.comm.tls in dask's settings)")
+    if scheme in ("tcp", "tls"):
+        socket.create_connection(parse_host_port(place), CONNECT_TIMEOUT_S).close()
 
 
 @contextmanager
@@ -281,7 +307,9 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
         "distributed.scheduler.no-workers-timeout": f"{LOCAL_PATIENCE_S}s",
         "distributed.scheduler.allowed-failures": LOCAL_DEATHS - 1,
     }
-    scheduler = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    # Whoever reaches a scheduler runs code as its owner, and every user of this machine reaches this address.
+    secured = {"host": "127.0.0.1", "protocol": "tls://", "security": Security.temporary()}
+    scheduler = {**secured, "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
     threads_of_libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     cores = dict.fromkeys(threads_of_libraries, str(share_of_cores(workers)))
     dealt = [{"env": {**cores, "CUDA_VISIBLE_DEVICES": gpu}, "resources": {"GPU": 1}} for gpu in gpus]
@@ -290,7 +318,7 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
         tempfile.TemporaryDirectory(prefix="cosettle-", ignore_cleanup_errors=True) as scratch,
         dask.config.set(settings),
     ):
-        options = {"host": "127.0.0.1", "nthreads": threads, "local_directory": scratch, "memory_limit": 0}
+        options = {**secured, "nthreads": threads, "local_directory": scratch, "memory_limit": 0}
         options |= {"dashboard": False, "silence_logs": logging.CRITICAL}
         specs = {n: {"cls": Nanny, "options": {**options, **dealt[n % len(dealt)]}} for n in range(workers)}
         # A terminal sends Ctrl-C to the whole process group; workers are to finish what they have in hand, so
@@ -302,6 +330,7 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
             cluster = SpecCluster(
                 scheduler={"cls": Scheduler, "options": scheduler},
                 workers=specs,
+                security=secured["security"],
                 silence_logs=logging.CRITICAL,
             )
         finally:

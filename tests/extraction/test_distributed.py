@@ -107,12 +107,25 @@ def test_another_version_is_a_sentence(cluster: Cluster, monkeypatch: pytest.Mon
 
 
 def test_a_missing_scheduler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "CONNECT_TIMEOUT_S", 0.3)
-    for address in ("tcp://127.0.0.1:9", "nonsense", "tcp://no-such-host.invalid:8786"):
+    monkeypatch.setattr(distributed, "CONNECT_TIMEOUT_S", 60)
+    places = ("127.0.0.1:9", "no-such-host.invalid:8786", "127.0.0.1:99999", "127.0.0.1:port", "", "1")
+    began = time.monotonic()
+    for address in ("nonsense", "http://127.0.0.1:9", "tls://127.0.0.1:9", *map("tcp://{}".format, places)):
         with pytest.raises(ClusterError, match="no scheduler answers"), connect(scheduler=address):
             pass
+    assert time.monotonic() - began < 30  # at once, not when the time is over
     with pytest.raises(UsageError), connect():
         pass
+
+
+def test_only_we_reach_the_workers_we_start(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "CONNECT_TIMEOUT_S", 1)
+    address = cluster.client.scheduler.address
+    assert address.startswith("tls://127.0.0.1:")
+    assert all(worker.startswith("tls://127.0.0.1:") for worker in cluster.client.nthreads())
+    for other in (address, address.replace("tls:", "tcp:")):
+        with pytest.raises(ClusterError, match="no scheduler answers"), connect(scheduler=other):
+            pass
 
 
 @pytest.fixture(scope="module")
