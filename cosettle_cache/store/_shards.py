@@ -123,7 +123,8 @@ class ShardReader:
         stop, buffers = start, list[memoryview]()
         for number, out in enumerate(outs, first):
             offset, size = self.check_present(number)
-            if size != raw_size if is_raw else size <= CHECKSUM_BYTES:
+            is_plausible = size == raw_size if is_raw else size > CHECKSUM_BYTES
+            if not is_plausible:
                 raise BytesError(f"a chunk has {size} bytes")
             if offset != stop:
                 raise BytesError("chunks do not lie side by side")
