@@ -27,7 +27,7 @@ from cosettle_cache.core.console import Talk
 from cosettle_cache.core.settings import FramesSettings, PairsSettings
 from cosettle_cache.core.types import Encoding, Manifest
 from cosettle_cache.encoders import Backbone, load_backbone
-from cosettle_cache.extraction.images import View, make_views
+from cosettle_cache.extraction.images import View, Views
 from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
 from cosettle_cache.store import StoreWriter
 from cosettle_cache.store.plan import Plan, make_plan
@@ -116,7 +116,7 @@ def _prepared_batches(
         items: list[tuple[View, Encoding]] = []
         for encoding in plan.slot(index).encodings:
             video = videos[encoding.video_id]
-            views = make_views(plan, *plan.recipe.image_size(video), backbone.mean, backbone.std)
+            views = Views(plan.kind, *plan.recipe.image_size(video), backbone.mean, backbone.std)
             (image,) = iter_frames(video, root, [encoding.frame])
             items.append((views.prepare(image, [encoding])[0], encoding))
         batches += [items[start : start + batch] for start in range(0, len(items), batch)]

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from cosettle_cache.core.types import Encoding
-from cosettle_cache.store.plan import PairsRecipe, Plan
+from cosettle_cache.core.types import Encoding, PlanKind
+from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import Image8
 
 Rgb = tuple[float, float, float]
@@ -26,13 +26,13 @@ View = Float[Tensor, "3 view_height view_width"]
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """How a plan's kind prepares frames.
+    """How a plan's kind prepares frames; sizes are pixels.
 
     Pairs: resize to a square ignoring aspect, crop, resize again, flip, normalise; the second resize is
     bicubic and its overshoot is not clamped, as released. Frames: one resize of the float image, normalise.
     """
 
-    pairs: bool
+    kind: PlanKind
     height: int
     width: int
     mean: Rgb
@@ -40,7 +40,7 @@ class Views:
 
     def prepare(self, image: Image8, encodings: Sequence[Encoding]) -> list[View]:
         """Return one normalised view per encoding; encodings with the same crop and flip share memory."""
-        if self.pairs:
+        if self.kind is PlanKind.PAIRS:
             square = Image.fromarray(image).resize((self.width, self.height), Image.Resampling.BILINEAR)
             pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float().div_(255)
         else:
@@ -67,11 +67,6 @@ class Views:
 def views_rule(plan: Plan, mean: Rgb, std: Rgb) -> str:
     """Return the text that stands for the preprocessing in a fingerprint."""
     pairs = "square: pillow bilinear; crop: torch bicubic antialias, not clamped; flip"
-    rule = pairs if isinstance(plan.recipe, PairsRecipe) else "opencv bilinear of the float image"
+    rule = pairs if plan.kind is PlanKind.PAIRS else "opencv bilinear of the float image"
     numbers = [" ".join(f"{value:g}" for value in values) for values in (mean, std)]
     return f"{rule}; mean {numbers[0]}; std {numbers[1]}"
-
-
-def make_views(plan: Plan, height: int, width: int, mean: Rgb, std: Rgb) -> Views:
-    """Return the preparation of frames to `height` x `width` pixels for the plan's kind."""
-    return Views(isinstance(plan.recipe, PairsRecipe), height, width, mean, std)

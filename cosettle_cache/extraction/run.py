@@ -7,7 +7,7 @@ one left is taken over.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,7 +22,7 @@ from cosettle_cache.core.cluster import work_on
 from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import is_url
-from cosettle_cache.core.parallel import pick_device, share_of_cores
+from cosettle_cache.core.parallel import Run, pick_device, share_of_cores
 from cosettle_cache.core.settings import (
     EncoderSettings,
     ExtractSettings,
@@ -145,10 +145,6 @@ class SlotReport:
     seconds: Mapping[str, float]
 
 
-#: Calls a function on items in workers; yields (item, result) in completion order (`Cluster.run`).
-Runner = Callable[[Callable[[int], SlotReport], Iterable[int]], Iterator[tuple[int, SlotReport]]]
-
-
 def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> ExtractReport:
     """Fill the store of a job, resuming what is there; the report's failures are those of the whole store.
 
@@ -215,7 +211,7 @@ def extract(
 
 
 def extract_across(
-    run: Runner,
+    run: Run,
     job: StoreJob,
     plan: Plan,
     writer: StoreWriter,

@@ -62,7 +62,7 @@ class _OpenShards:
         self._lock = Lock()
         self._opening = [Lock() for _ in range(_OPENING_LOCKS)]
         self._scratch = local()
-        self._pool: ThreadPoolExecutor | None = None
+        self.pool = ThreadPoolExecutor(storage.n_readers, "read")  # no thread starts before it has work
 
     def reader(self, place: SlotPlace) -> ShardReader:
         """Return the reader of a slot's shard; raises `OSError`, or `BytesError` when it is damaged."""
@@ -88,13 +88,6 @@ class _OpenShards:
             self._readers.pop(place.index, None)
             self._indexes.pop(place.index, None)
         self._storage.forget(place.shard_name)
-
-    def pool(self) -> ThreadPoolExecutor:
-        """Return the threads that read."""
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._storage.n_readers, "read")
-            return self._pool
 
     def scratch(self, n_bytes: int) -> UInt8[np.ndarray, " byte"]:
         """Return memory of this thread, kept from call to call: fresh memory costs more than the read."""
@@ -154,7 +147,7 @@ class ChunkSource:
                 self._read_waiting(array, first, outs)
 
         n_others = min(self._storage.n_readers, len(parts)) - 1
-        others = [self._shards.pool().submit(work) for _ in range(n_others)]
+        others = [self._shards.pool.submit(work) for _ in range(n_others)]
         try:
             work()
         finally:
@@ -176,7 +169,7 @@ class ChunkSource:
                     self._shards.reader(place).will_need()
 
         if 2 * n_bytes <= self._storage.room:
-            self._shards.pool().submit(fetch)
+            self._shards.pool.submit(fetch)
 
     def stream(self, array: int, chunks: Int64[np.ndarray, " chunk"]) -> Iterator[Tokens]:
         """Yield the tokens of `chunks` in order, read ahead by other threads; raises what `read_many` does.

@@ -7,6 +7,7 @@ into the caller's memory, checksums verified.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from awscrt.checksums import crc32c
@@ -26,6 +27,8 @@ from cosettle_cache.store.format import (
 from cosettle_cache.store.remote import RangeFile
 
 _ENTRY = np.dtype("<u8")
+
+Size = TypeVar("Size", int, np.ndarray)
 
 #: Higher levels gain next to nothing on tokens, whose low bytes are noise.
 ZSTD_LEVEL = 1
@@ -120,7 +123,8 @@ class ShardReader:
         stop, buffers = start, list[memoryview]()
         for number, out in enumerate(outs, first):
             offset, size = self.check_present(number)
-            if size != raw_size if is_raw else size <= CHECKSUM_BYTES:
+            is_plausible = size == raw_size if is_raw else size > CHECKSUM_BYTES
+            if not is_plausible:
                 raise BytesError(f"a chunk has {size} bytes")
             if offset != stop:
                 raise BytesError("chunks do not lie side by side")
@@ -144,7 +148,7 @@ class ShardReader:
 
 def read_entries(file: RangeFile, layout: ArrayLayout) -> UInt64[np.ndarray, "chunk 2"]:
     """Return offset and size of every chunk of a shard; raise `ShardLostError` when its index is damaged."""
-    size = index_bytes(layout)
+    size = chunks_per_shard(layout) * 2 * _ENTRY.itemsize + CHECKSUM_BYTES
     data = file.read_tail(size)
     if len(data) < size:
         raise ShardLostError("its shard is truncated")
@@ -154,12 +158,7 @@ def read_entries(file: RangeFile, layout: ArrayLayout) -> UInt64[np.ndarray, "ch
     return np.frombuffer(index, _ENTRY).astype(np.uint64).reshape(-1, 2)
 
 
-def index_bytes(layout: ArrayLayout) -> int:
-    """Return the bytes of a shard's index, checksum counted."""
-    return chunks_per_shard(layout) * 2 * _ENTRY.itemsize + CHECKSUM_BYTES
-
-
-def padding_after(size: int) -> int:
+def padding_after(size: Size) -> Size:
     """Return the zero bytes between a chunk of `size` bytes, checksum counted, and the next."""
     return -size % ALIGNMENT
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -26,10 +26,9 @@ from cosettle_cache.core.settings import FramesSettings, PairsSettings, digest
 from cosettle_cache.core.tables import read_metadata
 from cosettle_cache.core.types import ArrayLayout, Manifest, PlanKind
 from cosettle_cache.store._local import TEMPORARY
-from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded, read_entries
+from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded, padding_after, read_entries
 from cosettle_cache.store.create import HEADER_COPY, metadata_bytes, metadata_files, plain_metadata
 from cosettle_cache.store.format import (
-    ALIGNMENT,
     CHECKSUM_BYTES,
     MANIFEST,
     MISSING,
@@ -75,7 +74,7 @@ def _pieces(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]
     present = _present_chunks(layout, part)
     entries = _check_entries(file, layout, part, present)
     starts, sizes = entries[present].astype(np.int64).T
-    stops = starts + sizes + -sizes % ALIGNMENT
+    stops = starts + sizes + padding_after(sizes)
     extents = list(zip(np.flatnonzero(present).tolist(), starts.tolist(), sizes.tolist(), strict=True))
     first, checksum = 0, 0
     while first < len(extents):
@@ -86,7 +85,7 @@ def _pieces(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]
             raise ShardLostError("it ends too early")
         faults = []
         for chunk, start, size in extents[first:last]:
-            view = data[start - origin : start - origin + size + -size % ALIGNMENT]
+            view = data[start - origin : start - origin + size + padding_after(size)]
             if reason := _chunk_fault(layout, view, size):
                 faults.append((chunk, reason))
             checksum = int(crc32c(view[size - CHECKSUM_BYTES : size], checksum))
@@ -118,8 +117,8 @@ def _check_entries(
     plausible = sizes == raw_size if layout.codec == "none" else sizes <= n_bytes
     if (entries[~present] != MISSING).any() or not plausible.all():
         raise ShardLostError("its index lists other chunks than its index part")
-    strides = sizes.astype(np.int64) + -sizes.astype(np.int64) % ALIGNMENT
-    starts = np.concatenate([[0], np.cumsum(strides)])
+    sizes = sizes.astype(np.int64)
+    starts = np.cumsum([0, *(sizes + padding_after(sizes))])
     if (offsets != starts[:-1]).any() or starts[-1] + entries.nbytes + CHECKSUM_BYTES != n_bytes:
         raise ShardLostError("its index does not put the chunks where the format does")
     return entries
@@ -359,20 +358,17 @@ def _planned_rows(metadata: Metadata, place: SlotPlace) -> pa.Table | None:
     header, patch = metadata.header, metadata.header.encoder.get("patch")
     if metadata.manifest is None or not isinstance(patch, int):
         return None
-    values, first = header.fingerprint.plan, header.arrays[0]
-    kinds = {"dtype": first.dtype, "codec": first.codec}
-    # Slots had their default size, or all the same one.
-    for size in (None, max(layout.slot_encodings for layout in header.arrays)):
-        try:
-            kind = PairsSettings if PlanKind(values["kind"]) is PlanKind.PAIRS else FramesSettings
-            settings = kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
-            plan = make_plan(
-                metadata.manifest, settings, patch=patch, dim=first.n_channels, slot_encodings=size, **kinds
-            )
-        except (CosettleError, TypeError, ValueError):
-            return None
-        if plan.arrays == header.arrays:
-            encodings = plan.slot(place.index).encodings
-            videos, frames = [item.video_id for item in encodings], [item.frame for item in encodings]
-            return pa.table({"video_id": videos, "row": list(place.rows), "frame": frames})
-    return None
+    values = header.fingerprint.plan
+    try:
+        kind = PairsSettings if PlanKind(values["kind"]) is PlanKind.PAIRS else FramesSettings
+        settings = kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
+        plan = make_plan(metadata.manifest, settings, patch=patch, dim=header.arrays[0].n_channels)
+    except (CosettleError, TypeError, ValueError):
+        return None
+    # The rows of videos are the same with any size of slots.
+    planned, stored = ([(a.grid, a.n_encodings) for a in arrays] for arrays in (plan.arrays, header.arrays))
+    if planned != stored:
+        return None
+    encodings = replace(plan, arrays=header.arrays).slot(place.index).encodings
+    videos, frames = [item.video_id for item in encodings], [item.frame for item in encodings]
+    return pa.table({"video_id": videos, "row": list(place.rows), "frame": frames})

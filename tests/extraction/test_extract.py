@@ -23,7 +23,7 @@ from cosettle_cache.core.errors import FingerprintError
 from cosettle_cache.core.settings import FramesSettings, PairsSettings
 from cosettle_cache.core.types import Manifest
 from cosettle_cache.encoders import Backbone, load_backbone
-from cosettle_cache.extraction.images import make_views
+from cosettle_cache.extraction.images import Views
 from cosettle_cache.extraction.jobs import PlanSummary, note_plan
 from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
 from cosettle_cache.store import FeatureStore, StoreWriter, open_store
@@ -97,7 +97,7 @@ def one_by_one(root: Path, store: FeatureStore, plan: Plan, backbone: Backbone, 
     tokens = []
     for encoding in plan.slot(slot).encodings:
         video = videos[encoding.video_id]
-        views = make_views(plan, *plan.recipe.image_size(video), backbone.mean, backbone.std)
+        views = Views(plan.kind, *plan.recipe.image_size(video), backbone.mean, backbone.std)
         (view,) = views.prepare(next(iter_frames(video, root, [encoding.frame])), [encoding])
         tokens.append(backbone.encode(view[None], encoding.shift)[0])
     return torch.stack(tokens)
