@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import signal
 import tempfile
 import time
@@ -46,6 +47,7 @@ LOCAL_DEATHS = 2
 LOCAL_PATIENCE_S = 300.0
 #: The tasks of one worker share its GPU, when it declares one.
 GPU_SHARE = {"GPU": 0.01}
+_DEVICES = "cpu, cuda or cuda:NUMBER"
 
 #: In a worker: runs that begin no further item.
 _ended: set[str] = set()
@@ -357,15 +359,30 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
 
 
 def pick_device(device: str | None) -> str:
-    """Return the device asked for, or the best one at hand; raise `UsageError` for one that is not there."""
+    """Return the device asked for, or the best one at hand; raise `UsageError` for one that is not there.
+
+    A card with a number becomes the process's current one: pinned memory would open the first card as well.
+    """
+    found = find_device(device)
+    if found.startswith("cuda:"):
+        import torch
+
+        torch.cuda.set_device(found)
+    return found
+
+
+def find_device(device: str | None) -> str:
+    """Like `pick_device`; nothing is set."""
     import torch
 
     has_cuda = torch.cuda.is_available()
     if device is None:
         return "cuda" if has_cuda else "cpu"
+    if device.partition(":")[0] == "mps":
+        raise UsageError("Apple's GPUs are not supported", wanted=_DEVICES, found=device, hint="--device cpu")
+    if not re.fullmatch(r"(cpu|cuda)(:[0-9]{1,4})?", device):
+        raise UsageError(f"there is no device {device!r}", wanted=_DEVICES, found=device)
     kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UsageError(f"there is no device {device!r}", wanted="cpu, cuda or cuda:NUMBER", found=device)
     if kind == "cuda" and (not has_cuda or int(number or 0) >= torch.cuda.device_count()):
         raise UsageError(
             f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock, get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from cosettle_cache.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 _lock = Lock()
 #: One entry per thread inside; flags are put back when it is empty again.
@@ -38,6 +43,26 @@ def exact_float32(device_type: str) -> Iterator[None]:
                 for flag in _found:
                     setattr(*flag)
                 _found.clear()
+
+
+def check_bfloat16(precision: str, device: torch.device) -> None:
+    """Raise `UsageError` for precision bf16 on a card that has none, and would be many times slower."""
+    import torch
+
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise UsageError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16",
+            wanted="a card of compute capability 8.0 or later",
+            found=".".join(map(str, torch.cuda.get_device_capability(device))),
+            hint="--precision fp16",
+        )
+
+
+def device_versions(device: str) -> dict[str, str]:
+    """Return what moves tokens in their last bits besides packages: the kind of device and its libraries."""
+    import torch
+
+    return {"device": f"cuda {torch.version.cuda}" if torch.device(device).type == "cuda" else "cpu"}
 
 
 def _exact_flags() -> list[tuple[Any, str, Any]]:

@@ -22,6 +22,7 @@ from cosettle_cache.core.cluster import pick_device, share_of_cores, work_on
 from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import is_url
+from cosettle_cache.core.precision import device_versions
 from cosettle_cache.core.settings import (
     EncoderSettings,
     ExtractSettings,
@@ -119,8 +120,13 @@ class StoreJob:
         options = {**asdict(self.encoder), "device": device}
         return load_backbone(options.pop("backbone"), **options)
 
-    def open_writer(self, plan: Plan, manifest: Manifest, backbone: Backbone) -> StoreWriter:
-        """Create the store, or open the one that was made with the same settings."""
+    def open_writer(
+        self, plan: Plan, manifest: Manifest, backbone: Backbone, device: Mapping[str, str] | None = None
+    ) -> StoreWriter:
+        """Create the store, or open the one that was made with the same settings.
+
+        `device` is that of the processes that will encode (`device_versions`), the encoder's own by default.
+        """
         encoder = {
             "name": backbone.name,
             "weights_source": backbone.weights_source,
@@ -132,6 +138,8 @@ class StoreJob:
             "std": list(backbone.std),
         }
         fingerprint = make_fingerprint(backbone, plan, manifest)
+        if device is not None:
+            fingerprint = replace(fingerprint, versions={**fingerprint.versions, **device})
         return StoreWriter.create_or_resume(self.out, plan.arrays, fingerprint, manifest, encoder)
 
 
@@ -274,7 +282,7 @@ def make_fingerprint(backbone: Backbone, plan: Plan, manifest: Manifest) -> Fing
         dtype=layout.dtype,
         precision=backbone.precision,
         manifest_digest=manifest_digest(manifest),
-        versions=package_versions(),
+        versions={**package_versions(), **device_versions(str(backbone.device))},
     )
 
 
@@ -295,8 +303,13 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
         work_on(settings.workers, settings.scheduler, job.encoder.device, stop=stop, note=talk.note) as run,
     ):
         assert run is not None
+        # Only a worker knows where it computes; the first one's device is the store's, and others compare.
+        devices = [device for _, device in run(_worker_device, [job.encoder.device])]
+        if not devices:  # interrupted before a worker came
+            raise KeyboardInterrupt
         # Loaded here only to say what the tokens depend on; workers load their own, and compare.
-        with closing(job.open_writer(plan, manifest, job.load_encoder("cpu"))) as writer:
+        backbone = job.load_encoder("cpu")
+        with closing(job.open_writer(plan, manifest, backbone, devices[0])) as writer:
             # Absolute paths: workers may have been started anywhere.
             if weights is not None and Path(weights).is_file():
                 weights = str(Path(weights).absolute())
@@ -311,6 +324,10 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             )
             progress = talk.progress("extract")
             return extract_across(run, job, plan, writer, progress=progress, stop=stop, note=talk.note)
+
+
+def _worker_device(asked: str | None) -> dict[str, str]:
+    return device_versions(pick_device(asked))
 
 
 def _fill_slots(

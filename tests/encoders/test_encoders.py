@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from timm.models.eva import Eva
 
+from cosettle_cache.core.cluster import pick_device
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Grid, PositionShift
 from cosettle_cache.encoders import BACKBONES, FAMILIES, describe_backbone, load_backbone
@@ -271,6 +272,33 @@ def test_float32_is_exact_whatever_the_process_set_and_its_flags_stay(tiny, api)
             if value is not None:
                 owner.fp32_precision = value
         tiny._body.vit.norm._forward_hooks.clear()
+
+
+def test_devices_that_cannot_be_used_are_refused_in_a_sentence(monkeypatch):
+    with pytest.raises(UsageError, match="Apple's GPUs are not supported"):
+        load_backbone(TINY, weights="random", device="mps")
+    for device in ("cuda:\u00b2", "gpu", "cuda:", "cpu:x"):
+        with pytest.raises(UsageError, match="there is no device"):
+            load_backbone(TINY, weights="random", device=device)
+    _pretend_cards(monkeypatch, 2)
+    with pytest.raises(UsageError, match="Tesla T4 has no bfloat16"):
+        load_backbone(TINY, weights="random", device="cuda:1", precision="bf16")
+    with pytest.raises(UsageError, match="cuda:2 is not there"):
+        load_backbone(TINY, weights="random", device="cuda:2")
+
+
+def test_a_card_with_a_number_is_the_only_one_of_its_process(monkeypatch):
+    current = []
+    _pretend_cards(monkeypatch, 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [pick_device(device) for device in (None, "cpu", "cuda", "cuda:1")][-1] == "cuda:1"
+    assert current == ["cuda:1"]
+
+
+def _pretend_cards(monkeypatch, count):
+    answers = {"is_available": True, "device_count": count, "get_device_capability": (7, 5)}
+    for name, answer in {**answers, "get_device_name": "Tesla T4"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
 
 
 def test_views_of_one_image_share_its_patches(tiny):

@@ -20,9 +20,10 @@ from PIL import Image
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError
-from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.settings import FramesSettings, PairsSettings, package_versions
 from cosettle_cache.core.types import Manifest
 from cosettle_cache.encoders import Backbone, load_backbone
+from cosettle_cache.extraction import run as extraction
 from cosettle_cache.extraction.images import make_views
 from cosettle_cache.extraction.jobs import PlanSummary, note_plan
 from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
@@ -252,6 +253,23 @@ def test_other_settings_never_resume(clips: Path, tmp_path: Path, backbone: Back
     with pytest.raises(FingerprintError) as caught:
         run(clips, tmp_path / "s.zarr", load_backbone("timm/test_vit", weights="random", seed=7))
     assert any("weights_sha256" in line for line in caught.value.details)
+
+
+def test_a_store_belongs_to_one_kind_of_device(
+    clips: Path, tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(clips, tmp_path / "s.zarr", backbone)
+    assert open_store(tmp_path / "s.zarr").fingerprint.versions["device"] == "cpu"
+    # A store of version 0.2 does not say where it was made, and is gone on with.
+    before = {"versions": package_versions()}
+    monkeypatch.setattr(extraction, "device_versions", lambda device: {})
+    run(clips, tmp_path / "old.zarr", backbone)
+    assert open_store(tmp_path / "old.zarr").fingerprint.to_json().items() >= before.items()
+    monkeypatch.setattr(extraction, "device_versions", lambda device: {"device": "cuda 13.0"})
+    assert run(clips, tmp_path / "old.zarr", backbone).n_slots == 0
+    with pytest.raises(FingerprintError) as caught:
+        run(clips, tmp_path / "s.zarr", backbone)
+    assert caught.value.details == ("versions.device: wanted cuda 13.0, found cpu",)
 
 
 def command(clips: Path, out: Path) -> list[str]:
