@@ -21,7 +21,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from cosettle_cache.core.errors import CosettleError
+from cosettle_cache.core.errors import CosettleError, without_secrets
 
 PLAIN_INTERVAL_S = 30.0
 
@@ -146,7 +146,7 @@ class Talk:
             self._say(line, "red" if line.startswith("error") else None)
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self._err.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        self._err.print(without_secrets(text), style=style, highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, label: str) -> Progress:
         """Return the progress report that suits the output."""
@@ -158,7 +158,7 @@ class Talk:
 
     def result(self, text: str) -> None:
         """Print data on stdout, unwrapped."""
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(without_secrets(text) + "\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table on stdout; columns after the first are right-aligned."""

@@ -5,10 +5,21 @@ Everything a user can cause ends here. What is not a `CosettleError` is a bug an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
 from typing import ClassVar
+
+#: What is secret in an address: user and password before an @ (a password may hold slashes), and the values
+#: of signing parameters.
+_USER = re.compile(r"([A-Za-z][\w+.-]*://)(?:[^\s\"',/@]*|[^\s\"',:]*:[^\s\"',]*)@")
+_SIGNATURE = re.compile(r"(?i)([?&][^\s=&]*(?:sig|token|secret|password|credential|key)[^\s=&]*=)[^\s\"'&]+")
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` with the credentials inside its URLs masked."""
+    return _SIGNATURE.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
 class ExitCode(IntEnum):
@@ -41,12 +52,12 @@ class CosettleError(Exception):
         hint: str | None = None,
         details: Sequence[str] = (),
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.wanted = None if wanted is None else str(wanted)
-        self.found = None if found is None else str(found)
-        self.hint = hint
-        self.details = tuple(details)
+        self.message = without_secrets(message)
+        super().__init__(self.message)
+        self.wanted = None if wanted is None else without_secrets(str(wanted))
+        self.found = None if found is None else without_secrets(str(found))
+        self.hint = None if hint is None else without_secrets(hint)
+        self.details = tuple(map(without_secrets, details))
 
     @property
     def summary(self) -> str:
