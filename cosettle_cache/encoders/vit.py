@@ -45,10 +45,14 @@ _SCALE_MARGIN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """`source`: file name, hub file or `random:seed`; `sha256`: of the file, or of the random tensors."""
+    """`source`: file name, hub file or `random:seed`; `sha256`: of the file, or of the random tensors.
+
+    `passed_over` has the keys of other state dicts of the model in the file, such as an average (EMA).
+    """
 
     source: str
     sha256: str
+    passed_over: tuple[str, ...] = ()
 
 
 class Backbone:
@@ -73,6 +77,7 @@ class Backbone:
         self.name, self.family, self.dim, self.patch = info.name, info.family, info.dim, info.patch
         self.mean, self.std = info.mean, info.std
         self.weights_source, self.weights_sha256 = weights.source, weights.sha256
+        self.weights_passed_over = weights.passed_over
         self.token_rule, self.position_rule = token_rule, position_rule
         self.precision, self.device = precision, torch.device(device)
         self._body = body

@@ -32,6 +32,7 @@ from cosettle_cache.core.settings import (
 )
 from cosettle_cache.core.types import Fingerprint, Manifest
 from cosettle_cache.encoders import Backbone, describe_backbone, load_backbone
+from cosettle_cache.encoders.registry import weights_file
 from cosettle_cache.extraction.images import views_rule
 from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
 from cosettle_cache.store import StoreWriter, open_store, spec_version
@@ -168,6 +169,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     else:
         device = pick_device(job.encoder.device)
         backbone = job.load_encoder(device)
+        _name_passed_over(backbone, job.encoder.weights, talk)
         # A recipe of several commands is one process: the store's lock goes with the job.
         with (
             closing(job.open_writer(plan, manifest, backbone)) as writer,
@@ -309,9 +311,10 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             raise KeyboardInterrupt
         # Loaded here only to say what the tokens depend on; workers load their own, and compare.
         backbone = job.load_encoder("cpu")
+        _name_passed_over(backbone, weights, talk)
         with closing(job.open_writer(plan, manifest, backbone, devices[0])) as writer:
             # Absolute paths: workers may have been started anywhere.
-            if weights is not None and Path(weights).is_file():
+            if weights is not None and weights_file(weights)[0].is_file():
                 weights = str(Path(weights).absolute())
             if settings.workers and settings.decode_threads is None:
                 settings = replace(settings, decode_threads=_decode_threads(settings.workers))
@@ -324,6 +327,12 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             )
             progress = talk.progress("extract")
             return extract_across(run, job, plan, writer, progress=progress, stop=stop, note=talk.note)
+
+
+def _name_passed_over(backbone: Backbone, weights: str | None, talk: Talk) -> None:
+    others = backbone.weights_passed_over
+    if weights is not None and others:
+        talk.warn(f"{weights} also holds weights under {', '.join(others)}: --weights {weights}#{others[0]}")
 
 
 def _worker_device(asked: str | None) -> dict[str, str]:
