@@ -29,9 +29,13 @@ class ExitCode(IntEnum):
 _CREDENTIALS = re.compile(r"""(:/{1,2})(?:[^\s/@:"'<>]*:(?!\d{1,5}/)[^\s"'<>]*|[^\s/@"'<>]+)@""")
 
 
+#: The values of parameters that sign a URL.
+_SIGNATURE = re.compile(r"(?i)([?&][^\s=&]*(?:sig|token|secret|password|credential|key)[^\s=&]*=)[^\s\"'&]+")
+
+
 def masked(text: str) -> str:
     """Return `text` with `***` for the credentials of every URL in it; what is told or kept passes here."""
-    return _CREDENTIALS.sub(r"\1***@", text)
+    return _SIGNATURE.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
 
 
 class CosettleError(Exception):

@@ -7,6 +7,7 @@ whoever did the work, and however fast.
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ class Numbered(Protocol):
     def number(self) -> int:
         """The place; no two items share one."""
 
+
+_DEVICES = "cpu, cuda or cuda:NUMBER"
 
 Item = TypeVar("Item", bound=Numbered)
 AnyItem = TypeVar("AnyItem")
@@ -112,15 +115,30 @@ def share_of_cores(workers: int) -> int:
 
 
 def pick_device(device: str | None) -> str:
-    """Return the device asked for, or the best one at hand; raise `UsageError` for one that is not there."""
+    """Return the device asked for, or the best one at hand; raise `UsageError` for one that is not there.
+
+    A card with a number becomes the process's current one: pinned memory would open the first card as well.
+    """
+    found = find_device(device)
+    if found.startswith("cuda:"):
+        import torch
+
+        torch.cuda.set_device(found)
+    return found
+
+
+def find_device(device: str | None) -> str:
+    """Like `pick_device`; nothing is set."""
     import torch
 
     has_cuda = torch.cuda.is_available()
     if device is None:
         return "cuda" if has_cuda else "cpu"
+    if device.partition(":")[0] == "mps":
+        raise UsageError("Apple's GPUs are not supported", wanted=_DEVICES, found=device, hint="--device cpu")
+    if not re.fullmatch(r"(cpu|cuda)(:[0-9]{1,4})?", device):
+        raise UsageError(f"there is no device {device!r}", wanted=_DEVICES, found=device)
     kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UsageError(f"there is no device {device!r}", wanted="cpu, cuda or cuda:NUMBER", found=device)
     if kind == "cuda" and (not has_cuda or int(number or 0) >= torch.cuda.device_count()):
         raise UsageError(
             f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"

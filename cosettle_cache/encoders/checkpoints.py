@@ -127,26 +127,35 @@ def _named_tensors(record: _Record, prefix: str = "") -> Iterator[tuple[str, Ten
 #: the authors' files; MoCo v3 and iBOT; DINO and DINOv2 training files; I-JEPA.
 WRAPPERS = ("model", "state_dict", "teacher", "encoder")
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ADAPTER_NAME = re.compile(r"(?:^|\.)(adapter_(?:linear|layer_norm)\d*\.(?:weight|bias))$")
 _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 _REFUSED_CLASS = re.compile(r"(?:GLOBAL|class|type|function)\s+\W?([A-Za-z_]\w*(?:\.\w+)+)")
 _WANTED = "a state dict in a .safetensors, .pth or .pt file"
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+class Checkpoint(dict[str, Tensor]):
+    """Tensors by name; `passed_over` has the keys of other state dicts of the model (averages, say)."""
+
+    passed_over: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: str | Path, key: str = "") -> Checkpoint:
     """Return the tensors of a checkpoint file by name, on the CPU, taken out of their wrapper (`model`, ...).
 
-    Entries beside the state dict (epoch, optimiser, arguments) are left out.
+    Entries beside the state dict (epoch, optimiser, arguments) are left out; `key` names another wrapper.
     """
     path = Path(path)
     _check_file(path)
     head = _head(path)
     # Safetensors begin with the length of their JSON header, 8 bytes, little-endian.
     if path.suffix == ".safetensors" or head[6:9] == b"\0\0{":
-        return _read_safetensors(path)
-    if head.startswith(_ZIP_MAGIC) and is_torchscript(path):
-        return read_torchscript(path)
-    return _unwrapped(path, _read_torch(path))
+        document = _read_safetensors(path)
+    elif head.startswith(_ZIP_MAGIC) and is_torchscript(path):
+        document = read_torchscript(path)
+    else:
+        document = _read_torch(path)
+    return _unwrapped(path, document, key)
 
 
 def adapter_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -166,6 +175,7 @@ def adapter_tensors(path: str | Path) -> dict[str, Tensor]:
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise CheckpointError(f"{path} holds more than one projection", found=listing(names, 6))
+    check_weights(path, dict(found))
     return {name: tensor.float() for name, tensor in found}
 
 
@@ -216,6 +226,12 @@ def _check_not_text(path: Path) -> None:
     if not text.isprintable() and not all(c.isprintable() or c.isspace() for c in text):
         return
     hint = "download the file itself"
+    if path.name.endswith(".index.json"):
+        raise CheckpointError(
+            f"{path} lists the shards of a checkpoint and holds no weights itself",
+            wanted="the weights in one file",
+            hint="put the shards together: safetensors.torch.save_file of all their tensors",
+        )
     if text.startswith("version https://git-lfs"):
         hint = "this is a Git LFS pointer; fetch the file with `git lfs pull` or download it"
     found = f"text starting with {text.strip().splitlines()[0][:60]!r}" if text.strip() else "white space"
@@ -261,17 +277,50 @@ def _damaged(path: Path, reason: object) -> CheckpointError:
     )
 
 
-def _unwrapped(path: Path, document: Any) -> dict[str, Tensor]:
+def _unwrapped(path: Path, document: Any, key: str) -> Checkpoint:
     if not isinstance(document, Mapping):
         raise CheckpointError(f"{path} is not a state dict", wanted=_WANTED, found=type(document).__name__)
-    inner = next((document[key] for key in WRAPPERS if _has_tensors(document.get(key))), document)
+    dicts = {str(name): value for name, value in document.items() if _has_tensors(value)}
+    chosen = key or next((name for name in WRAPPERS if name in dicts), "")
+    inner = dicts.get(chosen, {} if chosen else document)
     if not _has_tensors(inner):
+        choice = f"#{key}" if key else f", at the top or under one of {', '.join(WRAPPERS)}"
+        hint = f"--weights FILE#{next(iter(dicts))} takes that state dict" if dicts else None
         raise CheckpointError(
-            f"{path} is not a state dict: it holds no named tensors",
-            wanted=f"named tensors, at the top or under one of {', '.join(WRAPPERS)}",
+            f"{path} is not a state dict: it holds no named tensors{f' under {key}' if key else ''}",
+            wanted=f"named tensors{choice}",
             found=f"keys {listing(document, 6)}",
+            hint=hint,
         )
-    return {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
+    found = Checkpoint({str(name): value for name, value in inner.items() if isinstance(value, Tensor)})
+    others = (name for name in dicts if name != chosen and not key)
+    found.passed_over = tuple(name for name in others if _bare_names(dicts[name]) & _bare_names(found))
+    return found
+
+
+def _bare_names(names: Iterable[object]) -> set[str]:
+    return {str(name).removeprefix("module.") for name in names}
+
+
+def check_weights(path: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for the first tensor that holds no weights: not dense floats, or not finite."""
+    for name, tensor in tensors.items():
+        fault = _fault(tensor)
+        if fault:
+            raise CheckpointError(
+                f"the tensor {name} of {path} holds no weights: it is {fault}",
+                wanted="dense, finite floating-point numbers of 16, 32 or 64 bits",
+            )
+
+
+def _fault(tensor: Tensor) -> str | None:
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+        return "nested, sparse or quantised"
+    if tensor.dtype not in _FLOATS:
+        return f"{str(tensor.dtype).removeprefix('torch.')} (quantised, or an index)"
+    if tensor.is_meta or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        return f"{tuple(tensor.shape)}, which is more numbers than the file holds"
+    return None if bool(tensor.isfinite().all()) else "not finite (NaN or infinite)"
 
 
 def _has_tensors(value: object) -> bool:

@@ -20,8 +20,8 @@ from cosettle_cache.encoders.registry import BACKBONES, FAMILIES, Architecture, 
 
 #: The authors' projection lies beside the encoder in their files.
 _PROJECTION = re.compile(r"(^|\.)adapter\.")
-#: The tensors whose shapes give the sizes.
-_SIZED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+#: The tensors whose shapes give the sizes, and how many axes they may have.
+_SIZED = {"patch_embed.proj.weight": (4,), "pos_embed": (2, 3), "blocks.0.mlp.fc1.weight": (2,)}
 #: Relative error of a squared length that half precision may cause.
 SINE_TOLERANCE = 0.01
 _PLAIN = "a plain ViT (mae, dino, ibot, or the encoder of blip or mocov3 alone)"
@@ -77,11 +77,16 @@ def infer_architecture(file: EncoderFile, heads: int | None = None) -> Architect
     """
     tensors = file.tensors
     missing = [published_name(name, file) for name in _SIZED if name not in tensors]
-    if missing:
-        raise _misfit(file, missing=missing)
+    misshapen = [
+        f"{file.published[name]}: wanted {max(axes)} axes, found {_shape(tensors[name].shape)}"
+        for name, axes in _SIZED.items()
+        if name in tensors and (tensors[name].ndim not in axes or not tensors[name].numel())
+    ]
+    if missing or misshapen:
+        raise _misfit(file, missing, misshapen=misshapen)
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     own, pixels = file_grid(file), file.family.file_pixels
-    depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
+    depth = len({match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))})
     return Architecture(
         width,
         depth,
@@ -97,7 +102,7 @@ def infer_architecture(file: EncoderFile, heads: int | None = None) -> Architect
 def file_grid(file: EncoderFile) -> Grid:
     """Return the grid of the file's position embedding."""
     embedding = file.tensors["pos_embed"]
-    n_positions = embedding.shape[-2] - int(file.family.class_token)
+    n_positions = embedding.shape[-2] - int(file.family.class_token) if embedding.ndim > 1 else 0
     side = math.isqrt(max(n_positions, 0))
     if side == 0 or side * side != n_positions:
         wanted = f"a square number of positions{' and one for CLS' if file.family.class_token else ''}"

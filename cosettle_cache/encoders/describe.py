@@ -13,6 +13,7 @@ from cosettle_cache.encoders.registry import (
     family_of,
     make_info,
     sizeless,
+    weights_file,
 )
 
 
@@ -37,5 +38,6 @@ def describe_backbone(
     from cosettle_cache.encoders.checkpoints import read_checkpoint
     from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
 
-    file = sort_tensors(str(weights), family, read_checkpoint(weights))
+    path, key = weights_file(weights)
+    file = sort_tensors(str(weights), family, read_checkpoint(path, key))
     return make_info(name, family, infer_architecture(file, heads))

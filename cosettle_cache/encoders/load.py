@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import output_errors, sha256_file, write_durably
-from cosettle_cache.core.parallel import pick_device
+from cosettle_cache.core.parallel import find_device
+from cosettle_cache.core.precision import check_bfloat16
 from cosettle_cache.core.settings import cache_folder, replace_red_std
 from cosettle_cache.core.types import Grid
-from cosettle_cache.encoders.checkpoints import listing, read_checkpoint
+from cosettle_cache.encoders.checkpoints import Checkpoint, check_weights, listing, read_checkpoint
 from cosettle_cache.encoders.convert import (
     EncoderFile,
     check_positions,
@@ -57,6 +58,7 @@ from cosettle_cache.encoders.registry import (
     family_of,
     make_info,
     sizeless,
+    weights_file,
 )
 from cosettle_cache.encoders.vit import PRECISIONS, SHIFT_RULE, Backbone, VitBody, Weights
 
@@ -87,7 +89,8 @@ def load_backbone(
     """
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
-    where = torch.device(pick_device(device))
+    where = torch.device(find_device(device))
+    check_bfloat16(precision, where)
     load = _load_timm if name.startswith(TIMM_PREFIX) else _load_family
     backbone = load(name, weights, heads, seed, where, precision)
     if red_std is not None:
@@ -107,6 +110,14 @@ def _random(name: str, seed: int, make: Callable[[], Any]) -> tuple[Any, Weights
         digest.update(key.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return model, Weights(f"{RANDOM}:{seed}", digest.hexdigest())
+
+
+def _record(source: str, path: Path, key: str, checkpoint: Checkpoint) -> Weights:
+    """Return where the weights of a file come from; a state dict chosen by key is another origin."""
+    digest = sha256_file(path)
+    if key:
+        source, digest = f"{source}#{key}", hashlib.sha256(f"{digest}#{key}".encode()).hexdigest()
+    return Weights(source, digest, checkpoint.passed_over)
 
 
 def _load_family(
@@ -129,11 +140,12 @@ def _load_family(
         vit, record = _random(name, seed, partial(make_vit, family, architecture))
     else:
         published = named.source if named is not None and weights is None else None
-        path = fetch(name, published) if published else Path(str(weights))
-        file = sort_tensors(str(path), family, read_checkpoint(path))
+        path, key = (fetch(name, published), "") if published else weights_file(str(weights))
+        checkpoint = read_checkpoint(path, key)
+        file = sort_tensors(str(path), family, checkpoint)
         architecture = infer_architecture(file, heads) if named is None else named.architecture
         vit = vit_from_file(file, architecture)
-        record = Weights(str(published or path.name), sha256_file(path))
+        record = _record(str(published or path.name), path, key, checkpoint)
     at_load = f"the file's brought to {family.file_pixels} px; " if family.file_pixels else ""
     return Backbone(
         make_info(name, family, architecture),
@@ -178,6 +190,7 @@ def vit_from_file(file: EncoderFile, architecture: Architecture) -> VisionTransf
     expected = in_file if file.family.file_pixels else architecture.grid
     n_positions = expected.n_tokens + int(file.family.class_token)
     check_tensors(file, shapes | {"pos_embed": (1, n_positions, architecture.width)})
+    check_weights(file.path, {file.published[name]: file.tensors[name] for name in shapes})
     check_positions(file)
     state = {name: file.tensors[name].to(torch.float32, copy=True) for name in shapes}
     state |= _folded(file, state, architecture)
@@ -221,9 +234,10 @@ def _load_timm(
         vit = create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
         record = Weights(str(source), sha256_file(path))
     else:
-        vit, path = create(), Path(weights)
-        _load_strictly(vit, path)  # names a file that cannot be read
-        record = Weights(path.name, sha256_file(path))
+        vit, (path, key) = create(), weights_file(weights)
+        checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
+        _load_strictly(vit, path, checkpoint)
+        record = _record(path.name, path, key, checkpoint)
     body = VitBody(vit.eval().requires_grad_(False).to(device), PositionResize.ANTIALIAS)
     rules = [f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}"] if body.positions else []
     if body.rotary:
@@ -267,9 +281,9 @@ def describe_timm(name: str) -> BackboneInfo:
     return BackboneInfo(name, "timm", model.embed_dim, patch, Grid(rows, cols), mean, std)
 
 
-def _load_strictly(vit: nn.Module, path: Path) -> None:
+def _load_strictly(vit: nn.Module, path: Path, checkpoint: Checkpoint) -> None:
     """Load a state dict in timm's layout; only a classifier's tensors may be left over."""
-    tensors = {name.removeprefix("module."): tensor for name, tensor in read_checkpoint(path).items()}
+    tensors = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
     wanted, classifier = vit.state_dict(), {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
     missing = [name for name in wanted if name not in tensors]
     left_over = [name for name in tensors if name not in wanted and name not in classifier]
@@ -285,6 +299,7 @@ def _load_strictly(vit: nn.Module, path: Path) -> None:
             found=listing(tensors),
             details=name_lines(missing, left_over, misshapen),
         )
+    check_weights(path, {name: tensors[name] for name in wanted})
     state: dict[str, Tensor] = {name: tensors[name].float() for name in wanted}
     vit.load_state_dict(state)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import Grid
@@ -403,6 +404,15 @@ def sizeless(name: str) -> UsageError:
         wanted=f"{name} with --weights FILE, or one of {', '.join(sizes)}",
         found=name,
     )
+
+
+def weights_file(weights: str | Path) -> tuple[Path, str]:
+    """Return the file, and the key of `FILE#KEY`, which chooses among several state dicts in one file."""
+    path = Path(weights)
+    if "#" not in path.name or path.exists():
+        return path, ""
+    name, _, key = path.name.rpartition("#")
+    return path.with_name(name) if name else path, key
 
 
 def check_no_heads(name: str, heads: int | None) -> None:

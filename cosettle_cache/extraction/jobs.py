@@ -11,6 +11,7 @@ from cosettle_cache.core.console import Talk, human_bytes, human_seconds
 from cosettle_cache.core.files import is_url
 from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, FramesSettings, digest
 from cosettle_cache.core.types import Manifest
+from cosettle_cache.encoders.registry import weights_file
 from cosettle_cache.extraction.run import ExtractReport, StoreJob, extract_store
 from cosettle_cache.store import open_store
 from cosettle_cache.store.plan import Plan
@@ -140,9 +141,9 @@ def report_lines(job: StoreJob, report: ExtractReport) -> list[str]:
 
 def find_weights(weights: str | None, data_root: Path | None) -> str | None:
     """Return `weights`, looked up under the data root when there is no such file here."""
-    if weights is None or data_root is None or Path(weights).exists():
+    if weights is None or data_root is None or weights_file(weights)[0].exists():
         return weights
-    return str(data_root / weights) if (data_root / weights).is_file() else weights
+    return str(data_root / weights) if weights_file(data_root / weights)[0].is_file() else weights
 
 
 def _encoder(wish: StoreWish, talk: Talk) -> EncoderSettings:

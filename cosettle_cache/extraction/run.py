@@ -23,6 +23,7 @@ from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import is_url
 from cosettle_cache.core.parallel import Run, pick_device, share_of_cores
+from cosettle_cache.core.precision import device_versions
 from cosettle_cache.core.settings import (
     EncoderSettings,
     ExtractSettings,
@@ -32,6 +33,7 @@ from cosettle_cache.core.settings import (
 )
 from cosettle_cache.core.types import Fingerprint, Manifest
 from cosettle_cache.encoders import Backbone, describe_backbone, load_backbone
+from cosettle_cache.encoders.registry import weights_file
 from cosettle_cache.extraction.images import views_rule
 from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
 from cosettle_cache.store import StoreWriter, open_store, spec_version
@@ -120,8 +122,13 @@ class StoreJob:
         options = {**asdict(self.encoder), "device": device}
         return load_backbone(options.pop("backbone"), **options)
 
-    def open_writer(self, plan: Plan, manifest: Manifest, backbone: Backbone) -> StoreWriter:
-        """Create the store, or open the one that was made with the same settings."""
+    def open_writer(
+        self, plan: Plan, manifest: Manifest, backbone: Backbone, device: Mapping[str, str] | None = None
+    ) -> StoreWriter:
+        """Create the store, or open the one that was made with the same settings.
+
+        `device` is that of the processes that will encode (`device_versions`), the encoder's own by default.
+        """
         encoder = {
             "name": backbone.name,
             "weights_source": backbone.weights_source,
@@ -133,6 +140,8 @@ class StoreJob:
             "std": list(backbone.std),
         }
         fingerprint = make_fingerprint(backbone, plan, manifest)
+        if device is not None:
+            fingerprint = replace(fingerprint, versions={**fingerprint.versions, **device})
         return StoreWriter.create_or_resume(self.out, plan.arrays, fingerprint, manifest, encoder)
 
 
@@ -157,6 +166,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     else:
         device = pick_device(job.encoder.device)
         backbone = job.load_encoder(device)
+        _name_passed_over(backbone, job.encoder.weights, talk)
         # A recipe of several commands is one process: the store's lock goes with the job.
         with (
             closing(job.open_writer(plan, manifest, backbone)) as writer,
@@ -271,7 +281,7 @@ def make_fingerprint(backbone: Backbone, plan: Plan, manifest: Manifest) -> Fing
         dtype=layout.dtype,
         precision=backbone.precision,
         manifest_digest=manifest_digest(manifest),
-        versions=package_versions(),
+        versions={**package_versions(), **device_versions(str(backbone.device))},
     )
 
 
@@ -292,10 +302,16 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
         work_on(settings.workers, settings.scheduler, job.encoder.device, stop=stop, note=talk.note) as run,
     ):
         assert run is not None
+        # Only a worker knows where it computes; the first one's device is the store's, and others compare.
+        devices = [device for _, device in run(_worker_device, [job.encoder.device])]
+        if not devices:  # interrupted before a worker came
+            raise KeyboardInterrupt
         # Loaded here only to say what the tokens depend on; workers load their own, and compare.
-        with closing(job.open_writer(plan, manifest, job.load_encoder("cpu"))) as writer:
+        backbone = job.load_encoder("cpu")
+        _name_passed_over(backbone, weights, talk)
+        with closing(job.open_writer(plan, manifest, backbone, devices[0])) as writer:
             # Absolute paths: workers may have been started anywhere.
-            if weights is not None and Path(weights).is_file():
+            if weights is not None and weights_file(weights)[0].is_file():
                 weights = str(Path(weights).absolute())
             if settings.workers and settings.decode_threads is None:
                 settings = replace(settings, decode_threads=_decode_threads(settings.workers))
@@ -308,6 +324,16 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             )
             progress = talk.progress("extract")
             return extract_across(run, job, plan, writer, progress=progress, stop=stop, note=talk.note)
+
+
+def _name_passed_over(backbone: Backbone, weights: str | None, talk: Talk) -> None:
+    others = backbone.weights_passed_over
+    if weights is not None and others:
+        talk.warn(f"{weights} also holds weights under {', '.join(others)}: --weights {weights}#{others[0]}")
+
+
+def _worker_device(asked: str | None) -> dict[str, str]:
+    return device_versions(pick_device(asked))
 
 
 def _fill_slots(

@@ -21,6 +21,8 @@ AXES = ("encoding", "row", "col", "channel")
 #: A hole read past the index must not pass for tokens: not a number, or a value that no token takes.
 FILL_VALUES: Mapping[str, Any] = {"float16": "NaN", "int8": -128}
 
+#: Stores of cosettle-cache 0.2 and before do not name it.
+_DEVICE = "versions.device"
 _ELSEWHERE = "write to another folder with --out, or repeat the settings of this store"
 
 
@@ -124,7 +126,10 @@ def check_array(storage: Storage, layout: ArrayLayout) -> None:
 def check_same(wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHERE) -> None:
     """Raise `FingerprintError` listing every difference that makes the tokens of the two stores differ."""
     wanted = Header.from_json(wanted.to_json())
-    details = differing(flat(wanted.fingerprint.to_json()), flat(found.fingerprint.to_json()))
+    settings, theirs = (flat(header.fingerprint.to_json()) for header in (wanted, found))
+    for name in settings.keys() & {_DEVICE} - theirs.keys():
+        del settings[name]
+    details = differing(settings, theirs)
     if wanted.arrays != found.arrays:
         texts = ["; ".join(map(_array_text, header.arrays)) for header in (wanted, found)]
         details += differing({"arrays": texts[0]}, {"arrays": texts[1]})

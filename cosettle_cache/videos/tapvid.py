@@ -57,7 +57,7 @@ def read_shares(path: Path, video: Video) -> PointTracks:
             points, occluded = content["points"], content["occluded"]
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", wanted="a file of tracks") from error
-    except (KeyError, ValueError, OSError, EOFError, BadZipFile, TypeError) as error:
+    except (KeyError, ValueError, OSError, EOFError, BadZipFile, TypeError, MemoryError) as error:
         raise MediaError(f"{path} holds no tracks", wanted="points and occluded", found=str(error)) from error
     problem = _shares_problem(points, occluded)
     if problem:

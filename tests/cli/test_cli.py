@@ -19,6 +19,8 @@ from PIL import Image
 
 from cosettle_cache.cli import app, run_command
 from cosettle_cache.cli.reference import command_reference
+from cosettle_cache.core.console import Talk
+from cosettle_cache.core.errors import InputError
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.metrics.rows import read_scores
 from cosettle_cache.store import open_store
@@ -373,3 +375,23 @@ def test_every_family_extracts_from_its_published_file(
     assert samples.shape == (2, 3, 14, 14, 128)
     assert np.isfinite(samples).all()
     assert np.abs(samples[:, 0].astype(np.float32) - samples[:, 2]).mean() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("s3://AKIA:se/cr+et@bucket/a.zarr is not there", "s3://***@bucket/a.zarr is not there"),
+        ("http://user:pw@host:9000/b", "http://***@host:9000/b"),
+        ("https://a.net/c?sv=20&sig=ab%2F&se=1", "https://a.net/c?sv=20&sig=***&se=1"),
+        ('{"a":"s3://bucket/x","b":"c:d@e"}', '{"a":"s3://bucket/x","b":"c:d@e"}'),
+        ("s3://bucket/a@b on tcp://127.0.0.1:8786", "s3://bucket/a@b on tcp://127.0.0.1:8786"),
+    ],
+)
+def test_credentials_in_addresses_are_masked(
+    said: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = InputError(said, wanted=said, found=said, hint=said, details=[said])
+    assert {error.message, error.wanted, error.found, error.hint, *error.details, str(error)} == {shown}
+    Talk().result(said)
+    Talk().note(said)
+    assert capsys.readouterr() == (f"{shown}\n", f"{shown}\n")

@@ -7,12 +7,13 @@ import os
 import pickle
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from cosettle_cache.core.errors import CheckpointError, InputError
-from cosettle_cache.encoders import FAMILIES, load_backbone
+from cosettle_cache.encoders import FAMILIES, describe_backbone, load_backbone
 from cosettle_cache.encoders.checkpoints import adapter_tensors, read_checkpoint
 from cosettle_cache.encoders.convert import looks_like
 
@@ -268,6 +269,81 @@ def test_files_that_hold_no_state_dict(tmp_path, document):
     torch.save(document, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="not a state dict"):
         read_checkpoint(tmp_path / "other.pth")
+
+
+NO_WEIGHTS = {
+    "int8": lambda tensor: tensor.to(torch.int8),
+    "int64": torch.Tensor.long,
+    "bool": torch.Tensor.bool,
+    "complex64": lambda tensor: tensor.to(torch.complex64),
+    "float8_e4m3fn": lambda tensor: tensor.to(torch.float8_e4m3fn),
+    "sparse": torch.Tensor.to_sparse,
+    "more numbers than the file holds": lambda tensor: tensor.to("meta"),
+    "NaN": lambda tensor: tensor * torch.nan,
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+@pytest.mark.parametrize("backbone", ["dino", "timm/test_vit"])
+def test_tensors_that_are_no_weights_are_named(tmp_path, kind, backbone):
+    state = timm.create_model("test_vit", num_classes=0).state_dict() if "timm" in backbone else plain_vit()
+    name = "blocks.1.mlp.fc1.weight"
+    torch.save({"model": state | {name: NO_WEIGHTS[kind](state[name])}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=f"the tensor {name} of .* holds no weights: .*{kind}"):
+        load_backbone(backbone, weights=tmp_path / "file.pth")
+
+
+def test_a_projection_of_integers_is_refused(tmp_path):
+    tensors = {"adapter.adapter.adapter_linear.weight": torch.ones(4, 4, dtype=torch.int32)}
+    torch.save({"model": tensors}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"adapter_linear\.weight of .* is int32"):
+        adapter_tensors(tmp_path / "file.pth")
+
+
+def test_positions_that_claim_more_than_the_file_holds(tmp_path):
+    endless = torch.zeros(1, 1, 1).expand(1, 10**12 + 1, WIDTH)
+    torch.save({"model": plain_vit() | {"pos_embed": endless}}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"pos_embed of .* more numbers than the file holds"):
+        load_backbone("dino", weights=tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"])
+@pytest.mark.parametrize("shape", [(), (WIDTH,), (0, 3, PATCH, PATCH), (1, 1, 2, 2, 2)])
+def test_sizes_of_other_axes_are_named(tmp_path, name, shape):
+    torch.save(plain_vit() | {name: torch.zeros(shape)}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="does not fit") as caught:
+        load_backbone("dino", weights=tmp_path / "file.pth")
+    assert f"another shape: {name}: wanted" in caught.value.details[0]
+
+
+def test_a_block_with_an_endless_number_is_left_over(tmp_path):
+    torch.save(plain_vit() | {"blocks.99999999999.norm1.weight": torch.zeros(WIDTH)}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_backbone("dino", weights=tmp_path / "file.pth")
+
+
+def test_averaged_weights_are_named_and_can_be_chosen(tmp_path):
+    plain, average = plain_vit(), prefixed("module.", plain_vit())
+    average["module.norm.bias"] = average["module.norm.bias"] + 1
+    path = tmp_path / "file.pth.tar"
+    torch.save({"state_dict": plain, "state_dict_ema": average, "optimizer": {"state": {}}}, path)
+    first, second = (load_backbone("dino", weights=f"{path}{key}") for key in ("", "#state_dict_ema"))
+    assert (first.weights_passed_over, second.weights_passed_over) == (("state_dict_ema",), ())
+    assert (first.weights_source, second.weights_source) == (path.name, f"{path.name}#state_dict_ema")
+    assert first.weights_sha256 != second.weights_sha256
+    torch.testing.assert_close(encode(second), encode(first) + 1)
+    assert describe_backbone("dino", weights=f"{path}#state_dict_ema").dim == WIDTH
+    with pytest.raises(CheckpointError, match="no named tensors under nothing"):
+        load_backbone("dino", weights=f"{path}#nothing")
+    path.rename(tmp_path / "file#1.pth")  # a file that is called so
+    assert load_backbone("dino", weights=tmp_path / "file#1.pth").weights_source == "file#1.pth"
+
+
+def test_the_index_of_shards_is_told_from_weights(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {"cls_token": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(CheckpointError, match="lists the shards of a checkpoint"):
+        load_backbone("dino", weights=path)
 
 
 def test_missing_file_and_folder(tmp_path):

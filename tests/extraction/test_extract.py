@@ -20,9 +20,10 @@ from PIL import Image
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError
-from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.settings import FramesSettings, PairsSettings, package_versions
 from cosettle_cache.core.types import Manifest
 from cosettle_cache.encoders import Backbone, load_backbone
+from cosettle_cache.extraction import run as extraction
 from cosettle_cache.extraction.images import Views
 from cosettle_cache.extraction.jobs import PlanSummary, note_plan
 from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
@@ -254,10 +255,40 @@ def test_other_settings_never_resume(clips: Path, tmp_path: Path, backbone: Back
     assert any("weights_sha256" in line for line in caught.value.details)
 
 
+def test_a_store_belongs_to_one_kind_of_device(
+    clips: Path, tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(clips, tmp_path / "s.zarr", backbone)
+    assert open_store(tmp_path / "s.zarr").fingerprint.versions["device"] == "cpu"
+    # A store of version 0.2 does not say where it was made, and is gone on with.
+    before = {"versions": package_versions()}
+    monkeypatch.setattr(extraction, "device_versions", lambda device: {})
+    run(clips, tmp_path / "old.zarr", backbone)
+    assert open_store(tmp_path / "old.zarr").fingerprint.to_json().items() >= before.items()
+    monkeypatch.setattr(extraction, "device_versions", lambda device: {"device": "cuda 13.0"})
+    assert run(clips, tmp_path / "old.zarr", backbone).n_slots == 0
+    with pytest.raises(FingerprintError) as caught:
+        run(clips, tmp_path / "s.zarr", backbone)
+    assert caught.value.details == ("versions.device: wanted cuda 13.0, found cpu",)
+
+
 def command(clips: Path, out: Path) -> list[str]:
     words = "extract --backbone timm/test_vit --weights random --views 2 --size 64 --slot-encodings 6 --quiet"
     places = ["--manifest", str(clips.parent / "m.parquet"), "--data-root", str(clips), "--out", str(out)]
     return [*words.split(), "--batch", "2", *places]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_pairs_plan_is_extracted_in_half_precision(
+    clips: Path, tmp_path: Path, backbone: Backbone, precision: str
+) -> None:
+    """Batches of it mix plain and shifted views."""
+    write_manifest(clips.parent / "m.parquet", manifest_of(clips))
+    assert run_command([*command(clips, tmp_path / "half.zarr"), "--precision", precision]) == 0
+    run(clips, tmp_path / "whole.zarr", backbone)
+    stores = [open_store(tmp_path / f"{name}.zarr") for name in ("half", "whole")]
+    half, whole = (np.concatenate(list(store.samples(store.sample_ids))) for store in stores)
+    assert np.abs(half - whole).max() <= 0.02 * np.abs(whole).max()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
