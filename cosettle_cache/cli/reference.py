@@ -107,5 +107,5 @@ def _signature(item: Any) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1], "cli.md").write_text(command_reference())
-    Path(sys.argv[1], "api.md").write_text(name_reference())
+    Path(sys.argv[1], "cli.md").write_text(command_reference(), encoding="utf-8")
+    Path(sys.argv[1], "api.md").write_text(name_reference(), encoding="utf-8")
