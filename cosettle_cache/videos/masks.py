@@ -20,7 +20,7 @@ from PIL import Image
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import MediaKind, Video
-from cosettle_cache.videos.frames import decode_errors, frame_names, image_size
+from cosettle_cache.videos.frames import frame_names, image_size, open_image
 
 #: Index of pixels that belong to nobody.
 VOID = 255
@@ -39,7 +39,7 @@ Mask = UInt8[np.ndarray, "height width"]
 def read_mask(path: str | Path) -> Mask:
     """Return the indices in a palette or 8-bit grey image; raise `MediaError` for any other."""
     path = Path(path)
-    with decode_errors(path), Image.open(path) as image:
+    with open_image(path) as image:
         # Pillow scales grey of 2 or 4 bits to 0..255: index 1 would come out as 85 or 17.
         stretched = any(str(tile[-1]) in ("L;2", "L;4") for tile in image.tile)
         if image.mode not in ("P", "L", "1") or stretched:
