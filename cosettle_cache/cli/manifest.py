@@ -61,6 +61,8 @@ def build(
         write_manifest(path, result.manifest)
     counts = {"videos": len(result.manifest), "frames": sum(video.n_frames for video in result.manifest)}
     _say(talk, path, counts, mode.as_json, left_out=dict(result.failures))
+    for note in result.notes:
+        talk.note(note)
     for media, reason in result.failures.items():
         talk.warn(f"left out {media}: {reason}")
     return ExitCode.UNCLEAN if result.failures else ExitCode.DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,19 @@ from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
-from cosettle_cache.videos.frames import VIDEO_SUFFIXES, MediaInfo, iter_frames, natural_key, probe
+from cosettle_cache.videos.frames import (
+    LEFT_BEHIND,
+    VIDEO_SUFFIXES,
+    MediaInfo,
+    is_hidden,
+    is_image_name,
+    iter_frames,
+    natural_key,
+    probe,
+)
 from cosettle_cache.videos.jhmdb import open_joints
 from cosettle_cache.videos.lists import Listed, locate
-from cosettle_cache.videos.manifest import is_safe_path
+from cosettle_cache.videos.manifest import path_fault
 from cosettle_cache.videos.masks import open_parts, open_sequence
 from cosettle_cache.videos.queries import open_tracks
 
@@ -35,10 +45,14 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """The manifest of the good videos, and for each bad one (by its media path) the reason."""
+    """The manifest of the good videos, and for each bad one (by its media path) the reason.
+
+    `notes` say what was passed over and what looks strange in the good ones.
+    """
 
     manifest: Manifest
     failures: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def build_manifest(name: str, root: str | Path, data_root: str | Path, **options: Any) -> BuildResult:
@@ -99,8 +113,9 @@ class Source:
         Raises `MediaError` when the clip cannot be decoded or named, or its labels cannot be read.
         """
         media = self.relative(clip.path)
-        if not is_safe_path(media):
-            raise MediaError(f"{media!r} cannot stand in a manifest", wanted="a name without : and \\")
+        fault = path_fault(clip.video_id) or (path_fault(media) if media != "." else None)
+        if fault:
+            raise MediaError(f"{media!r} cannot stand in a manifest: {fault}")
         info = probe(clip.path)
         video = Video(
             video_id=clip.video_id,
@@ -149,11 +164,30 @@ def build(
         rows = list(pool.map(attempt, clips))
     videos = tuple(row for row in rows if isinstance(row, Video))
     pairs = zip(clips, rows, strict=True)
-    failures = {source.relative(clip.path): row for clip, row in pairs if not isinstance(row, Video)}
+    failures = {_printable(source.relative(clip.path)): row for clip, row in pairs if isinstance(row, str)}
     if not videos:
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
-    return BuildResult(Manifest(videos, provenance), failures)
+    good = [clip.path for clip, row in zip(clips, rows, strict=True) if isinstance(row, Video)]
+    return BuildResult(Manifest(videos, provenance), failures, _passed_over(Path(os.path.commonpath(good))))
+
+
+def _passed_over(root: Path) -> tuple[str, ...]:
+    """Return a note of what systems and viewers have left under `root` and is no clip or frame."""
+    kinds = Counter[str]()
+    for folder, folders, files in os.walk(root):
+        kinds.update("._*" for name in files if name.startswith("._"))
+        left = [name for name in (*folders, *files) if name in LEFT_BEHIND]
+        copies = [path.name for path in _copies(Path(folder))] if folders else []
+        kinds.update((*left, *copies))
+        folders[:] = [name for name in folders if not is_hidden(name) and name not in copies]
+    found = ", ".join(f"{name} ({n})" for name, n in sorted(kinds.items()))
+    return (f"passed over {_printable(found)}",) if found else ()
+
+
+def _printable(name: str) -> str:
+    """Return a name with other words for bytes that are no UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:
@@ -237,11 +271,17 @@ def _path_in(root: Path, data_root: Path) -> Path:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return what `folder` holds in natural order, hidden names aside."""
+    """Return what `folder` holds in natural order, hidden names and links to folders around it aside."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", wanted="a dataset folder")
-    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    visible = (entry for entry in folder.iterdir() if not is_hidden(entry.name) and not _leads_back(entry))
     return sorted(visible, key=lambda entry: natural_key(entry.name))
+
+
+def _leads_back(path: Path) -> bool:
+    if not path.is_symlink() or not path.is_dir():
+        return False
+    return path.resolve() in [folder.resolve() for folder in path.absolute().parents]
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -255,8 +295,27 @@ def is_video_file(path: Path) -> bool:
 
 
 def media_in(folder: Path) -> list[Path]:
-    """Return the folders and video files in `folder`; where there are none it is a clip itself."""
-    return [path for path in entries(folder) if path.is_dir() or is_video_file(path)] or [folder]
+    """Return the folders and video files in `folder`; where there are none it is a clip itself.
+
+    A folder of smaller copies of the images beside it is none.
+    """
+    copies = _copies(folder)
+    media = [path for path in entries(folder) if path.is_dir() or is_video_file(path)]
+    return [path for path in media if path not in copies] or [folder]
+
+
+def _copies(folder: Path) -> list[Path]:
+    """Return the folders in `folder` all of whose images have the names of images beside them."""
+    inside = entries(folder)
+    own = {path.stem for path in inside if is_image_name(path.name)}
+    if not own:
+        return []
+    found = {path: {Path(name).stem for name in _image_names(path)} for path in inside if path.is_dir()}
+    return [path for path, stems in found.items() if stems and stems <= own]
+
+
+def _image_names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if is_image_name(entry.name)]
 
 
 def choose(clips: Sequence[Clip], names: Sequence[str], root: Path) -> list[Clip]:

@@ -122,6 +122,8 @@ def _built(name: str, folder: Path, data_root: Path, talk: Talk | None = None) -
     """Return a folder's videos; `talk` says what was left out."""
     built = build_manifest(name, folder, data_root)
     if talk is not None:
+        for note in built.notes:
+            talk.note(note)
         for media, reason in built.failures.items():
             talk.warn(f"left out {media}: {reason}")
     return Data(built.manifest, data_root, f"{folder} ({len(built.manifest)} videos)", built.failures)

@@ -8,14 +8,16 @@ so that it can stand in a protocol, a fingerprint and on the command line.
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from threading import Lock
 
 import av
@@ -23,9 +25,10 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
+from cosettle_cache.core.files import name_fault
 from cosettle_cache.core.types import Grid, MediaKind, Video
 
 _FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".avif"})
@@ -36,6 +39,11 @@ VIDEO_SUFFIXES = frozenset(
 
 #: What the decoders raise for files that are broken, something else, or absurdly large.
 _UNDECODABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, av.FFmpegError)
+
+#: Folders and files that Windows, macOS and Synology leave among others.
+LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})
+#: The name of a frame that is a time.
+_DECIMAL = re.compile(r"\d+(\.\d+)?")
 
 #: Containers that are read, by the names that FFmpeg gives them.
 _CONTAINERS = (
@@ -67,22 +75,48 @@ class MediaInfo:
     fps: float | None
 
 
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Return a sort key that puts `2.jpg` before `10.jpg`."""
+def natural_key(name: str) -> tuple[tuple[tuple[int, int | str], ...], str]:
+    """Return a sort key that puts `2.jpg` before `10.jpg`, and names of equal numbers in one fixed order."""
     parts = re.split(r"(\d+)", name)
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts)
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts), name
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether a name is hidden, or one that systems leave beside files (`._1.jpg`, `Thumbs.db`)."""
+    return name.startswith(".") or name in LEFT_BEHIND
+
+
+def is_image_name(name: str) -> bool:
+    """Say whether the name is an image file's that can be a frame."""
+    return PurePath(name).suffix.lower() in _FRAME_SUFFIXES and not is_hidden(name)
 
 
 def frame_names(folder: str | Path) -> list[str]:
-    """Return the image files of `folder` in natural order; raise `MediaError` when there are none."""
+    """Return the image files of `folder` in natural order; names that are all decimals in that of numbers.
+
+    Raises `MediaError` when there are none, when two are one frame (`1.jpg`, `1.png`), and for one that is no
+    file or has a name that nothing else could be called after.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise MediaError(f"{folder} does not exist", wanted="a folder of frames")
-    names = [entry.name for entry in folder.iterdir() if entry.suffix.lower() in _FRAME_SUFFIXES]
-    if not names:
+    with decode_errors(folder), os.scandir(folder) as found:
+        entries = {entry.name: entry for entry in found if is_image_name(entry.name)}
+    if not entries:
         suffixes = " ".join(sorted(_FRAME_SUFFIXES))
         raise MediaError(f"{folder} holds no frames", wanted=f"image files ({suffixes})", found="none")
-    return sorted(names, key=natural_key)
+    stems: dict[str, str] = {}
+    for name, entry in entries.items():
+        stem, fault = PurePath(name).stem, name_fault(name)
+        if fault or not (entry.is_file(follow_symlinks=False) or (folder / name).is_file()):
+            raise MediaError(f"{folder} holds {name!r}, which is no frame", found=fault or "no file")
+        if stem in stems:
+            both = ", ".join(sorted((name, stems[stem])))
+            raise MediaError(f"{folder} holds frame {stem} twice", wanted="one file a frame", found=both)
+        stems[stem] = name
+    if all(map(_DECIMAL.fullmatch, stems)):
+        return [stems[stem] for stem in sorted(stems, key=lambda stem: (Decimal(stem), stem))]
+    return sorted(entries, key=natural_key)
 
 
 def probe(path: str | Path, *, exact: bool = True) -> MediaInfo:
@@ -354,7 +388,7 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open an image file, whatever its name, in one of a few formats; `decode_errors` says what raises."""
     with decode_errors(path), Image.open(path, formats=_image_formats()) as image:
         yield image
@@ -376,9 +410,9 @@ def decode_errors(path: Path) -> Iterator[None]:
     # FileNotFoundError first: PyAV's own errors derive from OSError as well.
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise MediaError(f"{path} is not a file", wanted="an image or a video")
-        if status.st_size == 0:
+        if status.st_size == 0 and not stat.S_ISDIR(status.st_mode):
             raise MediaError(f"{path} is empty", wanted="an image or a video", found="0 bytes")
         yield
     except FileNotFoundError as error:

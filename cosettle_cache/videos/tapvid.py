@@ -22,7 +22,7 @@ from PIL import Image
 from cosettle_cache.core.errors import InputError, MediaError
 from cosettle_cache.core.files import make_folder, output_errors, write_durably
 from cosettle_cache.core.types import Video
-from cosettle_cache.videos.manifest import is_safe_path
+from cosettle_cache.videos.manifest import path_fault
 from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
 #: A visible point may lie this share of the image outside it: annotators click on rims.
@@ -122,7 +122,7 @@ def read_tapvid(path: str | Path) -> Clips:
 
 
 def _problem(name: str, clip: Any) -> str | None:
-    if not is_safe_path(name) or "/" in name:
+    if path_fault(name) or "/" in name:
         return "a name that is no file name"
     if not isinstance(clip, dict) or not {"video", "points", "occluded"} <= clip.keys():
         return f"keys {', '.join(map(str, clip))}" if isinstance(clip, dict) else type(clip).__name__

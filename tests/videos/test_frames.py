@@ -217,7 +217,7 @@ def test_only_named_formats_are_opened(tmp_path: Path, content: bytes) -> None:
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
     (tmp_path / "clip").mkdir()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(MediaError, match="is not a file"):
+    with pytest.raises(MediaError, match=r"is not a file|is no frame"):
         probe((tmp_path / name).parent if name.endswith("png") else tmp_path / name)
 
 
@@ -299,10 +299,37 @@ def test_indices_outside_the_row_are_refused(folder: Path) -> None:
         next(iter_frames(video_of(folder), folder.parent, [12]))
 
 
-def test_natural_order(tmp_path: Path) -> None:
-    for name in ("b10.jpg", "b9.jpg", "a2.png", "notes.txt"):
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ["a2.png", "b9.jpg", "b10.jpg", "b²", "b²1.PNG"],
+        ["0.5.jpg", "1.10.jpg", "1.25.jpg", "1.5.jpg", "10.jpg"],
+        ["v1.9.jpg", "v1.10.jpg"],
+        ["01.png", "1.jpg", "002.png", "2.png"],
+    ],
+)
+def test_order_of_names(tmp_path: Path, wanted: list[str]) -> None:
+    for name in (*reversed(wanted), "._1.png", ".9.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
-    assert frame_names(tmp_path) == ["a2.png", "b9.jpg", "b10.jpg"]
+    assert frame_names(tmp_path) == [name for name in wanted if "." in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("3.jpg", "holds frame 3 twice"),
+        ("3.PNG", "holds frame 3 twice"),
+        ("a\nb.png", "which is no frame"),
+        ("loop.png", "which is no frame"),
+    ],
+)
+def test_files_that_are_no_frames_of_a_clip(folder: Path, name: str, said: str) -> None:
+    if name == "loop.png":
+        (folder / name).symlink_to(name)
+    else:
+        (folder / name).touch()
+    with pytest.raises(MediaError, match=said):
+        probe(folder)
 
 
 def test_every_shared_clip_decodes_to_its_probed_length(shared_data: Callable[[str], Path]) -> None:
