@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 
 from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
+from cosettle_cache.core.parallel import map_ahead, share_of_cores
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.frames import (
@@ -160,8 +160,7 @@ def build(
         except CosettleError as error:
             return error.summary
 
-    with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(attempt, clips))
+    rows = list(map_ahead(attempt, clips, share_of_cores(1)))
     videos = tuple(row for row in rows if isinstance(row, Video))
     pairs = zip(clips, rows, strict=True)
     failures = {_printable(source.relative(clip.path)): row for clip, row in pairs if isinstance(row, str)}
@@ -214,14 +213,21 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
     Sizes and counts are compared as far as the row knows them; with `decode` every frame is decoded and every
     mask is read too.
     """
+
+    def find_problem(video: Video) -> str | None:
+        try:
+            _check_video(video, data_root, decode)
+        except MediaError as error:
+            return error.summary
+        return None
+
     problems: dict[str, str] = {}
     progress.start(len(manifest), "videos")
     try:
-        for video in manifest:
-            try:
-                _check_video(video, data_root, decode)
-            except MediaError as error:
-                problems[video.video_id] = error.summary
+        found = map_ahead(find_problem, manifest, share_of_cores(1))
+        for video, problem in zip(manifest, found, strict=True):
+            if problem is not None:
+                problems[video.video_id] = problem
             progress.advance()
     finally:
         progress.finish()
@@ -229,7 +235,7 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
 
 
 def _check_video(video: Video, data_root: Path, decode: bool) -> None:
-    video = _measured(video, probe(data_root / video.media))
+    video = _measured(video, probe(data_root / video.media, exact=False))
     if decode:
         for _ in iter_frames(video, data_root):
             pass

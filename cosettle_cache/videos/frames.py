@@ -382,8 +382,10 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
         if not films:
             raise MediaError(f"{path} has no video stream", wanted="a video file", found="other streams only")
         stream = max(films, key=lambda s: (s.disposition & Disposition.default, s.width * s.height))
-        # Threads over slices would conceal damage without a mark; over frames, they do not.
-        stream.thread_type = "AUTO"
+        # Where a decoder conceals damage, its threads lose the mark of it, always or now and then; so such a
+        # file has one thread, and many files have many.
+        is_concealing = stream.codec_context.name not in ("hevc", "vp8", "vp9", "av1")
+        stream.thread_type = "NONE" if is_concealing else "AUTO"
         yield container, stream
 
 
