@@ -32,6 +32,9 @@ from cosettle_cache.videos.manifest import path_fault
 from cosettle_cache.videos.masks import open_parts, open_sequence
 from cosettle_cache.videos.queries import open_tracks
 
+#: Objects of a first mask up to which nobody wonders; DAVIS has up to 10.
+_MOST_OBJECTS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Clip:
@@ -158,7 +161,7 @@ def build(
         try:
             return (make_video or source.video)(clip)
         except CosettleError as error:
-            return error.summary
+            return _reason(error, clip.path)
 
     rows = list(map_ahead(attempt, clips, share_of_cores(1)))
     videos = tuple(row for row in rows if isinstance(row, Video))
@@ -168,7 +171,25 @@ def build(
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
     good = [clip.path for clip, row in zip(clips, rows, strict=True) if isinstance(row, Video)]
-    return BuildResult(Manifest(videos, provenance), failures, _passed_over(Path(os.path.commonpath(good))))
+    notes = (*_passed_over(Path(os.path.commonpath(good))), *_soft_masks(videos))
+    return BuildResult(Manifest(videos, provenance), failures, notes)
+
+
+def _reason(error: CosettleError, media: Path) -> str:
+    """Return an error in one line; what to do about it as well, unless there is no such media."""
+    return f"{error.summary}; {error.hint}" if error.hint and media.exists() else error.summary
+
+
+def _soft_masks(videos: Sequence[Video]) -> tuple[str, ...]:
+    """Return a note of first masks with more objects than anybody annotates: soft edges, say."""
+    soft = [v for v in videos if v.label_kind is LabelKind.MASKS and v.n_objects > _MOST_OBJECTS]
+    if not soft:
+        return ()
+    names = ", ".join(f"{video.video_id} ({video.n_objects})" for video in soft[:8])
+    return (
+        f"{len(soft)} first masks have more than {_MOST_OBJECTS} objects: {names}. Every value is an object, "
+        "those of soft edges too; save masks of whole numbers",
+    )
 
 
 def _passed_over(root: Path) -> tuple[str, ...]:
@@ -218,7 +239,7 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
         try:
             _check_video(video, data_root, decode)
         except MediaError as error:
-            return error.summary
+            return _reason(error, data_root / video.media)
         return None
 
     problems: dict[str, str] = {}
