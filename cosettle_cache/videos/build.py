@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -171,7 +171,7 @@ def build(
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
     good = [clip.path for clip, row in zip(clips, rows, strict=True) if isinstance(row, Video)]
-    notes = (*_passed_over(Path(os.path.commonpath(good))), *_soft_masks(videos))
+    notes = (*_passed_over(Path(os.path.commonpath(good))), *_doubts(videos))
     return BuildResult(Manifest(videos, provenance), failures, notes)
 
 
@@ -180,16 +180,18 @@ def _reason(error: CosettleError, media: Path) -> str:
     return f"{error.summary}; {error.hint}" if error.hint and media.exists() else error.summary
 
 
-def _soft_masks(videos: Sequence[Video]) -> tuple[str, ...]:
-    """Return a note of first masks with more objects than anybody annotates: soft edges, say."""
+def _doubts(videos: Sequence[Video]) -> Iterator[str]:
+    """Yield notes of labels that are missing, or of more objects than anybody annotates: soft edges, say."""
+    bare = [video.video_id for video in videos if video.label_kind is None]
+    if 0 < len(bare) < len(videos):
+        yield f"{len(bare)} of {len(videos)} videos have no labels: {', '.join(bare[:8])}"
     soft = [v for v in videos if v.label_kind is LabelKind.MASKS and v.n_objects > _MOST_OBJECTS]
-    if not soft:
-        return ()
-    names = ", ".join(f"{video.video_id} ({video.n_objects})" for video in soft[:8])
-    return (
-        f"{len(soft)} first masks have more than {_MOST_OBJECTS} objects: {names}. Every value is an object, "
-        "those of soft edges too; save masks of whole numbers",
-    )
+    if soft:
+        names = ", ".join(f"{video.video_id} ({video.n_objects})" for video in soft[:8])
+        yield (
+            f"{len(soft)} first masks have more than {_MOST_OBJECTS} objects: {names}. Every value is an "
+            "object, those of soft edges too; save masks of whole numbers"
+        )
 
 
 def _passed_over(root: Path) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise MediaError(
             f"{path} is a MATLAB file of version 7.3, and h5py is not installed",
-            hint="pip install h5py, or write the file anew in MATLAB: save(FILE, 'pos_img', '-v7')",
+            hint="pip install 'cosettle-cache[hdf5]', or in MATLAB save(FILE, 'pos_img', '-v7')",
         ) from error
     with h5py.File(path, "r") as file:
         # Data that lie in other files are none of this one.

@@ -174,7 +174,9 @@ def test_other_resolution_folder_is_found(tmp_path):
 def test_sequence_without_annotations_is_a_row_without_labels(root):
     (frames := root / "JPEGImages/480p/plain").mkdir()
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(frames / "00000.jpg")
-    video = build_davis(root, root.parent).manifest.videos[-1]
+    result = build_davis(root, root.parent)
+    assert result.notes == ("1 of 3 videos have no labels: plain",)
+    video = result.manifest.videos[-1]
     assert (video.video_id, video.labels, video.label_kind, video.n_objects) == ("plain", None, None, 0)
     with pytest.raises(MediaError, match="no labels"):
         open_sequence(video, root.parent)
