@@ -13,6 +13,7 @@ from typing import Any
 
 from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
+from cosettle_cache.core.files import UNPRINTABLE
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
@@ -208,8 +209,8 @@ def _passed_over(root: Path) -> tuple[str, ...]:
 
 
 def _printable(name: str) -> str:
-    """Return a name with other words for bytes that are no UTF-8."""
-    return name.encode(errors="backslashreplace").decode()
+    """Return a name with escapes for control characters and for bytes that are no UTF-8."""
+    return UNPRINTABLE.sub(lambda found: repr(found.group())[1:-1], name)
 
 
 def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:

@@ -140,7 +140,7 @@ def test_every_bad_clip_is_named(tmp_path):
         "mixed": "mixes frame sizes",
         "pipe.mp4": "is not a file",
         "\\udcff.mp4": "cannot stand in a manifest: it holds control characters, or bytes that are no UTF-8",
-        "line\nend": "cannot stand in a manifest: it holds control characters",
+        "line\\nend": "cannot stand in a manifest: it holds control characters",
     }
     assert result.failures.keys() == reasons.keys()
     for media, reason in reasons.items():
