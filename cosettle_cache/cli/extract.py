@@ -40,7 +40,7 @@ def extract(
     """
     from cosettle_cache.extraction.jobs import find_weights, note_plan, report_lines, summarise_plan
     from cosettle_cache.extraction.run import StoreJob, extract_store
-    from cosettle_cache.videos.find import manifest_data, training_data
+    from cosettle_cache.videos.find import manifest_data, training_data, without_stills
 
     talk = Talk(quiet=mode.quiet)
     data = manifest_data(manifest, data_root) if manifest else training_data(data_root, talk)
@@ -48,6 +48,7 @@ def extract(
     if plan is PlanKind.FRAMES:
         views: PairsSettings | FramesSettings = replace(frames, size=size or frames.size, seed=seed)
     else:
+        data = without_stills(data, talk)
         views = replace(pairs, size=_side(size, pairs.size), seed=seed)
     job = StoreJob(out, data.root, encoder, views, settings)
     made = job.plan(data.manifest)
@@ -67,7 +68,7 @@ def extract(
 
 def _side(size: str | None, default: int) -> int:
     side, _, other = (size or str(default)).partition("x")
-    if not side.isdigit() or other not in ("", side):
+    if not side.isdecimal() or other not in ("", side):
         raise typer.BadParameter(f"a pairs plan has square images: --size 224, not {size}")
     return int(side)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,9 +62,9 @@ def build(
         write_manifest(path, result.manifest)
     counts = {"videos": len(result.manifest), "frames": sum(video.n_frames for video in result.manifest)}
     _say(talk, path, counts, mode.as_json, left_out=dict(result.failures))
-    for media, reason in result.failures.items():
-        talk.warn(f"left out {media}: {reason}")
-    return ExitCode.UNCLEAN if result.failures else ExitCode.DONE
+    for note in result.notes:
+        talk.note(note)
+    return _say_left_out(talk, result.failures)
 
 
 @app.command("from-list")
@@ -99,7 +100,7 @@ def unpack(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="tapvid_davis.pkl, tapvid_rgb_stacking.pkl.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write, new or empty.")],
     mode: Mode,
-) -> None:
+) -> int:
     """Turn a pickle of TAP-Vid into frames and tracks for `manifest build tapvid`; nothing is executed.
 
     Example: cosettle-cache manifest unpack tapvid_davis.pkl /data/tapvid_davis
@@ -108,7 +109,8 @@ def unpack(
 
     talk = Talk(quiet=mode.quiet)
     check_empty(folder)
-    clips = read_tapvid(file)
+    failures: dict[str, str] = {}
+    clips = read_tapvid(file, failures)
     if not mode.dry_run:
         progress = talk.progress("unpack")
         progress.start(len(clips), "clips")
@@ -118,12 +120,21 @@ def unpack(
             progress.finish()
     n_points = sum(len(clip["points"]) for clip in clips.values())
     n_frames = sum(len(clip["video"]) for clip in clips.values())
-    _say(talk, folder, {"videos": len(clips), "frames": n_frames, "points": n_points}, mode.as_json)
+    counts = {"videos": len(clips), "frames": n_frames, "points": n_points}
+    _say(talk, folder, counts, mode.as_json, left_out=failures)
+    return _say_left_out(talk, failures)
 
 
 def _say(talk: Talk, out: Path, counts: dict[str, int], as_json: bool, **more: Any) -> None:
     words = ", ".join(f"{number} {unit.replace('_', ' ')}" for unit, number in counts.items())
     talk.result(json.dumps({"out": str(out), **counts, **more}, indent=2) if as_json else f"{out}: {words}")
+
+
+def _say_left_out(talk: Talk, failures: Mapping[str, str]) -> int:
+    """Warn of everything that was left out; return the exit code."""
+    for name, reason in failures.items():
+        talk.warn(f"left out {name}: {reason}")
+    return ExitCode.UNCLEAN if failures else ExitCode.DONE
 
 
 @app.command()

@@ -6,6 +6,7 @@ Files that are too long to hold are written and read group by group.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,10 +90,15 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
             # Without types a name such as 0001 would be read as the number 1.
             types = {} if schema is None else {field.name: field.type for field in schema}
             options = pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
-            return pa.csv.read_csv(path, convert_options=options)
-        return pa.parquet.read_table(path, partitioning=None)
+            table = pa.csv.read_csv(path, convert_options=options)
+        else:
+            table = pa.parquet.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} has the column {twice[0]} twice", wanted="every column once")
+    return table
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

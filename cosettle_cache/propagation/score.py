@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
@@ -26,7 +25,7 @@ from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
 from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row, video_row
 from cosettle_cache.propagation.tasks import TASKS, Task, load
-from cosettle_cache.videos.frames import decode_errors
+from cosettle_cache.videos.frames import open_image
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
 from cosettle_cache.videos.manifest import manifest_digest
 from cosettle_cache.videos.masks import (
@@ -218,7 +217,7 @@ def _first_file(folder: Path, *names: str) -> Path | None:
 
 def _read_classes(path: Path) -> Mask:
     """Return the classes of a map: numbers of a palette or of grey, or the value of three equal channels."""
-    with decode_errors(path), Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode != "RGB":
             return read_mask(path)
         channels = np.asarray(image)
@@ -289,7 +288,7 @@ def _image_faults(
 def _header_fault(path: Path, masks_of: Video | None) -> str | None:
     """Return what is wrong with an image's header; object masks have the size and kind of `masks_of`'s."""
     try:
-        with decode_errors(path), Image.open(path) as image:
+        with open_image(path) as image:
             found, mode = (image.height, image.width), image.mode
     except MediaError as error:
         return f"{path.name}: {error.summary}"

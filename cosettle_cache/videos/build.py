@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -13,14 +13,28 @@ from typing import Any
 
 from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
+from cosettle_cache.core.files import UNPRINTABLE
+from cosettle_cache.core.parallel import map_ahead, share_of_cores
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
-from cosettle_cache.videos.frames import VIDEO_SUFFIXES, MediaInfo, iter_frames, natural_key, probe
+from cosettle_cache.videos.frames import (
+    LEFT_BEHIND,
+    VIDEO_SUFFIXES,
+    MediaInfo,
+    is_hidden,
+    is_image_name,
+    iter_frames,
+    natural_key,
+    probe,
+)
 from cosettle_cache.videos.jhmdb import open_joints
 from cosettle_cache.videos.lists import Listed, locate
-from cosettle_cache.videos.manifest import is_safe_path
+from cosettle_cache.videos.manifest import path_fault
 from cosettle_cache.videos.masks import open_parts, open_sequence
 from cosettle_cache.videos.queries import open_tracks
+
+#: Objects of a first mask up to which nobody wonders; DAVIS has up to 10.
+_MOST_OBJECTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +49,14 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """The manifest of the good videos, and for each bad one (by its media path) the reason."""
+    """The manifest of the good videos, and for each bad one (by its media path) the reason.
+
+    `notes` say what was passed over and what looks strange in the good ones.
+    """
 
     manifest: Manifest
     failures: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def build_manifest(name: str, root: str | Path, data_root: str | Path, **options: Any) -> BuildResult:
@@ -99,8 +117,9 @@ class Source:
         Raises `MediaError` when the clip cannot be decoded or named, or its labels cannot be read.
         """
         media = self.relative(clip.path)
-        if not is_safe_path(media):
-            raise MediaError(f"{media!r} cannot stand in a manifest", wanted="a name without : and \\")
+        fault = path_fault(clip.video_id) or (path_fault(media) if media != "." else None)
+        if fault:
+            raise MediaError(f"{media!r} cannot stand in a manifest: {fault}")
         info = probe(clip.path)
         video = Video(
             video_id=clip.video_id,
@@ -143,17 +162,55 @@ def build(
         try:
             return (make_video or source.video)(clip)
         except CosettleError as error:
-            return error.summary
+            return _reason(error, clip.path)
 
-    with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(attempt, clips))
+    rows = list(map_ahead(attempt, clips, share_of_cores(1)))
     videos = tuple(row for row in rows if isinstance(row, Video))
     pairs = zip(clips, rows, strict=True)
-    failures = {source.relative(clip.path): row for clip, row in pairs if not isinstance(row, Video)}
+    failures = {_printable(source.relative(clip.path)): row for clip, row in pairs if isinstance(row, str)}
     if not videos:
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
-    return BuildResult(Manifest(videos, provenance), failures)
+    good = [clip.path for clip, row in zip(clips, rows, strict=True) if isinstance(row, Video)]
+    notes = (*_passed_over(Path(os.path.commonpath(good))), *_doubts(videos))
+    return BuildResult(Manifest(videos, provenance), failures, notes)
+
+
+def _reason(error: CosettleError, media: Path) -> str:
+    """Return an error in one line; what to do about it as well, unless there is no such media."""
+    return f"{error.summary}; {error.hint}" if error.hint and media.exists() else error.summary
+
+
+def _doubts(videos: Sequence[Video]) -> Iterator[str]:
+    """Yield notes of labels that are missing, or of more objects than anybody annotates: soft edges, say."""
+    bare = [video.video_id for video in videos if video.label_kind is None]
+    if 0 < len(bare) < len(videos):
+        yield f"{len(bare)} of {len(videos)} videos have no labels: {', '.join(bare[:8])}"
+    soft = [v for v in videos if v.label_kind is LabelKind.MASKS and v.n_objects > _MOST_OBJECTS]
+    if soft:
+        names = ", ".join(f"{video.video_id} ({video.n_objects})" for video in soft[:8])
+        yield (
+            f"{len(soft)} first masks have more than {_MOST_OBJECTS} objects: {names}. Every value is an "
+            "object, those of soft edges too; save masks of whole numbers"
+        )
+
+
+def _passed_over(root: Path) -> tuple[str, ...]:
+    """Return a note of what systems and viewers have left under `root` and is no clip or frame."""
+    kinds = Counter[str]()
+    for folder, folders, files in os.walk(root):
+        kinds.update("._*" for name in files if name.startswith("._"))
+        left = [name for name in (*folders, *files) if name in LEFT_BEHIND]
+        copies = [path.name for path in _copies(Path(folder))] if folders else []
+        kinds.update((*left, *copies))
+        folders[:] = [name for name in folders if not is_hidden(name) and name not in copies]
+    found = ", ".join(f"{name} ({n})" for name, n in sorted(kinds.items()))
+    return (f"passed over {_printable(found)}",) if found else ()
+
+
+def _printable(name: str) -> str:
+    """Return a name with escapes for control characters and for bytes that are no UTF-8."""
+    return UNPRINTABLE.sub(lambda found: repr(found.group())[1:-1], name)
 
 
 def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:
@@ -180,14 +237,21 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
     Sizes and counts are compared as far as the row knows them; with `decode` every frame is decoded and every
     mask is read too.
     """
+
+    def find_problem(video: Video) -> str | None:
+        try:
+            _check_video(video, data_root, decode)
+        except MediaError as error:
+            return _reason(error, data_root / video.media)
+        return None
+
     problems: dict[str, str] = {}
     progress.start(len(manifest), "videos")
     try:
-        for video in manifest:
-            try:
-                _check_video(video, data_root, decode)
-            except MediaError as error:
-                problems[video.video_id] = error.summary
+        found = map_ahead(find_problem, manifest, share_of_cores(1))
+        for video, problem in zip(manifest, found, strict=True):
+            if problem is not None:
+                problems[video.video_id] = problem
             progress.advance()
     finally:
         progress.finish()
@@ -195,7 +259,7 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
 
 
 def _check_video(video: Video, data_root: Path, decode: bool) -> None:
-    video = _measured(video, probe(data_root / video.media))
+    video = _measured(video, probe(data_root / video.media, exact=False))
     if decode:
         for _ in iter_frames(video, data_root):
             pass
@@ -237,11 +301,17 @@ def _path_in(root: Path, data_root: Path) -> Path:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return what `folder` holds in natural order, hidden names aside."""
+    """Return what `folder` holds in natural order, hidden names and links to folders around it aside."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder", wanted="a dataset folder")
-    visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    visible = (entry for entry in folder.iterdir() if not is_hidden(entry.name) and not _leads_back(entry))
     return sorted(visible, key=lambda entry: natural_key(entry.name))
+
+
+def _leads_back(path: Path) -> bool:
+    if not path.is_symlink() or not path.is_dir():
+        return False
+    return path.resolve() in [folder.resolve() for folder in path.absolute().parents]
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -255,8 +325,27 @@ def is_video_file(path: Path) -> bool:
 
 
 def media_in(folder: Path) -> list[Path]:
-    """Return the folders and video files in `folder`; where there are none it is a clip itself."""
-    return [path for path in entries(folder) if path.is_dir() or is_video_file(path)] or [folder]
+    """Return the folders and video files in `folder`; where there are none it is a clip itself.
+
+    A folder of smaller copies of the images beside it is none.
+    """
+    copies = _copies(folder)
+    media = [path for path in entries(folder) if path.is_dir() or is_video_file(path)]
+    return [path for path in media if path not in copies] or [folder]
+
+
+def _copies(folder: Path) -> list[Path]:
+    """Return the folders in `folder` all of whose images have the names of images beside them."""
+    inside = entries(folder)
+    own = {path.stem for path in inside if is_image_name(path.name)}
+    if not own:
+        return []
+    found = {path: {Path(name).stem for name in _image_names(path)} for path in inside if path.is_dir()}
+    return [path for path, stems in found.items() if stems and stems <= own]
+
+
+def _image_names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if is_image_name(entry.name)]
 
 
 def choose(clips: Sequence[Clip], names: Sequence[str], root: Path) -> list[Clip]:

@@ -37,8 +37,9 @@ def manifest_data(path: Path, data_root: Path | None) -> Data:
 
 
 def media_root(manifest: Manifest, data_root: Path | None) -> Path:
-    """Return the folder that a manifest's media paths are relative to."""
-    if {video.dataset for video in manifest} == {SPRITES}:
+    """Return the folder that a manifest's media paths are relative to: the data root where they lie there."""
+    is_there = data_root is not None and any((data_root / video.media).exists() for video in manifest)
+    if not is_there and {video.dataset for video in manifest} == {SPRITES}:
         return ensure_sprites()
     if data_root is None:
         raise UsageError("the media of this manifest are not known to be anywhere", hint="--data-root FOLDER")
@@ -55,6 +56,17 @@ def training_data(data_root: Path | None, talk: Talk) -> Data:
     """Return clips to train on: those of the first such data set under the data root, else the sprites."""
     names = [name for name, row in DATASETS.items() if row.label_kind is None]
     return _first_of(names, "clips to train on", "train", SPRITES, data_root, talk)
+
+
+def without_stills(data: Data, talk: Talk) -> Data:
+    """Leave out, with a warning, the videos of one frame, which have no pair of frames."""
+    stills = {video.video_id: "one frame is no pair" for video in data.manifest if video.n_frames < 2}
+    moving = tuple(video for video in data.manifest if video.n_frames > 1)
+    if not moving:
+        raise InputError("no video has two frames", wanted="pairs of frames", found="videos of one frame")
+    for video_id, reason in stills.items():
+        talk.warn(f"left out {video_id}: {reason}")
+    return replace(data, manifest=replace(data.manifest, videos=moving), failures={**data.failures, **stills})
 
 
 def evaluation_data(task: str, data_root: Path | None, talk: Talk) -> Data:
@@ -122,6 +134,8 @@ def _built(name: str, folder: Path, data_root: Path, talk: Talk | None = None) -
     """Return a folder's videos; `talk` says what was left out."""
     built = build_manifest(name, folder, data_root)
     if talk is not None:
+        for note in built.notes:
+            talk.note(note)
         for media, reason in built.failures.items():
             talk.warn(f"left out {media}: {reason}")
     return Data(built.manifest, data_root, f"{folder} ({len(built.manifest)} videos)", built.failures)

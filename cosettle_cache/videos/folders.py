@@ -25,6 +25,7 @@ from cosettle_cache.videos.build import (
     subfolders,
 )
 from cosettle_cache.videos.frames import VIDEO_SUFFIXES
+from cosettle_cache.videos.lists import read_lines
 
 #: What the archives of UCF101 and HMDB51 unpack to.
 _VIDEO_FOLDERS = ("UCF-101", "UCF101", "hmdb51_org", "hmdb51", "videos")
@@ -136,19 +137,18 @@ def _read_ucf_lists(folder: Path, number: str) -> _Lines | None:
     paths = {part: folder / f"{part}list0{number}.txt" for part in ("train", "test")}
     if not all(path.is_file() for path in paths.values()):
         return None
-    lines = ((line.split(), part) for part, path in paths.items() for line in path.read_text().splitlines())
-    return [(words[0], part) for words, part in lines if words]
+    return [(line.split()[0], part) for part, path in paths.items() for line in read_lines(path)]
 
 
 def _read_hmdb_lists(folder: Path, number: str) -> _Lines | None:
     suffix, found = f"_test_split{number}.txt", []
     lists = [path for path in entries(folder) if path.name.endswith(suffix)]
     for path in lists:
-        for line in path.read_text().splitlines():
-            name, _, part = line.strip().rpartition(" ")
+        for line in read_lines(path):
+            name, _, part = line.rpartition(" ")
             if name and part in _HMDB_SPLITS:
                 found.append((f"{path.name.removesuffix(suffix)}/{name}", _HMDB_SPLITS[part]))
-            elif line.strip():
+            else:
                 raise InputError(f"{path} is not a list of HMDB51", wanted="NAME.avi 0, 1 or 2", found=line)
     return found if lists else None
 

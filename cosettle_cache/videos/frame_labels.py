@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.videos.lists import read_lines
 
 _STEREO = re.compile(r"(.*)_stereo_(.*)_ch0")
 
@@ -40,7 +41,7 @@ class FrameLabels:
         path = self.path(video_id)
         if not path.is_file():
             raise InputError(f"{video_id} has no frame labels", wanted=str(path))
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = read_lines(path)
         unknown = sorted(set(lines) - self.numbers.keys())
         if not lines:
             raise InputError(f"{path} is empty", found="no lines")
@@ -66,7 +67,7 @@ class FrameLabels:
         if not path.is_file():
             known = sorted(item.name for item in path.parent.glob("*.bundle"))
             raise InputError(f"{path} does not exist", found=", ".join(known) or "no bundles")
-        return frozenset(line.strip().removesuffix(".txt") for line in path.read_text().split())
+        return frozenset(line.removesuffix(".txt") for line in read_lines(path))
 
 
 def flat_name(video_id: str) -> str:
@@ -87,9 +88,9 @@ def open_frame_labels(root: str | Path) -> FrameLabels:
     if not (root / "groundTruth").is_dir() or not path.is_file():
         raise InputError(f"{root} holds no frame labels", wanted="groundTruth/ and mapping.txt in it")
     numbers: dict[str, int] = {}
-    for line in filter(None, map(str.strip, path.read_text().splitlines())):
+    for line in read_lines(path):
         number, _, name = line.partition(" ")
-        if not number.isdigit() or not name.strip() or name.strip() in numbers:
+        if not number.isdecimal() or not name.strip() or name.strip() in numbers:
             raise InputError(f"{path} is malformed", wanted="NUMBER NAME a line, no name twice", found=line)
         numbers[name.strip()] = int(number)
     return FrameLabels(root, numbers)

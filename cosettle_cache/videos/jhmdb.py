@@ -23,6 +23,9 @@ JOINTS = (
     *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
 )
 
+#: Numbers of an array that is read from a file of version 7.3; joints of a clip are thousands.
+_MOST_NUMBERS = 10**8
+
 Joints = Float64[np.ndarray, "2 joint frame"]
 #: Key points of one frame or of many: x, then y.
 AnyPoints = Float[np.ndarray, "2 ..."]
@@ -63,8 +66,10 @@ def read_joints(path: str | Path) -> Joints:
     if not path.is_file():
         raise MediaError(f"{path} does not exist", wanted="a file of joints")
     try:
-        content = scipy.io.loadmat(path)
-    except Exception as error:  # a file that is broken, something else, or of version 7.3
+        content = _read_hdf5(path) if b"MATLAB 7.3" in path.read_bytes()[:128] else scipy.io.loadmat(path)
+    except MediaError:
+        raise
+    except Exception as error:  # a file that is broken or something else
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MediaError(f"{path} is not a readable MATLAB file", found=reason) from error
     if "pos_img" not in content:
@@ -82,6 +87,22 @@ def read_joints(path: str | Path) -> Joints:
     if joints.dtype.kind not in "fiu" or not np.isfinite(joints).all():
         raise MediaError(f"{path} has joints that are nowhere", wanted="finite numbers", found="others")
     return np.asarray(joints, dtype=np.float64) - 1
+
+
+def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a MATLAB file of version 7.3, which has the axes in the opposite order."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise MediaError(
+            f"{path} is a MATLAB file of version 7.3, and h5py is not installed",
+            hint="pip install 'cosettle-cache[hdf5]', or in MATLAB save(FILE, 'pos_img', '-v7')",
+        ) from error
+    with h5py.File(path, "r") as file:
+        # Data that lie in other files are none of this one.
+        found = {name: item for name, item in file.items() if isinstance(item, h5py.Dataset)}
+        own = {name: item for name, item in found.items() if not item.external and not item.is_virtual}
+        return {name: item[()].T for name, item in own.items() if item.size < _MOST_NUMBERS}
 
 
 def pixels_to_cells(points: AnyPoints, image_size: tuple[int, int], grid: Grid) -> AnyPoints:
@@ -113,11 +134,11 @@ def read_predicted_joints(path: str | Path) -> Float[np.ndarray, "2 joint frame"
     Of the pickle only a plain array is accepted: a file may come from a stranger.
     """
     path = Path(path)
+    if not path.is_file():
+        raise MediaError(f"{path} does not exist", wanted="predicted joints")
     try:
         content = io.BytesIO(path.read_bytes())
         points = np.load(content) if path.suffix == ".npy" else ArrayUnpickler(content).load()
-    except FileNotFoundError as error:
-        raise MediaError(f"{path} does not exist", wanted="predicted joints") from error
     except Exception as error:  # a pickle of anything raises anything
         reason = str(error) or type(error).__name__
         raise MediaError(f"{path} does not hold an array", found=reason) from error

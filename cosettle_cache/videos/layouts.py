@@ -26,7 +26,8 @@ from cosettle_cache.videos.build import (
     subfolders,
 )
 from cosettle_cache.videos.datasets import DATASETS
-from cosettle_cache.videos.lists import Listed, read_list
+from cosettle_cache.videos.lists import Listed, read_lines, read_list
+from cosettle_cache.videos.masks import mask_file
 
 #: The resolution folder that is meant when several lie side by side.
 _USUAL_RESOLUTION = "480p"
@@ -59,23 +60,30 @@ build_sprites = partial(build_davis, dataset="sprites")
 
 def _only_resolution(root: Path) -> str:
     found = [path.name for path in subfolders(root / "JPEGImages")]
-    if _USUAL_RESOLUTION in found or len(found) == 1:
+    if _USUAL_RESOLUTION in found or (len(found) == 1 and subfolders(root / "JPEGImages" / found[0])):
         return _USUAL_RESOLUTION if _USUAL_RESOLUTION in found else found[0]
+    is_flat = bool(found) and not subfolders(root / "JPEGImages" / found[0])
     raise InputError(
         f"{root} has no single resolution folder",
         wanted=f"JPEGImages/{_USUAL_RESOLUTION}, or one other",
-        found=", ".join(found) or "none",
+        found=", ".join(found[:8]) or "none",
+        hint="videos without one, as in YouTube-VOS: move them into JPEGImages/480p and Annotations/480p"
+        if is_flat
+        else None,
     )
 
 
 def _davis_list(root: Path, split: str) -> list[str]:
-    folder = root / "ImageSets" / "2017"
-    lists = {path.stem: path for path in entries(folder) if path.suffix == ".txt"} if folder.is_dir() else {}
-    if not lists:
+    sets = root / "ImageSets"
+    if not sets.is_dir():
         return []
+    found = {path.relative_to(sets): path for path in sorted(sets.rglob("*.txt"))}
+    lists = {path.stem: full for path, full in found.items() if path.parent.name == "2017"}
     if split not in lists:
-        raise UsageError(f"{root} has no split {split}", wanted=", ".join(lists), found=split)
-    names = list(dict.fromkeys(lists[split].read_text().split()))
+        wanted = ", ".join(lists) or "ImageSets/2017/SPLIT.txt"
+        others = ", ".join(map(str, found)) or "no lists"
+        raise UsageError(f"{root} has no split {split}", wanted=wanted, found=split if lists else others)
+    names = list(dict.fromkeys(read_lines(lists[split])))
     if not names:
         raise InputError(f"{lists[split]} lists no sequences", wanted="one name per line")
     return names
@@ -132,7 +140,7 @@ def build_masks(
 
     def masked(clip: Clip) -> Video:
         name = clip.path.stem if is_video_file(clip.path) else clip.path.name
-        first = mask or clip.path.parent / f"{name}.png"
+        first = mask or mask_file(clip.path.parent, name)
         if first.is_file():
             return source.video(replace(clip, labels=first))
         source.video(clip)  # what is wrong with the clip itself comes first

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.files import sha256_file
+from cosettle_cache.core.files import read_text, sha256_file
 from cosettle_cache.core.tables import read_table
 from cosettle_cache.core.types import Manifest, MediaKind, Video
 from cosettle_cache.videos.datasets import DATASETS, listable
@@ -42,7 +42,7 @@ def read_list(path: str | Path) -> tuple[Listed, ...]:
     if path.suffix in (".csv", ".parquet"):
         listed = [_from_row(row, path) for row in read_table(path).to_pylist()]
     else:
-        listed = [_from_line(line, path) for line in _lines(path) if line.strip()]
+        listed = [_from_line(line, path) for line in read_lines(path)]
     if not listed:
         raise InputError(f"{path} lists no videos", wanted="one name per line")
     return tuple({item.name: item for item in listed}.values())
@@ -93,32 +93,34 @@ def list_manifest(
     return Manifest(videos, {key: text for key, text in provenance.items() if text})
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", wanted="a list of videos") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} is not a text file", wanted="one name per line", found=error) from error
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank, without the blanks around them.
+
+    Raises `InputError` for a missing file and one that is no UTF-8 text; a byte order mark is left out.
+    """
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _from_line(line: str, path: Path) -> Listed:
-    """Read a name, or an image folder and its labels in either order."""
-    parts = line.split()
-    if len(parts) == 1:
-        return Listed(parts[0])
-    if len(parts) > 2:
-        raise InputError(f"{path} is not a list of videos", wanted="one name or two paths a line", found=line)
+    """Read a name, which may have spaces, or an image folder and its labels in either order."""
     # Labels are a MATLAB file or lie under one of their folders; media are the other of the two.
-    labels, media = sorted(
-        parts,
-        key=lambda part: not (part.endswith(".mat") or {*_LABEL_FOLDERS} & {*PurePosixPath(part).parts}),
-    )
-    places = PurePosixPath(media).parts
+    labels = [
+        part
+        for part in line.split()
+        if part.endswith(".mat") or {*_LABEL_FOLDERS} & {*PurePosixPath(part).parts}
+    ]
+    if not labels:
+        return Listed(line)
+    media = [part for part in line.split() if part not in labels]
+    if len(labels) > 1 or len(media) > 1:
+        raise InputError(f"{path} is not a list of videos", wanted="one name or two paths a line", found=line)
+    if not media:
+        return Listed(line)
+    places = PurePosixPath(media[0]).parts
     for folder in _MEDIA_FOLDERS[:2]:
         if folder in places[:-1]:  # what follows is a class and a clip, or a clip alone
-            return Listed("/".join(places[places.index(folder) + 1 :]), media, labels)
-    return Listed(places[-1], media, labels)
+            return Listed("/".join(places[places.index(folder) + 1 :]), media[0], labels[0])
+    return Listed(places[-1], media[0], labels[0])
 
 
 def _from_row(row: dict[str, object], path: Path) -> Listed:

@@ -6,15 +6,18 @@ number is reported. A published list may leave sizes open; the manifest that a j
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.files import name_fault
 from cosettle_cache.core.settings import digest
 from cosettle_cache.core.tables import make_table, read_metadata, read_table, with_metadata, write_table
 from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
@@ -45,9 +48,31 @@ LISTED_SCHEMA = pa.schema(
     [field.with_nullable(field.nullable or field.name in _MEASURES) for field in SCHEMA]
 )
 _REQUIRED = [field.name for field in SCHEMA if not field.nullable]
+#: Letters of a path below the data root; systems take 4096 with it.
+_MOST_PATH = 2000
+
+
+def _text(cell: Any) -> str:
+    if not isinstance(cell, str | int) or isinstance(cell, bool):
+        raise ValueError(f"{cell!r} is no text")
+    return str(cell)
+
+
+def _whole(cell: Any) -> int:
+    if isinstance(cell, bool) or not isinstance(cell, int | float) or cell % 1 or abs(cell) >= 2**31:
+        raise ValueError(f"{cell!r} is no whole number")
+    return int(cell)
+
+
+def _finite(cell: Any) -> float:
+    if isinstance(cell, bool) or not isinstance(cell, int | float) or not math.isfinite(cell):
+        raise ValueError(f"{cell!r} is no finite number")
+    return float(cell)
+
+
 #: What makes a cell of a column the field of a `Video`.
 _TYPES: dict[str, Callable[[Any], Any]] = {
-    **{field.name: {pa.string(): str, pa.float64(): float}.get(field.type, int) for field in SCHEMA},
+    **{field.name: {pa.string(): _text, pa.float64(): _finite}.get(field.type, _whole) for field in SCHEMA},
     **{"media_kind": MediaKind, "label_kind": LabelKind},
 }
 
@@ -125,11 +150,14 @@ def _video(row: Mapping[str, Any], number: int, origin: str, least: int) -> Vide
         video = Video(**{name: _TYPES[name](value) for name, value in given.items()})
     except (TypeError, ValueError) as error:
         raise InputError(f"row {number} of {origin} is malformed", found=str(error)) from error
-    where = f"row {number} of {origin} ({video.video_id})"
+    where = f"row {number} of {origin} ({video.video_id[:80]!r})"
     # The id names the folder that masks go to.
-    for path in (video.video_id, video.media, video.labels):
-        if path is not None and not is_safe_path(path):
-            raise InputError(f"{where} has an unsafe path", wanted="a relative path without ..", found=path)
+    # The data root itself may be a clip.
+    media = None if video.media == "." else video.media
+    for path in (video.video_id, media, video.labels):
+        fault = None if path is None else path_fault(path)
+        if fault:
+            raise InputError(f"{where} has an unsafe path: {fault}", found=repr(path))
     if video.n_frames < least or video.first_frame < 0:
         found = f"n_frames={video.n_frames}, first_frame={video.first_frame}"
         wanted = f"n_frames >= {least}, first_frame >= 0"
@@ -140,7 +168,11 @@ def _video(row: Mapping[str, Any], number: int, origin: str, least: int) -> Vide
     return video
 
 
-def is_safe_path(path: str) -> bool:
-    """Say whether a manifest may hold `path`: relative, forward slashes, no `..`, no drive."""
-    pure = PurePosixPath(path)
-    return bool(path) and not pure.is_absolute() and ".." not in pure.parts and not {":", "\\"} & set(path)
+def path_fault(path: str) -> str | None:
+    """Return why a manifest may not hold `path`, None where it may: relative, in normal form, printable.
+
+    So two paths never name one file. Colons and backslashes are letters as others are, but for a drive.
+    """
+    if re.match(r"[A-Za-z]:[\\/]", path):
+        return "it begins with a drive"
+    return name_fault(path) or (f"it has more than {_MOST_PATH} letters" if len(path) > _MOST_PATH else None)

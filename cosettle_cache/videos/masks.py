@@ -20,7 +20,7 @@ from PIL import Image
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import MediaKind, Video
-from cosettle_cache.videos.frames import decode_errors, frame_names, image_size
+from cosettle_cache.videos.frames import frame_names, image_size, open_image
 
 #: Index of pixels that belong to nobody.
 VOID = 255
@@ -39,7 +39,7 @@ Mask = UInt8[np.ndarray, "height width"]
 def read_mask(path: str | Path) -> Mask:
     """Return the indices in a palette or 8-bit grey image; raise `MediaError` for any other."""
     path = Path(path)
-    with decode_errors(path), Image.open(path) as image:
+    with open_image(path) as image:
         # Pillow scales grey of 2 or 4 bits to 0..255: index 1 would come out as 85 or 17.
         stretched = any(str(tile[-1]) in ("L;2", "L;4") for tile in image.tile)
         if image.mode not in ("P", "L", "1") or stretched:
@@ -91,7 +91,7 @@ class MaskFiles:
 
     def path_of(self, index: int) -> Path:
         """Return the file of one frame."""
-        return self.path if self.path.is_file() else self.path / f"{self.frame_names[index]}.png"
+        return self.path if self.path.is_file() else mask_file(self.path, self.frame_names[index])
 
     def read(self, index: int) -> Mask:
         """Return the index map of one frame; raise `MediaError` when it cannot be read."""
@@ -127,6 +127,7 @@ class DavisSequence(MaskFiles):
                 f"{self.path_of(index)} has objects that the first annotation lacks",
                 wanted=f"indices 0 to {self.n_objects}",
                 found=", ".join(map(str, unknown)),
+                hint="annotations of DAVIS's unsupervised task have objects that come later: take the others",
             )
         return mask
 
@@ -205,12 +206,15 @@ def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = Tru
     video file are named by frame number, from `00000.png`.
     """
     if video.labels is None:
-        raise MediaError(f"{video.video_id} has no labels", hint="add its annotations, rebuild the manifest")
+        raise MediaError(
+            f"{video.video_id} has no labels",
+            hint="add its annotations (of DAVIS: Annotations/480p), rebuild the manifest",
+        )
     path = Path(data_root) / video.labels
     names = frame_stems(video, data_root)
     if numbered:
         check_numbers(names, video.media)
-    files = [path / f"{name}.png" for name in names]
+    files = [mask_file(path, name) for name in names]
     present = [0] if path.is_file() else [index for index, file in enumerate(files) if file.is_file()]
     if 0 not in present:
         raise MediaError(
@@ -224,6 +228,7 @@ def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = Tru
             f"{path.name} lacks {len(missing)} of {len(names)} annotations: {', '.join(missing)}",
             wanted="one for every frame, or for the first alone",
             found=f"{len(present)} in {path}",
+            hint="where some frames are annotated, as in YouTube-VOS, keep those alone or the first mask",
         )
     opened = MaskFiles(video, names, frozenset(present), path)
     for index in present:
@@ -235,6 +240,13 @@ def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = Tru
                 found=f"{height}x{width}",
             )
     return opened
+
+
+def mask_file(folder: Path, name: str) -> Path:
+    """Return the place of the mask `name`, whose suffix may be in capitals."""
+    path = folder / f"{name}.png"
+    capital = path.with_name(f"{name}.PNG")
+    return capital if not path.is_file() and capital.is_file() else path
 
 
 def frame_stems(video: Video, data_root: str | Path) -> tuple[str, ...]:

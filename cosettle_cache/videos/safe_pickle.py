@@ -1,27 +1,134 @@
-"""Pickles from strangers: arrays and plain containers are read, everything else is refused unexecuted."""
+"""Pickles from strangers: arrays and plain containers are read, everything else is refused unexecuted.
+
+No class or function that a file names is ever looked up. What stands for one while the opcodes run is an
+inert `_Part`; arrays are made when they have ended, from a plain dtype and exactly the bytes that they need.
+"""
 
 from __future__ import annotations
 
+import math
 import pickle
+import re
 from typing import Any
+
+import numpy as np
 
 #: What a pickled NumPy array is made of, in any version of NumPy and of the pickle format.
 _ARRAY_PARTS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
+    **{("numpy", name): name for name in ("ndarray", "dtype")},
+    **{
+        (f"numpy.{core}.{module}", name): name
+        for core in ("core", "_core")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    },
+    ("_codecs", "encode"): "encode",
 }
+_PLAIN_DTYPE = re.compile(r"[<>|=]?([biuf]\d{1,2}|O8?)")
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Loads arrays, plain numbers, texts, bytes, lists, tuples, dictionaries, and nothing else."""
+class _Part:
+    """A name that a pickle calls, or the call; `state` is what the pickle gives the result of a call."""
+
+    __slots__ = ("arguments", "name", "state")
+
+    def __init__(self, name: str, arguments: tuple[Any, ...] | None = None) -> None:
+        self.name, self.arguments, self.state = name, arguments, None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.name == "ndarray" or self.arguments is not None:
+            raise pickle.UnpicklingError("it calls what is no part of an array")
+        if self.name == "encode":
+            return _text(arguments[0]).encode("latin-1")
+        return _Part(self.name, arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        if self.arguments is None:
+            raise pickle.UnpicklingError("it changes what is no array")
+        self.state = state
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Loads arrays, plain numbers, texts, bytes, lists, tuples, dictionaries, and nothing else.
+
+    Written in Python, and so without the table that the faster one makes as long as a file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Refuse what is no part of an array."""
+        """Return what stands for a part of an array; refuse anything else."""
         if (module, name) not in _ARRAY_PARTS:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no part of an array")
-        return super().find_class(module, name)
+        return _Part(_ARRAY_PARTS[module, name])
+
+    def load(self) -> Any:
+        """Return what the file holds."""
+        return _resolve(super().load(), {})
+
+
+def _resolve(content: Any, done: dict[int, Any]) -> Any:
+    """Return `content` with arrays in place of their parts; what stands in it twice is made once."""
+    if not isinstance(content, _Part | list | tuple | dict):
+        return content
+    if id(content) not in done:
+        if isinstance(content, _Part):
+            done[id(content)] = _array(content, done)
+        elif isinstance(content, dict):
+            done[id(content)] = {key: _resolve(value, done) for key, value in content.items()}
+        else:
+            kind = tuple if isinstance(content, tuple) else list
+            done[id(content)] = kind(_resolve(item, done) for item in content)
+    return done[id(content)]
+
+
+def _array(part: _Part, done: dict[int, Any]) -> Any:
+    arguments = part.arguments or ()
+    if part.name == "_reconstruct" and isinstance(part.state, tuple):
+        _, shape, dtype, is_fortran, data = part.state
+        if isinstance(data, list):
+            data = [_resolve(item, done) for item in data]
+        return _from_bytes(data, dtype, shape, "F" if is_fortran else "C")
+    if part.name == "_frombuffer":
+        data, dtype, shape, order = arguments[:4]
+        return _from_bytes(data, dtype, shape, order)
+    if part.name == "scalar":
+        dtype, data = arguments
+        return _from_bytes(data, dtype, (), "C")[()]
+    raise pickle.UnpicklingError("it holds an array without content")
+
+
+def _from_bytes(data: Any, part: Any, shape: Any, order: Any) -> np.ndarray:
+    """Return an array of exactly `data`: bytes, or the items of an array of objects."""
+    dtype = _dtype(part)
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 8:
+        raise pickle.UnpicklingError("it holds an array whose shape is none")
+    n_items = math.prod(shape)
+    if dtype.hasobject:
+        if not isinstance(data, list) or len(data) != n_items:
+            raise pickle.UnpicklingError("it holds an array of other objects than its shape says")
+        array = np.empty(n_items, dtype)
+        array[:] = data
+    else:
+        if not isinstance(data, bytes | bytearray) or len(data) != n_items * dtype.itemsize:
+            raise pickle.UnpicklingError("it holds an array of more or fewer bytes than its shape says")
+        array = np.frombuffer(data, dtype) if data else np.empty(0, dtype)
+    return array.reshape(shape, order="F" if order == "F" else "C")
+
+
+def _dtype(part: Any) -> np.dtype[Any]:
+    if not isinstance(part, _Part) or part.name != "dtype" or not part.arguments:
+        raise pickle.UnpicklingError("it holds an array without a type")
+    name = _text(part.arguments[0])
+    if not _PLAIN_DTYPE.fullmatch(name):
+        raise pickle.UnpicklingError(f"it holds an array of {name[:40]!r}, which is no plain number")
+    dtype = np.dtype(name)
+    order = part.state[1] if isinstance(part.state, tuple) and len(part.state) > 1 else "="
+    return dtype.newbyteorder(">") if order == ">" else dtype
+
+
+def _text(content: Any) -> str:
+    if not isinstance(content, str):
+        raise pickle.UnpicklingError(f"it holds a {type(content).__name__} where a text belongs")
+    return content

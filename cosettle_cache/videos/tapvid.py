@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -22,7 +21,8 @@ from PIL import Image
 from cosettle_cache.core.errors import InputError, MediaError
 from cosettle_cache.core.files import make_folder, output_errors, write_durably
 from cosettle_cache.core.types import Video
-from cosettle_cache.videos.manifest import is_safe_path
+from cosettle_cache.videos.frames import decode_errors
+from cosettle_cache.videos.manifest import path_fault
 from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
 #: A visible point may lie this share of the image outside it: annotators click on rims.
@@ -53,12 +53,13 @@ def read_shares(path: Path, video: Video) -> PointTracks:
     Raises `MediaError` when the file is missing, holds something else, or other frames than the video.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with decode_errors(path), np.load(path, allow_pickle=False) as content:
             points, occluded = content["points"], content["occluded"]
-    except FileNotFoundError as error:
-        raise MediaError(f"{path} does not exist", wanted="a file of tracks") from error
-    except (KeyError, ValueError, OSError, EOFError, BadZipFile, TypeError, MemoryError) as error:
-        raise MediaError(f"{path} holds no tracks", wanted="points and occluded", found=str(error)) from error
+    except MediaError:
+        raise
+    except Exception as error:  # an archive of anything raises anything, a claim of terabytes MemoryError
+        reason = str(error) or type(error).__name__
+        raise MediaError(f"{path} holds no tracks", wanted="points and occluded", found=reason) from error
     problem = _shares_problem(points, occluded)
     if problem:
         raise MediaError(f"{path} holds no tracks", wanted="points in 0..1 and flags", found=problem)
@@ -93,36 +94,43 @@ _JPEG_MARK = b"\xff\xd8"
 Clips = Mapping[str, Mapping[str, Any]]
 
 
-def read_tapvid(path: str | Path) -> Clips:
+def read_tapvid(path: str | Path, failures: dict[str, str] | None = None) -> Clips:
     """Return the clips of a TAP-Vid pickle by name, checked whole; those of a list are numbered.
 
     `video` is uint8 `[frame height width 3]` or a sequence of JPEG files, `points` `[point frame 2]` in
     shares of the image, `occluded` flags `[point frame]`. The whole file is held in memory, as pickles want
-    it. Only arrays and plain containers are read, nothing is executed; `MediaError` says what is wrong.
+    it. Only arrays and plain containers are read, nothing is executed; `MediaError` says what is wrong. One
+    bad clip goes into `failures` with the reason; without them, or where all are bad, it is an error too.
     """
+    path = Path(path)
     try:
-        with Path(path).open("rb") as file:
+        with decode_errors(path), path.open("rb") as file:
             content = ArrayUnpickler(file).load()
-    except FileNotFoundError as error:
-        raise MediaError(f"{path} does not exist", wanted="a pickle of TAP-Vid") from error
+    except MediaError:
+        raise
     except Exception as error:  # a pickle of anything raises anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MediaError(f"{path} is no pickle of TAP-Vid", wanted="arrays only", found=reason) from error
-    numbered = enumerate(content) if isinstance(content, list | tuple) else ()
-    clips = {f"{number:05d}": clip for number, clip in numbered}
+    pairs = list(enumerate(content)) if isinstance(content, list | tuple) else []
+    named = [(f"{number:05d}", clip) for number, clip in pairs]
     if isinstance(content, dict):
-        clips = {str(name): clip for name, clip in content.items()}
+        named = [(str(name), clip) for name, clip in content.items()]
+    clips = dict(named)
     if not clips:
         raise MediaError(f"{path} holds no clips", wanted=_LAYOUT, found=type(content).__name__)
-    for name, clip in clips.items():
-        problem = _problem(name, clip)
-        if problem:
-            raise MediaError(f"{path} has another layout: clip {name}", wanted=_LAYOUT, found=problem)
-    return clips
+    if len(clips) < len(named):
+        raise MediaError(f"{path} has two clips of one name", wanted="a name a clip", found=", ".join(clips))
+    problems = {name: problem for name, clip in clips.items() if (problem := _problem(name, clip))}
+    if problems and (failures is None or len(problems) == len(clips)):
+        name, problem = next(iter(problems.items()))
+        raise MediaError(f"{path} has another layout: clip {name}", wanted=_LAYOUT, found=problem)
+    if failures is not None:
+        failures.update(problems)
+    return {name: clip for name, clip in clips.items() if name not in problems}
 
 
 def _problem(name: str, clip: Any) -> str | None:
-    if not is_safe_path(name) or "/" in name:
+    if path_fault(name) or "/" in name:
         return "a name that is no file name"
     if not isinstance(clip, dict) or not {"video", "points", "occluded"} <= clip.keys():
         return f"keys {', '.join(map(str, clip))}" if isinstance(clip, dict) else type(clip).__name__

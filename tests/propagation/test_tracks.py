@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from store_cases import PATCH, Case
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.settings import FramesSettings, SpritesSettings, TrackSettings
+from cosettle_cache.core.types import MediaKind, Video
 from cosettle_cache.metrics.rows import read_scores
 from cosettle_cache.propagation.track import track_store
 from cosettle_cache.store import open_store
@@ -27,7 +29,7 @@ from cosettle_cache.videos.queries import open_tracks
 from cosettle_cache.videos.sprites.scenes import render
 from cosettle_cache.videos.sprites.tracks import POINTS_PER_OBJECT, scene_tracks, sprites_tracks
 from cosettle_cache.videos.sprites.write import draw_scene, plan_split
-from cosettle_cache.videos.tapvid import read_tapvid, unpack_tapvid
+from cosettle_cache.videos.tapvid import read_shares, read_tapvid, unpack_tapvid
 
 TINY = SpritesSettings(n_train=1, n_val=2, train_frames=2, val_frames=6, height=120, width=160)
 NAME = "val01-figure-ball"
@@ -180,6 +182,29 @@ def test_other_layouts_are_named(tmp_path: Path, change: dict[str, object], foun
 def test_no_clips_and_unsafe_names_are_refused(tmp_path: Path, content: object) -> None:
     with pytest.raises(MediaError):
         read_tapvid(dump(tmp_path / "other.pkl", content))
+
+
+def test_one_bad_clip_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = dump(tmp_path / "t.pkl", {"goat": clip(), "bad": {**clip(), "occluded": np.ones((3, 4), bool)}})
+    assert run("manifest", "unpack", path, tmp_path / "data") == 4
+    assert "left out bad: no visible point" in capsys.readouterr().err
+    assert [item.name for item in (tmp_path / "data/tracks").iterdir()] == ["goat.npz"]
+
+
+def test_two_keys_that_are_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="two clips of one name"):
+        read_tapvid(dump(tmp_path / "t.pkl", {1: clip(), "1": clip()}))
+
+
+def test_tracks_that_claim_terabytes_are_refused(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    claim = {"descr": "<f8", "fortran_order": False, "shape": (10**13, 4, 2)}
+    np.lib.format.write_array_header_1_0(header, claim)
+    with zipfile.ZipFile(tmp_path / "goat.npz", "w") as archive:
+        archive.writestr("points.npy", header.getvalue())
+    video = Video("goat", "goat", MediaKind.FRAMES, 4, 64, 96)
+    with pytest.raises(MediaError, match="holds no tracks"):
+        read_shares(tmp_path / "goat.npz", video)
 
 
 class ColourCase(Case):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import shutil
 
 import numpy as np
@@ -14,6 +16,7 @@ from cosettle_cache.core.types import LabelKind
 from cosettle_cache.videos import build_manifest, open_joints, open_parts, open_sequence
 from cosettle_cache.videos.jhmdb import read_joints, read_predicted_joints, write_predicted_joints
 from cosettle_cache.videos.masks import write_mask
+from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 from cosettle_cache.videos.sprites import SpritesSettings, ensure_sprites
 
 
@@ -183,8 +186,6 @@ def test_predicted_joints_survive_and_strangers_are_refused(tmp_path):
 
 
 def test_a_pickle_runs_nothing(tmp_path):
-    import pickle
-
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "touched"), "w"))
@@ -197,6 +198,81 @@ def test_a_pickle_runs_nothing(tmp_path):
     (tmp_path / "1.dat").write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(MediaError, match="does not hold joints"):
         read_predicted_joints(tmp_path / "1.dat")
+
+
+def name(module: str, attribute: str) -> bytes:
+    return f"c{module}\n{attribute}\n".encode()
+
+
+MAKE_ARRAY = name("numpy.core.multiarray", "_reconstruct")
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_pickled_arrays_are_read_as_they_are(protocol):
+    values = [
+        np.arange(6, dtype=">f4").reshape(2, 3),
+        np.asfortranarray(np.arange(6).reshape(2, 3)),
+        np.array([b"a", b"bc"], object),
+        np.float32(1.5),
+    ]
+    loaded = ArrayUnpickler(io.BytesIO(pickle.dumps({"values": values}, protocol))).load()["values"]
+    for value, again in zip(values, loaded, strict=True):
+        assert again.dtype == value.dtype and np.array_equal(again, value)
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        # numpy.ndarray(shape, dtype, buffer): an object dtype over bytes would call what they point to.
+        name("numpy", "ndarray") + b"(K\x01\x85X\x01\x00\x00\x00OC\x08AAAAAAAAtR",
+        name("numpy", "ndarray") + b"K\x08\x85\x81",
+        # Without a state the array would show the heap.
+        name("numpy.core.multiarray", "_reconstruct")
+        + b"("
+        + name("numpy", "ndarray")
+        + b"K\x08\x85C\x01btR",
+        name("numpy", "dtype") + b"}X\x04\x00\x00\x00nameX\x01\x00\x00\x00xsb",
+        name("numpy", "dtype"),
+        name("posix", "system") + b"X\x02\x00\x00\x00id\x85R",
+    ],
+)
+def test_crafted_calls_are_refused(opcodes):
+    with pytest.raises((pickle.UnpicklingError, TypeError)):
+        ArrayUnpickler(io.BytesIO(b"\x80\x03" + opcodes + b".")).load()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((3,), "<f8"), ((1,), "<f8"), ((2**70,), "<f8"), ((2,), "O"), ((2,), "V8")]
+)
+def test_arrays_of_other_bytes_than_their_shape_needs_are_refused(shape, kind):
+    array = np.zeros(2)
+    content = pickle.dumps(array, 2)
+    changed = _Parts(array, shape, np.dtype(kind))
+    assert ArrayUnpickler(io.BytesIO(content)).load().shape == (2,)
+    with pytest.raises(pickle.UnpicklingError, match="it holds an array"):
+        ArrayUnpickler(io.BytesIO(pickle.dumps(changed, 2))).load()
+
+
+class _Parts:
+    """An array whose state says another shape and type than it has."""
+
+    def __init__(self, array, shape, dtype):
+        maker, arguments, state = array.__reduce__()
+        self.said = (maker, arguments, (state[0], shape, dtype, False, state[4]))
+
+    def __reduce__(self):
+        return self.said
+
+
+def test_joints_of_matlab_7_3(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    joints = write_jhmdb(tmp_path)
+    path = tmp_path / "joint_positions/walk/one/joint_positions.mat"
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file["pos_img"] = joints.T
+    with path.open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(128))
+    np.testing.assert_allclose(read_joints(path), joints - 1)
 
 
 @pytest.mark.data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from PIL import Image
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.types import LabelKind
-from cosettle_cache.videos import DATASETS, DataSet, build_manifest
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
+from cosettle_cache.videos import DATASETS, DataSet, build_manifest, find
 from cosettle_cache.videos.find import benchmark_data, evaluation_data, training_data
 from cosettle_cache.videos.lists import list_manifest
 from cosettle_cache.videos.masks import write_mask
@@ -92,6 +94,31 @@ def test_a_mask_data_set_is_a_row(tmp_path, monkeypatch):
     build = ["manifest", "build", "mine", "Mine", "--data-root", str(tmp_path), "--out", str(out)]
     assert run_command(build) == 0
     assert run_command(["manifest", "check", str(out), "--data-root", str(tmp_path), "--decode"]) == 0
+
+
+def test_a_data_root_counts_whatever_a_manifest_calls_its_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "ensure_sprites", lambda: tmp_path / "built-in")
+    write_clip(tmp_path / "Mine", "a", masks=False)
+    (video,) = build_manifest("folder", tmp_path / "Mine", tmp_path).manifest
+    manifest = Manifest((replace(video, dataset="sprites"),))
+    assert find.media_root(manifest, tmp_path) == tmp_path
+    assert (
+        find.media_root(manifest, tmp_path / "Mine")
+        == find.media_root(manifest, None)
+        == tmp_path / "built-in"
+    )
+
+
+def test_a_video_of_one_frame_is_no_pair(tmp_path, capsys):
+    manifest = Manifest(
+        tuple(Video(name, name, MediaKind.FRAMES, n, 8, 8) for name, n in (("still", 1), ("clip", 2)))
+    )
+    data = find.without_stills(find.Data(manifest, tmp_path, ""), Talk())
+    assert [video.video_id for video in data.manifest] == ["clip"]
+    assert data.failures == {"still": "one frame is no pair"}
+    assert "left out still: one frame is no pair" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no video has two frames"):
+        find.without_stills(find.Data(Manifest(manifest.videos[:1]), tmp_path, ""), Talk())
 
 
 def test_a_row_may_bring_its_own_builder(tmp_path, monkeypatch):

@@ -100,6 +100,47 @@ def test_unknown_split_names_the_known_ones(root):
     assert caught.value.wanted == "train"
 
 
+def test_a_split_without_its_list_is_not_everything(root):
+    (root / "ImageSets/2016").mkdir(parents=True)
+    (root / "ImageSets/2016/val.txt").write_text("dog\n")
+    with pytest.raises(UsageError, match="no split val") as caught:
+        build_davis(root, root.parent)
+    assert (caught.value.wanted, caught.value.found) == ("ImageSets/2017/SPLIT.txt", "2016/val.txt")
+
+
+def test_a_mask_with_soft_edges_is_noted(root):
+    soft = np.linspace(0, 66, SIZE[0] * SIZE[1]).reshape(SIZE).astype(np.uint8)
+    Image.fromarray(soft).save(root / "Annotations/480p/dog/00000.png")
+    result = build_davis(root, root.parent)
+    assert "1 first masks have more than 20 objects: dog (66)" in result.notes[0]
+    assert build_davis(root, root.parent, names=["bmx-trees"]).notes == ()
+
+
+def test_what_to_do_about_masks_is_said(root):
+    write_mask(root / "Annotations/480p/dog/00000.png", 255 * make_mask(1))
+    (root / "Annotations/480p/bmx-trees/00002.png").unlink()
+    make_sequence(root, "good")
+    failures = build_davis(root, root.parent).failures
+    assert "write the object as 1" in failures["DAVIS/JPEGImages/480p/dog"]
+    assert "as in YouTube-VOS" in failures["DAVIS/JPEGImages/480p/bmx-trees"]
+
+
+def test_videos_without_a_resolution_are_explained(tmp_path):
+    make_sequence(tmp_path, "", resolution="0a1b", n_frames=2)
+    with pytest.raises(InputError, match="no single resolution") as caught:
+        build_davis(tmp_path, tmp_path)
+    assert "YouTube-VOS" in caught.value.hint
+
+
+def test_suffixes_in_capitals(root):
+    for folder, suffix in (("JPEGImages", ".JPG"), ("Annotations", ".PNG")):
+        for path in (root / folder / "480p/dog").iterdir():
+            path.rename(path.with_suffix(suffix))
+    (video,) = build_davis(root, root.parent, names=["dog"]).manifest
+    assert (video.n_frames, video.labelled_frames) == (4, 4)
+    assert open_sequence(video, root.parent).mask(3).max() == 1
+
+
 def test_listed_but_missing_sequence_is_a_named_failure(root):
     make_list(root, "val", "dog\nghost\n")
     result = build_davis(root, root.parent)
@@ -133,7 +174,9 @@ def test_other_resolution_folder_is_found(tmp_path):
 def test_sequence_without_annotations_is_a_row_without_labels(root):
     (frames := root / "JPEGImages/480p/plain").mkdir()
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(frames / "00000.jpg")
-    video = build_davis(root, root.parent).manifest.videos[-1]
+    result = build_davis(root, root.parent)
+    assert result.notes == ("1 of 3 videos have no labels: plain",)
+    video = result.manifest.videos[-1]
     assert (video.video_id, video.labels, video.label_kind, video.n_objects) == ("plain", None, None, 0)
     with pytest.raises(MediaError, match="no labels"):
         open_sequence(video, root.parent)

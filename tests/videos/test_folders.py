@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -74,6 +75,35 @@ def test_folder_finds_clips_at_any_depth(tmp_path):
     assert not result.failures
 
 
+def test_what_systems_and_viewers_leave_is_passed_over_with_one_note(tmp_path):
+    make_frames(tmp_path / "clip")
+    make_frames(tmp_path / "clip" / "thumbs", size=(2, 3))
+    make_frames(tmp_path / "clip" / "@eaDir")
+    make_frames(tmp_path / "__MACOSX" / "clip")
+    for name in ("._0.jpg", "._1.jpg", "Thumbs.db"):
+        (tmp_path / "clip" / name).write_bytes(b"\0\5\x16\7")
+    (tmp_path / "._clip.mp4").write_bytes(b"\0\5\x16\7")
+    result = build_folder(tmp_path, tmp_path)
+    assert [(v.video_id, v.n_frames, v.height) for v in result.manifest] == [("clip", 3, 8)]
+    assert not result.failures
+    assert result.notes == ("passed over ._* (2), @eaDir (1), Thumbs.db (1), thumbs (1)",)
+
+
+def test_links_to_folders_around_them_are_not_followed(tmp_path):
+    make_frames(tmp_path / "a" / "clip")
+    make_frames(tmp_path / "b" / "clip")
+    for link, target in (
+        ("a/up", ".."),
+        ("a/again", ".."),
+        ("a/b", "../b"),
+        ("b/a", "../a"),
+        ("a/self", "self"),
+    ):
+        (tmp_path / link).symlink_to(target)
+    result = build_folder(tmp_path, tmp_path)
+    assert [v.video_id for v in result.manifest] == ["a/b/clip", "a/clip", "b/a/clip", "b/clip"]
+
+
 def test_names_keep_their_suffix_where_they_would_collide(tmp_path):
     make_file(tmp_path / "a.mp4")
     make_file(tmp_path / "a.mkv")
@@ -97,15 +127,20 @@ def test_every_bad_clip_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     make_frames(tmp_path / "mixed")
     Image.new("RGB", (5, 5)).save(tmp_path / "mixed" / "9.jpg")
-    make_frames(tmp_path / "colon:name")
+    make_frames(tmp_path / "colon:name \\")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / os.fsdecode(b"\xff.mp4")).touch()
+    make_frames(tmp_path / "line\nend")
     result = build_folder(tmp_path, tmp_path)
-    assert [v.video_id for v in result.manifest] == ["good"]
+    assert [v.video_id for v in result.manifest] == ["colon:name \\", "good"]
     reasons = {
         "zero.mp4": "is empty",
         "noise.mp4": "cannot be decoded",
         "empty": "holds no frames",
         "mixed": "mixes frame sizes",
-        "colon:name": "cannot stand in a manifest",
+        "pipe.mp4": "is not a file",
+        "\\udcff.mp4": "cannot stand in a manifest: it holds control characters, or bytes that are no UTF-8",
+        "line\\nend": "cannot stand in a manifest: it holds control characters",
     }
     assert result.failures.keys() == reasons.keys()
     for media, reason in reasons.items():

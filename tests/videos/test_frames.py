@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from PIL import Image
 
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.types import MediaKind, Video
-from cosettle_cache.videos.frames import FrameReader, frame_names, iter_frames, probe
+from cosettle_cache.videos import frames
+from cosettle_cache.videos.frames import FrameReader, frame_names, image_size, iter_frames, probe
 
 
 def picture(number: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -76,6 +79,146 @@ def test_a_reader_goes_on_where_it_was_and_starts_again_when_asked_back(file: Pa
     for wanted in ([0, 3], [4, 5], [2], [11]):
         frames = list(reader.read(wanted))
         assert all(np.array_equal(f, picture(i)) for f, i in zip(frames, wanted, strict=True))
+
+
+def encode(path: Path, codec: str = "mpeg4", n_frames: int = 30, shift: int = 0, skip: int = 0) -> Path:
+    """Write pictures, a key frame every 10; `shift` frames lie before zero, `skip` packets are lost."""
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 10
+        pictures = (av.VideoFrame.from_ndarray(picture(n), format="rgb24") for n in range(n_frames))
+        packets = [packet for frame in [*pictures, None] for packet in stream.encode(frame)]
+        for packet in packets[skip:]:
+            early = round(shift / (10 * packet.time_base))
+            packet.pts, packet.dts = packet.pts - early, packet.dts - early
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "shift", "skip", "wanted"),
+    [("edit_list.mp4", "mpeg4", 4, 0, 26), ("between_keys.mkv", "libx264", 0, 3, 23)],
+)
+def test_frames_are_those_that_the_decoder_gives(tmp_path, name, codec, shift, skip, wanted) -> None:
+    path = encode(tmp_path / name, codec, shift=shift, skip=skip)
+    video = video_of(path)
+    assert video.n_frames == wanted < probe(path, exact=False).n_frames
+    assert len(list(iter_frames(video, tmp_path))) == wanted
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_damage_that_a_decoder_conceals_is_an_error(tmp_path: Path, codec: str) -> None:
+    path = encode(tmp_path / "clip.mp4", codec)
+    video, content = video_of(path), bytearray(path.read_bytes())
+    at = content.index(b"mdat")
+    at += int.from_bytes(content[at - 4 : at]) // 2
+    content[at : at + 30] = bytes(byte ^ 255 for byte in content[at : at + 30])
+    path.write_bytes(content)
+    for read in (lambda: list(iter_frames(video, tmp_path)), lambda: probe(path)):
+        with pytest.raises(MediaError, match=r"clip\.mp4 (is damaged|cannot be decoded)"):
+            read()
+
+
+def test_a_file_that_is_shorter_than_its_header_says_is_an_error(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.mkv")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    with pytest.raises(MediaError, match=r"is cut short") as caught:
+        probe(path)
+    assert caught.value.wanted == "3.0 s, as its header says"
+
+
+def test_the_default_stream_is_read_and_no_preview(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "clip.mkv"), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=10) for _ in range(2)]
+        for stream, size, is_default in zip(streams, [(16, 32), (48, 64)], [0, 1], strict=True):
+            stream.height, stream.width = size
+            stream.pix_fmt, stream.disposition = "yuv420p", is_default
+        for stream in streams:
+            frame = av.VideoFrame.from_ndarray(picture(0, stream.height, stream.width), format="rgb24")
+            container.mux([*stream.encode(frame), *stream.encode()])
+    assert (probe(tmp_path / "clip.mkv").height, probe(tmp_path / "clip.mkv").n_frames) == (48, 1)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "d", "shown"),
+    [
+        (-1, 0, 0, 1, lambda image: image[:, ::-1]),
+        (1, 0, 0, -1, lambda image: image[::-1]),
+        (-1, 0, 0, -1, lambda image: image[::-1, ::-1]),
+        (0, 1, -1, 0, lambda image: np.rot90(image, 3)),
+        (0, -1, 1, 0, lambda image: np.rot90(image, 1)),
+        (0, 1, 1, 0, lambda image: image.transpose(1, 0, 2)),
+    ],
+)
+def test_a_display_matrix_turns_and_mirrors(tmp_path: Path, a, b, c, d, shown) -> None:
+    path = encode(tmp_path / "clip.mov", n_frames=1)
+    plain = next(iter_frames(video_of(path), tmp_path))
+    unit = [0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000]
+    turned = [a * 0x10000, b * 0x10000, 0, c * 0x10000, d * 0x10000, *unit[5:]]
+    content = path.read_bytes()
+    track = content.index(b"tkhd")
+    old, new = (struct.pack(">9i", *matrix) for matrix in (unit, turned))
+    path.write_bytes(content[:track] + content[track:].replace(old, new, 1))
+    assert np.array_equal(next(iter_frames(video_of(path), tmp_path)), shown(plain))
+
+
+def test_sparse_frames_are_the_same_from_key_frames_on(tmp_path: Path, monkeypatch) -> None:
+    path = encode(tmp_path / "clip.mp4", "libx264")
+    video, starts = video_of(path), []
+    every = list(iter_frames(video, tmp_path))
+    decode = frames._decode
+    monkeypatch.setattr(frames, "_FAR", 5)
+    monkeypatch.setattr(frames, "_decode", lambda *given: starts.append(given[1:]) or decode(*given))
+    sparse = list(iter_frames(video, tmp_path, [2, 14, 29]))
+    assert all(np.array_equal(frame, every[index]) for frame, index in zip(sparse, [2, 14, 29], strict=True))
+    assert len(starts) == 3
+    # Where a packet gives no frame, numbers are not to be had from packets.
+    path = encode(tmp_path / "edited.mp4", shift=4)
+    every = list(iter_frames(video_of(path), tmp_path))
+    assert np.array_equal(next(iter_frames(video_of(path), tmp_path, [20])), every[20])
+
+
+def test_images_are_shown_as_exif_says(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    for name in ("0.jpg", "1.png"):
+        image = Image.fromarray(
+            np.repeat(np.arange(48, dtype=np.uint8)[:, None, None] * 5, 64, 1).repeat(3, 2)
+        )
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(tmp_path / "clip" / name, exif=exif)
+    assert image_size(tmp_path / "clip" / "1.png") == (64, 48)
+    for frame in iter_frames(video_of(tmp_path / "clip"), tmp_path):
+        assert frame.shape == (64, 48, 3) and frame[0, 0, 0] > 230 > 10 > frame[0, -1, 0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bits_of_grey_become_8(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "clip").mkdir()
+    grey = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "clip" / f"0{suffix}")
+    (frame,) = iter_frames(video_of(tmp_path / "clip"), tmp_path)
+    assert np.array_equal(frame, np.repeat((grey >> 8).astype(np.uint8)[:, :, None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 2 1 255 abcdef"]
+)
+def test_only_named_formats_are_opened(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "0.png").write_bytes(content)
+    with pytest.raises(MediaError, match=r"0\.png cannot be decoded"):
+        image_size(tmp_path / "0.png")
+    (tmp_path / "clip.mp4").write_bytes(b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.ts\n")
+    with pytest.raises(MediaError, match=r"clip\.mp4 cannot be decoded"):
+        probe(tmp_path / "clip.mp4")
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip/0.png"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "clip").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(MediaError, match=r"is not a file|is no frame"):
+        probe((tmp_path / name).parent if name.endswith("png") else tmp_path / name)
 
 
 def damage_truncated(folder: Path) -> str:
@@ -156,13 +299,40 @@ def test_indices_outside_the_row_are_refused(folder: Path) -> None:
         next(iter_frames(video_of(folder), folder.parent, [12]))
 
 
-def test_natural_order(tmp_path: Path) -> None:
-    for name in ("b10.jpg", "b9.jpg", "a2.png", "notes.txt"):
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ["a2.png", "b9.jpg", "b10.jpg", "b²", "b²1.PNG"],
+        ["0.5.jpg", "1.10.jpg", "1.25.jpg", "1.5.jpg", "10.jpg"],
+        ["v1.9.jpg", "v1.10.jpg"],
+        ["01.png", "1.jpg", "002.png", "2.png"],
+    ],
+)
+def test_order_of_names(tmp_path: Path, wanted: list[str]) -> None:
+    for name in (*reversed(wanted), "._1.png", ".9.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
-    assert frame_names(tmp_path) == ["a2.png", "b9.jpg", "b10.jpg"]
+    assert frame_names(tmp_path) == [name for name in wanted if "." in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("3.jpg", "holds frame 3 twice"),
+        ("3.PNG", "holds frame 3 twice"),
+        ("a\nb.png", "which is no frame"),
+        ("loop.png", "which is no frame"),
+    ],
+)
+def test_files_that_are_no_frames_of_a_clip(folder: Path, name: str, said: str) -> None:
+    if name == "loop.png":
+        (folder / name).symlink_to(name)
+    else:
+        (folder / name).touch()
+    with pytest.raises(MediaError, match=said):
+        probe(folder)
 
 
 def test_every_shared_clip_decodes_to_its_probed_length(shared_data: Callable[[str], Path]) -> None:
-    for path in sorted(shared_data("clips/misc").iterdir())[::12]:
+    for path in sorted(shared_data("clips/misc").iterdir())[::24]:
         video = video_of(path)
         assert sum(1 for _ in iter_frames(video, path.parent)) == video.n_frames

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmark_cases import write_vip
+from benchmark_cases import write_frames, write_vip
 from conftest import SHARED
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import LabelKind
+from cosettle_cache.videos import build_manifest
 from cosettle_cache.videos.lists import list_manifest, read_list
 from cosettle_cache.videos.manifest import manifest_digest, read_manifest, write_manifest
 
@@ -52,6 +53,7 @@ def test_sizes_of_davis_are_known():
         ("l.txt", "j/joint_positions/a/b/joint_positions.mat j/Rename_Images/a/b\nc\n"),
         ("l.csv", "sequence,frames\na/b,3\nc,4\n"),
         ("l.csv", "video_id\na/b\nc\n"),
+        ("l.txt", "\ufeffa/b\r\nc\r\n"),
     ],
 )
 def test_every_way_of_writing_a_list(tmp_path, name, text):
@@ -59,11 +61,19 @@ def test_every_way_of_writing_a_list(tmp_path, name, text):
     assert [item.name for item in read_list(tmp_path / name)] == ["a/b", "c"]
 
 
+def test_names_with_spaces_and_their_clips(tmp_path):
+    write_frames(tmp_path / "my clip", ["0.jpg"])
+    (tmp_path / "l.txt").write_text("my clip\n")
+    assert [item.name for item in read_list(tmp_path / "l.txt")] == ["my clip"]
+    built = build_manifest("folder", tmp_path, tmp_path, names=["my clip"])
+    assert [video.media for video in built.manifest] == ["my clip"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         ("l.txt", "\n", "lists no videos"),
-        ("l.txt", "a b c\n", "not a list of videos"),
+        ("l.txt", "Images/a Annotations/a b\n", "not a list of videos"),
         ("l.csv", "clip\na\n", "names no videos"),
         ("l.csv", "video_id,frames\na,many\n", "no number"),
     ],
