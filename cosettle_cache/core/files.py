@@ -6,20 +6,26 @@ Everything that must survive a killed process or a lost power supply is written 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import json
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
-from cosettle_cache.core.errors import OutputError, UsageError
+from cosettle_cache.core.errors import InputError, OutputError, UsageError
 
 Buffer = bytes | bytearray | memoryview
 
 #: Bytes that one call writes, and buffers that it may be given (Linux takes 1024).
 _GROUP_BYTES, _GROUP_BUFFERS = 8 * 2**20, 512
+
+#: What says in an output folder which command owns it, and who holds it.
+OWNER_FILE = ".cosettle-cache.json"
 
 _OUTPUT_REASONS = {
     errno.ENOSPC: "no space left on the device",
@@ -64,6 +70,68 @@ def make_folder(path: Path) -> Path:
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of `name` in `folder`; every id or title from outside becomes a path here.
+
+    Raises `InputError` unless it is in normal form, so that two names are two paths, and stays in the folder.
+    """
+    leaves = name.startswith("/") or PurePosixPath(name).parts[:1] == ("..",)
+    aliased = name != os.path.normpath(name) or name == "."
+    if leaves or aliased or re.search(r"[\0-\x1f\x7f-\x9f]", name):
+        wanted = "a relative name without '.', '..', '//' and control characters"
+        raise InputError(f"{name!r} cannot name a file", wanted=wanted)
+    return folder / name
+
+
+@contextmanager
+def own_folder(folder: Path, command: str, *, known: bool = False) -> Iterator[None]:
+    """Hold an output folder, made if need be, for one run of `command`, and mark it as the command's.
+
+    Raises `UsageError` when it holds something without a mark, unless that is `known` to be the command's,
+    when the mark is another command's, and when another run holds it.
+    """
+    hint, path = "choose another folder with --out", make_folder(folder) / OWNER_FILE
+    with output_errors(folder):
+        names = {item.name for item in folder.iterdir()}
+    if names and OWNER_FILE not in names and not known:
+        raise UsageError(
+            f"{folder} holds files of another origin, which would be overwritten",
+            wanted=f"a new or empty folder, or one that {command} made",
+            found=", ".join(sorted(names)[:3]),
+            hint=hint,
+        )
+    with output_errors(path):
+        file = path.open("a+")
+    with file:
+        free = _try_lock(file.fileno())
+        file.seek(0)
+        text = file.read()
+        try:
+            owner = json.loads(text) if text else {"command": command}
+            found = f"{owner['command']}, process {owner.get('pid')} on {owner.get('host')}"
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{path} is no mark of ours", hint=hint) from error
+        if not free or owner["command"] != command:
+            what = "holds the results of another command" if free else "is held by another run"
+            raise UsageError(f"{folder} {what}", found=found, hint=hint)
+        with output_errors(path):
+            file.truncate(0)
+            json.dump({"command": command, "host": platform.node(), "pid": os.getpid()}, file)
+            file.flush()
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file for as long as it is open; say False when somebody else has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks: nobody knows
+    return True
 
 
 def store_title(path: str) -> str:

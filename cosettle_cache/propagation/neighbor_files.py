@@ -18,6 +18,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from cosettle_cache.core.errors import FingerprintError, InputError
+from cosettle_cache.core.files import inside
 from cosettle_cache.core.settings import digest
 from cosettle_cache.core.tables import open_table, stream_table
 from cosettle_cache.core.types import EvalProtocol, Grid
@@ -57,7 +58,7 @@ def neighbors_key(
 def neighbors_path(folder: Path, key: Mapping[str, object]) -> Path:
     """Return where lists are kept; tokens and searches have folders of their own."""
     name = digest([key["tokens"], {name: key[name] for name in SEARCH_FIELDS}])[:16]
-    return folder / name / f"{key['video_id']}.parquet"
+    return inside(folder / name, f"{key['video_id']}.parquet")
 
 
 @contextmanager

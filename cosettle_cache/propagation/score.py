@@ -21,6 +21,7 @@ from PIL import Image
 
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
+from cosettle_cache.core.files import inside
 from cosettle_cache.core.settings import package_versions
 from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
@@ -67,7 +68,7 @@ class Case:
     @property
     def folder(self) -> Path:
         """The video's own folder of predictions."""
-        return self.predictions / self.video.video_id
+        return inside(self.predictions, self.video.video_id)
 
 
 def find_problems(

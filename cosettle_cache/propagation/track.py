@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
@@ -30,12 +31,13 @@ from cosettle_cache.core.errors import (
     RemoteError,
     UsageError,
 )
+from cosettle_cache.core.files import inside, own_folder
 from cosettle_cache.core.settings import TrackSettings, make_provenance
-from cosettle_cache.core.tables import stream_table
+from cosettle_cache.core.tables import open_table, stream_table
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.metrics.rows import tracks_row, video_row
+from cosettle_cache.metrics.rows import remove_scores, tracks_row, video_row, write_scores
 from cosettle_cache.metrics.tapvid import SIZE, count_tracks, scored_frames
 from cosettle_cache.pictures.drawing import DrawnTracks, write_tracks
 from cosettle_cache.store import FeatureStore
@@ -83,6 +85,11 @@ class TrackReport:
     interrupted: bool = False
     error: OutputError | RemoteError | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Say whether every video had its turn and none failed."""
+        return not (self.interrupted or self.error or self.failures)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Case:
@@ -117,13 +124,16 @@ def track_store(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     progress: Progress = SILENT,
     stop: Event | None = None,
+    earlier_failures: Mapping[str, str] = {},
 ) -> TrackReport:
     """Track the queries of every video of `store`; raw and projected tokens share each read.
 
     Without `queries` (by video id) they are sampled from true tracks, which are then scored. Writes
-    `out/tracks.parquet` and pictures of no, the first or all videos, for which frames lie under `data_root`.
-    A video that cannot be tracked is recorded in the report and does not end the run; setting `stop` ends it
-    after the video in hand. Raises `FingerprintError` for a store that does not hold every frame.
+    `out/tracks.parquet`, scores, and pictures of no, the first or all videos, for which frames lie under
+    `data_root`. A video that cannot be tracked is recorded in the report and does not end the run; setting
+    `stop` ends it after the video in hand. `earlier_failures` says by id which videos did not come as far as
+    this and why. Raises `FingerprintError` for a store that does not hold every frame, and `UsageError` when
+    `out` is not a run's own folder, or another run is at work there.
     """
     check_store(store)
     videos = [video for video in store.manifest if queries is None or video.video_id in queries]
@@ -132,14 +142,16 @@ def track_store(
         raise UsageError(f"{pictures!r} says nothing about pictures", wanted=", ".join(n_pictures))
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(PICTURE_FOLDER,))
     report, started, to_draw = TrackReport(), time.perf_counter(), n_pictures[pictures]
+    report.failures |= earlier_failures
     progress.start(len(videos), "videos")
     try:
-        with stream_table(out / TRACKS_FILE, SCHEMA) as write:
+        with _writing(out, report) as write:
             for video in videos:
                 if stop is not None and stop.is_set():
                     report.interrupted = True
                     break
                 try:
+                    folder = inside(out / PICTURE_FOLDER, video.video_id)
                     case = _open(video, data_root, queries, settings)
                     found = _find(case, store, kinds, settings, device, memory_bytes)
                     report.n_queries += len(case.queries)
@@ -153,7 +165,7 @@ def track_store(
                 else:
                     if to_draw:
                         to_draw -= 1
-                        _draw(case, found, data_root, out / PICTURE_FOLDER / video.video_id, report)
+                        _draw(case, found, data_root, folder, report)
                 progress.advance()
     except OutputError as error:
         report.error = report.error or error
@@ -161,6 +173,28 @@ def track_store(
         progress.finish()
     report.seconds = time.perf_counter() - started
     return report
+
+
+@contextmanager
+def _writing(out: Path, report: TrackReport) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Hold `out` for a run and give what writes rows there; the report's scores follow in the end."""
+    with own_folder(out, "track", known=_is_older(out)):
+        remove_scores(out)
+        try:
+            with stream_table(out / TRACKS_FILE, SCHEMA) as write:
+                yield write
+        except OutputError as error:
+            report.error = report.error or error
+        if report.scores:
+            write_scores(out, report.scores, complete=report.complete)
+
+
+def _is_older(out: Path) -> bool:
+    """Say whether `out` is a run's of version 0.1, which left no mark."""
+    try:
+        return bool(open_table(out / TRACKS_FILE).schema_arrow.names == SCHEMA.names)
+    except InputError:
+        return False
 
 
 def check_store(store: FeatureStore) -> None:

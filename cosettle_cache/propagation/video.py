@@ -105,8 +105,8 @@ def propagate_video(
                 wanted=f"{what} under the same path on every worker",
             )
     video, device = work.videos[number], work.torch_device()
-    work.folder.reopen(video.video_id)
     try:
+        work.folder.reopen(video.video_id)
         check_length(video.n_frames)
         subject: Subject = load(work.task.open)(video, work.data_root, work.setting(number))
         with torch.inference_mode(), ExitStack() as open_files:

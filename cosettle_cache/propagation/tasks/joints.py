@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from cosettle_cache.core.files import make_folder, write_durably
+from cosettle_cache.core.files import inside, make_folder, write_durably
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics.rows import clip_row
 from cosettle_cache.pictures.drawing import draw_joints, write_overlays
@@ -35,7 +35,7 @@ def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
         return decode_keypoints(label_map, n_cells=setting.protocol.keypoint_top_k).cpu().numpy()
 
     def begin(folder: Path) -> Predictions:
-        by_name, by_number = folder / f"{video.video_id}.npy", folder / f"{setting.number}.dat"
+        by_name, by_number = inside(folder, f"{video.video_id}.npy"), folder / f"{setting.number}.dat"
         make_folder(by_name.parent)
         points: list[Cells] = []
 

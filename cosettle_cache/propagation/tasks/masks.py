@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import inside, make_folder
 from cosettle_cache.core.types import Video
 from cosettle_cache.metrics import DavisScorer
 from cosettle_cache.metrics.rows import object_rows
@@ -43,7 +43,7 @@ def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
 
     def begin(folder: Path) -> Predictions:
         names = [f"{name}.png" for name in sequence.frame_names]
-        predictions = write_index_maps(folder / video.video_id, names)
+        predictions = write_index_maps(inside(folder, video.video_id), names)
         if not sequence.scorable:
             return predictions
         scorer, shown = DavisScorer.from_first_mask(first_mask), set(np.unique(first_mask).tolist())
@@ -87,7 +87,7 @@ def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]
 
     def maps(folder: Path) -> Iterator[UInt8[np.ndarray, "_ _"]]:
         for name in names:
-            mask = read_mask(folder / video.video_id / pattern.format(name))
+            mask = read_mask(inside(folder, video.video_id) / pattern.format(name))
             yield mask if mask.shape == size else sample_mask(mask, size)
 
     write_overlays(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from cosettle_cache.core.files import inside
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics import Confusion, count_pixels, no_pixels
 from cosettle_cache.metrics.rows import parts_row
@@ -42,7 +43,7 @@ def open_part_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
 
     def begin(folder: Path) -> Predictions:
         names = [FILE.format(name) for name in files.frame_names]
-        predictions = write_index_maps(folder / video.video_id, names)
+        predictions = write_index_maps(inside(folder, video.video_id), names)
         if len(files.labelled) == 1:  # the first frame alone: there is nothing to score
             return predictions
         counts: list[Confusion] = []
