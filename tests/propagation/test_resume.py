@@ -154,10 +154,13 @@ def test_other_settings_are_listed_and_nothing_is_touched(go, tmp_path):
     assert anew.n_videos_before == 0
     assert [row.tokens for row in anew.scores] == ["raw"] * 8
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".cosettle-cache.json",
         "notes.txt",
         "overlays",
         "progress",
         "raw",
+        "scores.parquet",
+        "summary.json",
     ]
     assert anew.scores == tuple(row for row in report.scores if row.tokens == "raw")
 

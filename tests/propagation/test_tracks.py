@@ -328,6 +328,20 @@ def test_a_video_that_cannot_be_tracked_is_named_and_the_others_are_scored(
     assert [score.video_id for score in read_scores(tmp_path / "out/scores.parquet")] == ["good"]
 
 
+def test_a_folder_of_another_origin_is_left_as_it_is(
+    tapvid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/scores.parquet").write_text("the user's own")
+    assert track(tapvid, tmp_path / "out", "--task", "tapvid") == 2
+    assert "another origin" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.parquet"]
+    # Version 0.1 left no mark.
+    assert track(tapvid, tmp_path / "old", "--task", "tapvid", "--pictures", "none") == 0
+    (tmp_path / "old/.cosettle-cache.json").unlink()
+    assert track(tapvid, tmp_path / "old", "--task", "tapvid", "--pictures", "none") == 0
+
+
 def test_a_dry_run_writes_nothing_and_says_what_it_would_do(
     tapvid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

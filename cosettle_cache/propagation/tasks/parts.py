@@ -36,15 +36,15 @@ def open_part_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
     """Return a clip with body parts; raise `MediaError` for annotations that cannot be used."""
     sequence = open_parts(video, data_root)
     first_mask = sequence.first_mask()
-    first, files = encode_index_map(first_mask, setting), sequence.files
+    first = encode_index_map(first_mask, setting)
 
     def decode(label_map: LabelMap) -> ClassMap:
         return decode_index_map(label_map, first, setting, first_mask.shape)
 
     def begin(folder: Path) -> Predictions:
-        names = [FILE.format(name) for name in files.frame_names]
+        names = [FILE.format(name) for name in sequence.frame_names]
         predictions = write_index_maps(inside(folder, video.video_id), names)
-        if len(files.labelled) == 1:  # the first frame alone: there is nothing to score
+        if len(sequence.labelled) == 1:  # the first frame alone: there is nothing to score
             return predictions
         counts: list[Confusion] = []
 
