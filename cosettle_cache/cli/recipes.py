@@ -218,7 +218,7 @@ def _read_step(table: Mapping[str, Any], data_root: Path | None, path: Path) -> 
 
 def check_expectations(recipe: Recipe) -> list[Expectation]:
     """Return every expectation with the figure in the recipe's summary file."""
-    from cosettle_cache.core.tables import read_json
+    from cosettle_cache.core.files import read_json
 
     if recipe.summary is None:
         return []

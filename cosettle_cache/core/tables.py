@@ -105,13 +105,3 @@ def write_json(path: Path, document: Any) -> None:
     make_folder(path.parent)
     text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     write_durably(path, [text.encode()])
-
-
-def read_json(path: Path) -> Any:
-    """Read one JSON document; raise `InputError` when it is missing or malformed."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", wanted="a JSON file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON", found=str(error)) from error

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cosettle_cache.core.errors import FingerprintError, InputError
-from cosettle_cache.core.files import inside, make_folder, output_errors
+from cosettle_cache.core.files import inside, make_folder, output_errors, read_json
 from cosettle_cache.core.settings import differing, digest, flat_text, package_versions
-from cosettle_cache.core.tables import read_json, write_json
+from cosettle_cache.core.tables import write_json
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.metrics.rows import rows_of_wide
@@ -46,13 +46,21 @@ class RunFolder:
         """Return the folder of a video's pictures."""
         return inside(self.path / OVERLAY_FOLDER, video_id)
 
-    @property
-    def is_older(self) -> bool:
-        """Say whether the folder is a run's of version 0.1, which left no mark."""
+    def settings(self) -> Any:
+        """Return what `begin` wrote, None where nothing is; raise `InputError` when it is something else."""
+        path = self.progress / _SETTINGS_FILE
+        found = read_json(path) if path.exists() else None
         try:
-            return self._settings() is not None
-        except InputError:
-            return False
+            whole = found is None or (
+                {"task", "protocol.name"} <= found["origin"].keys()
+                and isinstance(found["kinds"], list)
+                and all(isinstance(name, str) for name in found["kinds"])
+            )
+        except (AttributeError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise InputError(f"{path} holds no settings of a run", hint="choose another folder with --out")
+        return found
 
     def begin(self, origin: Mapping[str, Any], kinds: Sequence[str], restart: bool) -> None:
         """Take the folder for a run; raise `FingerprintError` when it belongs to other settings.
@@ -60,7 +68,7 @@ class RunFolder:
         Raises `InputError` for settings that cannot be read. With `restart` what an earlier run left is
         removed first.
         """
-        wanted, found = flat_text(origin), self._settings()
+        wanted, found = flat_text(origin), self.settings()
         if restart and found is not None:
             # Marks first: whatever is left then, if this is cut short, counts for nothing.
             names = (f"{PROGRESS_FOLDER}/videos", OVERLAY_FOLDER, *found["kinds"], PROGRESS_FOLDER)
@@ -119,21 +127,6 @@ class RunFolder:
     def _mark(self, video_id: str) -> Path:
         path = inside(self.progress / "videos", video_id)
         return path.with_name(f"{path.name}.json")
-
-    def _settings(self) -> Any:
-        """Return what `begin` wrote, None where nothing is; raise `InputError` when it is something else."""
-        path = self.progress / _SETTINGS_FILE
-        found = read_json(path) if path.exists() else None
-        try:
-            whole = found is None or (
-                {"task", "protocol.name"} <= found["origin"].keys()
-                and all(isinstance(name, str) for name in found["kinds"])
-            )
-        except (AttributeError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise InputError(f"{path} holds no settings of a run", hint="choose another folder with --out")
-        return found
 
 
 def run_origin(

@@ -118,7 +118,8 @@ def propagate_store(
     work = VideoWork(store, data_root.absolute(), protocol, folder, settings, row, kinds, device)
     started, reports, n_before, error = time.perf_counter(), dict[int, VideoReport](), 0, None
     try:
-        with own_folder(folder.path, "propagate", known=folder.is_older):
+        folder.settings()  # what is not a run's is refused before it is marked as one
+        with own_folder(folder.path, "propagate"):
             origin = run_origin(store, task, protocol, kinds)
             folder.begin(origin, [kind.name for kind in kinds], settings.restart)
             # Figures of an earlier run must not pass for those of a run that fails.

@@ -178,7 +178,9 @@ def track_store(
 @contextmanager
 def _writing(out: Path, report: TrackReport) -> Iterator[Callable[[pa.RecordBatch], None]]:
     """Hold `out` for a run and give what writes rows there; the report's scores follow in the end."""
-    with own_folder(out, "track", known=_is_older(out)):
+    if (out / TRACKS_FILE).exists() and open_table(out / TRACKS_FILE).schema_arrow.names != SCHEMA.names:
+        raise UsageError(f"{out / TRACKS_FILE} is another table", hint="choose another folder with --out")
+    with own_folder(out, "track"):
         remove_scores(out)
         try:
             with stream_table(out / TRACKS_FILE, SCHEMA) as write:
@@ -187,14 +189,6 @@ def _writing(out: Path, report: TrackReport) -> Iterator[Callable[[pa.RecordBatc
             report.error = report.error or error
         if report.scores:
             write_scores(out, report.scores, complete=report.complete)
-
-
-def _is_older(out: Path) -> bool:
-    """Say whether `out` is a run's of version 0.1, which left no mark."""
-    try:
-        return bool(open_table(out / TRACKS_FILE).schema_arrow.names == SCHEMA.names)
-    except InputError:
-        return False
 
 
 def check_store(store: FeatureStore) -> None:

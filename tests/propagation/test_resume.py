@@ -66,12 +66,15 @@ def whole(squares, tmp_path_factory):
 
 
 def results_of(out: Path) -> dict[str, bytes]:
-    """All files that a user looks at; stills stand for the films, which hold a date."""
+    """All files that a user looks at; stills stand for the films, which hold a date.
+
+    Rows of scores are compared as such: in the table their figures may stand in another order.
+    """
     files = folder_bytes(out)
     return {
         name: data
         for name, data in files.items()
-        if not name.startswith("progress/") and not name.endswith(".mp4")
+        if not name.startswith("progress/") and not name.endswith((".mp4", "scores.parquet"))
     }
 
 

@@ -332,10 +332,11 @@ def test_a_folder_of_another_origin_is_left_as_it_is(
     tapvid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/scores.parquet").write_text("the user's own")
-    assert track(tapvid, tmp_path / "out", "--task", "tapvid") == 2
-    assert "another origin" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.parquet"]
+    for name, code in (("scores.parquet", 2), ("tracks.parquet", 3)):
+        (tmp_path / "out" / name).write_text("the user's own")
+        assert track(tapvid, tmp_path / "out", "--task", "tapvid") == code
+        assert name in capsys.readouterr().err
+        assert {path.read_text() for path in (tmp_path / "out").iterdir()} == {"the user's own"}
     # Version 0.1 left no mark.
     assert track(tapvid, tmp_path / "old", "--task", "tapvid", "--pictures", "none") == 0
     (tmp_path / "old/.cosettle-cache.json").unlink()
