@@ -44,15 +44,17 @@ _KEY = b"cosettle_neighbors"
 
 
 def neighbors_key(
-    protocol: EvalProtocol, *, video_id: str, tokens: str, n_frames: int, grid: Grid
+    protocol: EvalProtocol, *, video_id: str, tokens: str, content: str, n_frames: int, grid: Grid
 ) -> dict[str, object]:
     """Return what one video's lists depend on: the tokens and the protocol's fields that play a part.
 
-    `tokens` is free text: digests of the store's fingerprint and of the projection, say.
+    `tokens` is free text: digests of the store's fingerprint and of the projection, say; `content` is one of
+    the video's stored tokens, which may have been made from other frames of the same names and sizes.
     """
     search = {name: getattr(protocol, name) for name in SEARCH_FIELDS}
     size = {"n_frames": n_frames, "grid": str(grid)}
-    return {"version": VERSION, "video_id": video_id, "tokens": tokens, **size, **search}
+    made_of = {"tokens": tokens, "content": content}
+    return {"version": VERSION, "video_id": video_id, **made_of, **size, **search}
 
 
 def neighbors_path(folder: Path, key: Mapping[str, object]) -> Path:
@@ -83,11 +85,15 @@ def neighbor_writer(path: Path, key: Mapping[str, object]) -> Iterator[Callable[
 def load_neighbors(path: Path, key: Mapping[str, object]) -> Iterator[Neighbors]:
     """Return the lists of a video's second to last frame, read as they are asked for.
 
-    Raises `FingerprintError` when the file is of other tokens or of another search.
+    Raises `FingerprintError` when the file is of other tokens or of another search, and `InputError` when it
+    is damaged, which may be noticed only when a frame is read.
     """
     file = open_table(path)
-    found = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b"{}"))
-    if not found:
+    try:
+        found = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b""))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not file.schema_arrow.equals(SCHEMA):
         raise InputError(f"{path} holds no neighbours", wanted="a file that --save-neighbors wrote")
     if keys := [name for name in {**key, **found} if key.get(name) != found.get(name)]:
         raise FingerprintError(
@@ -95,8 +101,28 @@ def load_neighbors(path: Path, key: Mapping[str, object]) -> Iterator[Neighbors]
             details=[f"{name}: wanted {key.get(name)}, found {found.get(name)}" for name in keys],
             hint="search again, and keep the lists in another folder",
         )
-    top_k = int(found["top_k"])
-    return (_from_rows(file.read_row_group(group), top_k) for group in range(file.num_row_groups))
+    n_frames, top_k = int(found["n_frames"]), int(found["top_k"])
+    n_tokens = Grid.parse(found["grid"]).n_tokens
+    if file.num_row_groups != n_frames - 1:
+        raise _damaged(path, f"{file.num_row_groups + 1} frames, not {n_frames}")
+
+    def read(frame: int) -> Neighbors:
+        try:
+            neighbors = _from_rows(file.read_row_group(frame - 1), top_k)
+        except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+            raise _damaged(path, f"frame {frame}: {error}") from error
+        right = neighbors.similarity.isfinite() == (neighbors.count > 0)
+        for part, limit in ((neighbors.frame, frame), (neighbors.position, n_tokens)):
+            right &= (part >= 0) & (part < limit)
+        if not right.all():
+            raise _damaged(path, f"frame {frame} has neighbours that are nowhere")
+        return neighbors
+
+    return map(read, range(1, n_frames))
+
+
+def _damaged(path: Path, found: str) -> InputError:
+    return InputError(f"{path} is damaged", found=found, hint="remove it: what it held is searched again")
 
 
 def _to_rows(neighbors: Neighbors, frame: int, schema: pa.Schema) -> pa.RecordBatch:

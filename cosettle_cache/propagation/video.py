@@ -186,6 +186,7 @@ def _open_track(
             work.protocol,
             video_id=video.video_id,
             tokens=digest([work.store.fingerprint.to_json(), kind.sha256]),
+            content=work.store.content_digest(video.video_id),
             n_frames=video.n_frames,
             grid=setting.grid,
         )
