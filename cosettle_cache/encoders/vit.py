@@ -8,7 +8,6 @@ or shifted as Co-Settle does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,16 +24,17 @@ from timm.layers.pos_embed_sincos import (
     get_mixed_freqs,
     get_mixed_grid,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.types import Grid, PositionShift
 from cosettle_cache.encoders.registry import PositionResize
 
 if TYPE_CHECKING:
     from cosettle_cache.encoders.registry import BackboneInfo
 
-#: Names of the precisions and the type that autocast computes in; float32 is exact, without TF32.
+#: Names of the precisions and the type that autocast computes in; None is float32, exact, without TF32.
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: What a shift does, for fingerprints.
@@ -77,6 +77,8 @@ class Backbone:
         self.precision, self.device = precision, torch.device(device)
         self._body = body
         self._autocast = PRECISIONS[precision]
+        if self._autocast is not None:
+            body.keep_weights_in(self._autocast)
 
     def grid(self, height: int, width: int) -> Grid:
         """Return the grid of patch tokens of an image of this size in pixels."""
@@ -113,8 +115,8 @@ class Backbone:
         grid = self.grid(*images.shape[-2:])
         for shift in {shift for _, shift in views if shift is not None}:
             check_shift(grid, shift)
-        with torch.inference_mode(), self._numerics():
-            tokens = self._body.tokens(images.to(self.device, non_blocking=True), views, grid)
+        with torch.inference_mode():
+            tokens = self._body.tokens(images.to(self.device), views, grid, self._autocast)
         # Copied outside inference mode: without prefix tokens, contiguous, and usable in training.
         patches = tokens[:, -grid.n_tokens :].clone()
         return patches.view(len(patches), grid.rows, grid.cols, self.dim)
@@ -127,14 +129,6 @@ class Backbone:
         for block in self._body.vit.blocks:  # they are alike, so the compiler works once
             block.compile()
         self.precision = f"{self.precision} compiled"
-
-    def _numerics(self) -> AbstractContextManager[Any]:
-        if self._autocast is not None:
-            return torch.autocast(self.device.type, dtype=self._autocast)
-        if self.device.type == "cuda":
-            # Convolutions default to TF32, which moves tokens by 1e-3.
-            return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        return nullcontext()
 
 
 class VitBody:
@@ -151,28 +145,55 @@ class VitBody:
         rope = getattr(vit, "rope", None)
         self.rotary = None if rope is None else Rotary(rope, len(vit.blocks))
 
-    def tokens(self, images: Tensor, views: Sequence[tuple[int, PositionShift | None]], grid: Grid) -> Tensor:
-        """Return all tokens [n, prefix + patch, dim] of the views (image number, shift)."""
+    def keep_weights_in(self, dtype: torch.dtype) -> None:
+        """Round once the weights that autocast would round in every forward; norms, scales stay float32."""
+        for module in self.vit.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(dtype)
+
+    def tokens(
+        self,
+        images: Tensor,
+        views: Sequence[tuple[int, PositionShift | None]],
+        grid: Grid,
+        autocast: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return all tokens [n, prefix + patch, dim] of the views (image number, shift).
+
+        Positions are float32 in every precision, so no token depends on which other views are shifted.
+        """
         images_of, shifts = [image for image, _ in views], [shift for _, shift in views]
-        patches = self.vit.patch_embed(images).flatten(1, 2)
-        if images_of != list(range(len(patches))):
-            patches = patches[images_of]
-        if self.positions is not None:
-            patches = patches + self.positions.of_views(grid, shifts)
-        elif self.rotary is None and any(shifts):
+        if self.positions is None and self.rotary is None and any(shifts):
             raise UsageError("this encoder has no positions to shift", wanted="absolute or rotary positions")
-        tokens = self.vit.norm_pre(torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1))
-        if self.rotary is None:
-            for block in self.vit.blocks:
-                tokens = block(tokens)
-        else:
-            for block, table in zip(self.vit.blocks, self.rotary.tables(grid, shifts), strict=True):
-                tokens = block(tokens, rope=table)
-        normed: Tensor = self.vit.norm(tokens)
+        device = images.device.type
+        with exact_float32(device):
+            positions = None if self.positions is None else self.positions.of_views(grid, shifts)
+            tables = None if self.rotary is None else self.rotary.tables(grid, shifts)
+            with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+                tokens = self._forward(images, images_of, positions, tables)
+                normed: Tensor = self.vit.norm(tokens)
         if self.norm_plain:
             return normed
         shifted = torch.tensor([shift is not None for shift in shifts], device=tokens.device)
         return torch.where(shifted[:, None, None], normed, tokens)
+
+    def _forward(
+        self,
+        images: Tensor,
+        images_of: Sequence[int],
+        positions: Tensor | None,
+        tables: Sequence[Tensor] | None,
+    ) -> Tensor:
+        """Return the tokens behind the last block of the views of these images."""
+        patches = self.vit.patch_embed(images).flatten(1, 2)
+        if images_of != list(range(len(patches))):
+            patches = patches[images_of]
+        if positions is not None:
+            patches = patches + positions
+        tokens: Tensor = self.vit.norm_pre(torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1))
+        for index, block in enumerate(self.vit.blocks):
+            tokens = block(tokens) if tables is None else block(tokens, rope=tables[index])
+        return tokens
 
 
 def split_positions(vit: Any) -> tuple[Tensor, Tensor | None]:

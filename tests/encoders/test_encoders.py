@@ -22,8 +22,8 @@ from cosettle_cache.encoders import BACKBONES, FAMILIES, describe_backbone, load
 from cosettle_cache.encoders.checkpoints import read_checkpoint
 from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
 from cosettle_cache.encoders.load import make_vit, vit_from_file
-from cosettle_cache.encoders.registry import PositionResize
-from cosettle_cache.encoders.vit import Positions, VitBody, enlarged_length
+from cosettle_cache.encoders.registry import Architecture, PositionResize, make_info
+from cosettle_cache.encoders.vit import PRECISIONS, Backbone, Positions, VitBody, Weights, enlarged_length
 from cosettle_cache.heads.projection import load_projection
 from cosettle_cache.training.losses import transfer_loss
 
@@ -193,6 +193,84 @@ def test_each_image_gets_its_own_shift(tiny):
         alone = tiny.encode(images[index : index + 1], shift)[0]
         torch.testing.assert_close(together[index], alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[1], tiny.encode(images)[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_do_not_depend_on_who_shares_the_batch(family, precision):
+    sizes = Architecture(64, 2, 1, 16, Grid(2, 2), 128)
+    exact, backbone = (_small_random(FAMILIES[family], sizes, name) for name in ("fp32", precision))
+    images = torch.randn(4, 3, 48, 64, generator=torch.Generator().manual_seed(3))
+    moved = [PositionShift(10.0, 3, 17), PositionShift(2.0, 0, 5), PositionShift(10.0, 1, 1), None]
+    for shifts in ([None] * 4, [*moved[:3], moved[0]], moved):
+        together = backbone.encode(images, shifts)
+        alone = torch.cat([backbone.encode(images[i : i + 1], shift) for i, shift in enumerate(shifts)])
+        largest = alone.abs().max()
+        # Products of other shapes may add in another order: a rounding or two of the precision.
+        rounding = torch.finfo(PRECISIONS[precision] or torch.float32).eps
+        assert (together - alone).abs().max() <= 2 * rounding * largest
+        assert (together - exact.encode(images, shifts)).abs().max() <= 0.02 * largest
+
+
+def _small_random(family, sizes, precision):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = make_vit(family, sizes).eval().requires_grad_(False)
+    body, info = VitBody(vit, family.resize, family.norm_plain), make_info(family.name, family, sizes)
+    rules = {"token_rule": "", "position_rule": ""}
+    return Backbone(info, body, Weights("random", ""), precision=precision, **rules)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_rounded_once_give_the_tokens_of_autocast(precision):
+    views = [(0, None), (1, PositionShift(10.0, 1, 2))]
+    for name in (TINY, "timm/eva02_tiny_patch14_224"):
+        exact, rounded = (load_backbone(name, weights="random", precision=p) for p in ("fp32", precision))
+        images = torch.rand(2, 3, 2 * exact.patch, 2 * exact.patch)
+        with torch.inference_mode():
+            found, wanted = (
+                backbone._body.tokens(images, views, Grid(2, 2), PRECISIONS[precision])
+                for backbone in (rounded, exact)
+            )
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("api", ["old", "new", "whole", "autocast"])
+def test_float32_is_exact_whatever_the_process_set_and_its_flags_stay(tiny, api):
+    backends = torch.backends
+    if api in {"new", "whole"} and not hasattr(backends, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    wanted = tiny.encode(images)
+    operators = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    owners = (backends, backends.cudnn, *operators)
+
+    def read():
+        return [getattr(owner, "fp32_precision", None) for owner in owners]
+
+    before = read()
+    try:
+        if api == "old":
+            torch.set_float32_matmul_precision("medium")
+        elif api == "new":
+            backends.cuda.matmul.fp32_precision = backends.mkldnn.matmul.fp32_precision = "tf32"
+        elif api == "whole":
+            backends.fp32_precision = "tf32"
+        with torch.autocast("cpu", torch.bfloat16, enabled=api == "autocast"):
+            found, inside = read(), []
+            tiny._body.vit.norm.register_forward_hook(lambda *_: inside.append(read()))
+            assert torch.equal(tiny.encode(images), wanted)
+        assert read() == found
+        assert set(inside[0][2:]) <= {"ieee", None}
+        if api == "whole":  # what followed the whole follows it again
+            backends.fp32_precision = "none"
+            assert read() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for owner, value in zip(owners, before, strict=True):
+            if value is not None:
+                owner.fp32_precision = value
+        tiny._body.vit.norm._forward_hooks.clear()
 
 
 def test_views_of_one_image_share_its_patches(tiny):

@@ -260,6 +260,19 @@ def command(clips: Path, out: Path) -> list[str]:
     return [*words.split(), "--batch", "2", *places]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_pairs_plan_is_extracted_in_half_precision(
+    clips: Path, tmp_path: Path, backbone: Backbone, precision: str
+) -> None:
+    """Batches of it mix plain and shifted views."""
+    write_manifest(clips.parent / "m.parquet", manifest_of(clips))
+    assert run_command([*command(clips, tmp_path / "half.zarr"), "--precision", precision]) == 0
+    run(clips, tmp_path / "whole.zarr", backbone)
+    stores = [open_store(tmp_path / f"{name}.zarr") for name in ("half", "whole")]
+    half, whole = (np.concatenate(list(store.samples(store.sample_ids))) for store in stores)
+    assert np.abs(half - whole).max() <= 0.02 * np.abs(whole).max()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_loses_nothing(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_manifest(clips.parent / "m.parquet", manifest_of(clips))
