@@ -7,8 +7,10 @@ out again to the last bit. Files are written and read frame by frame.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,8 @@ SCHEMA = pa.schema(
 )
 _LISTS = ("neighbor_frame", "neighbor_position", "similarity", "count")
 _KEY = b"cosettle_neighbors"
+#: Frames that a GPU searches before the host waits for their lists.
+_FRAMES_AT_ONCE = 64
 
 
 def neighbors_key(
@@ -67,15 +71,23 @@ def neighbors_path(folder: Path, key: Mapping[str, object]) -> Path:
 def neighbor_writer(path: Path, key: Mapping[str, object]) -> Iterator[Callable[[Neighbors], None]]:
     """Give a function that takes the lists frame by frame; the file is there when all have come."""
     schema = SCHEMA.with_metadata({_KEY: json.dumps(key)})
-    n_written = 0
+    n_written, waiting = 0, list[Neighbors]()
     with stream_table(path, schema) as write_rows:
 
-        def write(neighbors: Neighbors) -> None:
+        def write_waiting() -> None:
             nonlocal n_written
-            n_written += 1
-            write_rows(_to_rows(neighbors, n_written, schema))
+            for neighbors in _to_host(waiting):
+                n_written += 1
+                write_rows(_to_rows(neighbors, n_written, schema))
+            waiting.clear()
+
+        def write(neighbors: Neighbors) -> None:
+            waiting.append(neighbors)
+            if neighbors.count.device.type == "cpu" or len(waiting) == _FRAMES_AT_ONCE:
+                write_waiting()
 
         yield write
+        write_waiting()
         wanted = int(str(key["n_frames"])) - 1
         if n_written != wanted:
             what = f"the neighbours of {key['video_id']} are not complete"
@@ -125,12 +137,23 @@ def _damaged(path: Path, found: str) -> InputError:
     return InputError(f"{path} is damaged", found=found, hint="remove it: what it held is searched again")
 
 
+def _to_host(lists: Sequence[Neighbors]) -> list[Neighbors]:
+    """Return lists on the host; the device is waited for once."""
+    parts = [getattr(item, field.name) for item in lists for field in fields(Neighbors)]
+    if not parts or parts[0].device.type == "cpu":
+        return list(lists)
+    moved = torch.cat([part.view(torch.int32).flatten() for part in parts]).cpu()
+    shaped = zip(torch.split(moved, [part.numel() for part in parts]), parts, strict=True)
+    found = iter([values.view(part.dtype).view(part.shape) for values, part in shaped])
+    return [Neighbors(*islice(found, len(fields(Neighbors)))) for _ in lists]
+
+
 def _to_rows(neighbors: Neighbors, frame: int, schema: pa.Schema) -> pa.RecordBatch:
-    there = (neighbors.count > 0).cpu()
+    there = neighbors.count > 0
     n_queries = len(there)
     ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).numpy()]).astype(np.int32)
     parts = (neighbors.frame, neighbors.position, neighbors.similarity, neighbors.count)
-    lists = [pa.ListArray.from_arrays(ends, pa.array(part.cpu()[there].numpy())) for part in parts]
+    lists = [pa.ListArray.from_arrays(ends, pa.array(part[there].numpy())) for part in parts]
     queries = np.arange(n_queries, dtype=np.int32)
     return pa.record_batch([np.full(n_queries, frame, np.int32), queries, *lists], schema=schema)
 
