@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,7 +96,7 @@ def propagate(
     from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
-    from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG, remove_scores, write_scores
+    from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG
     from cosettle_cache.propagation.run import propagate_store, write_score_chart
 
     encoder = (backbone, weights, data_root, device, precision)
@@ -113,8 +113,6 @@ def propagate(
     talk.note(f"protocol: {json.dumps(chosen.to_json())}")
 
     def start(n_finished: int) -> None:
-        # Figures of an earlier run must not pass for those of a run that fails.
-        remove_scores(out)
         if n_finished:
             talk.note(f"{out}: {n_finished} of {len(store.manifest)} videos are finished already")
 
@@ -136,13 +134,12 @@ def propagate(
             progress=talk.progress("propagate"),
             stop=stop,
             on_start=start,
+            earlier_failures=failures,
         )
-    write_scores(out, report.scores, complete=not (report.interrupted or report.error))
-    failures |= report.failures
-    _print(report, out, failures, talk, as_json=mode.as_json)
+    _print(report, out, talk, as_json=mode.as_json)
     if settings.overlays != "none":
         write_score_chart(report.scores, out / CHART_FILE, out / CHART_SVG)
-    return finish(report, failures)
+    return finish(report, report.failures)
 
 
 def _make_store(
@@ -181,14 +178,11 @@ def _open_store(
     return store, media_root(store.manifest, wish.data_root), dict(store.failures)
 
 
-def _print(
-    report: PropagationReport, out: Path, failures: Mapping[str, str], talk: Talk, *, as_json: bool
-) -> None:
+def _print(report: PropagationReport, out: Path, talk: Talk, *, as_json: bool) -> None:
     from cosettle_cache.metrics.rows import score_table, summary_json
 
     if as_json:
-        complete = not (report.interrupted or report.error)
-        document = {"complete": complete, "out": str(out), "failures": failures}
+        document = {"complete": report.complete, "out": str(out), "failures": dict(report.failures)}
         talk.json({**document, **summary_json(report.scores)})
         return
     if report.scores:

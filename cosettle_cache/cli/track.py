@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,7 +21,7 @@ from cosettle_cache.cli.options import (
 )
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
-from cosettle_cache.core.files import make_folder, store_title
+from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import FITTING_SIZE, TrackSettings
 from cosettle_cache.core.types import LabelKind
 
@@ -67,7 +66,6 @@ def track(
     from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
-    from cosettle_cache.metrics.rows import remove_scores, write_scores
     from cosettle_cache.propagation.track import track_store
     from cosettle_cache.videos.find import media_root
     from cosettle_cache.videos.queries import read_queries
@@ -96,7 +94,6 @@ def track(
         talk.json({**plan, "videos": videos, "tokens": tokens, "out": out})
         return ExitCode.DONE
     device = pick_device(device)
-    remove_scores(make_folder(out))
     talk.note(f"settings: {json.dumps(asdict(settings))}")
     with interruptible(talk, "video") as stop:
         report = track_store(
@@ -111,12 +108,10 @@ def track(
             device=device,
             progress=talk.progress("track"),
             stop=stop,
+            earlier_failures=failures,
         )
-    if report.scores:
-        write_scores(out, report.scores, complete=not (report.interrupted or report.error))
-    failures |= report.failures
-    _print_report(report, out, failures, talk, mode.as_json)
-    return finish(report, failures)
+    _print_report(report, out, talk, mode.as_json)
+    return finish(report, report.failures)
 
 
 def _find_videos(task: str, data_root: Path | None) -> Data:
@@ -155,14 +150,11 @@ def _open_store(
     return store, {**store.failures, **failures}
 
 
-def _print_report(
-    report: TrackReport, out: Path, failures: Mapping[str, str], talk: Talk, as_json: bool
-) -> None:
+def _print_report(report: TrackReport, out: Path, talk: Talk, as_json: bool) -> None:
     from cosettle_cache.metrics.rows import score_table, summary_json
 
     if as_json:
-        complete = not (report.interrupted or report.error)
-        document = {"complete": complete, "out": str(out), "failures": failures}
+        document = {"complete": report.complete, "out": str(out), "failures": report.failures}
         document |= {"queries": report.n_queries, "frames": report.n_frames, **summary_json(report.scores)}
         talk.json(document)
         return

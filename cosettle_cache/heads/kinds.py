@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError, UsageError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import inside, make_folder
 from cosettle_cache.heads.projection import (
     Projection,
     load_projection,
@@ -85,10 +85,11 @@ def make_kinds(
 ) -> list[TokenKind]:
     """Return raw and then every projection, on `device`; `reserved` names are taken by something else.
 
-    Raises `UsageError` for names that are not each one's own and for a projection of another width.
+    Raises `UsageError` for names that are not each one's own and for a projection of another width, and
+    `InputError` for a name that no folder can have.
     """
     names = [RAW, *(name for name, _ in projections)]
-    if len({*names, *reserved}) < len(names) + len(reserved):
+    if len({*names, *reserved}) < len(names) + len(reserved) or any("/" in name for name in names):
         taken = " and ".join(f"not {name}" for name in (RAW, *reserved))
         raise UsageError(
             "projections need names of their own",
@@ -96,6 +97,7 @@ def make_kinds(
             found=", ".join(names[1:]),
         )
     for name, projection in projections:
+        inside(Path(), name)
         if projection.dim != dim:
             raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
     heads = (TokenKind(name, head.to(device).eval(), projection_sha256(head)) for name, head in projections)

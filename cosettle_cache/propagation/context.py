@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 from torch.nn.functional import pad
 
 from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.types import EvalProtocol, Grid
 from cosettle_cache.search.masked import (
     Keys,
@@ -55,10 +56,22 @@ class Neighbors:
     count: Int32[Tensor, "query k"]
 
 
-def _merge(lists: list[Neighbors], top_k: int, *, keep_ties: bool) -> Neighbors:
+class TiesError(Exception):
+    """More tokens were as similar as the last neighbour than a search without waits looks at."""
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the host does not wait for the copy from pinned memory."""
+    if tensor.device == device or device.type == "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _merge(lists: list[Neighbors], top_k: int, *, keep_ties: bool, cut: bool = True) -> Neighbors:
     """Return the best of several lists: `top_k` places, the last neighbour's copies beyond them cut.
 
-    With `keep_ties` nothing is cut, and whatever is as similar as the neighbour on the last place stays too.
+    With `keep_ties` nothing is cut, and whatever is as similar as the neighbour on the last place stays too;
+    then the lists are as wide as the longest, which the host waits to know, or without `cut` as they can be.
     """
     similarity = torch.cat([item.similarity for item in lists], dim=1)
     similarity, order = similarity.sort(dim=1, descending=True, stable=True)
@@ -70,7 +83,7 @@ def _merge(lists: list[Neighbors], top_k: int, *, keep_ties: bool) -> Neighbors:
     if keep_ties:
         last = similarity.masked_fill(places_left == 0, torch.inf).amin(dim=1, keepdim=True)
         count = count.masked_fill(similarity < last, 0)
-        width = max(top_k, int((count > 0).sum(dim=1).max()))
+        width = max(top_k, int((count > 0).sum(dim=1).max())) if cut else count.shape[1]
     else:
         count, width = torch.minimum(count, places_left).int(), top_k
     similarity = similarity.masked_fill(count == 0, -torch.inf)
@@ -103,11 +116,12 @@ class Queue:
                 wider[block, :n_frames] = self.keys[block].clone()
             wider[:, n_frames] = tokens
             self.keys = wider
-            self.frames = torch.cat([self.frames, self.frames.new_tensor([frame])])
+            self.frames = torch.cat([self.frames, self.frames.new_full((1,), frame)])
         elif self._capacity:
-            slot = int(self.frames.argmin())
+            # The oldest: frames came one by one, the first of them was number 1.
+            slot = (frame - 1) % self._capacity
             self.keys[:, slot] = tokens
-            self.frames[slot] = frame
+            self.frames[slot].fill_(frame)
 
 
 class ContextSearch:
@@ -117,7 +131,8 @@ class ContextSearch:
     query columns is one contiguous block. Memory does not depend on the number of frames: it is the context
     and the similarities of the slabs in work, which `memory_limit` (bytes, `labels_bytes` of labels included)
     makes narrower; only ties beyond all measure, where a protocol keeps them, take more. Raises `UsageError`
-    with the least limit that works.
+    with the least limit that works. With `deferred` the host does not wait for a GPU: what is wrong with the
+    frames so far is told by `check`.
     """
 
     def __init__(
@@ -130,6 +145,7 @@ class ContextSearch:
         search: str = "auto",
         memory_limit: int | None = None,
         labels_bytes: int = 0,
+        deferred: bool = False,
     ) -> None:
         check_candidates(grid, protocol)
         self._grid, self._protocol, self._device = grid, protocol, device
@@ -145,18 +161,36 @@ class ContextSearch:
         self._rough_queue = Queue(n_rough, grid, dim, device, torch.bfloat16)
         self._rounding_error = 0.0
         self._n_seen = 0
+        self._deferred = deferred and device.type != "cpu"
+        self._are_finite, self._are_ties_in = list[Tensor](), list[Tensor]()
+
+    def check(self) -> None:
+        """Raise what was `deferred`: `InputError` for tokens that are not finite, `TiesError`."""
+        for frame, finite in enumerate(torch.stack(self._are_finite).tolist() if self._are_finite else ()):
+            if not finite:
+                raise _not_finite(frame)
+        if self._are_ties_in and not torch.stack(self._are_ties_in).all():
+            raise TiesError
 
     def step(self, tokens: Float[Tensor, "row col dim"]) -> Neighbors | None:
         """Return the neighbours of the next frame and take it into the context; None for the first frame.
 
         Raises `InputError` for tokens of another shape and for tokens that are not finite.
         """
-        what = f"the tokens of frame {self._n_seen}"
+        with exact_float32(self._device.type):
+            return self._step(tokens)
+
+    def _step(self, tokens: Float[Tensor, "row col dim"]) -> Neighbors | None:
         if tuple(tokens.shape) != self._shape:
             wanted, found = (" x ".join(map(str, shape)) for shape in (self._shape, tokens.shape))
-            raise InputError(f"{what} have another shape", wanted=wanted, found=found)
-        if not torch.isfinite(tokens).all():
-            raise InputError(f"{what} are not finite", wanted="numbers", found="nan or inf")
+            raise InputError(
+                f"the tokens of frame {self._n_seen} have another shape", wanted=wanted, found=found
+            )
+        finite = torch.isfinite(tokens).all()
+        if self._deferred:
+            self._are_finite.append(finite)
+        elif not finite:
+            raise _not_finite(self._n_seen)
         columns = unit_tokens(tokens.to(self._device)).transpose(0, 1).contiguous()
         flat = columns.flatten(0, 1)
         if self._ranker.rough:
@@ -185,7 +219,7 @@ class ContextSearch:
             similarity, position, slot = self._rank(queries, self._queue.keys, rough, self._slabs)
             count = similarity.isfinite().int()
             lists.append(Neighbors(self._queue.frames[slot], position, similarity, count))
-        return _merge(lists, protocol.top_k, keep_ties=protocol.keep_ties)
+        return _merge(lists, protocol.top_k, keep_ties=protocol.keep_ties, cut=not self._deferred)
 
     def _rank(
         self, queries: Columns, keys: Keys, rough: RoughKeys | None, slabs: list[Slab]
@@ -218,7 +252,9 @@ class ContextSearch:
         k = min(top_k + 1 + n_slots if keep_ties else top_k, n_keys)
         values, index = self._ranker.rank(chosen, window, slab.blocked, k, rough)
         if keep_ties:
-            while k < n_keys and not _are_ties_in(values, top_k):
+            if self._deferred and k < n_keys:
+                self._are_ties_in.append(_are_ties_in(values, top_k))
+            while not self._deferred and k < n_keys and not _are_ties_in(values, top_k):
                 k = min(2 * k, n_keys)
                 values, index = self._ranker.rank(chosen, window, slab.blocked, k, rough)
             exact = exact_products(chosen, window.flatten(0, 1), index, alike=True)
@@ -238,6 +274,10 @@ def check_candidates(grid: Grid, protocol: EvalProtocol) -> None:
         )
 
 
-def _are_ties_in(values: Similarities, top_k: int) -> bool:
+def _not_finite(frame: int) -> InputError:
+    return InputError(f"the tokens of frame {frame} are not finite", wanted="numbers", found="nan or inf")
+
+
+def _are_ties_in(values: Similarities, top_k: int) -> Bool[Tensor, ""]:
     last = values[:, -1]
-    return bool((last.isneginf() | (last < values[:, top_k - 1] - _ROUNDING)).all())
+    return (last.isneginf() | (last < values[:, top_k - 1] - _ROUNDING)).all()

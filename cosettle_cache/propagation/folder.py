@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosettle_cache.core.errors import FingerprintError, InputError
-from cosettle_cache.core.files import make_folder, output_errors, read_json
+from cosettle_cache.core.files import inside, make_folder, output_errors, read_json
 from cosettle_cache.core.settings import differing, digest, flat_text, package_versions
 from cosettle_cache.core.tables import write_json
 from cosettle_cache.core.types import EvalProtocol, Score, Video
@@ -28,7 +28,7 @@ VERSION = 1
 OVERLAY_FOLDER, PROGRESS_FOLDER = "overlays", "progress"
 #: Folders beside those of the kinds of tokens, and the film beside theirs.
 RESERVED = (OVERLAY_FOLDER, PROGRESS_FOLDER, SIDE_BY_SIDE)
-_DRAWN = ".drawn"
+_DRAWN, _SETTINGS_FILE = ".drawn", "run.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +44,47 @@ class RunFolder:
 
     def pictures(self, video_id: str) -> Path:
         """Return the folder of a video's pictures."""
-        return self.path / OVERLAY_FOLDER / video_id
+        return inside(self.path / OVERLAY_FOLDER, video_id)
+
+    def settings(self) -> Any:
+        """Return what `begin` wrote, None where nothing is; raise `InputError` when it is something else."""
+        path = self.progress / _SETTINGS_FILE
+        found = read_json(path) if path.exists() else None
+        try:
+            whole = found is None or (
+                {"task", "protocol.name"} <= found["origin"].keys()
+                and isinstance(found["kinds"], list)
+                and all(isinstance(name, str) for name in found["kinds"])
+            )
+        except (AttributeError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise InputError(f"{path} holds no settings of a run", hint="choose another folder with --out")
+        return found
 
     def begin(self, origin: Mapping[str, Any], kinds: Sequence[str], restart: bool) -> None:
         """Take the folder for a run; raise `FingerprintError` when it belongs to other settings.
 
-        With `restart` what an earlier run left is removed first.
+        Raises `InputError` for settings that cannot be read. With `restart` what an earlier run left is
+        removed first.
         """
-        wanted, settings = flat_text(origin), self.progress / "run.json"
-        found = read_json(settings) if settings.exists() else None
+        wanted, found = flat_text(origin), self.settings()
         if restart and found is not None:
             # Marks first: whatever is left then, if this is cut short, counts for nothing.
-            for name in (f"{PROGRESS_FOLDER}/videos", OVERLAY_FOLDER, *found["kinds"], PROGRESS_FOLDER):
-                if (self.path / name).exists():
-                    with output_errors(self.path / name):
-                        shutil.rmtree(self.path / name)
+            names = (f"{PROGRESS_FOLDER}/videos", OVERLAY_FOLDER, *found["kinds"], PROGRESS_FOLDER)
+            for path in [inside(self.path, name) for name in names]:
+                with output_errors(path):
+                    if path.is_symlink():
+                        path.unlink()
+                    elif path.exists():
+                        shutil.rmtree(path)
         elif found is not None and (details := differing(wanted, found["origin"])):
             raise FingerprintError(
                 f"{self.path} holds results of other settings",
                 details=details,
                 hint="choose another folder with --out, or start this one anew with --restart",
             )
-        write_json(settings, {"origin": wanted, "kinds": list(kinds)})
+        write_json(self.progress / _SETTINGS_FILE, {"origin": wanted, "kinds": list(kinds)})
 
     def finished(self, video: Video, data_root: Path) -> tuple[Score, ...] | None:
         """Return the rows of a finished video; None where files are gone or annotations have changed."""
@@ -76,7 +95,7 @@ class RunFolder:
             wide = any("figures" not in row for row in rows)
             scores = tuple(rows_of_wide(rows) if wide else map(Score.from_json, rows))
             there = all((self.path / name).is_file() for name in files)
-        except (InputError, KeyError, TypeError, ValueError):
+        except (InputError, AttributeError, KeyError, TypeError, ValueError):
             return None  # no mark, a damaged one, or one of another version: to be done
         return scores if there and labels == labels_stamp(video, data_root) else None
 
@@ -106,7 +125,8 @@ class RunFolder:
             path.touch()
 
     def _mark(self, video_id: str) -> Path:
-        return self.progress / "videos" / f"{video_id}.json"
+        path = inside(self.progress / "videos", video_id)
+        return path.with_name(f"{path.name}.json")
 
 
 def run_origin(

@@ -85,6 +85,12 @@ def decode_mask(
     `stretched` is DINO's way: first each class's minimum and maximum over the image go to
     0 and 1 (a class that is the same everywhere to 0), and Pillow resizes to `mask_size` (PROTOCOLS 1.1).
     """
+    classes = decode_classes(label_map, size, stretched=stretched).cpu().numpy()
+    return name_classes(classes, object_ids, mask_size, stretched=stretched)
+
+
+def decode_classes(label_map: LabelMap, size: Size, *, stretched: bool = False) -> UInt8[Tensor, "_ _"]:
+    """Return the strongest class at each pixel, on the label map's device; see `decode_mask`."""
     # Class-major in memory first: interpolating the strided view is fifteen times slower on a CPU.
     maps = label_map.permute(2, 0, 1)[None].contiguous()
     maps = torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
@@ -92,8 +98,14 @@ def decode_mask(
         maps = maps - maps.amin(dim=(1, 2), keepdim=True)
         highest = maps.amax(dim=(1, 2), keepdim=True)
         maps = maps / highest.where(highest > 0, 1.0)
-    lookup = torch.tensor(object_ids, dtype=torch.uint8, device=label_map.device)
-    mask = lookup[maps.max(dim=0).indices].cpu().numpy()
+    return maps.max(dim=0).indices.to(torch.uint8)
+
+
+def name_classes(
+    classes: Mask, object_ids: Sequence[int], mask_size: Size, *, stretched: bool = False
+) -> UInt8[np.ndarray, "_ _"]:
+    """Return the index mask, at `mask_size`, of an image of class numbers; see `decode_mask`."""
+    mask = np.array(object_ids, np.uint8)[classes]
     return sample_mask(mask, mask_size) if stretched else resize_mask(mask, mask_size)
 
 

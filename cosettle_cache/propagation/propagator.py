@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import EvalProtocol, Grid
-from cosettle_cache.propagation.context import ContextSearch, Neighbors
+from cosettle_cache.propagation.context import ContextSearch, Neighbors, upload
 from cosettle_cache.propagation.labels import LabelMap
 from cosettle_cache.propagation.protocols import check_protocol
 from cosettle_cache.search.masked import transition
@@ -64,7 +64,7 @@ class LabelCarrier:
             what = f"the neighbours of frame {self._n_seen} are not on the labels' grid"
             raise InputError(what, wanted=f"{wanted} queries", found=given)
         frame, position, similarity, count = (
-            part.to(self._device)
+            upload(part, self._device)
             for part in (neighbors.frame, neighbors.position, neighbors.similarity, neighbors.count)
         )
         weights = transition(similarity, count, self._protocol.temperature)

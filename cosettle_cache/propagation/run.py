@@ -19,12 +19,20 @@ import torch
 
 from cosettle_cache.core.console import SILENT, Progress, human_bytes
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
+from cosettle_cache.core.files import own_folder
 from cosettle_cache.core.parallel import Run
 from cosettle_cache.core.settings import PropagateSettings, check_choices, replace_red_std
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.metrics.rows import Mean, mean_scores, row_origins, sequence_means
+from cosettle_cache.metrics.rows import (
+    Mean,
+    mean_scores,
+    remove_scores,
+    row_origins,
+    sequence_means,
+    write_scores,
+)
 from cosettle_cache.propagation.context import check_candidates
 from cosettle_cache.propagation.folder import RESERVED, RunFolder, run_origin
 from cosettle_cache.propagation.protocols import check_protocol
@@ -46,10 +54,10 @@ class PropagationReport:
     """What one run of `propagate_store` did, and what earlier runs in the same folder had done.
 
     `scores` has the rows of every finished video that could be scored, in the manifest's order; `failures`
-    maps video ids to reasons. `n_frames` counts the frames of this run once, however many projections shared
-    them, `n_videos_before` the videos that were there already, `n_reused` the neighbour lists of videos that
-    were read instead of searched. `error` is what ended the run early (no space left, say, or an object store
-    that does not answer); what was finished until then is kept.
+    maps video ids to reasons, `earlier_failures` included. `n_frames` counts the frames of this run once,
+    however many projections shared them, `n_videos_before` the videos that were there already, `n_reused` the
+    neighbour lists of videos that were read instead of searched. `error` is what ended the run early (no
+    space left, say, or an object store that does not answer); what was finished until then is kept.
     """
 
     scores: tuple[Score, ...]
@@ -61,6 +69,11 @@ class PropagationReport:
     error: CosettleError | None = None
     n_videos_before: int = 0
     n_reused: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Say whether every video had its turn and none failed."""
+        return not (self.interrupted or self.error or self.failures)
 
 
 def propagate_store(
@@ -77,18 +90,21 @@ def propagate_store(
     progress: Progress = SILENT,
     stop: Event | None = None,
     on_start: Callable[[int], object] = lambda n_finished: None,
+    earlier_failures: Mapping[str, str] = {},
 ) -> PropagationReport:
     """Propagate the first labels of every video of `store`; raw and projected tokens share each read.
 
-    Writes predictions below `out/TOKENS` as the benchmark `task` reads them, and pictures of no, the first or
-    all videos. A video that an earlier run with the same settings finished in `out` is not done again. A
-    video that cannot be read is recorded in the report and does not end the run; setting `stop` ends it after
-    the videos in hand. With a `runner` workers do the videos: all paths are theirs too, and `stop` must be
-    the runner's. `on_start` is called with the number of videos that are finished already, once the folder is
-    taken and before anything is done.
+    Writes predictions below `out/TOKENS` as the benchmark `task` reads them, pictures of no, the first or
+    all videos, score rows and their summary. A video that an earlier run with the same settings finished in
+    `out` is not done again. A video that cannot be read is recorded in the report and does not end the run;
+    setting `stop` ends it after the videos in hand. With a `runner` workers do the videos: all paths are
+    theirs too, and `stop` must be the runner's. `on_start` is called with the number of videos that are
+    finished already, once the folder is taken and before anything is done. `earlier_failures` says by id
+    which videos did not come as far as this and why.
 
     Raises `FingerprintError` when the store was made for another size, and when `out` holds results of other
-    settings, unless `settings.restart` removes them.
+    settings, unless `settings.restart` removes them; `UsageError` when `out` is not a run's own folder, or
+    another run is at work there.
     """
     check_choices(settings)
     row = find_task(task)
@@ -102,34 +118,34 @@ def propagate_store(
     work = VideoWork(store, data_root.absolute(), protocol, folder, settings, row, kinds, device)
     started, reports, n_before, error = time.perf_counter(), dict[int, VideoReport](), 0, None
     try:
-        folder.begin(
-            run_origin(store, task, protocol, kinds), [kind.name for kind in kinds], settings.restart
-        )
-        for number, video in enumerate(work.videos):
-            if (rows := folder.finished(video, work.data_root)) is not None:
-                reports[number] = VideoReport(scores=rows)
-        n_before = len(reports)
-        on_start(n_before)
-        n_frames = (video.n_frames for i, video in enumerate(work.videos) if i not in reports)
-        progress.start(sum(n_frames), "frames")
-        try:
-            if runner is None:
-                _propagate_here(work, reports, progress, stop or Event())
-            else:
-                saved = tuple(kind.saved(folder.progress / "projections") for kind in kinds)
-                _propagate_across(replace(work, kinds=saved), reports, progress, runner)
-        finally:
-            progress.finish()
-    except FingerprintError:
+        folder.settings()  # what is not a run's is refused before it is marked as one
+        with own_folder(folder.path, "propagate"):
+            origin = run_origin(store, task, protocol, kinds)
+            folder.begin(origin, [kind.name for kind in kinds], settings.restart)
+            # Figures of an earlier run must not pass for those of a run that fails.
+            remove_scores(folder.path)
+            for number, video in enumerate(work.videos):
+                if (rows := folder.finished(video, work.data_root)) is not None:
+                    reports[number] = VideoReport(scores=rows)
+            n_before = len(reports)
+            on_start(n_before)
+            try:
+                _propagate_all(work, reports, progress, stop or Event(), runner)
+            finally:
+                _write_scores(work, reports, earlier_failures)
+    except (FingerprintError, UsageError):
         raise
     except CosettleError as caught:
         error = caught
     ordered = [(video.video_id, reports[i]) for i, video in enumerate(work.videos) if i in reports]
     failures = {video_id: report.failure or report.not_drawn for video_id, report in ordered}
     return PropagationReport(
-        scores=tuple(score for _, report in ordered for score in report.scores),
+        scores=_scores(reports),
         n_frames=sum(report.n_frames for _, report in ordered),
-        failures={video_id: reason for video_id, reason in failures.items() if reason is not None},
+        failures={
+            **earlier_failures,
+            **{video_id: reason for video_id, reason in failures.items() if reason is not None},
+        },
         seconds=time.perf_counter() - started,
         peak_memory_bytes=max(peak_memory_bytes(), *(report.peak_memory_bytes for _, report in ordered), 0),
         interrupted=error is None and len(reports) < len(work.videos),
@@ -205,6 +221,34 @@ def _wrong_store(store: FeatureStore, wanted: str, found: str, protocol: EvalPro
         found=found,
         hint=f"cosettle-cache extract --plan frames --size {protocol.size}",
     )
+
+
+def _propagate_all(
+    work: VideoWork, reports: dict[int, VideoReport], progress: Progress, stop: Event, runner: Run | None
+) -> None:
+    """Add the reports of the videos that have none."""
+    n_frames = (video.n_frames for number, video in enumerate(work.videos) if number not in reports)
+    progress.start(sum(n_frames), "frames")
+    try:
+        if runner is None:
+            _propagate_here(work, reports, progress, stop)
+        else:
+            saved = tuple(kind.saved(work.folder.progress / "projections") for kind in work.kinds)
+            _propagate_across(replace(work, kinds=saved), reports, progress, runner)
+    finally:
+        progress.finish()
+
+
+def _scores(reports: Mapping[int, VideoReport]) -> tuple[Score, ...]:
+    return tuple(score for _, report in sorted(reports.items()) for score in report.scores)
+
+
+def _write_scores(
+    work: VideoWork, reports: Mapping[int, VideoReport], earlier_failures: Mapping[str, str]
+) -> None:
+    clean = sum(report.failure is None and report.not_drawn is None for report in reports.values())
+    complete = clean == len(work.videos) and not earlier_failures
+    write_scores(work.folder.path, _scores(reports), complete=complete)
 
 
 def _propagate_here(

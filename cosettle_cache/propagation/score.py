@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
+from cosettle_cache.core.files import inside
 from cosettle_cache.core.settings import package_versions
 from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
@@ -66,7 +67,7 @@ class Case:
     @property
     def folder(self) -> Path:
         """The video's own folder of predictions."""
-        return self.predictions / self.video.video_id
+        return inside(self.predictions, self.video.video_id)
 
 
 def find_problems(
@@ -165,9 +166,9 @@ def check_masks(case: Case) -> list[str]:
     if not sequence.scorable:
         found = f"{len(sequence.labelled)} of {case.video.n_frames} frames annotated"
         return [f"cannot be scored: {found}, at least {MIN_SCORED_FRAMES} and all needed"]
-    names = [f"{name}.png" for name in sequence.frame_names[1:-1]]
-    files = {name: _first_file(case.folder, name) for name in names}
-    return _image_faults("masks", case.folder, files, case.video)
+    names = [f"{name}.png" for name in sequence.frame_names]
+    files = {name: _first_file(case.folder, name) for name in names[1:-1]}
+    return _image_faults("masks", case.folder, files, names, case.video)
 
 
 def score_masks(case: Case, row: Score) -> list[Score]:
@@ -186,9 +187,10 @@ def score_masks(case: Case, row: Score) -> list[Score]:
 def check_parts(case: Case) -> list[str]:
     """Return what keeps a clip of parts from being scored; frames without annotation are not looked for."""
     files = open_parts(case.video, case.data_root)
-    names = [_map_names(files.frame_names[index]) for index in sorted(files.labelled)]
-    found = {either[0]: _first_file(case.folder, *either) for either in names}
-    return _image_faults("maps", case.folder, found)
+    names = [_map_names(name) for name in files.frame_names]
+    labelled = [names[index] for index in sorted(files.labelled)]
+    found = {either[0]: _first_file(case.folder, *either) for either in labelled}
+    return _image_faults("maps", case.folder, found, list(chain(*names)))
 
 
 def score_parts(case: Case, row: Score) -> list[Score]:
@@ -271,18 +273,29 @@ def _joint_names(case: Case) -> tuple[str, str]:
 
 
 def _image_faults(
-    what: str, folder: Path, found: Mapping[str, Path | None], masks_of: Video | None = None
+    what: str,
+    folder: Path,
+    found: Mapping[str, Path | None],
+    of_frames: Sequence[str],
+    masks_of: Video | None = None,
 ) -> list[str]:
-    """Return a line that names every missing image, neighbours as a range, and what headers have wrong."""
+    """Return a line that names every missing image, neighbours as a range, and what headers have wrong.
+
+    `of_frames` are the names that images of the video's frames have; others mean that frames are numbered
+    otherwise, and then images of the right names are of the wrong frames.
+    """
     if not folder.is_dir():
         return [f"no folder of {what}"]
+    others = sorted({path.name for path in folder.glob("[!.]*.png")}.difference(of_frames))
+    named = f"{', '.join(others[:8])}; frames go from {of_frames[0]} to {of_frames[-1]}"
+    surplus = f"has {len(others)} {what} of no frame: {named}" if others else None
     runs = [
         list(run) for is_missing, run in groupby(found, key=lambda name: found[name] is None) if is_missing
     ]
     names = [run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
     lacking = f"lacks {sum(map(len, runs))} of {len(found)} {what}: {', '.join(names)}" if runs else None
     faults = (_header_fault(path, masks_of) for path in found.values() if path)
-    return [line for line in (lacking, *faults) if line]
+    return [line for line in (lacking, surplus, *faults) if line]
 
 
 def _header_fault(path: Path, masks_of: Video | None) -> str | None:

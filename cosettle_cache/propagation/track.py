@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,14 +33,17 @@ from cosettle_cache.core.errors import (
     RemoteError,
     UsageError,
 )
+from cosettle_cache.core.files import inside, own_folder
+from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.settings import TrackSettings, make_provenance
-from cosettle_cache.core.tables import stream_table
+from cosettle_cache.core.tables import open_table, stream_table
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.metrics.rows import tracks_row, video_row
+from cosettle_cache.metrics.rows import remove_scores, tracks_row, video_row, write_scores
 from cosettle_cache.metrics.tapvid import SIZE, count_tracks, scored_frames
 from cosettle_cache.pictures.drawing import DrawnTracks, write_tracks
+from cosettle_cache.propagation.context import upload
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.queries import Queries, open_tracks, sample_queries
@@ -50,6 +56,8 @@ TRACKS_FILE, PICTURE_FOLDER = "tracks.parquet", "pictures"
 DEFAULT_MEMORY_BYTES = 512 * 10**6
 #: Queries that meet all tokens of a frame at once; bounds the cosines in memory.
 _BLOCK = 1024
+#: Frames that are searched before the host waits for what was found.
+_FRAMES_AT_ONCE = 64
 
 #: One row per kind of tokens, query and frame; places in pixels of the video from the image's corner. True
 #: places are null where nobody knows them.
@@ -82,6 +90,11 @@ class TrackReport:
     seconds: float = 0.0
     interrupted: bool = False
     error: OutputError | RemoteError | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Say whether every video had its turn and none failed."""
+        return not (self.interrupted or self.error or self.failures)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,13 +130,16 @@ def track_store(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     progress: Progress = SILENT,
     stop: Event | None = None,
+    earlier_failures: Mapping[str, str] = {},
 ) -> TrackReport:
     """Track the queries of every video of `store`; raw and projected tokens share each read.
 
     Without `queries` (by video id) they are sampled from true tracks, which are then scored. Writes
-    `out/tracks.parquet` and pictures of no, the first or all videos, for which frames lie under `data_root`.
-    A video that cannot be tracked is recorded in the report and does not end the run; setting `stop` ends it
-    after the video in hand. Raises `FingerprintError` for a store that does not hold every frame.
+    `out/tracks.parquet`, scores, and pictures of no, the first or all videos, for which frames lie under
+    `data_root`. A video that cannot be tracked is recorded in the report and does not end the run; setting
+    `stop` ends it after the video in hand. `earlier_failures` says by id which videos did not come as far as
+    this and why. Raises `FingerprintError` for a store that does not hold every frame, and `UsageError` when
+    `out` is not a run's own folder, or another run is at work there.
     """
     check_store(store)
     videos = [video for video in store.manifest if queries is None or video.video_id in queries]
@@ -132,16 +148,19 @@ def track_store(
         raise UsageError(f"{pictures!r} says nothing about pictures", wanted=", ".join(n_pictures))
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(PICTURE_FOLDER,))
     report, started, to_draw = TrackReport(), time.perf_counter(), n_pictures[pictures]
+    report.failures |= earlier_failures
     progress.start(len(videos), "videos")
     try:
-        with stream_table(out / TRACKS_FILE, SCHEMA) as write:
+        with _writing(out, report) as write:
             for video in videos:
                 if stop is not None and stop.is_set():
                     report.interrupted = True
                     break
                 try:
+                    folder = inside(out / PICTURE_FOLDER, video.video_id)
                     case = _open(video, data_root, queries, settings)
-                    found = _find(case, store, kinds, settings, device, memory_bytes)
+                    with exact_float32(torch.device(device).type):
+                        found = _find(case, store, kinds, settings, device, memory_bytes)
                     report.n_queries += len(case.queries)
                     report.n_frames += video.n_frames
                     _keep(case, found, store, settings, task, write, report)
@@ -153,7 +172,7 @@ def track_store(
                 else:
                     if to_draw:
                         to_draw -= 1
-                        _draw(case, found, data_root, out / PICTURE_FOLDER / video.video_id, report)
+                        _draw(case, found, data_root, folder, report)
                 progress.advance()
     except OutputError as error:
         report.error = report.error or error
@@ -161,6 +180,22 @@ def track_store(
         progress.finish()
     report.seconds = time.perf_counter() - started
     return report
+
+
+@contextmanager
+def _writing(out: Path, report: TrackReport) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Hold `out` for a run and give what writes rows there; the report's scores follow in the end."""
+    if (out / TRACKS_FILE).exists() and open_table(out / TRACKS_FILE).schema_arrow.names != SCHEMA.names:
+        raise UsageError(f"{out / TRACKS_FILE} is another table", hint="choose another folder with --out")
+    with own_folder(out, "track"):
+        remove_scores(out)
+        try:
+            with stream_table(out / TRACKS_FILE, SCHEMA) as write:
+                yield write
+        except OutputError as error:
+            report.error = report.error or error
+        if report.scores:
+            write_scores(out, report.scores, complete=report.complete)
 
 
 def check_store(store: FeatureStore) -> None:
@@ -208,26 +243,36 @@ def _find(
     grid, dim = store.grid(video.video_id), store.arrays[0].n_channels
     pixels = np.array([video.width / grid.cols, video.height / grid.rows])
     n_at_once = max(1, memory_bytes // (len(kinds) * grid.n_tokens * dim * np.dtype(np.float32).itemsize))
-    asked = np.unique(queries.frames)
+    asked, there = np.unique(queries.frames), torch.device(device)
     for first in range(0, len(asked), n_at_once):
         homes = asked[first : first + n_at_once].tolist()
         members = np.flatnonzero(np.isin(queries.frames, homes))
         places = (queries.frames[members], queries.points[members] / pixels)
-        frames, cells = (torch.from_numpy(array).to(device) for array in places)
-        at_home = torch.from_numpy(store.tokens(video.video_id, homes)).to(device)
+        frames, cells = (torch.from_numpy(array).to(there) for array in places)
+        at_home = torch.from_numpy(store.tokens(video.video_id, homes)).to(there)
         trackers = []
         for kind in kinds:
             of_kind = {frame: kind.apply(home.float()) for frame, home in zip(homes, at_home, strict=True)}
             trackers.append(Tracker(of_kind, frames, cells, settings))
         del at_home, of_kind  # trackers keep what they need of them
+        waiting: list[list[Found]] = [[] for _ in kinds]
         for index, frame in enumerate(store.stream_tokens(video.video_id)):
-            tokens = torch.from_numpy(frame).to(device).float()
-            for tracker, tracks in zip(trackers, found, strict=True):
-                at = tracker.step(tracks.kind.apply(tokens), index)
-                tracks.points[members, index] = at.cells.cpu().numpy() * pixels
-                tracks.visible[members, index] = at.visible.cpu().numpy()
-                tracks.cosines[members, index] = at.cosines.cpu().numpy()
+            tokens = upload(torch.from_numpy(frame), there).float()
+            for tracker, tracks, steps in zip(trackers, found, waiting, strict=True):
+                steps.append(tracker.step(tracks.kind.apply(tokens), index))
+            if len(waiting[0]) == _FRAMES_AT_ONCE or index == video.n_frames - 1:
+                span = slice(index + 1 - len(waiting[0]), index + 1)
+                for tracks, steps in zip(found, waiting, strict=True):
+                    tracks.points[members, span] = _on_host(steps, "cells") * pixels
+                    tracks.visible[members, span] = _on_host(steps, "visible")
+                    tracks.cosines[members, span] = _on_host(steps, "cosines")
+                    steps.clear()
     return found
+
+
+def _on_host(frames: Sequence[Found], name: str) -> Any:
+    """Return what was found in frames as `[query frame ...]`; the device is waited for once."""
+    return torch.stack([getattr(frame, name) for frame in frames], dim=1).cpu().numpy()
 
 
 def _table(case: _Case, found: _FoundTracks, query_mode: str) -> pa.RecordBatch:
@@ -324,7 +369,8 @@ class Tracker:
         self._settings, self._frames, self._cells = settings, frames, cells.double()
         goes_back = settings.occlusion == "cycle"
         self._homes = {frame: normalize(tokens, dim=-1) for frame, tokens in homes.items() if goes_back}
-        self._members = {frame: torch.nonzero(frames == frame)[:, 0] for frame in homes}
+        asked = frames.cpu()
+        self._members = {frame: upload(torch.nonzero(asked == frame)[:, 0], frames.device) for frame in homes}
         some = next(iter(homes.values()))
         self._shape = some.shape
         self._tokens = some.new_zeros((len(cells), self._shape[-1]))
@@ -375,7 +421,7 @@ class Tracker:
 def sample_tokens(tokens: Frame, cells: Cells) -> Float[Tensor, "query dim"]:
     """Return the tokens at places between cells, bilinearly; beyond the outer centres the rim goes on."""
     rows, cols, _ = tokens.shape
-    unit = 2 * cells / torch.tensor([cols, rows], dtype=cells.dtype, device=cells.device) - 1
+    unit = torch.stack([2 * cells[:, 0] / cols, 2 * cells[:, 1] / rows], dim=1) - 1
     sampled = grid_sample(
         tokens.permute(2, 0, 1)[None],
         unit[None, None].to(tokens.dtype),
@@ -384,6 +430,14 @@ def sample_tokens(tokens: Frame, cells: Cells) -> Float[Tensor, "query dim"]:
         align_corners=False,
     )
     return sampled[0, :, 0].T
+
+
+@lru_cache(maxsize=8)
+def _disc(radius: float, farthest: int, device: torch.device) -> Int64[Tensor, "place 2"]:
+    """Return the steps (x, y) of at most `farthest` a side within `radius`, row by row."""
+    reach = torch.arange(-farthest, farthest + 1)
+    near = torch.cartesian_prod(reach, reach).flip(1)
+    return near[near.square().sum(dim=1) <= radius**2].to(device)
 
 
 def locate(
@@ -396,10 +450,7 @@ def locate(
     """
     _, rows, cols = cosines.shape
     best, index = cosines.flatten(1).max(dim=1)
-    farthest = min(math.floor(radius), max(rows, cols) - 1)
-    reach = torch.arange(-farthest, farthest + 1, device=cosines.device)
-    near = torch.cartesian_prod(reach, reach).flip(1)  # (x, y), row by row
-    near = near[near.square().sum(dim=1) <= radius**2]
+    near = _disc(radius, min(math.floor(radius), max(rows, cols) - 1), cosines.device)
     x = (index % cols)[:, None] + near[:, 0]
     y = (index // cols)[:, None] + near[:, 1]
     inside = (x >= 0) & (x < cols) & (y >= 0) & (y < rows)

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import CosettleError, DamagedStoreError, InputError
 from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.settings import PropagateSettings, digest, make_provenance
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.metrics.rows import video_row
-from cosettle_cache.propagation.context import ContextSearch, Neighbors
+from cosettle_cache.propagation.context import ContextSearch, Neighbors, TiesError, upload
 from cosettle_cache.propagation.folder import RunFolder
 from cosettle_cache.propagation.neighbor_files import (
     load_neighbors,
@@ -42,6 +43,9 @@ from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import resolve_size
 
 Tokens = Float[Tensor, "row col dim"]
+
+#: Frames that a GPU works on before the host waits for what they came to, and writes it.
+_FRAMES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +108,16 @@ def propagate_video(
                 f"{path} is not a folder on {platform.node()}",
                 wanted=f"{what} under the same path on every worker",
             )
-    video, device = work.videos[number], work.torch_device()
-    work.folder.reopen(video.video_id)
+    video = work.videos[number]
     try:
+        work.folder.reopen(video.video_id)
         check_length(video.n_frames)
         subject: Subject = load(work.task.open)(video, work.data_root, work.setting(number))
-        with torch.inference_mode(), ExitStack() as open_files:
-            tracks = [_open_track(work, kind, number, subject, open_files) for kind in work.kinds]
-            n_reused = sum(track.kept for track in tracks)
-            stream = work.store.stream_tokens(video.video_id) if n_reused < len(tracks) else None
-            for index in range(video.n_frames):
-                tokens = None if stream is None else torch.from_numpy(next(stream)).to(device)
-                truth = subject.truth(index)
-                for track in tracks:
-                    found = track.find(tokens)
-                    labels = track.carrier.first if found is None else track.carrier.step(found)
-                    prediction = subject.decode(labels)
-                    track.predictions.write(index, prediction)
-                    if truth is not None and track.predictions.score is not None:
-                        track.predictions.score(truth, prediction)
-                advance()
+        try:
+            tracks = _carry(work, number, subject, advance, deferred=True)
+        except TiesError:
+            tracks = _carry(work, number, subject, lambda: None, deferred=False)
+        n_reused = sum(track.kept for track in tracks)
         scores: list[Score] = []
         for kind, track in zip(work.kinds, tracks, strict=True):
             origin = make_provenance("propagate", video.dataset, work.store.fingerprint, kind.sha256)
@@ -136,6 +130,46 @@ def propagate_video(
     except (InputError, DamagedStoreError) as error:
         return VideoReport(failure=error.summary)
     return VideoReport(video.n_frames, tuple(scores), None, n_reused, peak_memory_bytes())
+
+
+def _carry(
+    work: VideoWork, number: int, subject: Subject, advance: Callable[[], object], *, deferred: bool
+) -> list[_Track]:
+    """Carry the labels of a video through its frames; write and score what each stands for."""
+    video, device = work.videos[number], work.torch_device()
+    n_at_once = 1 if device.type == "cpu" else _FRAMES_AT_ONCE
+    kinds = [kind.on(device) for kind in work.kinds]
+    with torch.inference_mode(), exact_float32(device.type), ExitStack() as open_files:
+        tracks = [_open_track(work, kind, number, subject, open_files, deferred) for kind in kinds]
+        stream = work.store.stream_tokens(video.video_id) if not all(track.kept for track in tracks) else None
+        decoded: list[Tensor] = []
+        for index in range(video.n_frames):
+            tokens = None if stream is None else upload(torch.from_numpy(next(stream)), device)
+            for track in tracks:
+                found = track.find(tokens)
+                labels = track.carrier.first if found is None else track.carrier.step(found)
+                decoded.append(subject.decode(labels))
+            if len(decoded) == n_at_once * len(tracks) or index == video.n_frames - 1:
+                _write(subject, tracks, index + 1, decoded, advance)
+                decoded = []
+        for track in tracks:
+            track.check()
+    return tracks
+
+
+def _write(
+    subject: Subject, tracks: list[_Track], stop: int, decoded: list[Tensor], advance: Callable[[], object]
+) -> None:
+    """Bring what was decoded, of the frames up to `stop`, to the host in one copy; write and score it."""
+    found = iter(torch.stack(decoded).cpu().numpy())
+    for index in range(stop - len(decoded) // len(tracks), stop):
+        truth = subject.truth(index)
+        for track in tracks:
+            prediction = subject.finish(next(found))
+            track.predictions.write(index, prediction)
+            if truth is not None and track.predictions.score is not None:
+                track.predictions.score(truth, prediction)
+        advance()
 
 
 def draw_video(work: VideoWork, number: int) -> str | None:
@@ -164,17 +198,24 @@ def peak_memory_bytes() -> int:
 class _Track(NamedTuple):
     """One kind of tokens in one video.
 
-    `find` returns the neighbours of the next frame; lists that were `kept` need no tokens.
+    `find` returns the neighbours of the next frame; lists that were `kept` need no tokens. `check` raises, in
+    the end, what `find` left open.
     """
 
     find: Callable[[Tokens | None], Neighbors | None]
     kept: bool
     carrier: LabelCarrier
     predictions: Predictions
+    check: Callable[[], None] = lambda: None
 
 
 def _open_track(
-    work: VideoWork, kind: TokenKind, number: int, subject: Subject, open_files: ExitStack
+    work: VideoWork,
+    kind: TokenKind,
+    number: int,
+    subject: Subject,
+    open_files: ExitStack,
+    deferred: bool,
 ) -> _Track:
     """Begin one kind of tokens; neighbour lists that are to be kept are written to a file in `open_files`."""
     setting, video, device = work.setting(number), work.videos[number], work.torch_device()
@@ -186,6 +227,7 @@ def _open_track(
             work.protocol,
             video_id=video.video_id,
             tokens=digest([work.store.fingerprint.to_json(), kind.sha256]),
+            content=work.store.content_digest(video.video_id),
             n_frames=video.n_frames,
             grid=setting.grid,
         )
@@ -204,8 +246,8 @@ def _open_track(
         search=work.settings.search,
         memory_limit=None if limit is None else limit // len(work.kinds),
         labels_bytes=carrier.nbytes,
+        deferred=deferred,
     )
-    kind = kind.on(device)
 
     def find(tokens: Tokens | None) -> Neighbors | None:
         assert tokens is not None
@@ -214,4 +256,4 @@ def _open_track(
             write(found)
         return found
 
-    return _Track(find, False, carrier, predictions)
+    return _Track(find, False, carrier, predictions, search.check)

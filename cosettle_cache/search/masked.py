@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from threading import Barrier
 
@@ -134,10 +134,14 @@ class SearchSize:
         )
 
 
+@lru_cache(maxsize=8)
 def make_slabs(
     grid: Grid, protocol: EvalProtocol | None, device: torch.device, slab_cols: int = SLAB_COLS
 ) -> list[Slab]:
-    """Return slabs that cover every query once, with the window of a protocol; without, they reach all."""
+    """Return slabs that cover every query once, with the window of a protocol; without, they reach all.
+
+    They are kept, because the host waits for the device to know which windows hide something.
+    """
     slabs = []
     reach = grid.cols if protocol is None else _reach(protocol)
     for start in range(0, grid.cols, slab_cols):

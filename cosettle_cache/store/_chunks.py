@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
+from hashlib import sha256
 from itertools import islice
 from threading import Lock, local
 from typing import TypeVar
@@ -20,6 +21,7 @@ from jaxtyping import Float16, Int64, UInt8, UInt64
 
 from cosettle_cache.core.errors import DamagedStoreError, InputError
 from cosettle_cache.core.parallel import map_ahead
+from cosettle_cache.core.settings import digest
 from cosettle_cache.core.types import ArrayLayout
 from cosettle_cache.store._int8 import dequantize
 from cosettle_cache.store._shards import ChunkMissingError, ShardLostError, ShardReader
@@ -207,6 +209,16 @@ class ChunkSource:
         schema = OUTLINE if outlined else SCHEMA
         with ThreadPoolExecutor(self._storage.n_readers, "index") as pool:
             return pa.concat_tables([schema.empty_table(), *pool.map(read, places)])
+
+    def parts_digest(self, array: int, rows: Int64[np.ndarray, " row"]) -> str:
+        """Return a digest of the index parts of rows of an array, their shards' checksums included."""
+        first, n_rows = self._firsts[array], self.slots.arrays[array].slot_encodings
+        places = [self.slots.place(first + int(shard)) for shard in np.unique(rows // n_rows)]
+        try:
+            return digest([sha256(self._storage.read(place.part_name)).hexdigest() for place in places])
+        except OSError as error:
+            what = f"an index part of {self._storage.path} cannot be read: {error.strerror or 'absent'}"
+            raise DamagedStoreError(what, hint=self._repair_hint) from error
 
     @property
     def _shards(self) -> _OpenShards:

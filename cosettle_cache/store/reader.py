@@ -137,6 +137,13 @@ class FeatureStore:
         array, rows = self._plain_rows(video_id)
         return self.arrays[array].grid, rows
 
+    def content_digest(self, video_id: str) -> str:
+        """Return a digest that another store, or this one made anew, has for equal tokens of a video only.
+
+        It covers whole shards, so it may change with videos that share one (frames plan).
+        """
+        return self._chunks.parts_digest(*self._plain_rows(video_id))
+
     def tokens(
         self, video_id: str, frames: Sequence[int] | None = None
     ) -> Float16[np.ndarray, "frame row col dim"]:

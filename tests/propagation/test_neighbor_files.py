@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +34,8 @@ def one_thread():
 
 
 def make_key(protocol=PROTOCOL, **changed):
-    fields = {"video_id": "dog", "tokens": "store 1, raw", "n_frames": 4, "grid": Grid(3, 5), **changed}
+    fields = {"video_id": "dog", "tokens": "store 1, raw", "content": "1", **changed}
+    fields = {"n_frames": 4, "grid": Grid(3, 5), **fields}
     return neighbors_key(protocol, **fields)
 
 
@@ -72,6 +76,7 @@ def test_reuse_with_other_labels_and_temperature_equals_a_fresh_run(tmp_path_fac
     ("changed", "line"),
     [
         ({"tokens": "store 2, raw"}, "tokens: wanted store 2, raw, found store 1, raw"),
+        ({"content": "2"}, "content: wanted 2, found 1"),
         ({"video_id": "cat"}, "video_id: wanted cat, found dog"),
         ({"grid": Grid(5, 3)}, "grid: wanted 5x3, found 3x5"),
         ({"n_frames": 5}, "n_frames: wanted 5, found 4"),
@@ -104,6 +109,54 @@ def test_files_that_hold_no_neighbours_are_refused(tmp_path, saved):
     write_json(tmp_path / "json.parquet", {})
     with pytest.raises(InputError, match="not a readable table"):
         load_neighbors(tmp_path / "json.parquet", make_key())
+
+
+def rewrite(path, **changed):
+    """Write the lists anew with other columns, a row group per frame."""
+    file = pq.ParquetFile(path)
+    with pq.ParquetWriter(path.with_suffix(".new"), file.schema_arrow) as writer:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            for name, change in changed.items():
+                number = table.schema.get_field_index(name)
+                values = pa.array(change(table[name].to_pylist()), table.schema.field(name).type)
+                table = table.set_column(number, table.schema.field(name), values)
+            writer.write_table(table)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"neighbor_position": lambda rows: [[15] * len(row) for row in rows]},
+        {"neighbor_position": lambda rows: [[-1] * len(row) for row in rows]},
+        {"neighbor_frame": lambda rows: [[3] * len(row) for row in rows]},
+        {"similarity": lambda rows: [[float("nan")] * len(row) for row in rows]},
+        {"count": lambda rows: [[0] * len(row) for row in rows]},
+        {"count": lambda rows: [row[1:] for row in rows]},
+        {"neighbor_frame": lambda rows: [None] * len(rows)},
+    ],
+)
+def test_lists_that_lead_nowhere_are_damaged(saved, changed):
+    rewrite(saved[0], **changed)
+    with pytest.raises(InputError, match="damaged"):
+        list(load_neighbors(saved[0], make_key()))
+
+
+@pytest.mark.parametrize("key", [b"{", b"[]", b"3", b"\xff", b""])
+def test_a_key_that_is_none_is_no_list(saved, key):
+    table = pq.read_table(saved[0]).replace_schema_metadata({b"cosettle_neighbors": key})
+    pq.write_table(table, saved[0])
+    with pytest.raises(InputError, match="holds no neighbours"):
+        load_neighbors(saved[0], make_key())
+
+
+def test_flipped_bytes_are_found_or_change_nothing_that_leads_nowhere(saved):
+    data = saved[0].read_bytes()
+    for place in range(4, len(data), 7):
+        saved[0].write_bytes(data[:place] + bytes([data[place] ^ 0x41]) + data[place + 1 :])
+        with suppress(InputError):
+            carry(load_neighbors(saved[0], make_key()), torch.rand(3, 5, 2), PROTOCOL)
 
 
 def test_labels_of_another_grid_are_refused(saved):

@@ -8,11 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
 import pytest
-from propagation_cases import make_squares, propagate_store, single_thread
+from propagation_cases import SquaresCase, make_squares, propagate_store, single_thread
 from store_cases import folder_bytes
 
 from cosettle_cache.cli import run_command
@@ -66,12 +67,15 @@ def whole(squares, tmp_path_factory):
 
 
 def results_of(out: Path) -> dict[str, bytes]:
-    """All files that a user looks at; stills stand for the films, which hold a date."""
+    """All files that a user looks at; stills stand for the films, which hold a date.
+
+    Rows of scores are compared as such: in the table their figures may stand in another order.
+    """
     files = folder_bytes(out)
     return {
         name: data
         for name, data in files.items()
-        if not name.startswith("progress/") and not name.endswith(".mp4")
+        if not name.startswith("progress/") and not name.endswith((".mp4", "scores.parquet"))
     }
 
 
@@ -154,10 +158,13 @@ def test_other_settings_are_listed_and_nothing_is_touched(go, tmp_path):
     assert anew.n_videos_before == 0
     assert [row.tokens for row in anew.scores] == ["raw"] * 8
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".cosettle-cache.json",
         "notes.txt",
         "overlays",
         "progress",
         "raw",
+        "scores.parquet",
+        "summary.json",
     ]
     assert anew.scores == tuple(row for row in report.scores if row.tokens == "raw")
 
@@ -200,6 +207,27 @@ def test_neighbours_are_kept_and_serve_other_labels_and_temperatures(go, tmp_pat
         path.write_bytes(path.read_bytes()[:100])
     mended = go(out="mended", protocol=warm, overlays="none", neighbors=lists)
     assert (mended.n_reused, mended.scores) == (6, fresh.scores)
+
+
+def test_lists_of_frames_that_were_replaced_do_not_serve(squares, tmp_path):
+    """The fingerprint stays: names, sizes and numbers of the frames are the same."""
+
+    @dataclass(frozen=True)
+    class Upside(SquaresCase):
+        def slot_tokens(self, slot):
+            return super().slot_tokens(slot)[:, ::-1].copy()
+
+    root, path = squares
+    case = make_squares(tmp_path / "data", names=NAMES)
+    other = Upside(case.manifest, case.plan).write(tmp_path / "other.zarr")
+    options = {"protocol": PROTOCOL, "overlays": "none", "neighbors": tmp_path / "lists"}
+    reports = [
+        propagate_store(open_store(store), root / "data", out=tmp_path / f"{number}", **options)
+        for number, store in enumerate((path, other, other))
+    ]
+    assert open_store(path).fingerprint == open_store(other).fingerprint
+    assert [report.n_reused for report in reports] == [0, 0, 4]
+    assert folder_bytes(tmp_path / "1/raw") != folder_bytes(tmp_path / "0/raw")
 
 
 def test_a_memory_limit_changes_nothing_but_memory(go, whole):

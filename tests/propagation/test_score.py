@@ -98,6 +98,16 @@ def test_every_missing_file_is_named(davis, tmp_path, capsys):
     assert wanted in capsys.readouterr().err
 
 
+def test_masks_numbered_from_one_are_not_scored_one_frame_off(davis, capsys):
+    for index in reversed(range(5)):
+        (davis / f"dog/{index:05d}.png").rename(davis / f"dog/{index + 1:05d}.png")
+    assert score("davis") == 3
+    wanted = "dog: has 1 masks of no frame: 00005.png; frames go from 00000.png to 00004.png"
+    assert wanted in capsys.readouterr().err
+    assert score("davis", "--partial") == 4
+    assert {row.video_id for row in read_scores(Path("s.parquet"))} == {"cat"}
+
+
 def test_a_place_that_cannot_be_written_is_told_before_scoring(davis, capsys):
     Path("file").touch()
     assert score("davis", out="file/s.parquet") == 3

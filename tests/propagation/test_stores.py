@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from threading import Event
@@ -13,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 from propagation_cases import make_squares, propagate_store, single_thread, square_mask
-from store_cases import PATCH, frames_case, pairs_case
+from store_cases import PATCH, folder_bytes, frames_case, pairs_case
 
-from cosettle_cache.core.errors import FingerprintError, OutputError, UsageError
+from cosettle_cache.core.errors import FingerprintError, InputError, OutputError, UsageError
+from cosettle_cache.core.files import own_folder
 from cosettle_cache.heads.projection import Projection, projection_sha256
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store import open_store
@@ -141,7 +143,8 @@ def test_overlays(run, tmp_path, overlays, drawn):
 def test_a_video_that_fails_is_named_and_the_rest_goes_on(run, tmp_path):
     (tmp_path / "data/DAVIS/Annotations/480p/left/00002.png").unlink()
     report = run(overlays="first")
-    assert list(report.failures) == ["left"]
+    assert list(report.failures) == ["left"] and not report.complete
+    assert json.loads((tmp_path / "out/summary.json").read_text())["complete"] is False
     assert "00002.png" in report.failures["left"]
     assert {score.video_id for score in report.scores} == {"right"}
     assert [path.name for path in (tmp_path / "out/overlays").iterdir()] == ["right"]
@@ -238,12 +241,62 @@ def test_an_output_that_cannot_be_written_ends_the_run(run, tmp_path):
 def test_what_was_scored_before_the_disk_was_full_is_kept(run, tmp_path):
     videos = [video.video_id for video in run().scores]
     last = tmp_path / "out" / "raw" / videos[-1]
-    shutil.rmtree(tmp_path / "out")
-    last.parent.mkdir(parents=True)
+    shutil.rmtree(last)
     last.write_text("a file in the way of the last video")
     report = run()
     assert isinstance(report.error, OutputError)
     assert {score.video_id for score in report.scores} == set(videos) - {videos[-1]}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("settings", [None, "{", '{"origin": {}, "kinds": ["../kept"]}'])
+def test_a_folder_of_another_origin_is_left_as_it_is(run, tmp_path, restart, settings):
+    (tmp_path / "out/raw").mkdir(parents=True)
+    shutil.copytree(tmp_path / "data/DAVIS/Annotations/480p/left", tmp_path / "out/raw/left")
+    (tmp_path / "kept").mkdir()
+    if settings is not None:
+        (tmp_path / "out/progress").mkdir()
+        (tmp_path / "out/progress/run.json").write_text(settings)
+    before = folder_bytes(tmp_path)
+    if settings is None:
+        with pytest.raises(UsageError, match="holds something else"):
+            run(restart=restart)
+    else:
+        assert isinstance(run(restart=restart).error, InputError)
+    assert folder_bytes(tmp_path) == before and (tmp_path / "kept").is_dir()
+
+
+@pytest.mark.parametrize("settings", ["[]", "{", '{"origin": {}}', "ABSOLUTE", '["../kept"]', "[1]", '"raw"'])
+def test_settings_that_were_tampered_with_remove_nothing(run, tmp_path, settings):
+    run()
+    path, kept = tmp_path / "out/progress/run.json", tmp_path / "kept"
+    kept.mkdir()
+    document = json.loads(path.read_text())
+    if settings in ('["../kept"]', "[1]", '"raw"'):
+        settings = json.dumps({**document, "kinds": json.loads(settings)})
+    elif settings == "ABSOLUTE":
+        settings = json.dumps({**document, "kinds": [str(kept)]})
+    path.write_text(settings)
+    before = folder_bytes(tmp_path / "out")
+    assert isinstance(run(restart=True).error, InputError)
+    assert folder_bytes(tmp_path / "out") == before and kept.is_dir()
+
+
+def test_a_folder_has_one_run_at_a_time(run, tmp_path):
+    with (
+        own_folder(tmp_path / "out", "propagate"),
+        pytest.raises(UsageError, match="another run writes") as caught,
+    ):
+        run()
+    assert f"process {os.getpid()} on" in caught.value.found
+    assert run().error is None
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "a/", "../a", "/a", "a\nb", "a\0"])
+def test_names_that_leave_their_folder_or_share_one_are_refused(run, tmp_path, name):
+    with pytest.raises((UsageError, InputError)):
+        run(projections=[(name, Projection(3))])
+    assert not (tmp_path / "out").exists()
 
 
 def test_propagating_leaves_the_projection_as_it_was(run):

@@ -353,6 +353,21 @@ def test_a_video_that_cannot_be_tracked_is_named_and_the_others_are_scored(
     assert [score.video_id for score in read_scores(tmp_path / "out/scores.parquet")] == ["good"]
 
 
+def test_a_folder_of_another_origin_is_left_as_it_is(
+    tapvid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    for name, code in (("scores.parquet", 2), ("tracks.parquet", 3)):
+        (tmp_path / "out" / name).write_text("the user's own")
+        assert track(tapvid, tmp_path / "out", "--task", "tapvid") == code
+        assert name in capsys.readouterr().err
+        assert {path.read_text() for path in (tmp_path / "out").iterdir()} == {"the user's own"}
+    # Version 0.1 left no mark.
+    assert track(tapvid, tmp_path / "old", "--task", "tapvid", "--pictures", "none") == 0
+    (tmp_path / "old/.cosettle-cache.json").unlink()
+    assert track(tapvid, tmp_path / "old", "--task", "tapvid", "--pictures", "none") == 0
+
+
 def test_a_dry_run_writes_nothing_and_says_what_it_would_do(
     tapvid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

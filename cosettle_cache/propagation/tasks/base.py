@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from cosettle_cache.core.types import EvalProtocol, Grid, Score, Video
 from cosettle_cache.propagation.labels import LabelMap, Size
 
@@ -49,14 +51,16 @@ class Subject:
     """One video opened for a benchmark.
 
     `label_map` holds the first frame's labels on the grid. `truth` returns what is annotated of a frame (None
-    where nothing is), `decode` the prediction that a label map stands for, `begin` empty predictions that go
-    below a folder.
+    where nothing is), `begin` empty predictions that go below a folder. `decode` returns what a label map
+    stands for, on the map's device and without a wait for it; `finish` makes the prediction of that, on the
+    host.
     """
 
     label_map: LabelMap
     truth: Callable[[int], Any]
-    decode: Callable[[LabelMap], Any]
+    decode: Callable[[LabelMap], Tensor]
     begin: Callable[[Path], Predictions]
+    finish: Callable[[Any], Any] = lambda decoded: decoded
 
 
 @dataclass(frozen=True, slots=True)

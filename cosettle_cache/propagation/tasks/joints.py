@@ -7,16 +7,17 @@ as `CLIP.npy`, and one row. Without annotations beyond the first frame nothing i
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
-from cosettle_cache.core.files import make_folder, write_durably
+from cosettle_cache.core.files import inside, make_folder, write_durably
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics.rows import clip_row
 from cosettle_cache.pictures.drawing import draw_joints, write_overlays
-from cosettle_cache.propagation.labels import LabelMap, decode_keypoints, encode_keypoints
+from cosettle_cache.propagation.labels import decode_keypoints, encode_keypoints
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, pixels_to_cells, write_predicted_joints
@@ -31,11 +32,8 @@ def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
     size = (video.height, video.width)
     first = pixels_to_cells(sequence.joints[:, :, 0], size, setting.grid)
 
-    def decode(label_map: LabelMap) -> Cells:
-        return decode_keypoints(label_map, n_cells=setting.protocol.keypoint_top_k).cpu().numpy()
-
     def begin(folder: Path) -> Predictions:
-        by_name, by_number = folder / f"{video.video_id}.npy", folder / f"{setting.number}.dat"
+        by_name, by_number = inside(folder, f"{video.video_id}.npy"), folder / f"{setting.number}.dat"
         make_folder(by_name.parent)
         points: list[Cells] = []
 
@@ -55,6 +53,7 @@ def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
 
         return Predictions([by_name, by_number], write, rows=rows)
 
+    decode = partial(decode_keypoints, n_cells=setting.protocol.keypoint_top_k)
     # No frame has a truth of its own: joints are scored when all are there.
     return Subject(encode_keypoints(first, setting.grid), lambda index: None, decode, begin)
 

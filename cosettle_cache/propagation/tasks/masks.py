@@ -6,14 +6,16 @@ is annotated, one row per object.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+from torch import Tensor
 
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import inside, make_folder
 from cosettle_cache.core.types import Video
 from cosettle_cache.metrics import DavisScorer
 from cosettle_cache.metrics.rows import object_rows
@@ -23,9 +25,10 @@ from cosettle_cache.propagation.labels import (
     LabelMap,
     Mask,
     Size,
-    decode_mask,
+    decode_classes,
     encode_mask,
     encode_mask_nearest,
+    name_classes,
 )
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
@@ -38,18 +41,17 @@ def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
     first_mask = sequence.first_mask()
     first, size = encode_index_map(first_mask, setting), first_mask.shape
 
-    def decode(label_map: LabelMap) -> Mask:
-        return decode_index_map(label_map, first, setting, size, out=size)
+    decode, finish = decode_index_map(first, setting, size, out=size)
 
     def begin(folder: Path) -> Predictions:
         names = [f"{name}.png" for name in sequence.frame_names]
-        predictions = write_index_maps(folder / video.video_id, names)
+        predictions = write_index_maps(inside(folder, video.video_id), names)
         if not sequence.scorable:
             return predictions
         scorer, shown = DavisScorer.from_first_mask(first_mask), set(np.unique(first_mask).tolist())
         return replace(predictions, score=scorer.add, rows=lambda row: object_rows(row, scorer, shown))
 
-    return Subject(first.label_map, sequence.mask, decode, begin)
+    return Subject(first.label_map, sequence.mask, decode, begin, finish)
 
 
 def draw_masks(drawing: Drawing) -> None:
@@ -66,11 +68,13 @@ def encode_index_map(mask: Mask, setting: Setting) -> FirstLabels:
 
 
 def decode_index_map(
-    label_map: LabelMap, first: FirstLabels, setting: Setting, annotation: Size, out: Size | None = None
-) -> Mask:
-    """Return the index map of a label map by the protocol's rule, at size `out` or that of its argmax."""
+    first: FirstLabels, setting: Setting, annotation: Size, out: Size | None = None
+) -> tuple[Callable[[LabelMap], Tensor], Callable[[Mask], Mask]]:
+    """Return `decode` and `finish` of index maps by the protocol, at size `out` or that of the argmax."""
     at = setting.size if setting.protocol.decode_size == "input" else annotation
-    return decode_mask(label_map, first.object_ids, at, out or at, stretched=setting.protocol.norm_mask)
+    stretched, names = setting.protocol.norm_mask, first.object_ids
+    decode = partial(decode_classes, size=at, stretched=stretched)
+    return decode, partial(name_classes, object_ids=names, mask_size=out or at, stretched=stretched)
 
 
 def write_index_maps(folder: Path, names: Sequence[str]) -> Predictions:
@@ -87,7 +91,7 @@ def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]
 
     def maps(folder: Path) -> Iterator[UInt8[np.ndarray, "_ _"]]:
         for name in names:
-            mask = read_mask(folder / video.video_id / pattern.format(name))
+            mask = read_mask(inside(folder, video.video_id) / pattern.format(name))
             yield mask if mask.shape == size else sample_mask(mask, size)
 
     write_overlays(

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from cosettle_cache.core.files import inside
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics import Confusion, count_pixels, no_pixels
 from cosettle_cache.metrics.rows import parts_row
-from cosettle_cache.propagation.labels import LabelMap, Mask
+from cosettle_cache.propagation.labels import Mask
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.propagation.tasks.masks import (
     decode_index_map,
@@ -37,12 +38,11 @@ def open_part_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
     first_mask = sequence.first_mask()
     first = encode_index_map(first_mask, setting)
 
-    def decode(label_map: LabelMap) -> ClassMap:
-        return decode_index_map(label_map, first, setting, first_mask.shape)
+    decode, finish = decode_index_map(first, setting, first_mask.shape)
 
     def begin(folder: Path) -> Predictions:
         names = [FILE.format(name) for name in sequence.frame_names]
-        predictions = write_index_maps(folder / video.video_id, names)
+        predictions = write_index_maps(inside(folder, video.video_id), names)
         if len(sequence.labelled) == 1:  # the first frame alone: there is nothing to score
             return predictions
         counts: list[Confusion] = []
@@ -55,7 +55,7 @@ def open_part_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
 
         return replace(predictions, score=score, rows=rows)
 
-    return Subject(first.label_map, sequence.mask, decode, begin)
+    return Subject(first.label_map, sequence.mask, decode, begin, finish)
 
 
 def draw_parts(drawing: Drawing) -> None:
