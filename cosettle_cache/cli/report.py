@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ def report(
     if projection and features is None:
         raise UsageError("--projection shows projected tokens", wanted="--features with the raw ones")
     # Every folder once, as it was first written.
-    folders = list({folder.resolve(): folder for folder in reversed(runs)}.values())[::-1]
+    folders = list({os.path.realpath(folder): folder for folder in reversed(runs)}.values())[::-1]
     store = None if features is None else open_features(features, None, DEFAULT_CACHE_SIZE)
     contents = open_contents(name_folders(folders), store, projection or [], data_root)
     document = {"out": str(out), **contents.to_json()}

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event
@@ -191,6 +192,16 @@ def human_seconds(seconds: int | float) -> str:
 
 def _figures(figures: dict[str, float]) -> str:
     return " ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+
+
+def visible(text: str) -> str:
+    """Return a name with terminal escapes, line ends and whatever else nobody sees written as Python does."""
+    return "".join(
+        character
+        if character.isprintable() or unicodedata.category(character) == "Zs"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 @contextmanager

@@ -9,17 +9,21 @@ import errno
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
-from cosettle_cache.core.errors import OutputError, UsageError
+from cosettle_cache.core.errors import InputError, OutputError, UsageError
 
 Buffer = bytes | bytearray | memoryview
 
 #: Bytes that one call writes, and buffers that it may be given (Linux takes 1024).
 _GROUP_BYTES, _GROUP_BUFFERS = 8 * 2**20, 512
+
+#: A document that is read whole is never longer: journals of a day's training have 30 MB.
+MAX_DOCUMENT_BYTES = 512 * 2**20
 
 _OUTPUT_REASONS = {
     errno.ENOSPC: "no space left on the device",
@@ -143,6 +147,36 @@ def sha256_file(path: Path) -> str:
     """Return the hex SHA-256 of the bytes of `path`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(path: Path, wanted: str) -> int:
+    """Return the size of a file that anybody may have put there, in bytes.
+
+    Raises `InputError` for what is missing or no plain file: a pipe would be waited for.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path} does not exist", wanted=wanted) from error
+    except (OSError, ValueError) as error:  # `ValueError`: a NUL in the name
+        raise InputError(f"{path} cannot be read", wanted=wanted, found=error) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path} is not a plain file", wanted=wanted)
+    return found.st_size
+
+
+def read_document(path: Path, wanted: str) -> bytes:
+    """Return the bytes of a file that anybody may have put there, of `MAX_DOCUMENT_BYTES` at most.
+
+    Raises `InputError` for what is missing, too long, unreadable or no plain file.
+    """
+    if (size := check_file(path, wanted)) > MAX_DOCUMENT_BYTES:
+        limit = f"{MAX_DOCUMENT_BYTES} bytes at most"
+        raise InputError(f"{path} is too long for {wanted}", wanted=limit, found=size)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read", wanted=wanted, found=error) from error
 
 
 def unfilled(buffers: Sequence[memoryview], n_done: int) -> list[memoryview]:

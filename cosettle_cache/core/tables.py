@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import make_folder, replacing, sync, write_durably
+from cosettle_cache.core.files import check_file, make_folder, read_document, replacing, sync, write_durably
 
 Row = Mapping[str, Any]
 
@@ -69,8 +69,7 @@ def stream_table(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.RecordB
 
 def open_table(path: Path) -> pa.parquet.ParquetFile:
     """Open a Parquet file for reading it group by group; raise `InputError` when it is missing or is none."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", wanted="a Parquet file")
+    check_file(path, "a Parquet file")
     try:
         return pa.parquet.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -82,16 +81,34 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 
     `schema` gives the types of a CSV file's columns, which the file itself cannot say.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", wanted="a Parquet or CSV file")
+    check_file(path, "a Parquet or CSV file")
     try:
         if path.suffix == ".csv":
             # Without types a name such as 0001 would be read as the number 1.
             types = {} if schema is None else {field.name: field.type for field in schema}
             options = pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
             return pa.csv.read_csv(path, convert_options=options)
-        return pa.parquet.read_table(path, partitioning=None)
+        table = pa.parquet.read_table(path, partitioning=None)
+        table.validate(full=True)  # texts of other bytes than UTF-8 among others
     except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return table
+
+
+def read_rows(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the rows of a table that anybody may have written, and its metadata.
+
+    Columns of `schema` are of its types, where they are there. Raises `InputError` for what cannot be.
+    """
+    table = read_table(path, schema)
+    kinds = {field.name: field.type for field in schema}
+    try:
+        columns = [
+            column.cast(kinds.get(field.name, field.type))
+            for field, column in zip(table.schema, table.columns, strict=True)
+        ]
+        return pa.table(columns, names=table.column_names).to_pylist(), read_metadata(table)
+    except (pa.ArrowException, ValueError, OverflowError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -109,9 +126,12 @@ def write_json(path: Path, document: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read one JSON document; raise `InputError` when it is missing or malformed."""
+    return parse_json(read_document(path, "a JSON file"), path)
+
+
+def parse_json(text: str | bytes, name: object) -> Any:
+    """Return the document of a text that anybody may have written; raise `InputError` about `name`."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", wanted="a JSON file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON", found=str(error)) from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # `ValueError`: no JSON, no text, numbers of 5,000 digits
+        raise InputError(f"{name} is not JSON", found=str(error)) from error

@@ -23,6 +23,7 @@ from PIL import Image
 
 from cosettle_cache.core.console import human_bytes
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.files import read_document
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.frames import Image8
 
@@ -31,6 +32,10 @@ STYLES = ("page.css", "pictures.css")
 SCRIPTS = ("theme.js", "tables.js", "slider.js", "affinity.js", "canvas.js", "explorer.js")
 
 _SIZE_MARK = "@@size@@"
+#: Control characters are no text of HTML; names of files may have them.
+_CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if code not in b"\t\n\r"}
+#: Elements within elements of a chart; what the package draws has ten.
+_DEEPEST = 100
 
 #: Pixels of a picture's longer side.
 _LONG_SIDE = 480
@@ -110,7 +115,7 @@ def data_element(identifier: str, document: Any) -> Element:
 def assemble(title: str, sections: Sequence[Element]) -> bytes:
     """Return the file; every section with an id and a heading gets a link at the top.
 
-    Characters that are no text, as in names of files, become question marks.
+    Characters that are no text, as in names of files, become question marks or U+FFFD.
     """
     scripts = [_asset(name) for name in SCRIPTS]
     styles = "\n".join(map(_asset, STYLES))
@@ -155,6 +160,7 @@ def assemble(title: str, sections: Sequence[Element]) -> bytes:
         lang="en",
     )
     text = "<!doctype html>\n" + tostring(root, encoding="unicode", method="html") + "\n"
+    text = text.translate(_CONTROLS)
     n_bytes = len(text.encode(errors="replace"))
     return text.replace(_SIZE_MARK, human_bytes(n_bytes)).encode(errors="replace")
 
@@ -182,14 +188,24 @@ def chart(svg: Path, draw: Callable[[Path], None], identifier: str, label: str) 
     return element("figure", scroll_box(picture, label), class_="chart")
 
 
-def _inline(path: Path, prefix: str) -> Element:
-    """Return shapes and text of an SVG and nothing else; a prefix keeps its names apart from others."""
+def _read_svg(path: Path) -> Element:
     try:
-        root = fromstring(path.read_bytes())  # noqa: S314 - expat bounds what entities grow to
-    except (OSError, ParseError) as error:
+        root = fromstring(read_document(path, "an SVG"))  # noqa: S314 - expat bounds what entities grow to
+    except (ParseError, ValueError, LookupError) as error:  # the last two for encodings
         raise InputError(f"{path} is not a readable SVG", found=str(error)) from error
     if root.tag != f"{_SVG}svg":
         raise InputError(f"{path} is not an SVG", found=root.tag)
+    depths = {root: 0}
+    for node in root.iter():
+        depths |= dict.fromkeys(node, depths[node] + 1)
+    if max(depths.values()) > _DEEPEST:
+        raise InputError(f"{path} is nested too deeply", wanted=f"{_DEEPEST} levels at most")
+    return root
+
+
+def _inline(path: Path, prefix: str) -> Element:
+    """Return shapes and text of an SVG and nothing else; a prefix keeps its names apart from others."""
+    root = _read_svg(path)
     nodes = list(root.iter())
     for node in nodes:
         for child in [item for item in node if item.tag not in _SHAPES]:
