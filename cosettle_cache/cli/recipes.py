@@ -6,7 +6,6 @@ data root given to `run` is passed to every step that takes one.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
+from cosettle_cache.cli.options import DataRoot, Mode, Quiet
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import CheckpointError, ExitCode, InputError, UncleanError
 
@@ -98,24 +97,22 @@ class Recipe:
 
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A file such as pipelines/sprites.toml.")],
+    mode: Mode,
     data_root: DataRoot = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> int:
     """Run a recipe and compare with the numbers it expects.
 
     Example: cosettle-cache run pipelines/vit_tiny_davis.toml --data-root /data
     """
-    chosen, talk = read_recipe(recipe, data_root), Talk(quiet=quiet)
+    chosen, talk = read_recipe(recipe, data_root), Talk(quiet=mode.quiet)
     # Of a JSON run stdout holds one document; what the steps print goes where talk goes.
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        code = _run_steps(chosen, talk, dry_run=dry_run)
-    found = [] if code or dry_run else check_expectations(chosen)
-    if as_json:
+    with redirect_stdout(sys.stderr) if mode.as_json else nullcontext():
+        code = _run_steps(chosen, talk, dry_run=mode.dry_run)
+    found = [] if code or mode.dry_run else check_expectations(chosen)
+    if mode.as_json:
         figures = [{**asdict(item), "met": item.met} for item in found]
         document = {"title": chosen.title, "steps": [step.line for step in chosen.steps], "figures": figures}
-        talk.result(json.dumps(document, indent=2))
+        talk.json(document)
     elif found:
         columns = ["figure", "expected", "measured", "met"]
         expected = [f"{item.value:.4f} ± {item.tolerance:.4f}" for item in found]
@@ -140,7 +137,7 @@ def demo(quiet: Quiet = False) -> int:
     for outcome in check_expectations(recipe):
         kept = "as expected" if outcome.met else f"expected {outcome.value:.4f}"
         talk.note(f"{outcome.title} {outcome.measured:.4f}, {kept}")
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
@@ -152,7 +149,7 @@ def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
         talk.note(f"$ {step.line}")
         if not dry_run and (code := run_command(step.arguments)):
             return code
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
@@ -221,7 +218,7 @@ def _read_step(table: Mapping[str, Any], data_root: Path | None, path: Path) -> 
 
 def check_expectations(recipe: Recipe) -> list[Expectation]:
     """Return every expectation with the figure in the recipe's summary file."""
-    from cosettle_cache.core.tables import read_json
+    from cosettle_cache.core.files import read_json
 
     if recipe.summary is None:
         return []

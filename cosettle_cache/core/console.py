@@ -5,6 +5,7 @@ On a terminal progress is a bar; elsewhere it is one plain line at the start, ev
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -160,6 +161,10 @@ class Talk:
     def result(self, text: str) -> None:
         """Print data on stdout, unwrapped."""
         sys.stdout.write(text + "\n")
+
+    def json(self, document: Any) -> None:
+        """Print one JSON document on stdout; what JSON does not know, such as a path, as text."""
+        self.result(json.dumps(document, indent=2, default=str))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table on stdout; columns after the first are right-aligned."""

@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import check_file, make_folder, read_document, replacing, sync, write_durably
+from cosettle_cache.core.files import make_folder, replacing, sync, write_durably
 
 Row = Mapping[str, Any]
 
@@ -69,7 +69,7 @@ def stream_table(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.RecordB
 
 def open_table(path: Path) -> pa.parquet.ParquetFile:
     """Open a Parquet file for reading it group by group; raise `InputError` when it is missing or is none."""
-    check_file(path, "a Parquet file")
+    _check_file(path, "a Parquet file")
     try:
         return pa.parquet.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -81,7 +81,7 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 
     `schema` gives the types of a CSV file's columns, which the file itself cannot say.
     """
-    check_file(path, "a Parquet or CSV file")
+    _check_file(path, "a Parquet or CSV file")
     try:
         if path.suffix == ".csv":
             # Without types a name such as 0001 would be read as the number 1.
@@ -112,6 +112,15 @@ def read_rows(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict
         raise _unreadable(path, error) from error
 
 
+def _check_file(path: Path, wanted: str) -> None:
+    try:
+        if path.is_file():
+            return
+    except OSError as error:  # a name that is too long, say
+        raise _unreadable(path, error) from error
+    raise InputError(f"{path} does not exist", wanted=wanted)
+
+
 def _unreadable(path: Path, error: Exception) -> InputError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(f"{path} is not a readable table", found=reason)
@@ -122,16 +131,3 @@ def write_json(path: Path, document: Any) -> None:
     make_folder(path.parent)
     text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     write_durably(path, [text.encode()])
-
-
-def read_json(path: Path) -> Any:
-    """Read one JSON document; raise `InputError` when it is missing or malformed."""
-    return parse_json(read_document(path, "a JSON file"), path)
-
-
-def parse_json(text: str | bytes, name: object) -> Any:
-    """Return the document of a text that anybody may have written; raise `InputError` about `name`."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # `ValueError`: no JSON, no text, numbers of 5,000 digits
-        raise InputError(f"{name} is not JSON", found=str(error)) from error

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import output_errors, sha256_file, write_durably
+from cosettle_cache.core.parallel import pick_device
 from cosettle_cache.core.settings import cache_folder, replace_red_std
 from cosettle_cache.core.types import Grid
 from cosettle_cache.encoders.checkpoints import read_checkpoint
@@ -85,8 +86,6 @@ def load_backbone(
     """
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
-    from cosettle_cache.core.cluster import pick_device  # brings dask
-
     where = torch.device(pick_device(device))
     if name.startswith(TIMM_PREFIX):
         check_no_heads(name, heads)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cosettle_cache.core.errors import FingerprintError, InputError
-from cosettle_cache.core.files import make_folder, output_errors
+from cosettle_cache.core.files import make_folder, output_errors, read_json
 from cosettle_cache.core.settings import differing, digest, flat_text, package_versions
-from cosettle_cache.core.tables import read_json, write_json
+from cosettle_cache.core.tables import write_json
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.metrics.rows import rows_of_wide

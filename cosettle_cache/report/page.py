@@ -23,7 +23,7 @@ from PIL import Image
 
 from cosettle_cache.core.console import human_bytes
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import read_document
+from cosettle_cache.core.files import read_file
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.frames import Image8
 
@@ -190,7 +190,7 @@ def chart(svg: Path, draw: Callable[[Path], None], identifier: str, label: str) 
 
 def _read_svg(path: Path) -> Element:
     try:
-        root = fromstring(read_document(path, "an SVG"))  # noqa: S314 - expat bounds what entities grow to
+        root = fromstring(read_file(path))  # noqa: S314 - expat bounds what entities grow to
     except (ParseError, ValueError, LookupError) as error:  # the last two for encodings
         raise InputError(f"{path} is not a readable SVG", found=str(error)) from error
     if root.tag != f"{_SVG}svg":

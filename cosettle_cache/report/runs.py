@@ -12,7 +12,8 @@ from typing import Any
 
 from cosettle_cache.analysis.run import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.tables import parse_json, read_json, read_rows
+from cosettle_cache.core.files import parse_json, read_json
+from cosettle_cache.core.tables import read_rows
 from cosettle_cache.core.types import Score
 from cosettle_cache.metrics.rows import SCORES_FILE, SUMMARY_FILE, read_scores
 from cosettle_cache.pictures.charts import Columns

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosettle_cache.core.lazy import lazy_names
+from cosettle_cache.core import lazy_names
 from cosettle_cache.videos.datasets import DATASETS, DataSet
 
 if TYPE_CHECKING:

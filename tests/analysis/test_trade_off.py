@@ -23,9 +23,10 @@ from cosettle_cache.analysis.run import AnalysisReport, analyze_store, plan_anal
 from cosettle_cache.analysis.trade_off import TradeOff, block_pairs, effective_rank
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.files import read_json
 from cosettle_cache.core.parallel import one_by_one
 from cosettle_cache.core.settings import AnalyzeSettings
-from cosettle_cache.core.tables import read_json, read_table
+from cosettle_cache.core.tables import read_table
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.store import FeatureStore, open_store
 
