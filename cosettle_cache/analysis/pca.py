@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from cosettle_cache.analysis.pooling import check_frames_plan, each_video
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, OutputError, RemoteError, UsageError
+from cosettle_cache.core.files import inside, own_folder
 from cosettle_cache.core.settings import PcaSettings, check_choices
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
@@ -101,7 +102,7 @@ def draw_store(
     """Draw `videos` of `plan_pca` to `out/VIDEO/KIND/FRAME.png` and `out/VIDEO.mp4`.
 
     A video that cannot be drawn is recorded in the report and does not end the run; setting `stop` ends it
-    after the video in hand.
+    after the video in hand. Raises `UsageError` when `out` holds anything but pictures of this command.
     """
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(FRAME,))
     rows, every = {video.video_id: video for video in videos}, int(store.fingerprint.plan["every"])
@@ -125,7 +126,8 @@ def draw_store(
     @torch.inference_mode()
     def draw(video_id: str) -> int:
         report.n_videos += 1
-        video, painters = rows[video_id], common or fit([video_id], video_id)
+        folder, video = inside(out, video_id), rows[video_id]
+        painters = common or fit([video_id], video_id)
         pairs = list(zip(kinds, painters, strict=True))
         indices = range(0, video.n_frames, every)
         images = iter_frames(video, data_root, indices)
@@ -135,14 +137,15 @@ def draw_store(
             for index, image, raw in zip(indices, images, stored, strict=True)
         )
         fps = video.fps / every if video.fps else None
-        write_pictures(pictures, fps, out / video_id, film=settings.film, stills=settings.stills)
+        write_pictures(pictures, fps, folder, film=settings.film, stills=settings.stills)
         return store.n_frames(video_id)
 
     try:
-        if settings.per == "store":
-            common = fit(store.video_ids, "all videos")
-        for _, n_frames in each_video(list(rows), draw, report.failures, progress, stop):
-            report.n_frames += n_frames
+        with own_folder(out, "pca"):
+            if settings.per == "store":
+                common = fit(store.video_ids, "all videos")
+            for _, n_frames in each_video(list(rows), draw, report.failures, progress, stop):
+                report.n_frames += n_frames
     except (OutputError, RemoteError) as problem:
         report.error = problem
     report.interrupted = report.n_videos < len(rows) and report.error is None

@@ -34,11 +34,10 @@ def report(
 
     Example: cosettle-cache report runs/davis runs/linear --features davis.zarr
     """
-    from cosettle_cache.report import open_contents, write_report
+    from cosettle_cache.report import check_page, open_contents, write_report
 
     talk = Talk(quiet=mode.quiet)
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder", wanted="a file, as report.html")
+    check_page(out)
     if projection and features is None:
         raise UsageError("--projection shows projected tokens", wanted="--features with the raw ones")
     # Every folder once, as it was first written.

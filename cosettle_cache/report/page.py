@@ -22,8 +22,8 @@ from xml.etree.ElementTree import Element, ParseError, fromstring, tostring
 from PIL import Image
 
 from cosettle_cache.core.console import human_bytes
-from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import read_file
+from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.files import check_local, output_errors, read_file
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.frames import Image8
 
@@ -32,6 +32,12 @@ STYLES = ("page.css", "pictures.css")
 SCRIPTS = ("theme.js", "tables.js", "slider.js", "affinity.js", "canvas.js", "explorer.js")
 
 _SIZE_MARK = "@@size@@"
+#: How a page begins, by which it is known for ours.
+_POLICY = "default-src 'none'; img-src data:; style-src 'sha256-"
+_BEGIN = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}'
+)
 #: Control characters are no text of HTML; names of files may have them.
 _CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if code not in b"\t\n\r"}
 #: Elements within elements of a chart; what the package draws has ten.
@@ -110,6 +116,23 @@ def data_element(identifier: str, document: Any) -> Element:
     """
     text = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return element("script", text, type="application/json", id=identifier)
+
+
+def check_page(path: Path) -> None:
+    """Raise `UsageError` for a URL, a folder, and a file that is no page of ours and stays as it is."""
+    check_local(path)
+    with output_errors(path):
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder", wanted="a file, as report.html")
+        if not path.exists() and not path.is_symlink():
+            return
+        begin = _BEGIN.encode()
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(begin)) == begin:
+                    return
+    hint = "choose another name, or remove it first"
+    raise UsageError(f"{path} holds something else, and is not overwritten", wanted="a new file", hint=hint)
 
 
 def assemble(title: str, sections: Sequence[Element]) -> bytes:

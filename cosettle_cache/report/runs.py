@@ -12,7 +12,7 @@ from typing import Any
 
 from cosettle_cache.analysis.run import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import parse_json, read_json
+from cosettle_cache.core.files import name_fault, parse_json, read_json
 from cosettle_cache.core.tables import read_rows
 from cosettle_cache.core.types import Score
 from cosettle_cache.metrics.rows import SCORES_FILE, SUMMARY_FILE, read_scores
@@ -43,7 +43,9 @@ class ScoreRun:
         return tuple(dict.fromkeys(score.tokens for score in self.scores))
 
     def masks(self, kind: str, video_id: str) -> list[Path]:
-        """Return the masks of a video in frame order."""
+        """Return the masks of a video in frame order; none of names that lead out of the folder."""
+        if name_fault(f"{kind}/{video_id}"):
+            return []
         found = (path for path in (self.folder / kind / video_id).glob("*.png") if path.is_file())
         return sorted(found, key=lambda path: natural_key(path.name))
 

@@ -300,3 +300,33 @@ def test_videos_that_failed_are_named(made: Made, tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"failures": {"bear": "no <frames>"}}))
     assert "bear failed: no <frames>" in write(tmp_path / "r.html", run).texts
+
+
+def test_only_pages_of_ours_are_overwritten(
+    made: Made, page: Page, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.html"
+    out.write_text(page.source)
+    assert write(out, made.scored).headings == ["scores-0", "overlays-0", "provenance"]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "mine.html").write_text("<!doctype html><p>mine")
+    (tmp_path / "link").symlink_to("absent")
+    for name in ("mine.html", "pipe", "link", "", "x" * 5000, "s3://bucket/r.html"):
+        path = name if name.startswith("s3") else str(tmp_path / name)
+        assert run_command(["report", str(made.trained), "--out", path]) == (3 if "xxx" in name else 2)
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "Traceback" not in error
+    assert (tmp_path / "mine.html").read_text() == "<!doctype html><p>mine"
+    assert not Path("s3:").exists()
+
+
+def test_names_of_a_foreign_run_do_not_lead_out_of_its_folder(made: Made, tmp_path: Path) -> None:
+    outside = shutil.copytree(made.scored / "overlays" / EVIL, tmp_path / "outside")
+    rows = [
+        replace(row, video_id=name)
+        for row in read_scores(made.scored / "scores.parquet")[:1]
+        for name in (str(outside), "../../outside", "nul\0")
+    ]
+    write_scores(tmp_path / "run", rows)
+    (tmp_path / "run/overlays").mkdir()
+    assert write(tmp_path / "r.html", tmp_path / "run").headings == ["scores-0", "provenance"]
