@@ -46,6 +46,7 @@ def analyze(
     mode: Mode,
     projection: Projections = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/analyze-STORE.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure consistency within clips against separability between them, raw and projected.
 
@@ -53,6 +54,7 @@ def analyze(
     """
     from cosettle_cache.analysis import run as analysis
     from cosettle_cache.core.cluster import work_on
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads
 
     talk, store = Talk(quiet=mode.quiet), cache.open(features)
@@ -63,10 +65,13 @@ def analyze(
         names = [name for name, _ in heads]
         talk.json({"out": str(folder), "tokens": ["raw", *names], **plan.to_json()})
         return
+    place = device if work.workers or work.scheduler else pick_device(device)
     with own_folder(folder, "analyze"):
         analysis.remove_analysis(folder)
-        with work_on(work.workers, work.scheduler, note=talk.note) as run:
-            report = analysis.analyze_store(store, plan, heads, run=run, progress=talk.progress("analyze"))
+        with work_on(work.workers, work.scheduler, place, note=talk.note) as run:
+            report = analysis.analyze_store(
+                store, plan, heads, device=place, run=run, progress=talk.progress("analyze")
+            )
         analysis.write_analysis(folder, store, report)
     if mode.as_json:
         talk.json(analysis.summary_json(store, report))
@@ -140,11 +145,10 @@ def probe(
         first, reason = next(iter(plan.left_out.items()))
         n_videos = f"{len(plan.left_out)} videos are left out"
         talk.warn(f"{n_videos}, {first} because {reason}; summary.json names all")
+    place = pick_device(device)
     with own_folder(folder, "probe"):
         probes.remove_probe(folder)
-        report = probes.run_probe(
-            plan, projections=heads, device=pick_device(device), progress=talk.progress("read")
-        )
+        report = probes.run_probe(plan, projections=heads, device=place, progress=talk.progress("read"))
         for item in report.measured:
             for text in item.outcome.warnings:
                 talk.warn(f"{item.task}, {item.tokens}: {text}")

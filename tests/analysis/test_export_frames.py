@@ -72,7 +72,7 @@ def test_hdf5_holds_the_same() -> None:
         assert set(file) == {"a_0", "a_1", "b_0", "b_1"}
         assert file.attrs["axes"] == "dim-frame" and file["b_1"].attrs["video_id"] == "b/1"
         np.testing.assert_allclose(file["b_1"][:].T, expected("b/1"), atol=1e-6)
-    assert {path.name for path in Path("out").iterdir()} == {"frames.h5", "export.json"}
+    assert {path.name for path in Path("out").iterdir()} == {"frames.h5", "export.json", MARK}
 
 
 def test_vectors_stand_for_the_frames_that_the_store_skips(capsys: pytest.CaptureFixture[str]) -> None:
