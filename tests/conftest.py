@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from pretend_cuda import Device
 
 # A busy machine is no failure; and the gate tries the same examples every time.
 settings.register_profile("gate", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -28,6 +31,15 @@ def golden_path(relative: str) -> Path:
         if (root / relative).exists():
             return root / relative
     pytest.skip(f"golden file {relative} is neither in tests/golden nor in the shared folder")
+
+
+@pytest.fixture
+def cuda() -> Iterator[Device]:
+    """A pretended CUDA device that counts waits and refuses mixed devices: tests/support/pretend_cuda.py."""
+    from pretend_cuda import pretend_cuda
+
+    with pretend_cuda() as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from jaxtyping import Float32, Int64
 from cosettle_cache.analysis.pooling import check_frames_plan, each_video, missing_videos, pool_frames
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.files import make_folder, replacing, sync, write_durably
+from cosettle_cache.core.files import inside, own_folder, replacing, sync, write_durably
 from cosettle_cache.core.settings import ExportSettings, check_choices, package_versions
 from cosettle_cache.core.tables import stream_table, write_json
 from cosettle_cache.heads.kinds import TokenKind
@@ -78,6 +78,7 @@ def plan_export(store: FeatureStore, settings: ExportSettings) -> ExportPlan:
     if settings.format == "hdf5" and importlib.util.find_spec("h5py") is None:
         raise UsageError("h5py is not installed", hint="pip install 'cosettle-cache[hdf5]', or --format npy")
     for name, count in Counter(map(flat_name, store.video_ids)).items():
+        inside(Path(), name)
         if count > 1:
             found = ", ".join(video_id for video_id in store.video_ids if flat_name(video_id) == name)
             raise InputError(f"two videos would be called {name}", found=found)
@@ -92,7 +93,7 @@ def export_frames(
     """Write the vectors of every complete video of the store, and `export.json` last.
 
     Returns by id how many vectors were written, and why a video could not be read. Raises `OutputError` when
-    the folder cannot be written.
+    the folder cannot be written, and `UsageError` when it holds anything else.
     """
     store, fingerprint, settings = plan.store, plan.store.fingerprint, plan.settings
     n_frames = {video.video_id: video.n_frames for video in store.manifest}
@@ -106,7 +107,6 @@ def export_frames(
         "plan": dict(fingerprint.plan),
         "versions": {"extract": dict(fingerprint.versions), "export": package_versions()},
     }
-    (make_folder(out) / REPORT_FILE).unlink(missing_ok=True)
     pool = partial(pool_frames, store, (kind,), unit=settings.unit, device=device)
 
     def videos() -> Iterator[Vectors]:
@@ -118,8 +118,10 @@ def export_frames(
             yield video_id, vectors, frames
             lengths[video_id] = len(frames)
 
-    _WRITERS[settings.format](plan, out, document, videos())
-    write_json(out / REPORT_FILE, document | {"vectors": lengths, "failures": failures})
+    with own_folder(out, "export frames"):
+        (out / REPORT_FILE).unlink(missing_ok=True)
+        _WRITERS[settings.format](plan, out, document, videos())
+        write_json(out / REPORT_FILE, document | {"vectors": lengths, "failures": failures})
     return lengths, failures
 
 

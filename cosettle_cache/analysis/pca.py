@@ -11,18 +11,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cosettle_cache.analysis.pooling import check_frames_plan, each_video
+from cosettle_cache.analysis.pooling import check_frames_plan, each_video, to_device
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, OutputError, RemoteError, UsageError
+from cosettle_cache.core.files import inside, own_folder
 from cosettle_cache.core.settings import PcaSettings, check_choices
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
@@ -39,6 +41,8 @@ N_COMPONENTS = 3
 PERCENTILES = (1.0, 99.0)
 #: Percentiles are read from counts in bins over so many standard deviations on either side of the mean.
 _REACH, _BINS = 8.0, 4096
+#: Tokens that are sent to a GPU at a time; 50 MB in float32 at ViT-B width.
+_BATCH_TOKENS = 16 * 1024
 _CENTRES = (np.arange(_BINS) + 0.5) * (2 * _REACH / _BINS) - _REACH
 
 Tokens = Float[Tensor, "row col dim"]
@@ -101,7 +105,7 @@ def draw_store(
     """Draw `videos` of `plan_pca` to `out/VIDEO/KIND/FRAME.png` and `out/VIDEO.mp4`.
 
     A video that cannot be drawn is recorded in the report and does not end the run; setting `stop` ends it
-    after the video in hand.
+    after the video in hand. Raises `UsageError` when `out` holds anything but pictures of this command.
     """
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(FRAME,))
     rows, every = {video.video_id: video for video in videos}, int(store.fingerprint.plan["every"])
@@ -125,24 +129,26 @@ def draw_store(
     @torch.inference_mode()
     def draw(video_id: str) -> int:
         report.n_videos += 1
-        video, painters = rows[video_id], common or fit([video_id], video_id)
+        folder, video = inside(out, video_id), rows[video_id]
+        painters = common or fit([video_id], video_id)
         pairs = list(zip(kinds, painters, strict=True))
         indices = range(0, video.n_frames, every)
         images = iter_frames(video, data_root, indices)
-        stored = _stored_tokens(store, [video_id], kinds[0], device)
+        painted = _painted(store, video_id, pairs, device)
         pictures = (
-            (f"{index:05d}", image, {kind.name: painter.paint(kind.apply(raw)) for kind, painter in pairs})
-            for index, image, raw in zip(indices, images, stored, strict=True)
+            (f"{index:05d}", image, colours)
+            for index, image, colours in zip(indices, images, painted, strict=True)
         )
         fps = video.fps / every if video.fps else None
-        write_pictures(pictures, fps, out / video_id, film=settings.film, stills=settings.stills)
+        write_pictures(pictures, fps, folder, film=settings.film, stills=settings.stills)
         return store.n_frames(video_id)
 
     try:
-        if settings.per == "store":
-            common = fit(store.video_ids, "all videos")
-        for _, n_frames in each_video(list(rows), draw, report.failures, progress, stop):
-            report.n_frames += n_frames
+        with own_folder(out, "pca"):
+            if settings.per == "store":
+                common = fit(store.video_ids, "all videos")
+            for _, n_frames in each_video(list(rows), draw, report.failures, progress, stop):
+                report.n_frames += n_frames
     except (OutputError, RemoteError) as problem:
         report.error = problem
     report.interrupted = report.n_videos < len(rows) and report.error is None
@@ -154,8 +160,26 @@ def _stored_tokens(
     store: FeatureStore, video_ids: Iterable[str], kind: TokenKind, device: str
 ) -> Iterator[Tokens]:
     for video_id in video_ids:
-        for frame in store.stream_tokens(video_id):
-            yield kind.apply(torch.from_numpy(frame).to(device).float())
+        for batch in _batches(store, video_id, device):
+            yield from map(kind.apply, batch)
+
+
+def _batches(store: FeatureStore, video_id: str, device: str) -> Iterator[Float[Tensor, "_ row col dim"]]:
+    """Yield the tokens of a few frames at a time: a GPU gets them at once."""
+    size, stream = max(1, _BATCH_TOKENS // store.grid(video_id).n_tokens), store.stream_tokens(video_id)
+    while frames := list(islice(stream, size)):
+        yield to_device(np.stack(frames), device).float()
+
+
+def _painted(
+    store: FeatureStore, video_id: str, pairs: Sequence[tuple[TokenKind, Painter]], device: str
+) -> Iterator[dict[str, Colours]]:
+    """Yield the colours of every frame by kind of tokens."""
+    names = [kind.name for kind, _ in pairs]
+    for batch in _batches(store, video_id, device):
+        kinds = [torch.stack([painter.colours(kind.apply(raw)) for raw in batch]) for kind, painter in pairs]
+        for frame in torch.stack(kinds, dim=1).cpu().numpy():
+            yield dict(zip(names, frame, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,18 +204,31 @@ class Histogram:
     """Counts of components in bins, from which percentiles are read to 1/256 of a standard deviation."""
 
     def __init__(self) -> None:
-        self.counts = np.zeros((N_COMPONENTS, _BINS), np.int64)
+        self._counts: Int64[Tensor, "component bin"] | None = None
 
-    def add(self, values: Float64[Tensor, "token component"]) -> None:
-        """Count tokens in; what lies beyond the reach counts at its end."""
-        bins = ((values + _REACH) * (_BINS / (2 * _REACH))).floor().clamp(0, _BINS - 1).long()
-        for number, column in enumerate(bins.T.cpu()):
-            self.counts[number] += np.bincount(column.numpy(), minlength=_BINS)
+    def add(
+        self, values: Float64[Tensor, "token component"], weights: Int64[Tensor, " token"] | None = None
+    ) -> None:
+        """Count tokens in, those with weight 1 if there are weights; beyond the reach is at its end."""
+        bins = ((values + _REACH) * (_BINS / (2 * _REACH))).floor().clamp(0, _BINS - 1).long().T
+        if self._counts is None:
+            self._counts = bins.new_zeros(N_COMPONENTS, _BINS)
+        self._counts.scatter_add_(
+            1, bins, torch.ones_like(bins) if weights is None else weights.expand_as(bins)
+        )
 
-    def percentile(self, percent: float) -> Float64[np.ndarray, " component"]:
-        """Return the middle of the bin below or in which so many percent of the tokens lie."""
-        shares = self.counts.cumsum(axis=1) / self.counts.sum(axis=1, keepdims=True)
-        return np.asarray(_CENTRES[(shares < percent / 100).sum(axis=1)])
+    @property
+    def counts(self) -> Int64[np.ndarray, "component bin"]:
+        """The counts in the memory of the host."""
+        return (
+            np.zeros((N_COMPONENTS, _BINS), np.int64) if self._counts is None else self._counts.cpu().numpy()
+        )
+
+    def percentiles(self, *percents: float) -> list[Float64[np.ndarray, " component"]]:
+        """Return the middles of the bins below or in which so many percent of the tokens lie."""
+        counts = self.counts
+        shares = counts.cumsum(axis=1) / counts.sum(axis=1, keepdims=True)
+        return [np.asarray(_CENTRES[(shares < percent / 100).sum(axis=1)]) for percent in percents]
 
     def split(self) -> float:
         """Return the value that parts the first component best into two groups (Otsu's)."""
@@ -217,12 +254,17 @@ class Painter:
 
     def paint(self, tokens: Tokens) -> Colours:
         """Return the colour of every token of a frame."""
-        values = self.components.apply(tokens).cpu().numpy()
-        width = np.where(self.high > self.low, self.high - self.low, 1.0)
-        colours: Colours = np.round(255 * np.clip((values - self.low) / width, 0, 1)).astype(np.uint8)
-        if self.foreground is not None:
-            colours[~self.foreground(tokens).cpu().numpy()] = 0
-        return colours
+        painted: Colours = self.colours(tokens).cpu().numpy()
+        return painted
+
+    def colours(self, tokens: Tokens) -> UInt8[Tensor, "row col 3"]:
+        """Return the same where the tokens are."""
+        widths = np.where(self.high > self.low, self.high - self.low, 1.0).tolist()
+        # Numbers, not arrays, so that a GPU is sent nothing.
+        places = zip(self.components.apply(tokens).unbind(-1), self.low.tolist(), widths, strict=True)
+        shares = torch.stack([(values - low) / width for values, low, width in places], dim=-1)
+        colours = (255 * shares.clamp(0, 1)).round().to(torch.uint8)
+        return colours if self.foreground is None else colours * self.foreground(tokens)[..., None]
 
 
 def align_signs(painter: Painter, reference: Painter, pairs: Iterable[tuple[Tokens, Tokens]]) -> Painter:
@@ -252,18 +294,25 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
     side = None if foreground == "none" else _find_foreground(frames, foreground)
     components, histogram = _fit(frames, side), Histogram()
     for tokens in frames():
-        histogram.add(components.apply(_chosen(tokens, side)))
-    low, high = (histogram.percentile(percent) for percent in PERCENTILES)
+        weights = None if side is None else side(tokens).flatten().long()
+        histogram.add(components.apply(tokens).flatten(0, 1), weights)
+    low, high = histogram.percentiles(*PERCENTILES)
     return Painter(components, low, high, side)
 
 
 def _fit(frames: Frames, side: Mask | None) -> Components:
     """Return the first three; each points where its largest weight is positive, so signs are settled."""
-    n_tokens, sums, products = 0, torch.zeros(()), torch.zeros(())
+    n_tokens: int | Tensor = 0
+    sums, products = torch.zeros(()), torch.zeros(())
     for tokens in frames():
-        unit = normalize(_chosen(tokens, side).double(), dim=-1)
-        sums, products = sums + unit.sum(dim=0), products + unit.T @ unit
-        n_tokens += len(unit)
+        unit = normalize(tokens.flatten(0, 1).double(), dim=-1)
+        n_chosen: int | Tensor = len(unit)
+        if side is not None:
+            # The background gets no length. Taking it out would make the host wait for a GPU, for its size.
+            weights = side(tokens).flatten()
+            unit, n_chosen = unit * weights[:, None], weights.sum()
+        sums, products, n_tokens = sums + unit.sum(dim=0), products + unit.T @ unit, n_tokens + n_chosen
+    n_tokens = int(n_tokens)
     if not n_tokens:
         wanted = "a video, with a foreground where that is asked"
         raise InputError("there are no tokens to draw", wanted=wanted)
@@ -291,7 +340,3 @@ def _find_foreground(frames: Frames, which: str) -> Mask:
     inside, everywhere = (item[split < _CENTRES].sum() / item.sum() for item in counts)
     above = which == "high" or (which == "auto" and bool(inside > everywhere))
     return lambda tokens: (components.apply(tokens)[..., 0] > split) == above
-
-
-def _chosen(tokens: Tokens, side: Mask | None) -> Float[Tensor, "token dim"]:
-    return tokens.flatten(0, 1) if side is None else tokens[side(tokens)]

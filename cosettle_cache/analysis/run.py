@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cosettle_cache.analysis.pooling import check_frames_plan, missing_videos
+from cosettle_cache.analysis.pooling import check_frames_plan, missing_videos, to_device
 from cosettle_cache.analysis.trade_off import (
     CLIP_FIGURES,
     DEFINITIONS,
@@ -45,7 +45,7 @@ from cosettle_cache.analysis.trade_off import (
 )
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError
-from cosettle_cache.core.parallel import Run, in_order, in_threads
+from cosettle_cache.core.parallel import Run, in_order, in_threads, pick_device
 from cosettle_cache.core.settings import AnalyzeSettings, digest, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
@@ -166,10 +166,11 @@ def analyze_store(
     plan: AnalysisPlan,
     projections: Sequence[tuple[str, Projection]] = (),
     *,
+    device: str | None = "cpu",
     run: Run | None = None,
     progress: Progress | None = None,
 ) -> AnalysisReport:
-    """Measure every clip of `plan`, raw and through every projection.
+    """Measure every clip of `plan`, raw and through every projection, on `device` (None: the best at hand).
 
     `run` distributes groups of clips to workers; figures and sums are put together in the order of the store,
     so that it does not matter whose work they are. A clip that cannot be read or holds tokens that are not
@@ -183,7 +184,7 @@ def analyze_store(
     starts = range(0, len(plan.clips), size)
     groups = [_Group(number, plan.clips[start : start + size]) for number, start in enumerate(starts)]
     figures, sums, left_out = list[_Figures](), list[MiddleSums](), dict(plan.left_out)
-    measure = partial(_measure_group, store, kinds, definitions, places)
+    measure = partial(_measure_group, store, kinds, definitions, places, device)
     sizes = [len(group.clips) for group in groups]
     for found, of_group, reasons in _results(run, measure, groups, progress, "clips", sizes):
         figures += found
@@ -194,7 +195,8 @@ def analyze_store(
     spreads = [make_spreads(of_kind, definitions) for of_kind in sums]
     middles = [(clip.grid, int(clip.rows[len(clip.rows) // 2])) for clip in clips]
     pairs = block_pairs(len(clips), max(1, BLOCK_BYTES // (4 * places.n_tokens * dim)))
-    compare_blocks = partial(_compare_blocks, store, tuple(zip(kinds, spreads, strict=True)), places, middles)
+    with_spreads = tuple(zip(kinds, spreads, strict=True))
+    compare_blocks = partial(_compare_blocks, store, with_spreads, places, middles, device)
     names = "pairs of blocks of clips"
     compared = list(_results(run, compare_blocks, pairs, progress, names, [1] * len(pairs)))
     n_frames = sum(len(clip.rows) for clip in clips)
@@ -246,20 +248,23 @@ def _measure_group(
     kinds: Sequence[TokenKind],
     definitions: Sequence[Definition],
     places: Grid,
+    device: str | None,
     group: _Group,
 ) -> tuple[list[_Figures], list[MiddleSums], dict[str, str]]:
     """Return figures of the clips that could be measured, sums of their middle frames by kind, and by id why
     others could not be: a unit of work that any process can do with the store at hand.
     """
     dim, figures, left_out = store.arrays[0].n_channels, list[_Figures](), dict[str, str]()
-    sums = [MiddleSums.of(torch.empty(0, places.n_tokens, dim)) for _ in kinds]
+    where = torch.device(pick_device(device))
+    kinds = [kind.on(where) for kind in kinds]
+    sums = [MiddleSums.of(torch.empty(0, places.n_tokens, dim, device=where)) for _ in kinds]
     for clip in group.clips:
         n_bytes = 2 * len(clip.rows) * clip.grid.n_tokens * dim
-        index, found = torch.from_numpy(place_index(clip.grid, places)), []
+        index, found = to_device(place_index(clip.grid, places), where), []
         try:
-            held = None if n_bytes > HELD_BYTES else _read(store, clip.grid, clip.rows)
+            held = None if n_bytes > HELD_BYTES else _read(store, clip.grid, clip.rows, where)
             for kind in kinds:
-                blocks: Callable[[], Iterable[Block]] = partial(_blocks, store, clip, kind, held)
+                blocks: Callable[[], Iterable[Block]] = partial(_blocks, store, clip, kind, held, where)
                 if held is not None:
                     blocks = partial(iter, list(blocks()))
                 found.append(measure_clip(blocks, len(clip.rows), definitions))
@@ -269,24 +274,28 @@ def _measure_group(
         figures.append(tuple(of_kind for of_kind, _ in found))
         middles = [middle.flatten(0, 1)[None, index] for _, middle in found]
         sums = [total + MiddleSums.of(middle) for total, middle in zip(sums, middles, strict=True)]
-    return figures, sums, left_out
+    return figures, [total.cpu() for total in sums], left_out
 
 
 def _blocks(
-    store: FeatureStore, clip: Clip, kind: TokenKind, held: Float[Tensor, "frame row col dim"] | None
+    store: FeatureStore,
+    clip: Clip,
+    kind: TokenKind,
+    held: Float[Tensor, "frame row col dim"] | None,
+    where: torch.device,
 ) -> Iterator[Block]:
     """Yield the blocks of a clip, projected or not; without `held` tokens they are read."""
     for part in block_slices(len(clip.rows), clip.grid.n_tokens):
-        tokens = _read(store, clip.grid, clip.rows[part]) if held is None else held[part]
+        tokens = _read(store, clip.grid, clip.rows[part], where) if held is None else held[part]
         yield kind.apply(tokens.float())
 
 
 def _read(
-    store: FeatureStore, grid: Grid, rows: Int64[np.ndarray, " frame"]
+    store: FeatureStore, grid: Grid, rows: Int64[np.ndarray, " frame"], where: torch.device
 ) -> Float[Tensor, "frame row col dim"]:
     tokens = np.empty((len(rows), grid.rows, grid.cols, store.arrays[0].n_channels), np.float16)
     store.read_encodings(grid, rows, tokens)
-    return torch.from_numpy(tokens)
+    return to_device(tokens, where)
 
 
 @torch.inference_mode()
@@ -295,20 +304,21 @@ def _compare_blocks(
     kinds: Sequence[tuple[TokenKind, tuple[Spread, ...]]],
     places: Grid,
     middles: Sequence[tuple[Grid, int]],
+    device: str | None,
     pair: BlockPair,
 ) -> list[Comparison]:
     """Compare the middle frames of two blocks of clips, by kind: the other unit of work."""
-    blocks = []
+    blocks, where, on_host = [], torch.device(pick_device(device)), torch.device("cpu")
     for part in [pair.first] if pair.alone else [pair.first, pair.second]:
         chosen = middles[part]
         block = torch.empty(len(chosen), places.n_tokens, store.arrays[0].n_channels, dtype=torch.float16)
         for grid in {grid for grid, _ in chosen}:
             here = [number for number, (other, _) in enumerate(chosen) if other == grid]
             rows = np.array([chosen[number][1] for number in here], np.int64)
-            tokens = _read(store, grid, rows).flatten(1, 2)
+            tokens = _read(store, grid, rows, on_host).flatten(1, 2)
             block[here] = tokens[:, torch.from_numpy(place_index(grid, places))]
-        blocks.append(block)
-    return [compare(spreads, *map(kind.apply, blocks)) for kind, spreads in kinds]
+        blocks.append(to_device(block.numpy(), where))
+    return [compare(spreads, *map(kind.on(where).apply, blocks)) for kind, spreads in kinds]
 
 
 def _schema(names: Sequence[str], figures: Sequence[str]) -> pa.Schema:

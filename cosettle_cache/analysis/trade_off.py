@@ -47,7 +47,7 @@ Block = Float32[Tensor, "frame row col dim"]
 #: The middle frame of a clip and those where walks start and turn, by number.
 _Stops = dict[int, Float32[Tensor, "row col dim"]]
 #: Of frames or clips to a centre: of every token, or one of all tokens together.
-Distances = Float32[np.ndarray, "_ _"]
+Distances = Float32[Tensor, "_ _"]
 Clip = Float[np.ndarray, "_ row col dim"] | Float[Tensor, "_ row col dim"]
 Clips = Float[np.ndarray, "clip frame row col dim"] | Float[Tensor, "clip frame row col dim"]
 #: Figures of one clip under one definition by their names in `TradeOff`; those that it knows.
@@ -151,10 +151,8 @@ class Spread:
     def distances(self, tokens: Float32[Tensor, "item place dim"]) -> Distances:
         """Return how far the tokens of frames or of clips are away from the centre: tokens, or their mean."""
         chosen = tokens[:, self.definition.drawn(tokens.shape[1])]
-        found = torch.linalg.vector_norm(chosen - self.centre, dim=-1)
-        if self.definition.centre == "place":
-            found = found.mean(-1, keepdim=True)
-        distances: Distances = found.numpy()
+        found = torch.linalg.vector_norm(chosen - self.centre.to(chosen.device), dim=-1)
+        distances: Distances = found.mean(-1, keepdim=True) if self.definition.centre == "place" else found
         return distances
 
 
@@ -163,7 +161,8 @@ def diameters(distances: Distances, definition: Definition) -> dict[int, float]:
 
     A definition that draws tokens takes the largest of so many per cent of the distances, rounded down.
     """
-    values, shares = distances.astype(np.float64).ravel(), [item / 100 for item in definition.percents]
+    values = distances.cpu().numpy().astype(np.float64).ravel()
+    shares = [item / 100 for item in definition.percents]
     if definition.n_drawn:
         ranks = [max(int(share * len(values)), 1) - 1 for share in shares]
         radii = np.sort(values)[ranks]
@@ -199,16 +198,24 @@ def measure_clip(
 ) -> tuple[tuple[ClipFigures, ...], Float32[Tensor, "row col dim"]]:
     """Return the `CLIP_FIGURES` of one clip, in the order of the definitions, and its middle frame.
 
-    `blocks` gives the frames in order and is called twice. Raises `InputError` for tokens that are not finite
-    and for a grid too small for walks.
+    `blocks` gives the frames in order and is called twice; on a GPU the host waits for the figures only.
+    Raises `InputError` for tokens that are not finite and for a grid too small for walks.
     """
     place_sums, stops, moved = _first_pass(blocks(), n_frames, definitions)
+    walks = [_cycle_accuracy(stops, n_frames, item) for item in definitions]
+    # What is not finite stays so in a sum.
+    is_finite = place_sums.isfinite().all().double()
+    known_finite, *read = torch.stack([is_finite, *moved, *(walk.double() for walk in walks)]).tolist()
+    if not known_finite:
+        raise InputError("tokens that are not finite", hint="extract this clip again into another store")
+    n_definitions = len(definitions)
     spreads = [Spread.about(place_sums / n_frames, item.whole) for item in definitions]
     distances = [[spread.distances(block.flatten(1, 2)) for spread in spreads] for block in blocks()]
     figures = []
-    for item, distance, *found in zip(definitions, moved, *distances, strict=True):
-        known = {"intra_distance": distance, "cycle_accuracy": _cycle_accuracy(stops, n_frames, item)}
-        for percent, diameter in diameters(np.concatenate(found), item.whole).items():
+    read_pairs = zip(read[:n_definitions], read[n_definitions:], strict=True)
+    for item, (distance, accuracy), *found in zip(definitions, read_pairs, *distances, strict=True):
+        known = {"intra_distance": distance, "cycle_accuracy": accuracy}
+        for percent, diameter in diameters(torch.cat(found), item.whole).items():
             known[f"intra_diameter_{percent}"] = diameter
             known[f"d_intra_{percent}"] = distance / (diameter + _SMALLEST_DIAMETER)
         figures.append(known)
@@ -217,19 +224,16 @@ def measure_clip(
 
 def _first_pass(
     blocks: Iterable[Block], n_frames: int, definitions: Sequence[Definition]
-) -> tuple[Float64[Tensor, "place dim"], _Stops, list[float]]:
+) -> tuple[Float64[Tensor, "place dim"], _Stops, list[Float64[Tensor, ""]]]:
     """Return the sum of the tokens of each place, the middle frame and those of the walks by number, and by
     definition the mean distance between corresponding tokens of neighbouring frames.
     """
     matches = [find_correspondence(item.correspondence) for item in definitions]
-    totals, counts = [0.0] * len(matches), [0] * len(matches)
+    totals, counts = [torch.zeros((), dtype=torch.float64)] * len(matches), [0] * len(matches)
     kept = {n_frames // 2, *(int(share * n_frames) for walk in _WALKS for share in walk)}
     stops, sums, last, n_seen = _Stops(), torch.zeros((), dtype=torch.float64), None, 0
     for block in blocks:
         summed = block.sum(0).flatten(0, 1)
-        # What is not finite stays so in a sum.
-        if not summed.isfinite().all():
-            raise InputError("tokens that are not finite", hint="extract this clip again into another store")
         sums = sums + summed.double()
         stops |= {number: frame.clone() for number, frame in enumerate(block, start=n_seen) if number in kept}
         start, end = (
@@ -242,14 +246,14 @@ def _first_pass(
             for number, match in enumerate(matches):
                 first, second = match(frames, after)
                 distances = torch.linalg.vector_norm(first - second, dim=-1)
-                totals[number] += distances.sum(dtype=torch.float64).item()
+                totals[number] = totals[number] + distances.sum(dtype=torch.float64)
                 counts[number] += distances.numel()
         last = inside[-1:].clone() if len(inside) else last
         n_seen += len(block)
     return sums, stops, [total / count for total, count in zip(totals, counts, strict=True)]
 
 
-def _cycle_accuracy(stops: _Stops, n_frames: int, definition: Definition) -> float:
+def _cycle_accuracy(stops: _Stops, n_frames: int, definition: Definition) -> Float[Tensor, ""]:
     """Return the share of walks that come back."""
     frames = torch.stack([torch.stack([stops[int(share * n_frames)] for share in walk]) for walk in _WALKS])
     rows, cols = (side - side % _WALK_WINDOW for side in frames.shape[2:4])
@@ -262,7 +266,7 @@ def _cycle_accuracy(stops: _Stops, n_frames: int, definition: Definition) -> flo
     # A last odd row or column is left out, as average pooling does.
     tokens = frames[:, :, :rows, :cols]
     pooled = pool_tokens(unit_tokens(tokens) if definition.unit_walks else tokens, _WALK_WINDOW)
-    return cycle_accuracy(cycle_transition(pooled, _WALK_TEMPERATURE, walk=(0, 1, 0))).item()
+    return cycle_accuracy(cycle_transition(pooled, _WALK_TEMPERATURE, walk=(0, 1, 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,8 +365,8 @@ class MiddleSums:
     """Sums over the middle frames of `n_clips` clips: their tokens place by place, their outer products."""
 
     n_clips: int
-    places: Float64[np.ndarray, "place dim"]
-    products: Float64[np.ndarray, "dim dim"]
+    places: Float64[Tensor, "place dim"]
+    products: Float64[Tensor, "dim dim"]
 
     def __add__(self, other: MiddleSums) -> MiddleSums:
         n_clips = self.n_clips + other.n_clips
@@ -373,7 +377,11 @@ class MiddleSums:
         """Return the sums over some clips, or over none."""
         wide = middles.double()
         tokens = wide.flatten(0, 1)
-        return cls(len(middles), wide.sum(0).numpy(), (tokens.T @ tokens).numpy())
+        return cls(len(middles), wide.sum(0), tokens.T @ tokens)
+
+    def cpu(self) -> MiddleSums:
+        """Return the sums in the memory of the host."""
+        return MiddleSums(self.n_clips, self.places.cpu(), self.products.cpu())
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +406,7 @@ def block_pairs(n_clips: int, size: int) -> list[BlockPair]:
 
 def make_spreads(sums: MiddleSums, definitions: Sequence[Definition]) -> tuple[Spread, ...]:
     """Return how each definition looks at clips around the mean of all: all places, and those drawn."""
-    places = torch.from_numpy(sums.places / sums.n_clips)
+    places = sums.places / sums.n_clips
     return tuple(Spread.about(places, drawn) for item in definitions for drawn in (item.whole, item))
 
 
@@ -413,9 +421,9 @@ def compare(
         distances = torch.cdist(one, other)
         if second is None:
             distances = distances.triu(1)
-        summed.append(distances.sum(dim=(1, 2), dtype=torch.float64).numpy())
-    found = () if second is not None else tuple(item.distances(first.float()) for item in spreads)
-    return np.concatenate(summed), found
+        summed.append(distances.sum(dim=(1, 2), dtype=torch.float64))
+    found = () if second is not None else tuple(item.distances(first.float()).cpu() for item in spreads)
+    return torch.cat(summed).cpu().numpy(), found
 
 
 def inter_figures(
@@ -428,8 +436,8 @@ def inter_figures(
     n_pairs = sums.n_clips * (sums.n_clips - 1) / 2
     by_place = np.sum([distances for distances, _ in comparisons], axis=0) / n_pairs
     alone = [spreads for _, spreads in comparisons if spreads]
-    spreads = [np.concatenate(parts) for parts in zip(*alone, strict=True)]
-    rank = effective_rank(sums.products)
+    spreads = [torch.cat(parts) for parts in zip(*alone, strict=True)]
+    rank = effective_rank(sums.products.numpy())
     figures = []
     for definition, whole, drawn in zip(definitions, spreads[::2], spreads[1::2], strict=True):
         distance = float(by_place[definition.drawn(len(by_place))].mean())

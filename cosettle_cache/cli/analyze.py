@@ -24,7 +24,7 @@ from cosettle_cache.cli.options import (
 )
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode
-from cosettle_cache.core.files import make_folder, store_title
+from cosettle_cache.core.files import own_folder, store_title
 from cosettle_cache.core.settings import AnalyzeSettings, ExportSettings, PcaSettings, ProbeSettings
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def analyze(
     mode: Mode,
     projection: Projections = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/analyze-STORE.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure consistency within clips against separability between them, raw and projected.
 
@@ -53,6 +54,7 @@ def analyze(
     """
     from cosettle_cache.analysis import run as analysis
     from cosettle_cache.core.cluster import work_on
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads
 
     talk, store = Talk(quiet=mode.quiet), cache.open(features)
@@ -63,10 +65,14 @@ def analyze(
         names = [name for name, _ in heads]
         talk.json({"out": str(folder), "tokens": ["raw", *names], **plan.to_json()})
         return
-    analysis.remove_analysis(folder)
-    with work_on(work.workers, work.scheduler, note=talk.note) as run:
-        report = analysis.analyze_store(store, plan, heads, run=run, progress=talk.progress("analyze"))
-    analysis.write_analysis(folder, store, report)
+    place = device if work.workers or work.scheduler else pick_device(device)
+    with own_folder(folder, "analyze"):
+        analysis.remove_analysis(folder)
+        with work_on(work.workers, work.scheduler, place, note=talk.note) as run:
+            report = analysis.analyze_store(
+                store, plan, heads, device=place, run=run, progress=talk.progress("analyze")
+            )
+        analysis.write_analysis(folder, store, report)
     if mode.as_json:
         talk.json(analysis.summary_json(store, report))
     else:
@@ -139,14 +145,14 @@ def probe(
         first, reason = next(iter(plan.left_out.items()))
         n_videos = f"{len(plan.left_out)} videos are left out"
         talk.warn(f"{n_videos}, {first} because {reason}; summary.json names all")
-    probes.remove_probe(folder)
-    report = probes.run_probe(
-        plan, projections=heads, device=pick_device(device), progress=talk.progress("read")
-    )
-    for item in report.measured:
-        for text in item.outcome.warnings:
-            talk.warn(f"{item.task}, {item.tokens}: {text}")
-    probes.write_probe(folder, report)
+    place = pick_device(device)
+    with own_folder(folder, "probe"):
+        probes.remove_probe(folder)
+        report = probes.run_probe(plan, projections=heads, device=place, progress=talk.progress("read"))
+        for item in report.measured:
+            for text in item.outcome.warnings:
+                talk.warn(f"{item.task}, {item.tokens}: {text}")
+        probes.write_probe(folder, report)
     if mode.as_json:
         talk.json(probes.summary_json(report))
     else:
@@ -239,7 +245,6 @@ def pca(
         document = {"videos": names, "tokens": tokens, "settings": asdict(settings), "out": str(folder)}
         talk.json(document)
         return ExitCode.DONE
-    make_folder(folder)
     with interruptible(talk, "video") as stop:
         report = draw_store(
             store,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,15 +34,14 @@ def report(
 
     Example: cosettle-cache report runs/davis runs/linear --features davis.zarr
     """
-    from cosettle_cache.report import open_contents, write_report
+    from cosettle_cache.report import check_page, open_contents, write_report
 
     talk = Talk(quiet=mode.quiet)
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder", wanted="a file, as report.html")
+    check_page(out)
     if projection and features is None:
         raise UsageError("--projection shows projected tokens", wanted="--features with the raw ones")
     # Every folder once, as it was first written.
-    folders = list({folder.resolve(): folder for folder in reversed(runs)}.values())[::-1]
+    folders = list({os.path.realpath(folder): folder for folder in reversed(runs)}.values())[::-1]
     store = None if features is None else Cache().open(features)
     contents = open_contents(name_folders(folders), store, projection or [], data_root)
     document = {"out": str(out), **contents.to_json()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cosettle_cache.core.errors import CosettleError, masked
-from cosettle_cache.core.files import UNPRINTABLE
+from cosettle_cache.core.files import printable
 
 PLAIN_INTERVAL_S = 30.0
 
@@ -247,11 +246,7 @@ class Talk:
 
 def shown(text: str) -> str:
     """Return `text` as people may see it: no credentials, and what would steer a terminal spelled out."""
-    return UNPRINTABLE.sub(_spell, masked(text))
-
-
-def _spell(found: re.Match[str]) -> str:
-    return found[0] if found[0] in "\n\t" else found[0].encode("unicode_escape").decode()
+    return printable(masked(text), but="\n\t")
 
 
 def human_bytes(n_bytes: int | float) -> str:

@@ -53,6 +53,12 @@ MOST_DOCUMENT_BYTES = 64 * 2**20
 #: of writing, halves of surrogate pairs (Python's stand-ins for bytes that are no UTF-8).
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+
+def printable(text: str, but: str = "") -> str:
+    """Return `text` with escapes, as Python writes them, for `UNPRINTABLE` characters other than `but`."""
+    return UNPRINTABLE.sub(lambda found: found[0] if found[0] in but else ascii(found[0])[1:-1], text)
+
+
 _OUTPUT_REASONS = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is exhausted",

@@ -70,8 +70,7 @@ def stream_table(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.RecordB
 
 def open_table(path: Path) -> pa.parquet.ParquetFile:
     """Open a Parquet file for reading it group by group; raise `InputError` when it is missing or is none."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", wanted="a Parquet file")
+    _check_file(path, "a Parquet file")
     try:
         return pa.parquet.ParquetFile(path)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -83,8 +82,7 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 
     `schema` gives the types of a CSV file's columns, which the file itself cannot say.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", wanted="a Parquet or CSV file")
+    _check_file(path, "a Parquet or CSV file")
     try:
         if path.suffix == ".csv":
             # Without types a name such as 0001 would be read as the number 1.
@@ -93,12 +91,39 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
             table = pa.csv.read_csv(path, convert_options=options)
         else:
             table = pa.parquet.read_table(path, partitioning=None)
+        table.validate(full=True)  # texts of other bytes than UTF-8 among others
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     twice = [name for name, count in Counter(table.column_names).items() if count > 1]
     if twice:
         raise InputError(f"{path} has the column {twice[0]} twice", wanted="every column once")
     return table
+
+
+def read_rows(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the rows of a table that anybody may have written, and its metadata.
+
+    Columns of `schema` are of its types, where they are there. Raises `InputError` for what cannot be.
+    """
+    table = read_table(path, schema)
+    kinds = {field.name: field.type for field in schema}
+    try:
+        columns = [
+            column.cast(kinds.get(field.name, field.type))
+            for field, column in zip(table.schema, table.columns, strict=True)
+        ]
+        return pa.table(columns, names=table.column_names).to_pylist(), read_metadata(table)
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_file(path: Path, wanted: str) -> None:
+    try:
+        if path.is_file():
+            return
+    except OSError as error:  # a name that is too long, say
+        raise _unreadable(path, error) from error
+    raise InputError(f"{path} does not exist", wanted=wanted)
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import output_errors
-from cosettle_cache.core.tables import make_table, read_metadata, read_table, write_json, write_table
+from cosettle_cache.core.tables import make_table, read_rows, write_json, write_table
 from cosettle_cache.core.types import Provenance, Score, Video
 from cosettle_cache.metrics import jhmdb, tapvid
 from cosettle_cache.metrics.davis import DavisScorer
@@ -297,21 +297,29 @@ def remove_scores(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
+#: What rows of other tables, and counts that are no counts, lead to.
+_NO_SCORES = (
+    *(LookupError, TypeError, ValueError, AttributeError),
+    *(ArithmeticError, StopIteration, RecursionError),
+)
+
+
 def read_scores(path: Path) -> list[Score]:
     """Read the rows of a table of scores, of this version or with a column per figure, as older ones have.
 
     Raises `InputError` for other tables and later versions.
     """
-    table = read_table(path, SCHEMA)
-    version = read_metadata(table).get(_VERSION_KEY, str(TABLE_VERSION))
+    rows, metadata = read_rows(path, SCHEMA)
+    version = metadata.get(_VERSION_KEY, str(TABLE_VERSION))
     if version != str(TABLE_VERSION):
         raise InputError(f"{path} has another version", wanted=f"version {TABLE_VERSION}", found=version)
-    rows = table.to_pylist()
-    read = _read_lines if {"name", "value"} <= set(table.column_names) else rows_of_wide
+    read = _read_lines if rows and {"name", "value"} <= rows[0].keys() else rows_of_wide
     try:
-        return read(rows)
-    except (KeyError, TypeError, ValueError) as error:
+        scores = read(rows)
+        mean_scores(scores), sequence_means(scores)  # what every reader of rows does next
+    except _NO_SCORES as error:
         raise InputError(f"{path} is not a table of scores", found=repr(error)) from error
+    return scores
 
 
 def _read_lines(lines: Sequence[dict[str, Any]]) -> list[Score]:

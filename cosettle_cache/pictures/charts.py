@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from cosettle_cache.core.files import write_durably
+from cosettle_cache.core.files import printable, write_durably
 
 #: Figures by name: one number per kind of tokens, or one per line of a log.
 Figures = Mapping[str, float]
@@ -71,6 +72,9 @@ _SMOOTHED_STEPS, _MARKED_STEPS = 50, 20
 #: Points of a curve that is smoothed; of more steps every k-th is drawn.
 _MAX_POINTS = 500
 
+#: What no figure is; the drawing fails at larger numbers.
+_LARGEST = 1e30
+
 #: Least distance of two labels in a plane, as shares of its width and height.
 _BESIDE, _APART = 0.35, 0.05
 
@@ -79,10 +83,13 @@ def save_chart(chart: Figure, *paths: Path) -> None:
     """Write the chart as PNG or SVG by each path's suffix; raise `OutputError` when it cannot be written."""
     for path in paths:
         buffer = io.BytesIO()
-        if path.suffix == ".svg":
-            buffer.write(_svg(chart))
-        else:
-            chart.savefig(buffer, format="png", facecolor="white")
+        with catch_warnings():
+            # Of scripts that the font lacks (an SVG has the text itself), and of labels without room.
+            simplefilter("ignore", UserWarning)
+            if path.suffix == ".svg":
+                buffer.write(_svg(chart))
+            else:
+                chart.savefig(buffer, format="png", facecolor="white")
         write_durably(path, [buffer.getvalue()])
 
 
@@ -111,7 +118,7 @@ def score_chart(title: str, unit: str, sequences: Mapping[str, Figures], whole: 
     """
     kinds = list(whole)
     known = {
-        name: {kind: value for kind, value in figures.items() if math.isfinite(value)}
+        name: {kind: value for kind, value in figures.items() if _is_drawable(value)}
         for name, figures in sequences.items()
     }
     ordered = sorted(known.items(), key=lambda item: item[1].get(kinds[0], -math.inf), reverse=True)
@@ -123,19 +130,23 @@ def score_chart(title: str, unit: str, sequences: Mapping[str, Figures], whole: 
     line, handles = axis.axvline if named else axis.axhline, []
     for number, (kind, value) in enumerate(whole.items()):
         line(value, color=_colour(number), linestyle="--", linewidth=1.4, zorder=2)
-        label = f"{_short(kind)}: " + (f"{value:.2f} in all" if math.isfinite(value) else "no figure")
+        label = f"{_short(kind)}: " + (f"{value:.2f} in all" if _is_drawable(value) else "no figure")
         look = _look(number) | ({} if number else {"markerfacecolor": "none"})
         handles.append(Line2D([], [], **look, linestyle="--", label=label))
     if named:
         axis.set(xlim=_limits(*axis.get_xlim()), xlabel=unit)
     else:
         axis.set(ylim=_limits(*axis.get_ylim()), ylabel=unit)
-    axis.set_title(title, loc="left", fontsize=11, wrap=True)
+    axis.set_title(printable(title), loc="left", fontsize=11, wrap=True)
     axis.grid(alpha=0.25)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     chart.legend(handles=handles, loc="outside lower center", ncols=min(3, len(kinds)), frameon=False)
     return chart
+
+
+def _is_drawable(*values: float) -> bool:
+    return all(abs(value) < _LARGEST for value in values)
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -147,7 +158,7 @@ def _colour(number: int) -> str:
 
 
 def _short(name: str) -> str:
-    half = _NAME_LENGTH // 2
+    half, name = _NAME_LENGTH // 2, printable(name)
     return name if len(name) <= _NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}"
 
 
@@ -173,7 +184,7 @@ def _draw_ranks(axis: Axes, ordered: Sequence[tuple[str, Figures]], kinds: Seque
     for number, kind in enumerate(kinds):
         ranks = [rank for rank, (_, figures) in enumerate(ordered, start=1) if kind in figures]
         axis.scatter(ranks, [ordered[rank - 1][1][kind] for rank in ranks], s=12, alpha=0.8, **_look(number))
-    axis.set_xlabel(f"{len(ordered)} sequences, in the order of {kinds[0]}")
+    axis.set_xlabel(f"{len(ordered)} sequences, in the order of {printable(kinds[0])}")
 
 
 def _limits(low: float, high: float) -> tuple[float, float]:
@@ -200,7 +211,8 @@ def curves_chart(
     for axis, (runs, name, title) in zip(axes.flat, panels, strict=True):
         for number, (label, columns) in enumerate(runs.items()):
             if columns:
-                _draw_curve(axis, columns["step"], columns[name], label, number, alone=len(members) == 1)
+                shown, alone = printable(label), len(members) == 1
+                _draw_curve(axis, columns["step"], columns[name], shown, number, alone=alone)
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
@@ -223,6 +235,9 @@ def _draw_curve(
 ) -> None:
     colour, dashes = _colour(number + 1), _DASHES[number // (len(_COLOURS) - 1) % len(_DASHES)]
     few = len(steps) <= _SMOOTHED_STEPS
+    steps, values = (
+        [value if _is_drawable(value) else math.nan for value in column] for column in (steps, values)
+    )
     every = slice(None, None, -(-len(steps) // _MAX_POINTS))
     if alone or few:
         look: Any = {"alpha": 0.35 if not few else 1.0, "marker": "." if len(steps) <= _MARKED_STEPS else ""}
@@ -280,13 +295,13 @@ def plane_chart(points: Sequence[PlanePoint]) -> Figure:
 
 
 def _draw_plane(axis: Axes, points: Sequence[PlanePoint]) -> None:
-    title, gamma = points[0].plane, points[0].gamma
-    points = [item for item in points if math.isfinite(item.d_intra) and math.isfinite(item.d_inter)]
+    title, gamma = printable(points[0].plane), points[0].gamma
+    points = [item for item in points if _is_drawable(item.d_intra, item.d_inter, gamma)]
     for number, encoder in enumerate(dict.fromkeys(point.encoder for point in points)):
         own = [item for item in points if item.encoder == encoder]
         raw = next((item for item in own if item.tokens == "raw"), None)
         for point in own:
-            marker, label = ("o", encoder) if point is (raw or own[0]) else ("s", None)
+            marker, label = ("o", printable(encoder)) if point is (raw or own[0]) else ("s", None)
             place = (point.d_intra, point.d_inter)
             axis.scatter(*place, color=_colour(number + 1), marker=marker, label=label, zorder=3)
             if raw is not None and point is not raw:
@@ -294,11 +309,13 @@ def _draw_plane(axis: Axes, points: Sequence[PlanePoint]) -> None:
                 axis.annotate("", place, (raw.d_intra, raw.d_inter), arrowprops=arrow)
     axis.margins(0.2)
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    for margin in np.linspace(low - gamma * right, high - gamma * left, 8)[1:-1]:
+    for margin in np.linspace(low - gamma * right, high - gamma * left, 8)[1:-1] if points else ():
         start = (left, margin + gamma * left)
         axis.axline(start, slope=gamma, color=_FAINT, alpha=0.5, linestyle=":", zorder=0)
     # The lines moved the limits.
     axis.set(xlim=(left, right), ylim=(low, high), title=title)
+    if not points:
+        return
     axis.set(xlabel="D intra (less: steadier within a clip)", ylabel="D inter (more: clips further apart)")
     _label_points(axis, points)
     note = f"dotted: equal D = D inter - {gamma:g} D intra"
@@ -318,4 +335,4 @@ def _label_points(axis: Axes, points: Sequence[PlanePoint]) -> None:
         placed.append((x, y))
         side, offset = ("right", -0.02) if x > 1 - _BESIDE else ("left", 0.02)
         where: Any = {"transform": axis.transAxes, "ha": side, "va": "center"}
-        axis.text(x + offset, y, point.tokens, fontsize="small", **where)
+        axis.text(x + offset, y, printable(point.tokens), fontsize="small", **where)

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from cosettle_cache.core.files import make_folder, output_errors
+from cosettle_cache.core.files import make_folder, output_errors, printable
 from cosettle_cache.pictures.film import Film, Movie
 from cosettle_cache.videos.tapvid import PointTracks
 
@@ -145,7 +145,7 @@ def _joined(images: Sequence[Image8], axis: int) -> Image8:
 def _strip(title: str, width: int) -> Image8:
     """Return a strip with as much of the title as fits."""
     font = ImageFont.load_default(20)
-    strip = Image.new("RGB", (width, 34), _BACKGROUND)
+    strip, title = Image.new("RGB", (width, 34), _BACKGROUND), printable(title)
     draw = ImageDraw.Draw(strip)
     while len(title) > 1 and draw.textlength(title, font) > width - 20:
         title = title[:-2].rstrip() + "…"

@@ -16,7 +16,7 @@ from cosettle_cache.core.files import make_folder, write_durably
 from cosettle_cache.heads.kinds import load_heads
 from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
 from cosettle_cache.report.overlays import overlay_section
-from cosettle_cache.report.page import Media, assemble
+from cosettle_cache.report.page import Media, assemble, check_page
 from cosettle_cache.report.runs import Runs, holds_run, read_runs
 from cosettle_cache.report.sections import (
     curves_section,
@@ -28,7 +28,7 @@ from cosettle_cache.report.sections import (
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.find import media_root
 
-__all__ = ["Contents", "Written", "holds_run", "open_contents", "write_report"]
+__all__ = ["Contents", "Written", "check_page", "holds_run", "open_contents", "write_report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,9 @@ def open_contents(
 def write_report(path: Path, contents: Contents, n_videos: int = 3, max_frames: int = 24) -> Written:
     """Write the page, with pictures of up to `n_videos` videos of every run and `max_frames` of each.
 
-    Raises `OutputError` when it cannot be written.
+    Raises `OutputError` when it cannot be written, `UsageError` where another file is (see `check_page`).
     """
+    check_page(path)
     names = list(contents.to_json()["runs"])
     title = f"Report: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     runs, media, tokens = contents.runs, contents.media, contents.tokens

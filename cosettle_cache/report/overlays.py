@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from cosettle_cache.core.errors import CosettleError
+from cosettle_cache.core.files import name_fault
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.pictures.drawing import draw_mask
@@ -70,6 +71,8 @@ def _is_drawable(run: ScoreRun, video_id: str, kinds: Sequence[str], media: Medi
 
 
 def _movie(run: ScoreRun, video_id: str, kind: str) -> Path | None:
+    if name_fault(f"{video_id}/{kind}"):
+        return None
     paths = (run.folder / folder / video_id / f"{kind}{_SUFFIX}" for folder in _FOLDERS)
     return next((path for path in paths if path.is_file()), None)
 

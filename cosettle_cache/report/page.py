@@ -22,7 +22,8 @@ from xml.etree.ElementTree import Element, ParseError, fromstring, tostring
 from PIL import Image
 
 from cosettle_cache.core.console import human_bytes
-from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.files import check_local, output_errors, read_file
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.frames import Image8
 
@@ -31,6 +32,16 @@ STYLES = ("page.css", "pictures.css")
 SCRIPTS = ("theme.js", "tables.js", "slider.js", "affinity.js", "canvas.js", "explorer.js")
 
 _SIZE_MARK = "@@size@@"
+#: How a page begins, by which it is known for ours.
+_POLICY = "default-src 'none'; img-src data:; style-src 'sha256-"
+_BEGIN = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}'
+)
+#: Control characters are no text of HTML; names of files may have them.
+_CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if code not in b"\t\n\r"}
+#: Elements within elements of a chart; what the package draws has ten.
+_DEEPEST = 100
 
 #: Pixels of a picture's longer side.
 _LONG_SIDE = 480
@@ -107,10 +118,27 @@ def data_element(identifier: str, document: Any) -> Element:
     return element("script", text, type="application/json", id=identifier)
 
 
+def check_page(path: Path) -> None:
+    """Raise `UsageError` for a URL, a folder, and a file that is no page of ours and stays as it is."""
+    check_local(path)
+    with output_errors(path):
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder", wanted="a file, as report.html")
+        if not path.exists() and not path.is_symlink():
+            return
+        begin = _BEGIN.encode()
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(begin)) == begin:
+                    return
+    hint = "choose another name, or remove it first"
+    raise UsageError(f"{path} holds something else, and is not overwritten", wanted="a new file", hint=hint)
+
+
 def assemble(title: str, sections: Sequence[Element]) -> bytes:
     """Return the file; every section with an id and a heading gets a link at the top.
 
-    Characters that are no text, as in names of files, become question marks.
+    Characters that are no text, as in names of files, become question marks or U+FFFD.
     """
     scripts = [_asset(name) for name in SCRIPTS]
     styles = "\n".join(map(_asset, STYLES))
@@ -155,6 +183,7 @@ def assemble(title: str, sections: Sequence[Element]) -> bytes:
         lang="en",
     )
     text = "<!doctype html>\n" + tostring(root, encoding="unicode", method="html") + "\n"
+    text = text.translate(_CONTROLS)
     n_bytes = len(text.encode(errors="replace"))
     return text.replace(_SIZE_MARK, human_bytes(n_bytes)).encode(errors="replace")
 
@@ -182,14 +211,24 @@ def chart(svg: Path, draw: Callable[[Path], None], identifier: str, label: str) 
     return element("figure", scroll_box(picture, label), class_="chart")
 
 
-def _inline(path: Path, prefix: str) -> Element:
-    """Return shapes and text of an SVG and nothing else; a prefix keeps its names apart from others."""
+def _read_svg(path: Path) -> Element:
     try:
-        root = fromstring(path.read_bytes())  # noqa: S314 - expat bounds what entities grow to
-    except (OSError, ParseError) as error:
+        root = fromstring(read_file(path))  # noqa: S314 - expat bounds what entities grow to
+    except (ParseError, ValueError, LookupError) as error:  # the last two for encodings
         raise InputError(f"{path} is not a readable SVG", found=str(error)) from error
     if root.tag != f"{_SVG}svg":
         raise InputError(f"{path} is not an SVG", found=root.tag)
+    depths = {root: 0}
+    for node in root.iter():
+        depths |= dict.fromkeys(node, depths[node] + 1)
+    if max(depths.values()) > _DEEPEST:
+        raise InputError(f"{path} is nested too deeply", wanted=f"{_DEEPEST} levels at most")
+    return root
+
+
+def _inline(path: Path, prefix: str) -> Element:
+    """Return shapes and text of an SVG and nothing else; a prefix keeps its names apart from others."""
+    root = _read_svg(path)
     nodes = list(root.iter())
     for node in nodes:
         for child in [item for item in node if item.tag not in _SHAPES]:

@@ -5,16 +5,15 @@ Folders come in, what their files hold comes out; a folder that holds none of it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache.analysis.run import ANALYSIS_FILE, PROVENANCE
+from cosettle_cache.analysis.run import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import read_json
-from cosettle_cache.core.tables import read_table
+from cosettle_cache.core.files import name_fault, parse_json, read_json
+from cosettle_cache.core.tables import read_rows
 from cosettle_cache.core.types import Score
 from cosettle_cache.metrics.rows import SCORES_FILE, SUMMARY_FILE, read_scores
 from cosettle_cache.pictures.charts import Columns
@@ -25,20 +24,18 @@ from cosettle_cache.videos.frames import natural_key
 _LISTED = 6
 #: What a report shows of the table of `analyze`: where its figures come from, and the figures.
 TRADE_OFF_ORIGIN = ("tokens", "definition", *PROVENANCE)
-TRADE_OFF_COLUMNS = (
-    *(*TRADE_OFF_ORIGIN, "n_videos", "d_inter_100", "d_intra_100", "margin_100"),
-    *("cycle_accuracy", "effective_rank"),
-)
+TRADE_OFF_FIGURES = ("d_inter_100", "d_intra_100", "margin_100", "cycle_accuracy", "effective_rank")
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRun:
-    """A folder of `propagate`: its score rows, and whether every video had its turn."""
+    """A folder of `propagate`: its score rows, whether every video had its turn, and why videos failed."""
 
     name: str
     folder: Path
     scores: tuple[Score, ...]
     complete: bool
+    failures: Mapping[str, Any]
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -46,8 +43,11 @@ class ScoreRun:
         return tuple(dict.fromkeys(score.tokens for score in self.scores))
 
     def masks(self, kind: str, video_id: str) -> list[Path]:
-        """Return the masks of a video in frame order."""
-        return sorted((self.folder / kind / video_id).glob("*.png"), key=lambda path: natural_key(path.name))
+        """Return the masks of a video in frame order; none of names that lead out of the folder."""
+        if name_fault(f"{kind}/{video_id}"):
+            return []
+        found = (path for path in (self.folder / kind / video_id).glob("*.png") if path.is_file())
+        return sorted(found, key=lambda path: natural_key(path.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class TrainRun:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisRun:
-    """A folder of `analyze`: the `TRADE_OFF_COLUMNS` of its rows, and the `gamma` of each definition."""
+    """A folder of `analyze`: origin, clips, `TRADE_OFF_FIGURES` and `gamma` of each of its rows."""
 
     name: str
     folder: Path
@@ -91,21 +91,23 @@ def read_runs(folders: Mapping[str, Path]) -> Runs:
     """
     scored, trained, analyzed = [], [], []
     for name, folder in folders.items():
-        _check_run(folder)
+        try:
+            _check_run(folder)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read", wanted="the folder of a run", found=error) from error
         if (folder / SCORES_FILE).is_file():
-            path = folder / SUMMARY_FILE
-            summary = read_json(path) if path.is_file() else None
-            complete = bool(summary.get("complete", True)) if isinstance(summary, dict) else True
-            scored.append(ScoreRun(name, folder, tuple(read_scores(folder / SCORES_FILE)), complete))
+            summary = _document(folder / SUMMARY_FILE)
+            failures = summary.get("failures")
+            failures, complete = failures if isinstance(failures, dict) else {}, summary.get("complete", True)
+            scores = tuple(read_scores(folder / SCORES_FILE))
+            scored.append(ScoreRun(name, folder, scores, bool(complete), failures))
         if found := _member_folders(folder):
             journals = {name if item == folder else item.name: RunFiles(item) for item in found}
             steps = {member: _columns(files.metrics, read_figures) for member, files in journals.items()}
             epochs = {
                 member: _columns(files.validation, read_validation) for member, files in journals.items()
             }
-            path = RunFiles(folder).report
-            report = read_json(path) if path.is_file() else {}
-            trained.append(TrainRun(name, folder, steps, epochs, report))
+            trained.append(TrainRun(name, folder, steps, epochs, _document(RunFiles(folder).report)))
         if (folder / ANALYSIS_FILE).is_file():
             analyzed.append(_analysis_run(name, folder))
     return Runs(tuple(scored), tuple(trained), tuple(analyzed))
@@ -151,19 +153,31 @@ def _member_folders(folder: Path) -> list[Path]:
     return [item for item in _entries(folder) if RunFiles(item).metrics.is_file()]
 
 
+def _document(path: Path) -> Mapping[str, Any]:
+    """Return the fields of a JSON document, none where there is no such file."""
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no fields", wanted="a JSON object", found=type(found).__name__)
+    return found
+
+
 def _columns(path: Path, read: Callable[[Path], Sequence[Any]]) -> Columns:
     try:
         return figure_columns(read(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is not a journal of training", found=str(error)) from error
 
 
 def _analysis_run(name: str, folder: Path) -> AnalysisRun:
     path, rows = folder / ANALYSIS_FILE, []
     try:
-        for row in read_table(path).to_pylist():
-            gamma = float(json.loads(row["definition_json"])["gamma"])
-            rows.append({key: row[key] for key in TRADE_OFF_COLUMNS} | {"gamma": gamma})
-    except (KeyError, json.JSONDecodeError) as error:
+        for row in read_rows(path, ANALYSIS_SCHEMA)[0]:
+            gamma = float(parse_json(row["definition_json"], "definition_json")["gamma"])
+            figures = {key: float(row[key]) for key in TRADE_OFF_FIGURES} | {"gamma": gamma}
+            origin = {key: row[key] or "" for key in TRADE_OFF_ORIGIN}
+            rows.append({**origin, "n_videos": row["n_videos"], **figures})
+    except KeyError as error:
         raise InputError(f"{path} is not a table of analyze", found=f"no {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path} is not a table of analyze", found=error) from error
     return AnalysisRun(name, folder, tuple(rows))

@@ -20,7 +20,14 @@ from cosettle_cache.metrics.rows import CHART_SVG, Mean, mean_scores, row_origin
 from cosettle_cache.pictures.charts import PlanePoint, curves_chart, plane_chart, save_chart
 from cosettle_cache.propagation.run import write_score_chart
 from cosettle_cache.report.page import chart, element, scroll_box, section
-from cosettle_cache.report.runs import TRADE_OFF_ORIGIN, AnalysisRun, Runs, ScoreRun, TrainRun
+from cosettle_cache.report.runs import (
+    TRADE_OFF_FIGURES,
+    TRADE_OFF_ORIGIN,
+    AnalysisRun,
+    Runs,
+    ScoreRun,
+    TrainRun,
+)
 from cosettle_cache.training.log import RunFiles
 
 _OBJECT_FIGURES = {
@@ -31,9 +38,10 @@ _OBJECT_FIGURES = {
 
 def score_section(run: ScoreRun, number: int) -> Element:
     """Return table, chart and all further figures of one run."""
+    failed = [f"{video_id} failed: {reason}" for video_id, reason in run.failures.items()]
     if not run.scores:
         none = element("p", "Nothing was scored: no video of this run is annotated throughout.")
-        return section(f"scores-{number}", "Scores: ", None, none, name=run.name)
+        return section(f"scores-{number}", "Scores: ", None, none, name=run.name, failures=failed)
     first = run.scores[0]
     videos = len({score.video_id for score in run.scores})
     said = f"{first.task}, {videos} videos, encoder {first.provenance.backbone}, protocol {first.protocol}."
@@ -55,7 +63,7 @@ def score_section(run: ScoreRun, number: int) -> Element:
             shown = ["–" if value is None else f"{100 * value:.1f}" for value in figures]
             rows.append([score.video_id, str(score.object_id), score.tokens, *shown])
         parts.append(_details("Every object", header, rows, 3))
-    return section(f"scores-{number}", "Scores: ", said, *parts, name=run.name)
+    return section(f"scores-{number}", "Scores: ", said, *parts, name=run.name, failures=failed)
 
 
 def _main_table(run: ScoreRun) -> Element:
@@ -158,8 +166,7 @@ def _compared(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _trade_off_row(row: Mapping[str, Any], raw: Mapping[str, Any] | None) -> Element:
     texts = [row["dataset"], str(row["n_videos"]), row["tokens"], row["definition"]]
-    names = ("d_inter_100", "d_intra_100", "margin_100", "cycle_accuracy", "effective_rank")
-    cells = [_number_cell(row[name], f"{row[name]:.4f}") for name in names]
+    cells = [_number_cell(row[name], f"{row[name]:.4f}") for name in TRADE_OFF_FIGURES]
     if raw is not None and raw is not row:
         cells[2].append(_signed(row["margin_100"] - raw["margin_100"], 4))
     return _row(row["backbone"], [*map(_text_cell, texts), *cells])
@@ -228,7 +235,7 @@ def _trained(run: TrainRun) -> Iterable[tuple[str, dict[str, Any]]]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return text
 
 

@@ -148,7 +148,7 @@ def read_figures(path: Path) -> list[StepFigures]:
 
 def read_validation(path: Path) -> list[ValidationFigures]:
     """Return the figures of every epoch in `validation.jsonl`; none where there is no such file."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text() if path.is_file() else ""
     return [ValidationFigures(**json.loads(line)) for line in text.splitlines()]
 
 

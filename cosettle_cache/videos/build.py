@@ -13,7 +13,7 @@ from typing import Any
 
 from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
-from cosettle_cache.core.files import UNPRINTABLE
+from cosettle_cache.core.files import printable
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
@@ -167,7 +167,7 @@ def build(
     rows = list(map_ahead(attempt, clips, share_of_cores(1)))
     videos = tuple(row for row in rows if isinstance(row, Video))
     pairs = zip(clips, rows, strict=True)
-    failures = {_printable(source.relative(clip.path)): row for clip, row in pairs if isinstance(row, str)}
+    failures = {printable(source.relative(clip.path)): row for clip, row in pairs if isinstance(row, str)}
     if not videos:
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
@@ -205,12 +205,7 @@ def _passed_over(root: Path) -> tuple[str, ...]:
         kinds.update((*left, *copies))
         folders[:] = [name for name in folders if not is_hidden(name) and name not in copies]
     found = ", ".join(f"{name} ({n})" for name, n in sorted(kinds.items()))
-    return (f"passed over {_printable(found)}",) if found else ()
-
-
-def _printable(name: str) -> str:
-    """Return a name with escapes for control characters and for bytes that are no UTF-8."""
-    return UNPRINTABLE.sub(lambda found: repr(found.group())[1:-1], name)
+    return (f"passed over {printable(found)}",) if found else ()
 
 
 def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:

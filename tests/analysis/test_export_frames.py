@@ -13,6 +13,7 @@ from probe_cases import DIM, labelled_case
 from store_cases import frames_case, pairs_case
 
 from cosettle_cache.cli import run_command
+from cosettle_cache.core.files import MARK, make_folder
 from cosettle_cache.core.tables import read_table
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.store import open_store
@@ -37,7 +38,7 @@ def test_npy_files_as_breakfast_has_them() -> None:
     frames_case([("P03/cam01/P03_tea", 5, 2, 3), ("P03/stereo/P03_tea_ch0", 4, 2, 2)]).write(Path("s.zarr"))
     assert export() == 0
     files = {path.name for path in Path("out").iterdir()}
-    assert files == {"P03_cam01_P03_tea.npy", "P03_stereo01_P03_tea.npy", "export.json"}
+    assert files == {"P03_cam01_P03_tea.npy", "P03_stereo01_P03_tea.npy", "export.json", MARK}
     features = np.load("out/P03_cam01_P03_tea.npy")
     assert (features.shape, features.dtype) == ((DIM, 5), np.float32)
     np.testing.assert_allclose(features.T, expected("P03/cam01/P03_tea"), atol=1e-6)
@@ -71,7 +72,7 @@ def test_hdf5_holds_the_same() -> None:
         assert set(file) == {"a_0", "a_1", "b_0", "b_1"}
         assert file.attrs["axes"] == "dim-frame" and file["b_1"].attrs["video_id"] == "b/1"
         np.testing.assert_allclose(file["b_1"][:].T, expected("b/1"), atol=1e-6)
-    assert {path.name for path in Path("out").iterdir()} == {"frames.h5", "export.json"}
+    assert {path.name for path in Path("out").iterdir()} == {"frames.h5", "export.json", MARK}
 
 
 def test_vectors_stand_for_the_frames_that_the_store_skips(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,3 +111,16 @@ def test_what_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert run_command(["export", "frames", "--features", "f.zarr", "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["axes"] == "dim-frame"
     assert not Path("runs").exists()
+
+
+def test_export_writes_to_folders_of_its_own_only(capsys: pytest.CaptureFixture[str]) -> None:
+    frames_case([("one", 5, 2, 3)]).write(Path("s.zarr"))
+    make_folder(Path("out"))
+    Path("out/one.npy").write_text("mine")
+    assert export() == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in Path("out").iterdir()] == ["one.npy"]
+    assert Path("out/one.npy").read_text() == "mine"
+    assert export("--out", "s3://bucket/out") == 2
+    assert "is a URL" in capsys.readouterr().err
+    assert not Path("s3:").exists()

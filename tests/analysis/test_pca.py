@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,9 +62,8 @@ def test_percentiles_and_splits_are_read_from_counts() -> None:
     histogram = Histogram()
     values = torch.cat([torch.full((70, 3), -1.0), torch.full((30, 3), 2.0)]).double()
     histogram.add(values)
-    np.testing.assert_allclose(histogram.percentile(50.0), -1, atol=0.01)
-    np.testing.assert_allclose(histogram.percentile(90.0), 2, atol=0.01)
-    np.testing.assert_allclose(histogram.percentile(70.0), -1, atol=0.01)
+    for found, wanted in zip(histogram.percentiles(50.0, 90.0, 70.0), (-1, 2, -1), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=0.01)
     assert -1 < histogram.split() < 2
     histogram.add(torch.tensor([[1e9, -1e9, 0.0]]).double())
     assert histogram.counts.sum() == 303
@@ -211,3 +211,20 @@ def test_every_second_frame_is_drawn_from_a_store_of_every_second(tmp_path: Path
     assert pca((tmp_path, case.write(tmp_path / "store.zarr")), tmp_path / "out", "--film", "none") == 0
     stills = sorted(path.stem for path in (tmp_path / "out/left/raw").iterdir())
     assert stills == ["00000", "00002", "00004"]
+
+
+def test_videos_are_not_replaced_by_films(
+    squares: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(squares[0], tmp_path / "data", ignore=shutil.ignore_patterns("*.zarr"))
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    assert pca((data, squares[1]), data) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+    assert pca(squares, Path("s3://bucket/out")) == 2
+    assert "is a URL" in capsys.readouterr().err
+    assert (
+        pca(squares, tmp_path / "out", "--film", "none")
+        == 0
+        == pca(squares, tmp_path / "out", "--film", "none")
+    )

@@ -295,3 +295,16 @@ def test_real_clips_tell_their_classes(shared_data, tmp_path: Path) -> None:
     rows = scores()
     assert rows["linear", "raw", "", "accuracy"].value > 0.7
     assert rows["retrieval", "raw", "", "recall_at_1"].value > 0.7
+
+
+def test_probe_writes_to_folders_of_its_own_only(capsys: pytest.CaptureFixture[str]) -> None:
+    labelled_case(SIZES).write(Path("s.zarr"))
+    make_folder(Path("out"))
+    Path("out/scores.parquet").write_text("mine")
+    assert probe() == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in Path("out").iterdir()] == ["scores.parquet"]
+    assert Path("out/scores.parquet").read_text() == "mine"
+    assert probe("--out", "s3://bucket/out") == 2
+    assert "is a URL" in capsys.readouterr().err
+    assert not Path("s3:").exists()

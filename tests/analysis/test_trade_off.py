@@ -327,3 +327,14 @@ def test_what_does_not_fit_ends_with_a_sentence(
     few = frames_case(CLIPS[:1]).write(tmp_path / "few.zarr")
     assert run("--features", few) == 3
     assert "need several" in capsys.readouterr().err
+
+
+def test_analyze_writes_to_folders_of_its_own_only(
+    store: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "analysis.parquet").write_text("mine")
+    assert run("--features", store.path, "--out", tmp_path, "--quiet") == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    assert run("--features", store.path, "--out", "s3://bucket/out", "--quiet") == 2
+    assert "is a URL" in capsys.readouterr().err

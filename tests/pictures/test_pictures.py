@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from xml.etree import ElementTree
+
 import av
 import numpy as np
 import pytest
@@ -9,7 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from cosettle_cache.core.errors import OutputError
-from cosettle_cache.pictures.charts import MAX_NAMED, save_chart, score_chart
+from cosettle_cache.pictures.charts import (
+    MAX_NAMED,
+    PlanePoint,
+    curves_chart,
+    plane_chart,
+    save_chart,
+    score_chart,
+)
 from cosettle_cache.pictures.drawing import (
     COLOURS,
     PANEL_SIDE,
@@ -134,3 +144,26 @@ def test_nothing_in_a_chart_is_cut_off(n_sequences, tmp_path):
     save_chart(picture, tmp_path / "chart.png", tmp_path / "chart.svg")
     assert "class 0/" in (tmp_path / "chart.svg").read_text() or n_sequences > MAX_NAMED
     assert Image.open(tmp_path / "chart.png").size == (width, height)
+
+
+#: Names that are no words, and formulas that matplotlib would set or stumble over.
+ODD = ("$x^$", "a\x1b[31mred\x07", "two\nlines", "bell \x00", "half \udc80", "日本　語", r"\frac{$")
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e308])
+def test_odd_names_and_numbers_are_drawn(tmp_path, value):
+    names = ["total", "cycle", "separability", "cycle_accuracy", "margin", "inter_distance", "intra_distance"]
+    columns = {"step": [0.0, 1.0], **{name: [value, 1.0] for name in names}}
+    figures = {ODD[1]: value, ODD[2]: 50.0}
+    points = [PlanePoint(ODD[0], gamma, ODD[1], "raw", value, 0.5) for gamma in (0.3, value)]
+    charts = (
+        score_chart(ODD[0], "percent", dict.fromkeys(ODD, figures), figures),
+        curves_chart(dict.fromkeys(ODD, columns), dict.fromkeys(ODD, columns)),
+        plane_chart([*points, PlanePoint(ODD[0], 0.3, ODD[1], ODD[2], 0.5, 0.5)]),
+    )
+    for chart in charts:
+        save_chart(chart, tmp_path / "chart.svg")
+        ElementTree.parse(tmp_path / "chart.svg")
+        text = (tmp_path / "chart.svg").read_text()
+        assert "$x^$" in text and r"a\x1b[31mred\x07" in text
+    side_by_side(dict.fromkeys(ODD, GREY))

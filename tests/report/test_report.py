@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -218,3 +219,114 @@ def test_a_folder_without_a_run_is_one_clear_error(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said.format(root=tmp_path) in error
     assert not (tmp_path / "r.html").exists()
+
+
+#: Files of runs as nobody wrote them: name, content, and what the error says of it.
+DEEP = "[" * 100_000
+MALFORMED = [
+    ("metrics.jsonl", '{"step": "many"}', "is not a journal of training"),
+    ("metrics.jsonl", "STEP", "is not a journal of training"),
+    ("metrics.jsonl", DEEP, "is not a journal of training"),
+    ("metrics.jsonl", "9" * 5000, "is not a journal of training"),
+    ("metrics.jsonl", "\udcff", "is not a journal of training"),
+    ("validation.jsonl", "[1]", "is not a journal of training"),
+    ("train.json", "[]", "train.json holds no fields"),
+    ("train.json", DEEP, "train.json is not JSON"),
+    ("summary.json", '"complete"', "summary.json holds no fields"),
+    ("summary.json", "\udcff", "summary.json is not JSON"),
+    (
+        "curves.svg",
+        "<svg xmlns='http://www.w3.org/2000/svg'>" + "<g>" * 999 + "</g>" * 999 + "</svg>",
+        "too deeply",
+    ),
+    ("curves.svg", "<?xml version='1.0' encoding='elvish'?><svg/>", "is not a readable SVG"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "said"), MALFORMED)
+def test_malformed_files_of_a_run_are_one_clear_error(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, said: str
+) -> None:
+    run = shutil.copytree(made.trained, tmp_path / "run")
+    shutil.copy(made.scored / "scores.parquet", run)
+    # A figure that is no number in a line that is whole otherwise.
+    line = (run / "metrics.jsonl").read_text().splitlines()[0].replace("0.001", '"little"')
+    (run / name).write_bytes(text.replace("STEP", line).encode(errors="surrogateescape"))
+    assert run_command(["report", str(run), "--out", str(tmp_path / "r.html")]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"video_id": pa.array([["list"]])},
+        {"counts_json": pa.array([b"\xff"])},
+        {"value": pa.array(["high"])},
+        {"value": pa.array([None], pa.float64())},
+        {"name": pa.array(["fame"])},
+        {"name": pa.array(["miou"]), "counts_json": pa.array([DEEP])},
+        {"name": pa.array(["visible_share"]), "counts_json": pa.array(['{"inherited": [], "strict": 1}'])},
+    ],
+)
+def test_a_table_of_another_shape_is_no_table_of_scores(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, pa.Array]
+) -> None:
+    table = pq.read_table(made.scored / "scores.parquet").slice(0, 1)
+    for name, column in change.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    pq.write_table(table, tmp_path / "scores.parquet")
+    assert run_command(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'scores.parquet'} is not a") and "Traceback" not in error
+
+
+def test_pipes_and_loops_are_no_files_of_a_run(made: Made, tmp_path: Path) -> None:
+    run = shutil.copytree(made.scored, tmp_path / "run")
+    for name in ("summary.json", "scores.svg", "train.json", "overlays/one.mp4", f"raw/{PLAIN}/pipe.png"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    (run / "overlays/loop").symlink_to(run / "overlays")
+    (run / "validation.jsonl").symlink_to(run / "validation.jsonl")
+    page = write(tmp_path / "r.html", run)
+    assert page.headings == ["scores-0", "overlays-0", "provenance"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert run_command(["report", str(tmp_path / "loop"), "--out", str(tmp_path / "r.html")]) == 3
+    assert run_command(["report", str(tmp_path / ("x" * 5000)), "--out", str(tmp_path / "r.html")]) == 3
+
+
+def test_videos_that_failed_are_named(made: Made, tmp_path: Path) -> None:
+    run = shutil.copytree(made.scored, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"failures": {"bear": "no <frames>"}}))
+    assert "bear failed: no <frames>" in write(tmp_path / "r.html", run).texts
+
+
+def test_only_pages_of_ours_are_overwritten(
+    made: Made, page: Page, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.html"
+    out.write_text(page.source)
+    assert write(out, made.scored).headings == ["scores-0", "overlays-0", "provenance"]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "mine.html").write_text("<!doctype html><p>mine")
+    (tmp_path / "link").symlink_to("absent")
+    for name in ("mine.html", "pipe", "link", "", "x" * 5000, "s3://bucket/r.html"):
+        path = name if name.startswith("s3") else str(tmp_path / name)
+        assert run_command(["report", str(made.trained), "--out", path]) == (3 if "xxx" in name else 2)
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "Traceback" not in error
+    assert (tmp_path / "mine.html").read_text() == "<!doctype html><p>mine"
+    assert not Path("s3:").exists()
+
+
+def test_names_of_a_foreign_run_do_not_lead_out_of_its_folder(made: Made, tmp_path: Path) -> None:
+    outside = shutil.copytree(made.scored / "overlays" / EVIL, tmp_path / "outside")
+    rows = [
+        replace(row, video_id=name)
+        for row in read_scores(made.scored / "scores.parquet")[:1]
+        for name in (str(outside), "../../outside", "nul\0")
+    ]
+    write_scores(tmp_path / "run", rows)
+    (tmp_path / "run/overlays").mkdir()
+    assert write(tmp_path / "r.html", tmp_path / "run").headings == ["scores-0", "provenance"]

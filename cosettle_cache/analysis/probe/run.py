@@ -32,7 +32,6 @@ from cosettle_cache.analysis.probe.videos import (
 )
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.settings import ProbeSettings, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Manifest, Provenance
@@ -235,11 +234,7 @@ def write_probe(folder: Path, report: ProbeReport) -> None:
 
 
 def remove_probe(folder: Path) -> None:
-    """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed.
-
-    The folder is made, so that one that cannot be written shows before anything is measured.
-    """
-    make_folder(folder)
+    """Remove what an earlier run wrote, so that its figures cannot pass for those of a run that failed."""
     for name in (SUMMARY_FILE, SCORES_FILE, ANSWERS_FILE):
         (folder / name).unlink(missing_ok=True)
 
