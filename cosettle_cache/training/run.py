@@ -7,6 +7,7 @@ without a sweep has one member. A run that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
@@ -56,6 +57,9 @@ from cosettle_cache.training.samples import JoinedSamples, find_not_finite
 
 #: Samples that an error names.
 _LISTED = 8
+
+#: Seconds between two checkpoints, at least, unless the run ends or is stopped.
+CHECKPOINT_SECONDS = 60.0
 
 
 def train(
@@ -159,7 +163,7 @@ def _learn(
 ) -> tuple[int, int, float]:
     """Go through the steps after `before`; return their number, their samples and seconds of waiting."""
     learners, replicas, samples = trainer.learners, trainer.replicas, stream.samples
-    n_steps, n_samples, started = 0, 0, time.perf_counter()
+    n_steps, n_samples, started, saved = 0, 0, time.perf_counter(), -math.inf
     with ExitStack() as stack:
         logs = zip(plan.members, before.n_bytes, strict=True) if replicas.is_first else ()
         pages = [stack.enter_context(closing(_Page(files.member(a), before.step, n))) for a, n in logs]
@@ -184,12 +188,14 @@ def _learn(
                 _append(pages, "validation", trainer.validate(samples, stream.held_out.ids, step))
             stopped = replicas.any(stop.is_set(), learners[0].device)
             due = step.ends_epoch or (step.number + 1) % stream.settings.checkpoint_every == 0
-            if pages and (due or stopped):
+            due = due and time.perf_counter() - saved >= CHECKPOINT_SECONDS
+            if pages and (due or stopped or step.number + 1 == plan.n_steps):
                 # The checkpoint counts lines of figures: these must be safely on disk before it.
                 n_bytes = [page.sync() for page in pages]
                 states = [learner.state() for learner in learners]
                 checkpoint = Checkpoint(step.number + 1, before.origin, n_bytes, states)
                 write_checkpoint(files.checkpoint, checkpoint)
+                saved = time.perf_counter()
             if stopped:
                 break
     return n_steps, n_samples, ring.waited_s

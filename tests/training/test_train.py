@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from PIL import Image
 from store_cases import Case, frames_case, pairs_case
 from test_losses import golden_head
 
+import cosettle_cache.training.run as run_module
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError, UsageError
 from cosettle_cache.core.settings import TrainSettings
 from cosettle_cache.core.types import Slot
@@ -35,7 +37,7 @@ from cosettle_cache.training.batches import (
     make_steps,
 )
 from cosettle_cache.training.learner import Learner, Trainer, learning_rate
-from cosettle_cache.training.log import TrainReport, read_figures
+from cosettle_cache.training.log import Checkpoint, TrainReport, read_figures, write_checkpoint
 from cosettle_cache.training.plan import make_train_plan
 from cosettle_cache.training.run import train
 
@@ -129,6 +131,19 @@ def test_parts_of_a_batch_add_up() -> None:
     assert found.identity_cosine == pytest.approx(wanted.identity_cosine, rel=1e-6)
     for a, b in zip(whole.projection.parameters(), parts.projection.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_uses_the_memory_of_the_one_before() -> None:
+    def n_faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    samples = torch.randn(8, 3, 14, 14, 384, generator=torch.Generator().manual_seed(0)).half()
+    trainer, seen = Trainer([Learner(Projection(384), SMALL)]), []
+    for number in range(4):
+        step = Step(number, 1, 1.5, False, np.arange(8))
+        trainer.feed(Batch(Portion(step, step.ids, True), samples))
+        seen.append(n_faults())
+    assert seen[-1] - seen[1] < 1000  # 5,000 a step where freed memory goes back to the system
 
 
 def test_weight_decay_is_on_matrices_only() -> None:
@@ -309,6 +324,22 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert resumed.steps_before + resumed.steps == 9 and resumed.steps_before <= n_steps
     for name in ("projection.safetensors", "metrics.jsonl"):
         assert (broken / name).read_bytes() == (straight / "run" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(60, [2, 9]), (0, [2, 3, 4, 6, 8, 9])])
+def test_checkpoints_are_a_minute_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: list[int]
+) -> None:
+    found = []
+
+    def write(path: Path, checkpoint: Checkpoint) -> None:
+        found.append(checkpoint.step)
+        write_checkpoint(path, checkpoint)
+
+    monkeypatch.setattr(run_module, "write_checkpoint", write)
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", seconds)
+    train(make_store(tmp_path), SMALL, tmp_path / "run")
+    assert found == steps
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
