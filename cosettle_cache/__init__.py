@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cosettle_cache.core.lazy import lazy_names
+from cosettle_cache.core import lazy_names
 
 __version__ = "0.2.0"
 

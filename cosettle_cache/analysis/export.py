@@ -38,12 +38,10 @@ Vectors = tuple[str, Float32[np.ndarray, "frame dim"], Int64[np.ndarray, " frame
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """What is written: a file name per video, how long it is, and how vectors are made and laid out."""
+    """Whose vectors are written, and how they are made and laid out."""
 
     store: FeatureStore
     settings: ExportSettings
-    names: Mapping[str, str]
-    n_frames: Mapping[str, int]
 
     @property
     def every(self) -> int:
@@ -79,14 +77,13 @@ def plan_export(store: FeatureStore, settings: ExportSettings) -> ExportPlan:
     check_choices(settings)
     if settings.format == "hdf5" and importlib.util.find_spec("h5py") is None:
         raise UsageError("h5py is not installed", hint="pip install 'cosettle-cache[hdf5]', or --format npy")
-    names = {video_id: flat_name(video_id) for video_id in store.video_ids}
-    shared = [name for name, count in Counter(names.values()).items() if count > 1]
-    if shared:
-        found = ", ".join(video_id for video_id, name in names.items() if name == shared[0])
-        raise InputError(f"two videos would be called {shared[0]}", found=found)
-    if not names:
+    for name, count in Counter(map(flat_name, store.video_ids)).items():
+        if count > 1:
+            found = ", ".join(video_id for video_id in store.video_ids if flat_name(video_id) == name)
+            raise InputError(f"two videos would be called {name}", found=found)
+    if not store.video_ids:
         raise InputError(f"{store.path} holds no complete video", hint="run the same extract command again")
-    return ExportPlan(store, settings, names, {video.video_id: video.n_frames for video in store.manifest})
+    return ExportPlan(store, settings)
 
 
 def export_frames(
@@ -98,7 +95,8 @@ def export_frames(
     the folder cannot be written.
     """
     store, fingerprint, settings = plan.store, plan.store.fingerprint, plan.settings
-    failures, lengths = missing_videos(store, plan.n_frames), dict[str, int]()
+    n_frames = {video.video_id: video.n_frames for video in store.manifest}
+    failures, lengths = missing_videos(store, n_frames), dict[str, int]()
     document = plan.to_json() | {
         "tokens": kind.name,
         "projection_sha256": kind.sha256,
@@ -112,10 +110,10 @@ def export_frames(
     pool = partial(pool_frames, store, (kind,), unit=settings.unit, device=device)
 
     def videos() -> Iterator[Vectors]:
-        for video_id, (means,) in each_video(list(plan.names), pool, failures, progress):
+        for video_id, (means,) in each_video(store.video_ids, pool, failures, progress):
             vectors, frames = means, np.arange(len(means), dtype=np.int64) * plan.every
             if settings.repeat:
-                frames = np.arange(plan.n_frames[video_id], dtype=np.int64)
+                frames = np.arange(n_frames[video_id], dtype=np.int64)
                 vectors = np.repeat(means, plan.every, axis=0)[: len(frames)]
             yield video_id, vectors, frames
             lengths[video_id] = len(frames)
@@ -133,7 +131,7 @@ def _write_npy(plan: ExportPlan, folder: Path, _: Mapping[str, Any], videos: Ite
     for video_id, vectors, _frames in videos:
         buffer = io.BytesIO()
         np.save(buffer, _arrange(plan, vectors), allow_pickle=False)
-        write_durably(folder / f"{plan.names[video_id]}.npy", [buffer.getbuffer()])
+        write_durably(folder / f"{flat_name(video_id)}.npy", [buffer.getbuffer()])
 
 
 def _write_parquet(plan: ExportPlan, folder: Path, _: Mapping[str, Any], videos: Iterable[Vectors]) -> None:
@@ -157,7 +155,7 @@ def _write_hdf5(
             texts = {key: str(value) for key, value in document.items()}
             file.attrs.update(texts | {"axes": plan.settings.axes})
             for video_id, vectors, frames in videos:
-                dataset = file.create_dataset(plan.names[video_id], data=_arrange(plan, vectors))
+                dataset = file.create_dataset(flat_name(video_id), data=_arrange(plan, vectors))
                 dataset.attrs["video_id"] = video_id
                 dataset.attrs["frames"] = frames
         sync(temporary)

@@ -128,10 +128,8 @@ def draw_store(
         video, painters = rows[video_id], common or fit([video_id], video_id)
         pairs = list(zip(kinds, painters, strict=True))
         indices = range(0, video.n_frames, every)
-        images, stored = (
-            iter_frames(video, data_root, indices),
-            _stored_tokens(store, [video_id], kinds[0], device),
-        )
+        images = iter_frames(video, data_root, indices)
+        stored = _stored_tokens(store, [video_id], kinds[0], device)
         pictures = (
             (f"{index:05d}", image, {kind.name: painter.paint(kind.apply(raw)) for kind, painter in pairs})
             for index, image, raw in zip(indices, images, stored, strict=True)
@@ -261,16 +259,15 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
 
 def _fit(frames: Frames, side: Mask | None) -> Components:
     """Return the first three; each points where its largest weight is positive, so signs are settled."""
-    n_tokens, sums = 0, list[Tensor]()
+    n_tokens, sums, products = 0, torch.zeros(()), torch.zeros(())
     for tokens in frames():
         unit = normalize(_chosen(tokens, side).double(), dim=-1)
-        parts = [unit.sum(dim=0), unit.T @ unit]
-        sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
+        sums, products = sums + unit.sum(dim=0), products + unit.T @ unit
         n_tokens += len(unit)
     if not n_tokens:
         wanted = "a video, with a foreground where that is asked"
         raise InputError("there are no tokens to draw", wanted=wanted)
-    mean, products = (total / n_tokens for total in sums)
+    mean, products = sums / n_tokens, products / n_tokens
     if len(mean) < N_COMPONENTS:
         raise InputError("these tokens have too few channels", wanted=N_COMPONENTS, found=len(mean))
     values, vectors = torch.linalg.eigh(products - torch.outer(mean, mean))

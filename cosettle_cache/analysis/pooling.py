@@ -7,12 +7,14 @@ frame), one layer per kind, goes out. Every token is read once, a few frames at 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from itertools import islice
 from threading import Event
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float32
+from torch import Tensor
 
 from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError
@@ -84,18 +86,13 @@ def pool_frames(
     The paper does not say how its video vectors are pooled (PROTOCOLS 5.4); the plain mean is the rule here.
     Raises `InputError` for a video that is not all there and for tokens that are not finite.
     """
-    grid, n_frames, dim = store.grid(video_id), store.n_frames(video_id), store.arrays[0].n_channels
-    out = np.empty((len(kinds), n_frames, dim), np.float32)
-    size = min(max(1, _BATCH_TOKENS // grid.n_tokens), n_frames)
-    buffer = np.empty((size, grid.rows, grid.cols, dim), np.float16)
-    for number, frame in enumerate(store.stream_tokens(video_id)):
-        place = number % size
-        buffer[place] = frame
-        if place == size - 1 or number == n_frames - 1:
-            tokens = torch.from_numpy(buffer[: place + 1]).to(device).flatten(1, 2).float()
-            for layer, kind in enumerate(kinds):
-                of_kind = unit_tokens(kind.apply(tokens)) if unit else kind.apply(tokens)
-                out[layer, number - place : number + 1] = of_kind.mean(1).cpu().numpy()
+    size, stream = max(1, _BATCH_TOKENS // store.grid(video_id).n_tokens), store.stream_tokens(video_id)
+    means = list[Tensor]()
+    while frames := list(islice(stream, size)):
+        raw = torch.from_numpy(np.stack(frames)).to(device).flatten(1, 2).float()
+        of_kinds = (kind.apply(raw) for kind in kinds)
+        means.append(torch.stack([(unit_tokens(tokens) if unit else tokens).mean(1) for tokens in of_kinds]))
+    out = torch.cat(means, dim=1).cpu().numpy()
     if not np.isfinite(out).all():
         hint = "extract it again into another store"
         raise InputError(f"{video_id} has tokens that are not finite", hint=hint)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cosettle_cache.analysis.pooling import check_frames_plan, missing_videos
 from cosettle_cache.analysis.trade_off import (
+    CLIP_FIGURES,
     DEFINITIONS,
     FEWEST_CLIPS,
     Block,
@@ -57,15 +58,10 @@ from cosettle_cache.store import FeatureStore
 ANALYSIS_FILE, VIDEOS_FILE = "analysis.parquet", "analysis_videos.parquet"
 SUMMARY_FILE, PLANE_FILE, PLANE_SVG = "analysis.json", "tradeoff.png", "tradeoff.svg"
 #: What stands beside every figure.
-PROVENANCE: tuple[str, ...] = (
-    "dataset",
-    "definition_json",
-    "places",
-    "plan_json",
-    "manifest_digest",
-    "store_digest",
+PROVENANCE = (
+    *("dataset", "definition_json", "places", "plan_json", "manifest_digest", "store_digest"),
+    *("backbone", "weights_sha256", "projection_sha256", "versions_json"),
 )
-PROVENANCE += ("backbone", "weights_sha256", "projection_sha256", "versions_json")
 
 #: Groups of clips at most: what each gives back must travel, so there are few whatever the store's size.
 MAX_GROUPS = 256
@@ -89,7 +85,10 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisPlan:
-    """What will be measured: definitions, clips, and the reasons why others are not."""
+    """What is measured: definitions, clips, and by video id why others are not.
+
+    `places` are those at which clips are compared.
+    """
 
     definitions: tuple[Definition, ...]
     clips: tuple[Clip, ...]
@@ -122,15 +121,11 @@ class Measured:
 class AnalysisReport:
     """What one run of `analyze_store` found.
 
-    `video_ids` and `n_frames` name the clips that were measured, in the order of `Measured.clips`;
-    `left_out` gives the reason by video id. `places` are those at which clips are compared.
+    `plan` has the clips that were measured, in the order of `Measured.clips`, and those left out.
     """
 
+    plan: AnalysisPlan
     measured: tuple[Measured, ...]
-    video_ids: tuple[str, ...]
-    n_frames: tuple[int, ...]
-    left_out: dict[str, str]
-    places: Grid
     seconds: float
 
 
@@ -194,7 +189,7 @@ def analyze_store(
         figures += found
         sums = [total + part for total, part in zip(sums, of_group, strict=True)] if sums else of_group
         left_out |= reasons
-    clips = [clip for clip in plan.clips if clip.video_id not in left_out]
+    clips = tuple(clip for clip in plan.clips if clip.video_id not in left_out)
     _check_clips(store, len(clips), left_out)
     spreads = [make_spreads(of_kind, definitions) for of_kind in sums]
     middles = [(clip.grid, int(clip.rows[len(clip.rows) // 2])) for clip in clips]
@@ -202,23 +197,17 @@ def analyze_store(
     compare_blocks = partial(_compare_blocks, store, tuple(zip(kinds, spreads, strict=True)), places, middles)
     names = "pairs of blocks of clips"
     compared = list(_results(run, compare_blocks, pairs, progress, names, [1] * len(pairs)))
-    n_frames = tuple(len(clip.rows) for clip in clips)
+    n_frames = sum(len(clip.rows) for clip in clips)
     of_kinds = zip(sums, zip(*compared, strict=True), strict=True)
     inter = [inter_figures(definitions, of_kind, comparisons) for of_kind, comparisons in of_kinds]
     measured = []
     for number, definition in enumerate(definitions):
         for place, kind in enumerate(kinds):
             of_clips = tuple(of_clip[place][number] for of_clip in figures)
-            total = combine(definition, of_clips, inter[place][number], sum(n_frames))
+            total = combine(definition, of_clips, inter[place][number], n_frames)
             measured.append(Measured(kind.name, kind.sha256, definition, total, of_clips))
-    return AnalysisReport(
-        measured=tuple(measured),
-        video_ids=tuple(clip.video_id for clip in clips),
-        n_frames=n_frames,
-        left_out=left_out,
-        places=places,
-        seconds=time.perf_counter() - started,
-    )
+    measured_plan = replace(plan, clips=clips, left_out=left_out)
+    return AnalysisReport(measured_plan, tuple(measured), time.perf_counter() - started)
 
 
 def _results(
@@ -322,15 +311,14 @@ def _compare_blocks(
     return [compare(spreads, *map(kind.apply, blocks)) for kind, spreads in kinds]
 
 
-def _schema(names: Sequence[str], figures: type) -> pa.Schema:
-    """Return the columns of a table: `names`, the fields of `figures`, and the provenance."""
-    numbers = [item.name for item in fields(figures)]
-    kinds = dict.fromkeys(numbers, pa.float64()) | dict.fromkeys(("n_videos", "n_frames"), pa.int64())
-    return pa.schema([(name, kinds.get(name, pa.string())) for name in (*names, *numbers, *PROVENANCE)])
+def _schema(names: Sequence[str], figures: Sequence[str]) -> pa.Schema:
+    """Return the columns of a table: `names`, `figures`, and the provenance."""
+    kinds = dict.fromkeys(figures, pa.float64()) | dict.fromkeys(("n_videos", "n_frames"), pa.int64())
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in (*names, *figures, *PROVENANCE)])
 
 
-ANALYSIS_SCHEMA = _schema(("tokens", "definition"), TradeOff)
-VIDEOS_SCHEMA = _schema(("video_id", "tokens", "definition", "n_frames"), ClipFigures)
+ANALYSIS_SCHEMA = _schema(("tokens", "definition"), [item.name for item in fields(TradeOff)])
+VIDEOS_SCHEMA = _schema(("video_id", "tokens", "definition", "n_frames"), CLIP_FIGURES)
 
 
 def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) -> None:
@@ -340,24 +328,21 @@ def write_analysis(folder: Path, store: FeatureStore, report: AnalysisReport) ->
         names = {"tokens": item.tokens, "definition": item.definition.name}
         common = names | _provenance(store, report, item)
         rows.append(asdict(item.total) | common)
-        for video_id, n_frames, clip in zip(report.video_ids, report.n_frames, item.clips, strict=True):
-            video_rows.append({"video_id": video_id, "n_frames": n_frames} | asdict(clip) | common)
+        for clip, figures in zip(report.plan.clips, item.clips, strict=True):
+            video_rows.append({"video_id": clip.video_id, "n_frames": len(clip.rows), **figures, **common})
     write_table(folder / ANALYSIS_FILE, make_table(rows, ANALYSIS_SCHEMA))
     write_table(folder / VIDEOS_FILE, make_table(video_rows, VIDEOS_SCHEMA))
     write_json(folder / SUMMARY_FILE, summary_json(store, report))
     # matplotlib takes 60 MB, and the measuring imports this module.
-    from cosettle_cache.pictures.charts import Plane, PlanePoint, plane_chart, save_chart
+    from cosettle_cache.pictures.charts import PlanePoint, plane_chart, save_chart
 
-    backbone, planes = store.fingerprint.backbone, []
-    for definition in dict.fromkeys(item.definition for item in report.measured):
-        points = [
-            PlanePoint(backbone, item.tokens, item.total.d_intra_100, item.total.d_inter_100)
-            for item in report.measured
-            if item.definition == definition
-        ]
-        title = f"{definition.name}: {len(report.video_ids)} clips, distances in diameters (100 %)"
-        planes.append(Plane(title, definition.gamma, points))
-    save_chart(plane_chart(planes), folder / PLANE_FILE, folder / PLANE_SVG)
+    points = []
+    for item in report.measured:
+        title = f"{item.definition.name}: {item.total.n_videos} clips, distances in diameters (100 %)"
+        distances = (item.total.d_intra_100, item.total.d_inter_100)
+        encoder = store.fingerprint.backbone
+        points.append(PlanePoint(title, item.definition.gamma, encoder, item.tokens, *distances))
+    save_chart(plane_chart(points), folder / PLANE_FILE, folder / PLANE_SVG)
 
 
 def remove_analysis(folder: Path) -> None:
@@ -374,11 +359,11 @@ def summary_json(store: FeatureStore, report: AnalysisReport) -> dict[str, Any]:
     common = _provenance(store, report, report.measured[0])
     of_rows = ("definition_json", "projection_sha256")
     return {
-        "complete": not report.left_out,
+        "complete": not report.plan.left_out,
         "figures": figures,
         "definitions": {item.definition.name: asdict(item.definition) for item in report.measured},
         "projections": {item.tokens: item.projection_sha256 for item in report.measured},
-        "left_out": report.left_out,
+        "left_out": report.plan.left_out,
         "provenance": {name: common[name] for name in PROVENANCE if name not in of_rows},
     }
 
@@ -387,7 +372,7 @@ def _provenance(store: FeatureStore, report: AnalysisReport, item: Measured) -> 
     dataset = ", ".join(dict.fromkeys(video.dataset for video in store.manifest))
     return asdict(make_provenance("analyze", dataset, store.fingerprint, item.projection_sha256)) | {
         "definition_json": json.dumps(asdict(item.definition), sort_keys=True),
-        "places": str(report.places),
+        "places": str(report.plan.places),
         "plan_json": json.dumps(dict(store.fingerprint.plan), sort_keys=True),
         "store_digest": digest(store.fingerprint.to_json()),
     }

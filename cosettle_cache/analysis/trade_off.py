@@ -9,7 +9,7 @@ are held.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations_with_replacement
 from typing import Any
@@ -50,12 +50,19 @@ _Stops = dict[int, Float32[Tensor, "row col dim"]]
 Distances = Float32[np.ndarray, "_ _"]
 Clip = Float[np.ndarray, "_ row col dim"] | Float[Tensor, "_ row col dim"]
 Clips = Float[np.ndarray, "clip frame row col dim"] | Float[Tensor, "clip frame row col dim"]
+#: Figures of one clip under one definition by their names in `TradeOff`; those that it knows.
+ClipFigures = Mapping[str, float]
 #: Float16 or float32; converted a few places at a time.
 Middles = Float[Tensor, "clip place dim"]
 #: What two blocks of clips give: distances summed over pairs of clips, and how far the clips of a block that
 #: was compared with itself are from each centre of `make_spreads` (else empty).
 Comparison = tuple[Float64[np.ndarray, " place"], tuple[Distances, ...]]
 
+#: All figures of a clip, in the order of the table.
+CLIP_FIGURES = (
+    *("intra_distance", "cycle_accuracy", "intra_diameter_90", "intra_diameter_95", "intra_diameter_100"),
+    *("d_intra_90", "d_intra_95", "d_intra_100"),
+)
 #: Distances between clips need two of them.
 FEWEST_CLIPS = 2
 _BLOCK_CLIPS = 64
@@ -180,32 +187,17 @@ def effective_rank(products: Float64[np.ndarray, "dim dim"]) -> float:
 
 def block_slices(n_frames: int, n_tokens: int) -> list[slice]:
     """Return the frames of each block of a clip whose frames have so many tokens."""
-    size = max(1, BLOCK_TOKENS // n_tokens)
-    return [slice(start, min(start + size, n_frames)) for start in range(0, n_frames, size)]
+    return _slices(n_frames, max(1, BLOCK_TOKENS // n_tokens))
 
 
-@dataclass(frozen=True, slots=True)
-class ClipFigures:
-    """One clip under one definition: mean distance, diameters (90, 95, 100 % of the tokens), their quotients.
-
-    `cycle_accuracy` is the share of walks to another frame and back that end where they started. What a
-    definition does not know is None.
-    """
-
-    intra_distance: float
-    cycle_accuracy: float
-    intra_diameter_90: float | None = None
-    intra_diameter_95: float | None = None
-    intra_diameter_100: float | None = None
-    d_intra_90: float | None = None
-    d_intra_95: float | None = None
-    d_intra_100: float | None = None
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def measure_clip(
     blocks: Callable[[], Iterable[Block]], n_frames: int, definitions: Sequence[Definition]
 ) -> tuple[tuple[ClipFigures, ...], Float32[Tensor, "row col dim"]]:
-    """Return the figures of one clip, in the order of the definitions, and its middle frame.
+    """Return the `CLIP_FIGURES` of one clip, in the order of the definitions, and its middle frame.
 
     `blocks` gives the frames in order and is called twice. Raises `InputError` for tokens that are not finite
     and for a grid too small for walks.
@@ -215,11 +207,11 @@ def measure_clip(
     distances = [[spread.distances(block.flatten(1, 2)) for spread in spreads] for block in blocks()]
     figures = []
     for item, distance, *found in zip(definitions, moved, *distances, strict=True):
-        known = {}
+        known = {"intra_distance": distance, "cycle_accuracy": _cycle_accuracy(stops, n_frames, item)}
         for percent, diameter in diameters(np.concatenate(found), item.whole).items():
             known[f"intra_diameter_{percent}"] = diameter
             known[f"d_intra_{percent}"] = distance / (diameter + _SMALLEST_DIAMETER)
-        figures.append(ClipFigures(distance, _cycle_accuracy(stops, n_frames, item), **known))
+        figures.append(known)
     return tuple(figures), stops[n_frames // 2]
 
 
@@ -279,7 +271,8 @@ class TradeOff:
 
     Distances are Euclidean between tokens as they are, `d_*` are in diameters that cover 90, 95 or 100 % of
     the tokens, and the margin is D = d_inter - gamma * d_intra (PROTOCOLS 5.3, 7.7). `effective_rank` is a
-    share of the dimensions, `cycle_accuracy` one of the walks. What a definition does not know is None.
+    share of the dimensions, `cycle_accuracy` that of walks to another frame and back that end where they
+    started. What a definition does not know is None.
     """
 
     n_videos: int
@@ -351,20 +344,16 @@ def combine(
     definition: Definition, clips: Sequence[ClipFigures], inter: Mapping[str, float], n_frames: int
 ) -> TradeOff:
     """Return the figures of clips, given in the order of the manifest; `inter` is of `inter_figures`."""
-    known: dict[str, Any] = {**inter}
-    for item in fields(ClipFigures):
-        values = [value for clip in clips if (value := getattr(clip, item.name)) is not None]
-        known[item.name] = float(np.mean(values)) if values else None
+    known = {**inter, **{name: float(np.mean([clip[name] for clip in clips])) for name in clips[0]}}
     if definition.batch_clips:
         # A short last batch counts as the others.
-        starts = range(0, len(clips), definition.batch_clips)
-        batches = [clips[start : start + definition.batch_clips] for start in starts]
-        means = [np.mean([clip.cycle_accuracy for clip in batch]) for batch in batches]
+        batches = [clips[part] for part in _slices(len(clips), definition.batch_clips)]
+        means = [np.mean([clip["cycle_accuracy"] for clip in batch]) for batch in batches]
         known["cycle_accuracy"] = float(np.mean(means))
     for percent in definition.percents:
         d_inter, d_intra = known[f"d_inter_{percent}"], known[f"d_intra_{percent}"]
         known[f"margin_{percent}"] = d_inter - definition.gamma * d_intra
-    return TradeOff(n_videos=len(clips), n_frames=n_frames, **known)
+    return TradeOff(len(clips), n_frames, **known)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -403,8 +392,7 @@ class BlockPair:
 
 def block_pairs(n_clips: int, size: int) -> list[BlockPair]:
     """Return the pairs of blocks of `size` clips; every two clips meet once."""
-    blocks = [slice(start, min(start + size, n_clips)) for start in range(0, n_clips, size)]
-    pairs = enumerate(combinations_with_replacement(blocks, 2))
+    pairs = enumerate(combinations_with_replacement(_slices(n_clips, size), 2))
     return [BlockPair(number, first, second) for number, (first, second) in pairs]
 
 
@@ -419,8 +407,7 @@ def compare(
 ) -> Comparison:
     """Compare two blocks of clips, or one with itself."""
     summed = []
-    for start in range(0, first.shape[1], _PLACES):
-        places = slice(start, start + _PLACES)
+    for places in _slices(first.shape[1], _PLACES):
         one = first[:, places].float().transpose(0, 1).contiguous()
         other = one if second is None else second[:, places].float().transpose(0, 1).contiguous()
         distances = torch.cdist(one, other)

@@ -12,7 +12,6 @@ from typer.core import TyperGroup
 from cosettle_cache.cli import (
     analyze,
     extract,
-    lists,
     manifest,
     propagate,
     recipes,
@@ -37,10 +36,10 @@ sprites clips serve.
 #: Commands and groups in the order of the story, as `--help` lists them.
 COMMANDS: dict[str, Any] = {
     "manifest": manifest.app,
-    "backbones": lists.backbones,
+    "backbones": extract.backbones,
     "extract": extract.extract,
     "train": train.train,
-    "protocols": lists.protocols,
+    "protocols": propagate.protocols,
     "propagate": propagate.propagate,
     "track": track.track,
     "pca": analyze.pca,

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cosettle_cache.analysis.probe import TASKS
 from cosettle_cache.cli.options import (
-    DEFAULT_CACHE_SIZE,
-    CacheDir,
-    CacheSize,
+    Cache,
     DataRoot,
     Device,
-    DryRun,
     FramesStore,
-    Json,
+    Mode,
     Projections,
-    Quiet,
-    Scheduler,
-    Workers,
+    Work,
     check_clean,
     exits,
     finish,
-    open_features,
 )
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode
@@ -49,15 +41,11 @@ else:
 def analyze(
     features: FramesStore,
     settings: AnalyzeSettings,
+    work: Work,
+    cache: Cache,
+    mode: Mode,
     projection: Projections = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/analyze-STORE.")] = None,
-    workers: Workers = 0,
-    scheduler: Scheduler = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Measure consistency within clips against separability between them, raw and projected.
 
@@ -67,24 +55,25 @@ def analyze(
     from cosettle_cache.core.cluster import work_on
     from cosettle_cache.heads.kinds import load_heads
 
-    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
+    talk, store = Talk(quiet=mode.quiet), cache.open(features)
     heads = load_heads(projection or (), store)
     plan = analysis.plan_analysis(store, settings)
     folder = out or _folder("analyze", store)
-    if dry_run:
+    if mode.dry_run:
         names = [name for name, _ in heads]
-        _print_json(talk, {"out": str(folder), "tokens": ["raw", *names], **plan.to_json()})
+        talk.json({"out": str(folder), "tokens": ["raw", *names], **plan.to_json()})
         return
     analysis.remove_analysis(folder)
-    with work_on(workers, scheduler, note=talk.note) as run:
+    with work_on(work.workers, work.scheduler, note=talk.note) as run:
         report = analysis.analyze_store(store, plan, heads, run=run, progress=talk.progress("analyze"))
     analysis.write_analysis(folder, store, report)
-    if as_json:
-        _print_json(talk, analysis.summary_json(store, report))
+    if mode.as_json:
+        talk.json(analysis.summary_json(store, report))
     else:
         _print_analysis(report, folder, talk)
-    n_left_out = f"{len(report.left_out)} of {len(store.manifest)}"
-    check_clean(report.left_out, f"{n_left_out} clips were left out, the others are measured")
+    left_out = report.plan.left_out
+    n_left_out = f"{len(left_out)} of {len(store.manifest)}"
+    check_clean(left_out, f"{n_left_out} clips were left out, the others are measured")
 
 
 _HEADER = ["definition", "tokens", "D inter", "D intra", "D", "cycle acc.", "eff. rank", "inter", "intra"]
@@ -96,7 +85,8 @@ def _print_analysis(report: AnalysisReport, folder: Path, talk: Talk) -> None:
         [item.definition.name, item.tokens, *(f"{getattr(item.total, name):.4f}" for name in names.split())]
         for item in report.measured
     ]
-    title = f"{len(report.video_ids)} clips, {sum(report.n_frames)} frames; D in diameters (100 %)"
+    total = report.measured[0].total
+    title = f"{total.n_videos} clips, {total.n_frames} frames; D in diameters (100 %)"
     talk.table(title, _HEADER, rows)
     talk.result(f"{folder}: {human_seconds(report.seconds)}")
 
@@ -119,23 +109,20 @@ def probe(
     settings: ProbeSettings,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/probe-STORE.")] = None,
     device: Device = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    cache: Cache,
+    mode: Mode,
 ) -> None:
     """Measure retrieval, k-NN, linear probes and order of frames, raw and projected.
 
     Example: cosettle-cache probe --features frames.zarr --projection runs/store/projection.safetensors
     """
     from cosettle_cache.analysis.probe import run as probes
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.frame_labels import open_frame_labels
     from cosettle_cache.videos.manifest import read_manifest
 
-    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
+    talk, store = Talk(quiet=mode.quiet), cache.open(features)
     plan = probes.plan_probe(
         store,
         list(map(str, task or ())),
@@ -144,9 +131,9 @@ def probe(
         frame_labels=open_frame_labels(labels) if labels else None,
     )
     folder, heads = out or _folder("probe", store), load_heads(projection or (), store)
-    if dry_run:
+    if mode.dry_run:
         names = [name for name, _ in heads]
-        _print_json(talk, {"out": str(folder), **plan.to_json(), "projections": names})
+        talk.json({"out": str(folder), **plan.to_json(), "projections": names})
         return
     if plan.left_out:
         first, reason = next(iter(plan.left_out.items()))
@@ -160,8 +147,8 @@ def probe(
         for text in item.outcome.warnings:
             talk.warn(f"{item.task}, {item.tokens}: {text}")
     probes.write_probe(folder, report)
-    if as_json:
-        _print_json(talk, probes.summary_json(report))
+    if mode.as_json:
+        talk.json(probes.summary_json(report))
     else:
         for title, header, rows in probes.probe_tables(report):
             # Above the table, because a title is folded to its width.
@@ -184,28 +171,25 @@ def group() -> None:
 def frames(
     features: FramesStore,
     settings: ExportSettings,
+    cache: Cache,
+    mode: Mode,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/frames-STORE.")] = None,
     projection: Annotated[Path | None, typer.Option(help="Through this projection; default: raw.")] = None,
     device: Device = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Write one vector per frame, the mean over its tokens, for temporal models.
 
     Example: cosettle-cache export frames --features breakfast.zarr --out breakfast/features
     """
     from cosettle_cache.analysis.export import export_frames, plan_export
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads, make_kinds
 
-    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
+    talk, store = Talk(quiet=mode.quiet), cache.open(features)
     plan = plan_export(store, settings)
     folder = out or _folder("frames", store)
-    if dry_run:
-        _print_json(talk, {"out": str(folder), "videos": len(plan.names), **plan.to_json()})
+    if mode.dry_run:
+        talk.json({"out": str(folder), "videos": len(store.video_ids), **plan.to_json()})
         return
     place = pick_device(device)
     heads = load_heads([projection] if projection else [], store)
@@ -217,9 +201,9 @@ def frames(
         )
     lengths, failures = export_frames(plan, kind, folder, device=place, progress=talk.progress("export"))
     n_vectors = sum(lengths.values())
-    if as_json:
+    if mode.as_json:
         document = {"out": str(folder), "tokens": kind.name, "videos": len(lengths)}
-        _print_json(talk, document | {"vectors": n_vectors, "failures": failures})
+        talk.json(document | {"vectors": n_vectors, "failures": failures})
     else:
         talk.result(f"{folder}: {n_vectors} vectors of {len(lengths)} videos, {kind.name} tokens")
     check_clean(failures, f"{len(failures)} videos were not written")
@@ -228,36 +212,33 @@ def frames(
 def pca(
     features: FramesStore,
     settings: PcaSettings,
+    cache: Cache,
+    mode: Mode,
     video: Annotated[list[str] | None, typer.Option(help="Video; repeatable; default: all.")] = None,
     projection: Projections = None,
     data_root: DataRoot = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/pca-STORE.")] = None,
     device: Device = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> int:
     """Draw the first three principal components of tokens as red, green and blue.
 
     Example: cosettle-cache pca --features davis.zarr --video dog --data-root /data
     """
     from cosettle_cache.analysis.pca import draw_store, plan_pca
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads
     from cosettle_cache.videos.find import media_root
 
-    talk, store = Talk(quiet=quiet), open_features(features, cache_dir, cache_size)
+    talk, store = Talk(quiet=mode.quiet), cache.open(features)
     videos = plan_pca(store, settings, video or ())
     heads = load_heads(projection or (), store)
     root = media_root(store.manifest, data_root)
     folder = out or _folder("pca", store)
-    if dry_run:
+    if mode.dry_run:
         names, tokens = [row.video_id for row in videos], ["raw", *(name for name, _ in heads)]
         document = {"videos": names, "tokens": tokens, "settings": asdict(settings), "out": str(folder)}
-        _print_json(talk, document)
-        return int(ExitCode.DONE)
+        talk.json(document)
+        return ExitCode.DONE
     make_folder(folder)
     with interruptible(talk, "video") as stop:
         report = draw_store(
@@ -271,7 +252,7 @@ def pca(
             progress=talk.progress("draw"),
             stop=stop,
         )
-    _print_pca(report, folder, talk, as_json)
+    _print_pca(report, folder, talk, mode.as_json)
     return finish(report, report.failures if video else {**store.failures, **report.failures})
 
 
@@ -279,7 +260,7 @@ def _print_pca(report: PcaReport, folder: Path, talk: Talk, as_json: bool) -> No
     if as_json:
         counts = {"videos": report.n_videos, "frames": report.n_frames, "seconds": report.seconds}
         components = [asdict(item) for item in report.shares]
-        _print_json(talk, {"out": str(folder), **counts, "components": components})
+        talk.json({"out": str(folder), **counts, "components": components})
         return
     rows = [
         [row.video_id, row.tokens, *(f"{100 * part:.1f}" for part in row.shares)] for row in report.shares
@@ -290,7 +271,3 @@ def _print_pca(report: PcaReport, folder: Path, talk: Talk, as_json: bool) -> No
 
 def _folder(stage: str, store: FeatureStore) -> Path:
     return Path("runs") / f"{stage}-{store_title(store.path)}"
-
-
-def _print_json(talk: Talk, document: Mapping[str, Any]) -> None:
-    talk.result(json.dumps(document, indent=2))

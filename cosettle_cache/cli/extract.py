@@ -1,19 +1,20 @@
-"""`cosettle-cache extract`: encode videos into a store."""
+"""`cosettle-cache extract` and `backbones`: encode videos into a store; the encoders that load by name."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
+from cosettle_cache.cli.options import DataRoot, Json, Mode
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import ExitCode
 from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, FramesSettings, PairsSettings
 from cosettle_cache.core.types import PlanKind
+from cosettle_cache.encoders.registry import BACKBONES, NamedBackbone
 
 
 def extract(
@@ -21,6 +22,7 @@ def extract(
     pairs: PairsSettings,
     frames: FramesSettings,
     settings: ExtractSettings,
+    mode: Mode,
     manifest: Annotated[
         Path | None, typer.Option(help="Which videos; default: what the data root holds.")
     ] = None,
@@ -31,9 +33,6 @@ def extract(
         str | None, typer.Option(help="Pixels: 224 (pairs); 480x880, native, short:480/64 (frames).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of frame choice, crops and shifts.")] = 0,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> int:
     """Encode videos once into a store. Run it again to resume; finished slots are kept.
 
@@ -43,7 +42,7 @@ def extract(
     from cosettle_cache.extraction.run import StoreJob, extract_store
     from cosettle_cache.videos.find import manifest_data, training_data
 
-    talk = Talk(quiet=quiet)
+    talk = Talk(quiet=mode.quiet)
     data = manifest_data(manifest, data_root) if manifest else training_data(data_root, talk)
     encoder = replace(encoder, weights=find_weights(encoder.weights, data_root))
     if plan is PlanKind.FRAMES:
@@ -53,16 +52,17 @@ def extract(
     job = StoreJob(out, data.root, encoder, views, settings)
     made = job.plan(data.manifest)
     summary = summarise_plan(job, made, data.manifest)
-    if dry_run:
+    if mode.dry_run:
         lines = [f"{key}: {value}" for key, value in asdict(summary).items()]
-        talk.result(json.dumps(asdict(summary), indent=2) if as_json else "\n".join(lines))
-        return int(ExitCode.DONE)
+        talk.result(json.dumps(asdict(summary), indent=2) if mode.as_json else "\n".join(lines))
+        return ExitCode.DONE
     note_plan(summary, talk)
     report = extract_store(job, made, data.manifest, talk)
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else "\n".join(report_lines(job, report)))
+    lines = report_lines(job, report)
+    talk.result(json.dumps(report.to_json(), indent=2) if mode.as_json else "\n".join(lines))
     if report.interrupted:
-        return int(ExitCode.INTERRUPTED)
-    return int(ExitCode.UNCLEAN if report.failures or data.failures else ExitCode.DONE)
+        return ExitCode.INTERRUPTED
+    return ExitCode.UNCLEAN if report.failures or data.failures else ExitCode.DONE
 
 
 def _side(size: str | None, default: int) -> int:
@@ -70,3 +70,39 @@ def _side(size: str | None, default: int) -> int:
     if not side.isdigit() or other not in ("", side):
         raise typer.BadParameter(f"a pairs plan has square images: --size 224, not {size}")
     return int(side)
+
+
+def backbones(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None, as_json: Json = False
+) -> None:
+    """List the published encoders that load by name; any ViT of timm loads as timm/MODEL_ID.
+
+    Example: cosettle-cache backbones --family dino
+    """
+    talk = Talk()
+    rows = [row for row in BACKBONES.values() if family in (None, row.family.name)]
+    if as_json:
+        talk.json([_document(row) for row in rows])
+        return
+    columns = ["name", "family", "width", "depth", "patch", "grid", "M parameters", "licence", "weights"]
+    cells = []
+    for row in rows:
+        sizes = (getattr(row.architecture, name) for name in columns[2:6])
+        parameters = f"{row.n_parameters / 1e6:.1f}"
+        source = row.source.licence, str(row.source)
+        cells.append([row.name, row.family.name, *map(str, sizes), parameters, *source])
+    talk.table("encoders by name", columns, cells)
+    talk.result("any ViT of timm: timm/MODEL_ID; any size of a family: its name with --weights FILE")
+
+
+def _document(row: NamedBackbone) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "family": row.family.name,
+        "parameters": row.n_parameters,
+        "architecture": asdict(row.architecture),
+        "source": {**asdict(row.source), "address": str(row.source)},
+        "tokens": row.family.token_rule,
+        "quirks": list(row.family.quirks),
+        "citation": row.family.citation,
+    }

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, check_clean, exits
+from cosettle_cache.cli.options import DataRoot, DryRun, Json, Mode, Quiet, check_clean, exits
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.types import Video
@@ -30,6 +30,7 @@ def build(
         str,
         typer.Argument(help="; ".join(f"{name}: {row.help}" for name, row in DATASETS.items()) + "."),
     ],
+    mode: Mode,
     folder: Annotated[
         Path | None, typer.Argument(help="The dataset's folder; relative to the data root.")
     ] = None,
@@ -40,9 +41,6 @@ def build(
         Path | None, typer.Option("--list", help="Only the videos of this list or manifest, in its order.")
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="First mask of a single clip, for masks.")] = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> int:
     """Build a manifest from a dataset folder.
 
@@ -52,20 +50,20 @@ def build(
     from cosettle_cache.videos.lists import read_list
     from cosettle_cache.videos.manifest import write_manifest
 
-    talk = Talk(quiet=quiet)
+    talk = Talk(quiet=mode.quiet)
     root, base = _roots(dataset, folder, data_root)
     names = tuple(item.name for item in read_list(listed)) if listed else None
     options = {"split": split, "names": names, "mask": mask}
     given = {name: value for name, value in options.items() if value is not None}
     result = build_manifest(dataset, base, root, **given)
     path = out or Path(f"{dataset}.parquet")
-    if not dry_run:
+    if not mode.dry_run:
         write_manifest(path, result.manifest)
     counts = {"videos": len(result.manifest), "frames": sum(video.n_frames for video in result.manifest)}
-    _say(talk, path, counts, as_json, left_out=dict(result.failures))
+    _say(talk, path, counts, mode.as_json, left_out=dict(result.failures))
     for media, reason in result.failures.items():
         talk.warn(f"left out {media}: {reason}")
-    return int(ExitCode.UNCLEAN if result.failures else ExitCode.DONE)
+    return ExitCode.UNCLEAN if result.failures else ExitCode.DONE
 
 
 @app.command("from-list")
@@ -100,9 +98,7 @@ def from_list(
 def unpack(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="tapvid_davis.pkl, tapvid_rgb_stacking.pkl.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write, new or empty.")],
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    mode: Mode,
 ) -> None:
     """Turn a pickle of TAP-Vid into frames and tracks for `manifest build tapvid`; nothing is executed.
 
@@ -110,10 +106,10 @@ def unpack(
     """
     from cosettle_cache.videos.tapvid import check_empty, read_tapvid, unpack_tapvid
 
-    talk = Talk(quiet=quiet)
+    talk = Talk(quiet=mode.quiet)
     check_empty(folder)
     clips = read_tapvid(file)
-    if not dry_run:
+    if not mode.dry_run:
         progress = talk.progress("unpack")
         progress.start(len(clips), "clips")
         try:
@@ -122,7 +118,7 @@ def unpack(
             progress.finish()
     n_points = sum(len(clip["points"]) for clip in clips.values())
     n_frames = sum(len(clip["video"]) for clip in clips.values())
-    _say(talk, folder, {"videos": len(clips), "frames": n_frames, "points": n_points}, as_json)
+    _say(talk, folder, {"videos": len(clips), "frames": n_frames, "points": n_points}, mode.as_json)
 
 
 def _say(talk: Talk, out: Path, counts: dict[str, int], as_json: bool, **more: Any) -> None:
@@ -140,12 +136,12 @@ def check(
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> int:
+) -> None:
     """Find missing, changed or broken media and annotations before the encoder does.
 
     Example: cosettle-cache manifest check clips.parquet --data-root /data --decode
     """
-    from cosettle_cache.videos.check import check_media
+    from cosettle_cache.videos.build import check_media
     from cosettle_cache.videos.find import media_root
     from cosettle_cache.videos.manifest import read_manifest
 
@@ -154,11 +150,10 @@ def check(
     root = media_root(content, data_root)
     problems = check_media(content, root, decode=decode, progress=talk.progress("check"))
     if as_json:
-        talk.result(json.dumps({"videos": len(content), "problems": problems}, indent=2))
+        talk.json({"videos": len(content), "problems": problems})
     else:
         talk.result(f"{manifest}: {len(content)} videos, {len(problems)} with problems")
     check_clean(problems, f"{len(problems)} videos have problems")
-    return int(ExitCode.DONE)
 
 
 @app.command()
@@ -174,7 +169,7 @@ def show(manifest: ManifestPath, as_json: Json = False) -> None:
     content = read_manifest(manifest, listed=True)
     if as_json:
         videos = [asdict(video) for video in content]
-        talk.result(json.dumps({"provenance": dict(content.provenance), "videos": videos}, indent=2))
+        talk.json({"provenance": dict(content.provenance), "videos": videos})
         return
     sizes = Counter(_size(video) for video in content)
     columns = ["video", "frames", "size", "fps", "labels", "objects", "class"]

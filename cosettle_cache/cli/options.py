@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -14,7 +14,7 @@ import typer
 
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import CosettleError, ExitCode, UncleanError
-from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, parse_bytes
+from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, Settings, parse_bytes, setting
 
 if TYPE_CHECKING:
     from cosettle_cache.store import FeatureStore
@@ -29,10 +29,6 @@ Weights = Annotated[
     str | None, typer.Option(help="Checkpoint file, or 'random'; default: the published weights.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")]
-CacheDir = Annotated[
-    Path | None, typer.Option(help="Folder for copies of a remote store's shards; docs/machines.md.")
-]
-CacheSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of these copies.")]
 FramesStore = Annotated[str, typer.Option(help="A frames store, local or at a URL.")]
 FramesStoreOrNone = Annotated[
     str | None, typer.Option(help="A frames store, local or at a URL; default: made on the way.")
@@ -40,20 +36,40 @@ FramesStoreOrNone = Annotated[
 Projections = Annotated[list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes here; 0: this one.")]
-Scheduler = Annotated[
-    str | None, typer.Option(help="A dask scheduler whose workers do it, as tcp://host:8786.")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
 
-DEFAULT_CACHE_SIZE = "20GB"
+
+@dataclass(frozen=True, slots=True)
+class Work(Settings):
+    """Where the work is done."""
+
+    workers: int = setting(0, "Processes here; 0: this one.", min=0)
+    scheduler: str | None = setting(None, "A dask scheduler whose workers do it, as tcp://host:8786.")
 
 
-def open_features(features: str, cache_dir: Path | None, cache_size: str) -> FeatureStore:
-    """Open the store that `--features` names, local or at a URL."""
-    from cosettle_cache.store import open_store
+@dataclass(frozen=True, slots=True)
+class Cache(Settings):
+    """Copies on this machine of what a remote store holds."""
 
-    return open_store(features, cache_dir=cache_dir, cache_bytes=parse_bytes(cache_size))
+    cache_dir: Path | None = setting(  # noqa: RUF009 - frozen
+        None, "Folder for copies of a remote store's shards; docs/machines.md."
+    )
+    cache_size: str = setting("20GB", "Most bytes of these copies.", metavar="SIZE")
+
+    def open(self, features: str) -> FeatureStore:
+        """Open the store that `--features` names, local or at a URL."""
+        from cosettle_cache.store import open_store
+
+        return open_store(features, cache_dir=self.cache_dir, cache_bytes=parse_bytes(self.cache_size))
+
+
+@dataclass(frozen=True, slots=True)
+class Mode(Settings):
+    """What a command is to do at all, and what it says."""
+
+    dry_run: bool = setting(False, "Print what would be done and stop.")
+    as_json: bool = setting(False, "One JSON document on stdout instead of text.", names=("--json",))
+    quiet: bool = setting(False, "No progress, no notes.", names=("--quiet", "-q"))
 
 
 def check_clean(failures: Mapping[str, str], message: str) -> None:
@@ -94,7 +110,8 @@ def exits(command: Callable[..., int | None]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     parameters: list[inspect.Parameter] = []
-    for parameter in signature.parameters.values():
+    # What many commands share comes last, wherever it stands in the signature.
+    for parameter in sorted(signature.parameters.values(), key=lambda p: p.annotation in (Work, Cache, Mode)):
         if parameter.name in classes:
             parameters += _options(classes[parameter.name])
         else:
@@ -113,6 +130,7 @@ def _options(settings: Any) -> Iterator[inspect.Parameter]:
         flag = ("--" + item.name.replace("_", "-"),) if item.default is False else ()  # without a --no-flag
         names, parse = option.pop("names", flag), option.pop("parse", None)
         choices = option.pop("choices", ())
+        option.pop("positive", None)  # which the settings check themselves
         if table := option.pop("table", ""):
             package, _, words = table.partition(":")
             option["help"] += ", ".join(getattr(import_module(package), words)) + "."

@@ -1,39 +1,34 @@
-"""`cosettle-cache propagate`: labels of the first frame through stored tokens, and the scores."""
+"""`cosettle-cache propagate` and `protocols`: first-frame labels through stored tokens, scores, presets."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cosettle_cache.cli.options import (
-    DEFAULT_CACHE_SIZE,
-    CacheDir,
-    CacheSize,
+    Cache,
     DataRoot,
     Device,
-    DryRun,
     FramesStoreOrNone,
     Json,
+    Mode,
     Projections,
-    Quiet,
-    Scheduler,
     Weights,
-    Workers,
+    Work,
     finish,
-    open_features,
 )
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, InputError, UsageError
 from cosettle_cache.core.files import store_title
 from cosettle_cache.core.settings import FITTING_SIZE, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol
-from cosettle_cache.propagation.protocols import make_protocol
+from cosettle_cache.propagation.protocols import list_presets, make_protocol
 from cosettle_cache.propagation.tasks import TASKS, find_task
 
 if TYPE_CHECKING:
@@ -50,6 +45,9 @@ def propagate(
         ),
     ],
     settings: PropagateSettings,
+    work: Work,
+    cache: Cache,
+    mode: Mode,
     features: FramesStoreOrNone = None,
     projection: Projections = None,
     protocol: Annotated[str, typer.Option(help="Preset.")] = "cosettle",
@@ -61,42 +59,53 @@ def propagate(
     data_root: DataRoot = None,
     manifest: Annotated[Path | None, typer.Option(help="Videos of a store made on the way.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for predictions, overlays, scores.")] = None,
-    workers: Workers = 0,
-    scheduler: Scheduler = None,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="Of an encoder run on the way.")] = "fp32",
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> int:
     """Propagate first-frame labels, raw and projected, and score them. Finished videos are kept.
 
     Example: cosettle-cache propagate --task davis --features davis.zarr
     """
-    given = dict(locals())
-    talk = Talk(quiet=quiet)
+    talk = Talk(quiet=mode.quiet)
     chosen = make_protocol(protocol, task=find_task(task).name, **_overrides(override or []))
     heads = list(projection or ())
-    if dry_run:
-        _print_plan(given, chosen, talk)
-        return int(ExitCode.DONE)
+    if mode.dry_run:
+        # After a look at the files that are named.
+        if features is not None:
+            replace(cache, cache_dir=None).open(features)
+        for path in filter(None, [*heads, manifest]):
+            if not path.exists():
+                raise InputError(f"{path} does not exist", wanted="a file")
+        wanted: dict[str, Any] = {
+            "task": task,
+            "features": features,
+            "projection": projection,
+            "backbone": backbone,
+            "weights": weights,
+            "data_root": data_root,
+            "manifest": manifest,
+            "out": out,
+            "device": device,
+            "precision": precision,
+        }
+        told = asdict(work) | asdict(cache) | asdict(settings)
+        talk.json({"protocol": chosen.to_json(), **wanted, **told})
+        return ExitCode.DONE
 
-    from cosettle_cache.core.cluster import pick_device, work_on
+    from cosettle_cache.core.cluster import work_on
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG, remove_scores, write_scores
     from cosettle_cache.propagation.run import propagate_store, write_score_chart
 
-    wish = StoreWish(
-        task, chosen.size, backbone, weights, data_root, device, precision, workers, scheduler, chosen.red_std
-    )
+    encoder = (backbone, weights, data_root, device, precision)
+    wish = StoreWish(task, chosen.size, *encoder, work.workers, work.scheduler, chosen.red_std)
     if features is None:
         store, root, failures = _make_store(wish, manifest, talk)
         heads = heads or default_projection(store, talk)
     else:
-        store, root, failures = _open_store(wish, chosen, features, cache_dir, cache_size)
+        store, root, failures = _open_store(wish, chosen, features, cache)
     # The protocol stands in the name where it is not the default.
     mark = "" if chosen == make_protocol(task=task) else "-" + re.sub("[ /:]+", "-", chosen.name)
     out = out or Path("runs") / f"{task}-{store_title(store.path)}{mark}"
@@ -112,7 +121,7 @@ def propagate(
     with (
         interruptible(talk, "videos") as stop,
         # A video keeps all cores of its worker busy: one at a time.
-        work_on(workers, scheduler, device, threads=1, stop=stop, note=talk.note) as runner,
+        work_on(work.workers, work.scheduler, device, threads=1, stop=stop, note=talk.note) as runner,
     ):
         report = propagate_store(
             store,
@@ -130,7 +139,7 @@ def propagate(
         )
     write_scores(out, report.scores, complete=not (report.interrupted or report.error))
     failures |= report.failures
-    _print(report, out, failures, talk, as_json=as_json)
+    _print(report, out, failures, talk, as_json=mode.as_json)
     if settings.overlays != "none":
         write_score_chart(report.scores, out / CHART_FILE, out / CHART_SVG)
     return finish(report, failures)
@@ -158,31 +167,18 @@ def _make_store(
 
 
 def _open_store(
-    wish: StoreWish, protocol: EvalProtocol, features: str, cache_dir: Path | None, cache_size: str
+    wish: StoreWish, protocol: EvalProtocol, features: str, cache: Cache
 ) -> tuple[FeatureStore, Path, dict[str, str]]:
     """Return the store at `features`, the root of its media, and what failed when it was made."""
     from cosettle_cache.core.files import is_url
-    from cosettle_cache.propagation.checks import check_store
+    from cosettle_cache.propagation.run import check_store
     from cosettle_cache.videos.find import media_root
 
     if (wish.workers or wish.scheduler) and not is_url(features):
         features = str(Path(features).absolute())
-    store = open_features(features, cache_dir, cache_size)
+    store = cache.open(features)
     check_store(store, protocol)
     return store, media_root(store.manifest, wish.data_root), dict(store.failures)
-
-
-def _print_plan(given: dict[str, Any], protocol: EvalProtocol, talk: Talk) -> None:
-    """Print what was asked for, after a look at the files that it names."""
-    if given["features"] is not None:
-        open_features(given["features"], None, given["cache_size"])
-    for path in [*(given["projection"] or ()), given["manifest"]]:
-        if path is not None and not path.exists():
-            raise InputError(f"{path} does not exist", wanted="a file")
-    left_out = ("protocol", "override", "settings", "dry_run", "as_json", "quiet")
-    options = {name: value for name, value in given.items() if name not in left_out}
-    document = {"protocol": protocol.to_json(), **options, **asdict(given["settings"])}
-    talk.result(json.dumps(document, indent=2, default=str))
 
 
 def _print(
@@ -193,7 +189,7 @@ def _print(
     if as_json:
         complete = not (report.interrupted or report.error)
         document = {"complete": complete, "out": str(out), "failures": failures}
-        talk.result(json.dumps({**document, **summary_json(report.scores)}, indent=2))
+        talk.json({**document, **summary_json(report.scores)})
         return
     if report.scores:
         header, rows = score_table(report.scores)
@@ -207,7 +203,7 @@ def _print(
             f"neighbours of {report.n_reused} videos (each kind of tokens counts) were read, not searched"
         )
     talk.result(
-        f"{report.n_frames} frames in {human_seconds(report.seconds.total)}, "
+        f"{report.n_frames} frames in {human_seconds(report.seconds)}, "
         f"peak memory {human_bytes(report.peak_memory_bytes)}"
     )
     talk.result(f"predictions, overlays and scores: {out}")
@@ -225,9 +221,45 @@ def _overrides(pairs: list[str]) -> dict[str, object]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise UsageError(f"{pair!r} sets nothing", wanted="FIELD=VALUE, as top_k=10")
+        if key in ("name", "task"):
+            raise UsageError(f"{key} is no field to set", hint="--protocol and --task choose the preset")
         kind = kinds.get(key, "str")
         try:
             found[key] = parsers.get(kind, str)(text)
         except (ValueError, KeyError) as error:
             raise UsageError(f"{key} cannot be {text!r}", wanted=f"a value of type {kind}") from error
     return found
+
+
+def protocols(
+    task: Annotated[
+        str | None, typer.Option(help="Only this task: davis, vip, jhmdb, sprites, masks.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the propagation protocols: all constants of all presets, per task, with their sources.
+
+    Any of them is set by propagate with --set FIELD=VALUE.
+
+    Example: cosettle-cache protocols --task davis
+    """
+    talk = Talk()
+    presets = list_presets(task)
+    if as_json:
+        documents = [
+            {"task": preset.task, "source": preset.source, "protocol": preset.protocol.to_json()}
+            for preset in presets
+        ]
+        talk.json(documents)
+        return
+    names = [item.name for item in fields(EvalProtocol) if item.name != "name"]
+    for shown in dict.fromkeys(preset.task for preset in presets):
+        of_task = [preset for preset in presets if preset.task == shown]
+        rows = [[name, *(_text(getattr(preset.protocol, name)) for preset in of_task)] for name in names]
+        talk.table(f"protocols of {shown}", ["field", *(preset.protocol.name for preset in of_task)], rows)
+        for preset in of_task:
+            talk.result(f"{preset.protocol.name}: {preset.source}")
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

@@ -6,22 +6,22 @@ data root given to `run` is passed to every step that takes one.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet
+from cosettle_cache.cli.options import DataRoot, Mode, Quiet
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import CheckpointError, ExitCode, InputError, UncleanError
+from cosettle_cache.core.files import read_json, read_text
 
 #: The recipe of the demo, in a checkout; an installed package has no recipes.
 DEMO = Path(__file__).parents[2] / "pipelines" / "sprites.toml"
@@ -44,7 +44,10 @@ class Step:
         for key, value in self.options.items():
             name = "--" + key.replace("_", "-")
             values = value if isinstance(value, list) else [value]
-            options += [name] if value is True else [word for item in values for word in (name, str(item))]
+            if isinstance(value, bool):
+                options += [name] if value else []
+            else:
+                options += [word for item in values for word in (name, str(item))]
         return [*self.command.split(), *self.positional, *options]
 
     @property
@@ -98,24 +101,22 @@ class Recipe:
 
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A file such as pipelines/sprites.toml.")],
+    mode: Mode,
     data_root: DataRoot = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> int:
     """Run a recipe and compare with the numbers it expects.
 
     Example: cosettle-cache run pipelines/vit_tiny_davis.toml --data-root /data
     """
-    chosen, talk = read_recipe(recipe, data_root), Talk(quiet=quiet)
+    chosen, talk = read_recipe(recipe, data_root), Talk(quiet=mode.quiet)
     # Of a JSON run stdout holds one document; what the steps print goes where talk goes.
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        code = _run_steps(chosen, talk, dry_run=dry_run)
-    found = [] if code or dry_run else check_expectations(chosen)
-    if as_json:
+    with redirect_stdout(sys.stderr) if mode.as_json else nullcontext():
+        code = _run_steps(chosen, talk, dry_run=mode.dry_run)
+    found = [] if code or mode.dry_run else check_expectations(chosen)
+    if mode.as_json:
         figures = [{**asdict(item), "met": item.met} for item in found]
         document = {"title": chosen.title, "steps": [step.line for step in chosen.steps], "figures": figures}
-        talk.result(json.dumps(document, indent=2))
+        talk.json(document)
     elif found:
         columns = ["figure", "expected", "measured", "met"]
         expected = [f"{item.value:.4f} ± {item.tolerance:.4f}" for item in found]
@@ -140,7 +141,7 @@ def demo(quiet: Quiet = False) -> int:
     for outcome in check_expectations(recipe):
         kept = "as expected" if outcome.met else f"expected {outcome.value:.4f}"
         talk.note(f"{outcome.title} {outcome.measured:.4f}, {kept}")
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
@@ -152,7 +153,7 @@ def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
         talk.note(f"$ {step.line}")
         if not dry_run and (code := run_command(step.arguments)):
             return code
-    return int(ExitCode.DONE)
+    return ExitCode.DONE
 
 
 def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
@@ -180,57 +181,82 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
 def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
     """Read a recipe; raise `InputError` when it is missing, malformed or has unknown keys."""
     try:
-        document = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        wanted = "a recipe, such as pipelines/sprites.toml"
-        raise InputError(f"{path} does not exist", wanted=wanted) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        document = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML", found=str(error)) from error
-    if document.keys() - {"title", "about", "step", "expect"} or not document.get("step"):
+    steps: Any = document.get("step")
+    if document.keys() - {"title", "about", "step", "expect"} or not _is_list_of(dict, steps):
         wanted, found = "title, about, [[step]], [expect]", ", ".join(document) or "nothing"
         raise InputError(f"{path} is not a recipe", wanted=wanted, found=found)
     expect = document.get("expect", {})
-    try:
-        expectations = [
-            Expectation(tokens, metric, float(entry["value"]), float(entry["tolerance"]))
-            for tokens, metrics in expect.items()
-            if isinstance(metrics, Mapping)
-            for metric, entry in metrics.items()
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        wanted = "METRIC = { value = NUMBER, tolerance = NUMBER }"
-        said = "an expectation of the recipe is malformed"
-        raise InputError(said, wanted=wanted, found=repr(error)) from error
+    if not isinstance(expect, dict):
+        raise InputError(f"[expect] of {path} is no table", found=repr(expect))
+    summary, expectations = expect.get("summary"), tuple(_read_expectations(expect))
+    if expect and not (isinstance(summary, str) and expectations):
+        wanted = 'summary = "FILE" and figures of it, METRIC = { value = NUMBER, tolerance = NUMBER }'
+        raise InputError(f"[expect] of {path} expects nothing", wanted=wanted, found=", ".join(expect))
     return Recipe(
-        title=document.get("title", path.stem),
-        steps=tuple(_read_step(table, data_root, path) for table in document["step"]),
-        summary=Path(expect["summary"]) if "summary" in expect else None,
-        expectations=tuple(expectations),
+        title=str(document.get("title", path.stem)),
+        steps=tuple(_read_step(table, data_root, path) for table in steps),
+        summary=Path(summary) if summary else None,
+        expectations=expectations,
     )
 
 
+def _read_expectations(expect: Mapping[str, Any]) -> Iterator[Expectation]:
+    for tokens, metrics in expect.items():
+        for metric, entry in metrics.items() if isinstance(metrics, dict) else ():
+            numbers: Any = (
+                [entry.get(key) for key in ("value", "tolerance")] if isinstance(entry, dict) else []
+            )
+            if not numbers or not all(map(_is_number, numbers)) or numbers[1] < 0:
+                raise InputError(
+                    "an expectation of the recipe is malformed",
+                    wanted="METRIC = { value = NUMBER, tolerance = NUMBER }",
+                    found=f"{metric} of {tokens}: {entry!r}",
+                )
+            yield Expectation(tokens, metric, *map(float, numbers))
+
+
 def _read_step(table: Mapping[str, Any], data_root: Path | None, path: Path) -> Step:
-    if "command" not in table:
+    command, positional = table.get("command"), table.get("arguments", [])
+    if not isinstance(command, str) or not command.strip():
         raise InputError(f"a step of {path} has no command", found=", ".join(table))
-    command = str(table["command"])
+    if command.split()[0] in ("run", "demo"):
+        raise InputError(f"a step of {path} runs a recipe", wanted="another command", found=command)
     options = {key: value for key, value in table.items() if key not in ("command", "arguments")}
+    words = (str, int, float)  # truth values are numbers
+    right = all(isinstance(value, words) or _is_list_of(words, value) for value in options.values())
+    if not right or (positional != [] and not _is_list_of(words, positional)):
+        wanted = "arguments: a list; options: text, a number, true, false or a list"
+        raise InputError(f"the step {command} of {path} is malformed", wanted=wanted, found=repr(table))
     if data_root is not None and command in _TAKES_DATA_ROOT:
         options.setdefault("data_root", str(data_root))
-    return Step(command, tuple(map(str, table.get("arguments", ()))), options)
+    return Step(command, tuple(map(str, positional)), options)
 
 
 def check_expectations(recipe: Recipe) -> list[Expectation]:
     """Return every expectation with the figure in the recipe's summary file."""
-    from cosettle_cache.core.tables import read_json
-
     if recipe.summary is None:
         return []
-    means = read_json(recipe.summary)["means"]
+    document = read_json(recipe.summary)
+    means = document.get("means") if isinstance(document, dict) else None
+    if not isinstance(means, dict):
+        raise InputError(f"{recipe.summary} is no summary of scores", wanted="the means of every metric")
     outcomes = []
     for item in recipe.expectations:
-        figures = means.get(item.tokens, {})
-        if item.metric not in figures:
+        figures = means.get(item.tokens)
+        figure = figures.get(item.metric) if isinstance(figures, dict) else None
+        if not _is_number(figure):
             missing = f"{recipe.summary} has no {item.metric} of {item.tokens}"
             raise InputError(missing, found=", ".join(means))
-        outcomes.append(replace(item, measured=float(figures[item.metric])))
+        outcomes.append(replace(item, measured=float(figure)))
     return outcomes
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_list_of(kinds: type | tuple[type, ...], value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kinds) for item in value)

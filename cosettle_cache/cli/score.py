@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, DryRun, Json, Quiet, check_clean
+from cosettle_cache.cli.options import DataRoot, Mode, check_clean
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import ExitCode, InputError, UsageError
+from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import make_folder, name_folders
 from cosettle_cache.core.types import Grid, Score
 from cosettle_cache.propagation.tasks import TASKS
@@ -26,16 +25,14 @@ _TASKS = [name for name, row in TASKS.items() if row.score is not None]
 def score(
     task: Annotated[str, typer.Option(metavar=f"[{'|'.join(_TASKS)}]", help="Benchmark.")],
     predictions: Annotated[list[Path], typer.Option(help="Folder of results; repeatable.")],
+    mode: Mode,
     data_root: DataRoot = None,
     manifest: Annotated[Path | None, typer.Option(help="Videos; default: all found.")] = None,
     out: Annotated[Path | None, typer.Option(help="Parquet or CSV file of all rows.")] = None,
     chart: Annotated[Path | None, typer.Option(help="PNG file of a dot per video.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score what is complete.")] = False,
     grid: Annotated[str, typer.Option(help="Grid that predicted joints count in.")] = "20x20",
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> int:
+) -> None:
     """Score masks, parts or joints in a benchmark's own output format.
 
     Example: cosettle-cache score --task davis --predictions results --data-root /data
@@ -44,16 +41,12 @@ def score(
     from cosettle_cache.propagation.run import write_score_chart
     from cosettle_cache.propagation.score import score_predictions
 
-    talk, data, folders = (
-        Talk(quiet=quiet),
-        _find_videos(task, manifest, data_root),
-        name_folders(predictions),
-    )
-    cells = _parse_grid(grid)
+    talk, folders = Talk(quiet=mode.quiet), name_folders(predictions)
+    data, cells = _find_videos(task, manifest, data_root), _parse_grid(grid)
     left_out = _check(task, data, folders, cells, partial=partial, talk=talk)
-    if dry_run:
+    if mode.dry_run:
         talk.result(f"{len(data.manifest) - len(left_out)} videos can be scored")
-        return int(ExitCode.DONE)
+        return
     for file in filter(None, (out, chart)):
         make_folder(file.parent)
     scores, failures = list[Score](), {**left_out, **data.failures}
@@ -70,9 +63,9 @@ def score(
         )
         scores += rows
         failures |= {f"{name}/{video_id}": reason for video_id, reason in unscored.items()}
-    if as_json:
+    if mode.as_json:
         document = {"complete": not failures, "left_out": failures, **summary_json(scores)}
-        talk.result(json.dumps(document, indent=2))
+        talk.json(document)
     elif scores:
         talk.table(f"{scores[0].provenance.dataset}: percent", *score_table(scores))
     if out is not None:
@@ -82,7 +75,6 @@ def score(
         write_score_chart(scores, chart)
         talk.note(f"chart: {chart}")
     check_clean(failures, f"{len(failures)} videos were not scored")
-    return int(ExitCode.DONE)
 
 
 def _find_videos(task: str, manifest: Path | None, data_root: Path | None) -> Data:

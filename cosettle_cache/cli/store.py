@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cosettle_cache.cli.options import DryRun, Json, Quiet, exits
+from cosettle_cache.cli.options import DryRun, Json, Mode, Quiet, exits
 from cosettle_cache.core.console import Talk, human_bytes, interruptible
 from cosettle_cache.core.errors import ExitCode
 
@@ -98,9 +98,7 @@ def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: 
 def copy(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The store: a folder or a URL.")],
     target: Annotated[str, typer.Argument(metavar="DST", help="Where to: a folder or a URL.")],
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    mode: Mode,
 ) -> int:
     """Copy a store slot by slot, checking every byte. Run it again to go on; damaged slots are left out.
 
@@ -108,12 +106,12 @@ def copy(
     """
     from cosettle_cache.store import copy_store, plan_copy
 
-    if dry_run:
+    if mode.dry_run:
         plan = plan_copy(source, target)
         n_slots, n_copied = plan["n_slots"], plan["n_slots"] - plan["n_there"]
         line = f"{n_copied} of {n_slots} slots to copy, {human_bytes(plan['n_bytes'])}"
-        return _show(plan, as_json, [line])
-    talk = Talk(quiet=quiet)
+        return _show(plan, mode.as_json, [line])
+    talk = Talk(quiet=mode.quiet)
     with interruptible(talk, "slots") as stop:
         report = copy_store(source, target, progress=talk.progress("copy"), stop=stop)
     held = f", {report.n_held} being written by another process" if report.n_held else ""
@@ -124,7 +122,7 @@ def copy(
     lines = [f"{report.target}: {copied}; {there}{held}{damaged}{_AGAIN * report.interrupted}"]
     if report.damages:
         lines.append(f"hint: cosettle-cache store repair {report.source}, then extract and copy once more")
-    return _show(report, as_json, lines)
+    return _show(report, mode.as_json, lines)
 
 
 def _show(report: Any, as_json: bool, lines: Iterable[str]) -> int:

@@ -11,19 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cosettle_cache.cli.options import (
-    DEFAULT_CACHE_SIZE,
-    CacheDir,
-    CacheSize,
+    Cache,
     DataRoot,
     Device,
-    DryRun,
     FramesStoreOrNone,
-    Json,
+    Mode,
     Projections,
-    Quiet,
     Weights,
     finish,
-    open_features,
 )
 from cosettle_cache.core.console import Talk, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
@@ -62,17 +57,14 @@ def track(
         Literal["none", "first", "all"], typer.Option(help="Of no, one or all videos.")
     ] = "first",
     device: Device = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = DEFAULT_CACHE_SIZE,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    cache: Cache,
+    mode: Mode,
 ) -> int:
     """Track points by their nearest tokens, raw and projected; score them where truth is known.
 
     Example: cosettle-cache track --task sprites --features sprites.zarr
     """
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.metrics.rows import remove_scores, write_scores
@@ -83,13 +75,14 @@ def track(
     if (task is None) == (queries is None):
         wanted = "--task sprites, --task tapvid or --queries FILE, one of them"
         raise UsageError("which points?", wanted=wanted)
-    talk, name = Talk(quiet=quiet), task or FREE
+    talk, name = Talk(quiet=mode.quiet), task or FREE
     wish = StoreWish(name, size, backbone, weights, data_root, device, precision)
     plan = {"task": name, "settings": asdict(settings)}
-    if dry_run and features is None:
+    if mode.dry_run and features is None:
         videos = len(_find_videos(name, data_root).manifest)
-        return _print_plan({**plan, "videos": videos, "store_to_make": asdict(wish)}, talk)
-    store, failures = _open_store(name, features, wish, cache_dir, cache_size, talk)
+        talk.json({**plan, "videos": videos, "store_to_make": asdict(wish)})
+        return ExitCode.DONE
+    store, failures = _open_store(name, features, wish, cache, talk)
     # Beside a store made on the way, the projection that `train` leaves.
     found = default_projection(store, talk) if features is None and not projection else []
     heads = load_heads(projection or found, store)
@@ -97,10 +90,11 @@ def track(
     needs_media = own is None or pictures != "none"
     root = media_root(store.manifest, data_root) if needs_media else None
     out = out or Path("runs") / f"track-{name}-{store_title(store.path)}"
-    if dry_run:
+    if mode.dry_run:
         videos = len(store.video_ids if own is None else own)
         tokens = ["raw", *(head for head, _ in heads)]
-        return _print_plan({**plan, "videos": videos, "tokens": tokens, "out": out}, talk)
+        talk.json({**plan, "videos": videos, "tokens": tokens, "out": out})
+        return ExitCode.DONE
     device = pick_device(device)
     remove_scores(make_folder(out))
     talk.note(f"settings: {json.dumps(asdict(settings))}")
@@ -121,13 +115,8 @@ def track(
     if report.scores:
         write_scores(out, report.scores, complete=not (report.interrupted or report.error))
     failures |= report.failures
-    _print_report(report, out, failures, talk, as_json)
+    _print_report(report, out, failures, talk, mode.as_json)
     return finish(report, failures)
-
-
-def _print_plan(plan: Mapping[str, object], talk: Talk) -> int:
-    talk.result(json.dumps(plan, indent=2, default=str))
-    return int(ExitCode.DONE)
 
 
 def _find_videos(task: str, data_root: Path | None) -> Data:
@@ -142,7 +131,7 @@ def _find_videos(task: str, data_root: Path | None) -> Data:
 
 
 def _open_store(
-    task: str, features: str | None, wish: StoreWish, cache_dir: Path | None, cache_size: str, talk: Talk
+    task: str, features: str | None, wish: StoreWish, cache: Cache, talk: Talk
 ) -> tuple[FeatureStore, dict[str, str]]:
     """Return the store, made if none is given, and by id why videos are not in it."""
     from cosettle_cache.extraction.jobs import make_store
@@ -151,7 +140,7 @@ def _open_store(
     failures = dict[str, str]()
     if features is None:
         features, failures = make_store(wish, _find_videos(task, wish.data_root), talk)
-    store = open_features(features, cache_dir, cache_size)
+    store = cache.open(features)
     check_store(store)
     datasets = {video.dataset for video in store.manifest}
     if task == "sprites" and datasets != {task}:
@@ -175,7 +164,7 @@ def _print_report(
         complete = not (report.interrupted or report.error)
         document = {"complete": complete, "out": str(out), "failures": failures}
         document |= {"queries": report.n_queries, "frames": report.n_frames, **summary_json(report.scores)}
-        talk.result(json.dumps(document, indent=2))
+        talk.json(document)
         return
     if report.scores:
         first = report.scores[0]

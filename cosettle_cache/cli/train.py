@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosettle_cache.cli.options import Device, DryRun, Json, Quiet, Scheduler, Workers, exits
+from cosettle_cache.cli.options import Device, DryRun, Json, Mode, Work, exits
 from cosettle_cache.core.console import SILENT, Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.files import store_title
@@ -39,29 +39,27 @@ def group() -> None:
 def fit(
     features: Annotated[str, typer.Option(help="A store of either plan, local or at a URL.")],
     settings: SpectralSettings,
+    work: Work,
+    mode: Mode,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/STORE-spectral.")] = None,
-    workers: Workers = 0,
-    scheduler: Scheduler = None,
     device: Device = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Compute the spectral head: a soft threshold on what changes within clips, without training.
 
     Example: cosettle-cache projection fit --features store.zarr
     """
-    from cosettle_cache.core.cluster import pick_device, work_on
+    from cosettle_cache.core.cluster import work_on
+    from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.store import open_store
     from cosettle_cache.training.spectral import fit_spectral, plan_spectral
 
-    talk, store = Talk(quiet=quiet), open_store(features)
+    talk, store = Talk(quiet=mode.quiet), open_store(features)
     folder = out or Path("runs") / f"{store_title(features)}-spectral"
-    if dry_run:
-        talk.result(json.dumps({"out": str(folder), **plan_spectral(store, settings)}, indent=2))
+    if mode.dry_run:
+        talk.json({"out": str(folder), **plan_spectral(store, settings)})
         return
     talk.note(f"{folder}: spectral head, {settings.correspondence} correspondence, from {store.path}")
-    with work_on(workers, scheduler, note=talk.note) as run:
+    with work_on(work.workers, work.scheduler, note=talk.note) as run:
         report = fit_spectral(
             store, settings, folder, device=pick_device(device), run=run, progress=talk.progress("fit")
         )
@@ -76,7 +74,7 @@ def fit(
         f"D_intra {before.d_intra:.4f} -> {after.d_intra:.4f}, margin {before.margin:.4f} -> "
         f"{after.margin:.4f} (predicted {report.raw_predicted.margin:.4f} -> {report.predicted.margin:.4f})"
     )
-    talk.result(json.dumps(report.to_json(), indent=2) if as_json else text)
+    talk.result(json.dumps(report.to_json(), indent=2) if mode.as_json else text)
 
 
 #: `train --head spectral` calls the function itself.
@@ -132,6 +130,7 @@ def export(
 def train(
     features: Annotated[list[str], typer.Option(help="A store with shifted views; repeat for more.")],
     settings: TrainSettings,
+    mode: Mode,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/STORE.")] = None,
     sweep: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE,VALUE; repeat for all combinations.")
@@ -143,22 +142,19 @@ def train(
     correspondence: Annotated[str, typer.Option(help="Spectral: nearest, position.")] = "nearest",
     cache_dir: Annotated[Path | None, typer.Option(help="For shards of remote stores.")] = None,
     device: Device = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> int:
     """Train Co-Settle's projection on stored tokens. Run it again to resume.
 
     Example: cosettle-cache train --features store.zarr --sweep window=1,2
     """
-    from cosettle_cache.core.cluster import pick_device
+    from cosettle_cache.core.parallel import pick_device
 
-    talk = Talk(quiet=quiet)
+    talk = Talk(quiet=mode.quiet)
     settings = replace(settings, batch_size=batch or settings.batch_size)
     if settings.head == "spectral":
         _check_spectral(features, settings, sweep or [])
         spectral = SpectralSettings(correspondence, spectral_lambda, seed=settings.seed)
-        fit(features[0], spectral, out, device=device, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        fit(features[0], spectral, Work(), mode, out, device)
         return ExitCode.DONE
 
     from cosettle_cache.store import open_store
@@ -170,8 +166,8 @@ def train(
     stores = [open_store(path, cache_dir=cache_dir) for path in features]
     plan = make_train_plan(stores, settings, axes, must_fill=batch is not None)
     folder = out or Path("runs") / store_title(features[0])
-    if dry_run:
-        talk.result(json.dumps({"out": str(folder), **plan.to_json()}, indent=2))
+    if mode.dry_run:
+        talk.json({"out": str(folder), **plan.to_json()})
         return ExitCode.DONE
     with join_replicas(pick_device(device)) as (replicas, place), interruptible(talk, "step") as stop:
         if replicas.is_first:
@@ -181,7 +177,7 @@ def train(
             stores, settings, folder, sweep=axes, device=place, progress=bar, stop=stop, replicas=replicas
         )
         if replicas.is_first:
-            _tell(talk, report, plan, as_json)
+            _tell(talk, report, plan, mode.as_json)
     if report.interrupted:
         return ExitCode.INTERRUPTED
     return ExitCode.UNCLEAN if report.diverged else ExitCode.DONE
@@ -216,17 +212,17 @@ def _tell(talk: Talk, report: TrainReport, plan: TrainPlan, as_json: bool) -> No
         talk.warn(f"{member.name} diverged at step {member.diverged_at} and has no projection")
     steps = report.steps_before + report.steps
     result = report.folder / ("sweep.json" if report.members[0].name else "projection.safetensors")
-    text = ""
     if as_json:
-        text = json.dumps(report.to_json(), indent=2)
+        talk.json(report.to_json())
     elif report.interrupted:
-        text = f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again"
+        talk.result(f"{report.folder}: stopped after {steps} of {plan.n_steps} steps; run again")
     elif report.steps == 0:
-        text = f"{result}: all {plan.n_steps} steps were done already"
-    if text:
-        talk.result(text)
-        return
+        talk.result(f"{result}: all {plan.n_steps} steps were done already")
+    else:
+        _tell_figures(talk, report, result)
 
+
+def _tell_figures(talk: Talk, report: TrainReport, result: Path) -> None:
     from cosettle_cache.training.log import comparison
 
     member, is_sweep = report.members[0], bool(report.members[0].name)

@@ -16,25 +16,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from multiprocessing import resource_tracker
-from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import Any, Generic, TypeVar
-from uuid import uuid4
 
 import dask
-from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, get_worker
+from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed, get_worker
+from distributed.scheduler import NoWorkerError
 
 from cosettle_cache import __version__
 from cosettle_cache.core.errors import ClusterError, CosettleError, UsageError
-from cosettle_cache.core.parallel import Run
+from cosettle_cache.core.parallel import Run, pick_device, share_of_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: How long nothing may happen before the stop signal and the workers are looked at again.
-POLL_S = 0.2
+#: How long to sleep when nothing is ready.
+POLL_S = 0.01
 #: How often the scheduler is asked who its workers are.
 CENSUS_S = 1.0
 CONNECT_TIMEOUT_S = 10
@@ -47,22 +47,16 @@ LOCAL_PATIENCE_S = 300.0
 #: The tasks of one worker share its GPU, when it declares one.
 GPU_SHARE = {"GPU": 0.01}
 
-#: In a worker: runs that begin no further item.
-_ended: set[str] = set()
 #: In a worker: the first unit imports its modules, and what half an import leaves is seen by nobody.
 _unpickling = Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Workers to hand units of work to; made by `connect`. `note` hears of waiting and of lost workers.
-
-    Without any worker for `patience_s` seconds a run fails.
-    """
+    """Workers to hand units of work to; made by `connect`. `note` hears of waiting and of lost workers."""
 
     client: Client
     note: Callable[[str], object] = lambda text: None
-    patience_s: float = float("inf")
 
     def has_gpus(self) -> bool:
         """Say whether any worker there now declares the resource `GPU`."""
@@ -84,20 +78,18 @@ class Cluster:
         Raises `ClusterError` when workers cannot do what is asked, when the scheduler goes away, and at the
         end for items that killed every worker that tried them.
         """
-        run: _Run[Item] = _Run(self, pickle.dumps(unit), stop or Event(), GPU_SHARE if on_gpus else {})
-        try:
-            yield from run.results(items)
-            suspects, run.killers = run.killers, []
-            for item in suspects:  # alone, so that nobody is blamed for a neighbour
-                yield from run.results([item])
-            if run.killers:
-                raise ClusterError(
-                    f"worker processes died over and over at item {', '.join(map(str, run.killers))}; "
-                    "everything else was done",
-                    hint="out of memory? try fewer workers or a smaller --batch, then run it again",
-                )
-        finally:
-            run.end()
+        call = partial(_call, __version__, pickle.dumps(unit))
+        run: _Run[Item] = _Run(self, call, stop or Event(), GPU_SHARE if on_gpus else {})
+        yield from run.results(items)
+        suspects, run.killers = run.killers, []
+        for item in suspects:  # alone, so that nobody is blamed for a neighbour
+            yield from run.results([item])
+        if run.killers:
+            raise ClusterError(
+                f"worker processes died over and over at item {', '.join(map(str, run.killers))}; "
+                "everything else was done",
+                hint="out of memory? try fewer workers or a smaller --batch, then run it again",
+            )
 
 
 @contextmanager
@@ -121,7 +113,7 @@ def connect(
             yield Cluster(client, note)
         return
     with _local_cluster(workers, threads, gpus) as cluster, closing(_client(cluster)) as client:
-        yield Cluster(client, note, LOCAL_PATIENCE_S)
+        yield Cluster(client, note)
 
 
 @contextmanager
@@ -141,7 +133,11 @@ def work_on(
     if not workers and scheduler is None:
         yield None
         return
-    gpus = check_workers(workers, scheduler, device)
+    if workers and scheduler:
+        raise UsageError("--workers and --scheduler exclude each other", wanted="one of the two")
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError("workers are dealt their GPUs", wanted="--device cpu or cuda", found=device)
+    gpus = [] if scheduler or pick_device(device) == "cpu" else _visible_gpus()
     with connect(workers=workers, scheduler=scheduler, threads=threads, gpus=gpus, note=note) as cluster:
 
         def run(unit: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -151,122 +147,91 @@ def work_on(
         yield run
 
 
-def check_workers(workers: int, scheduler: str | None, device: str | None) -> Sequence[str]:
-    """Return the GPUs of this machine to be dealt to workers; raise `UsageError` for what cannot be."""
-    if workers and scheduler:
-        raise UsageError("--workers and --scheduler exclude each other", wanted="one of the two")
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError("workers are dealt their GPUs", wanted="--device cpu or cuda", found=device)
-    if scheduler or pick_device(device) == "cpu":
-        return ()
+def _visible_gpus() -> list[str]:
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def share_of_cores(workers: int) -> int:
-    """Return how many of this process's cores each of `workers` processes gets, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
-
-
 @dataclass(slots=True)
 class _Run(Generic[Item]):
-    """One call of `Cluster.run`: what is in hand, and what came of it."""
+    """One call of `Cluster.run`: items that killed their workers, and workers as they were last counted."""
 
     cluster: Cluster
-    unit: bytes
+    call: Callable[[Item], Any]
     stop: Event
-    resources: Mapping[str, float]
-    name: str = field(default_factory=lambda: uuid4().hex)
-    in_hand: dict[Any, tuple[Future[Any], Item]] = field(default_factory=dict)
-    ready: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
+    resources: dict[str, float]
     killers: list[Item] = field(default_factory=list)
-    ended: bool = False
     workers: Mapping[str, int] = field(default_factory=dict)
     counted: float = float("-inf")
-    seen: float = field(default_factory=time.monotonic)
 
     def results(self, items: Iterable[Item]) -> Iterator[tuple[Item, Any]]:
-        # Few at a time, not `Client.map`: the scheduler blames a death on all that its worker had in hand.
-        waiting = iter(items)
-        while True:
-            try:
-                self._count_workers()
-                if self.stop.is_set():
-                    self._begin_no_more()
-                else:  # one at least: without workers it waits at the scheduler for the first to come
-                    n_free = max(1, sum(self.workers.values())) - len(self.in_hand)
-                    self._submit(islice(waiting, max(0, n_free)))
-            except OSError as error:  # distributed's own are among them
-                raise _scheduler_gone() from error
-            if not self.in_hand or (self.ended and not self.workers):
-                return
-            with suppress(Empty):
-                yield from self._answer(self.ready.get(timeout=POLL_S))
-
-    def end(self) -> None:
-        """Give up what is still in hand."""
-        if self.in_hand:
-            with suppress(Exception):  # the cluster may be what failed
-                self._begin_no_more()
-                self.cluster.client.cancel([future for future, _ in self.in_hand.values()])
-
-    def _submit(self, items: Iterable[Item]) -> None:
-        for item in items:
-            future = self.cluster.client.submit(
-                _call, __version__, self.name, self.unit, item, pure=False, resources=self.resources
-            )
-            self.in_hand[future.key] = (future, item)
-            future.add_done_callback(self.ready.put)
+        # Not all at once: the scheduler blames a death on every task that it has assigned to the worker, and
+        # tasks with resources are all assigned at once. So as many are in hand as workers have threads.
+        waiting, in_hand = iter(items), dict[Future[Any], Item]()
+        finished = as_completed(loop=self.cluster.client.loop)
+        try:
+            while True:
+                with _scheduler_gone(OSError):  # distributed's own are among them
+                    self._count_workers()
+                    # One at least: without workers it waits at the scheduler for the first to come.
+                    n_threads = max(1, sum(self.workers.values()))
+                    n_free = 0 if self.stop.is_set() else max(0, n_threads - len(in_hand))
+                    if new := list(islice(waiting, n_free)):
+                        futures = self.cluster.client.map(
+                            self.call, new, pure=False, resources=self.resources
+                        )
+                        in_hand |= zip(futures, new, strict=True)
+                        finished.update(futures)
+                if not in_hand or (self.stop.is_set() and not self.workers):
+                    return
+                if not finished.has_ready():
+                    time.sleep(POLL_S)
+                for future in finished.next_batch(block=False):
+                    item = in_hand.pop(future)
+                    try:
+                        result = _result(future)
+                    except KilledWorker:
+                        self.killers.append(item)
+                    else:
+                        yield item, result
+        finally:
+            if in_hand:
+                with suppress(Exception):  # the cluster may be what failed
+                    self.cluster.client.cancel(list(in_hand))
 
     def _count_workers(self) -> None:
-        now = time.monotonic()
-        if now - self.counted < CENSUS_S:
+        if time.monotonic() - self.counted < CENSUS_S:
             return
         threads = self.cluster.client.nthreads()
-        if threads:
-            self.seen = now
-        elif now - self.seen > self.cluster.patience_s:
-            raise ClusterError("all worker processes died and none came back")
         if not threads and (self.workers or self.counted < 0):
             self.cluster.note("waiting for workers")
         elif lost := self.workers.keys() - threads.keys():
             self.cluster.note(f"workers lost: {len(lost)}; what they had in hand is done again")
-        self.workers, self.counted = dict(threads), now
-
-    def _begin_no_more(self) -> None:
-        if not self.ended:
-            self.ended = True
-            self.cluster.client.run(_end, self.name, on_error="ignore")
-
-    def _answer(self, future: Future[Any]) -> Iterator[tuple[Item, Any]]:
-        """Yield the item of a future with its result, if it has one."""
-        _, item = self.in_hand.pop(future.key)
-        try:
-            began, result = future.result()
-        except KilledWorker:
-            self.killers.append(item)
-        except CancelledError as error:
-            raise _scheduler_gone() from error
-        except (ImportError, AttributeError, RuntimeError) as error:
-            # A RuntimeError is the scheduler's when a task cannot be unpickled, else the unit's own.
-            if isinstance(error, RuntimeError) and "deserialization" not in str(error):
-                raise
-            raise ClusterError(
-                "a worker or the scheduler cannot import what it is asked to do",
-                found=str(error).splitlines()[0].strip(),
-                hint="install the same version of cosettle-cache wherever the scheduler and the workers run",
-            ) from error
-        else:
-            if began:
-                yield item, result
+        self.workers, self.counted = dict(threads), time.monotonic()
 
 
-def _call(version: str, run: str, unit: bytes, item: Item) -> tuple[bool, Any]:
-    """In a worker: return whether the item was begun, and its result."""
-    if run in _ended:
-        return False, None
+def _result(future: Future[Any]) -> Any:
+    """Return the result of an item, or raise its unit's error, `KilledWorker` or `ClusterError`."""
+    try:
+        with _scheduler_gone(CancelledError):
+            return future.result()
+    except NoWorkerError as error:
+        raise ClusterError("all worker processes died and none came back") from error
+    except (ImportError, AttributeError, RuntimeError) as error:
+        # A RuntimeError is the scheduler's when a task cannot be unpickled, else the unit's own.
+        if isinstance(error, RuntimeError) and "deserialization" not in str(error):
+            raise
+        raise ClusterError(
+            "a worker or the scheduler cannot import what it is asked to do",
+            found=str(error).splitlines()[0].strip(),
+            hint="install the same version of cosettle-cache wherever the scheduler and the workers run",
+        ) from error
+
+
+def _call(version: str, unit: bytes, item: Any) -> Any:
+    """In a worker: return the result of an item."""
     if version != __version__:
         raise ClusterError(
             f"the worker {get_worker().address} has another version of cosettle-cache",
@@ -277,25 +242,23 @@ def _call(version: str, run: str, unit: bytes, item: Item) -> tuple[bool, Any]:
     with _unpickling:
         work = pickle.loads(unit)  # noqa: S301 - from whoever may run anything here anyway
     try:
-        return True, work(item)
+        return work(item)
     except CosettleError as error:
         error.details = (*error.details, f"on worker {get_worker().address}")
         raise
 
 
-def _end(run: str) -> None:
-    """In a worker: begin no further item of a run."""
-    _ended.add(run)
-
-
-def _scheduler_gone() -> ClusterError:
-    return ClusterError(
-        "the scheduler does not answer any more", hint="run the same command again: what is finished is kept"
-    )
+@contextmanager
+def _scheduler_gone(told_by: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except told_by as error:
+        hint = "run the same command again: what is finished is kept"
+        raise ClusterError("the scheduler does not answer any more", hint=hint) from error
 
 
 def _client(address: str | SpecCluster) -> Client:
-    try:
+    try:  # the client itself warns of other versions of Python, dask and numpy (`Client.get_versions`)
         return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False, name="cosettle")
     except (OSError, ValueError) as error:
         raise ClusterError(
@@ -315,28 +278,21 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
         "distributed.deploy.lost-worker-timeout": "1 hour",
         # Asking a worker that has just died for its last result.
         "distributed.comm.timeouts.connect": "10s",
+        "distributed.scheduler.no-workers-timeout": f"{LOCAL_PATIENCE_S}s",
+        "distributed.scheduler.allowed-failures": LOCAL_DEATHS - 1,
     }
     scheduler = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
     threads_of_libraries = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    cores = str(share_of_cores(workers))
+    cores = dict.fromkeys(threads_of_libraries, str(share_of_cores(workers)))
+    dealt = [{"env": {**cores, "CUDA_VISIBLE_DEVICES": gpu}, "resources": {"GPU": 1}} for gpu in gpus]
+    dealt = dealt or [{"env": cores}]
     with (
         tempfile.TemporaryDirectory(prefix="cosettle-", ignore_cleanup_errors=True) as scratch,
         dask.config.set(settings),
     ):
-        specs: dict[int, Any] = {}
-        for number in range(workers):
-            options = {
-                "host": "127.0.0.1",
-                "nthreads": threads,
-                "local_directory": scratch,
-                "memory_limit": 0,
-            }
-            options |= {"dashboard": False, "silence_logs": logging.CRITICAL}
-            options["env"] = environment = dict.fromkeys(threads_of_libraries, cores)
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-                options["resources"] = {"GPU": 1}
-            specs[number] = {"cls": Nanny, "options": options}
+        options = {"host": "127.0.0.1", "nthreads": threads, "local_directory": scratch, "memory_limit": 0}
+        options |= {"dashboard": False, "silence_logs": logging.CRITICAL}
+        specs = {n: {"cls": Nanny, "options": {**options, **dealt[n % len(dealt)]}} for n in range(workers)}
         # A terminal sends Ctrl-C to the whole process group; workers are to finish what they have in hand, so
         # the threads and processes started here never see one. Python's resource tracker, started with the
         # first of them, would unblock it again.
@@ -344,7 +300,7 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             cluster = SpecCluster(
-                scheduler={"cls": Scheduler, "options": {**scheduler, "allowed_failures": LOCAL_DEATHS - 1}},
+                scheduler={"cls": Scheduler, "options": scheduler},
                 workers=specs,
                 silence_logs=logging.CRITICAL,
             )
@@ -353,21 +309,5 @@ def _local_cluster(workers: int, threads: int, gpus: Sequence[str]) -> Iterator[
         try:
             yield cluster
         finally:
-            cluster.close(timeout=CLOSE_TIMEOUT_S)
-
-
-def pick_device(device: str | None) -> str:
-    """Return the device asked for, or the best one at hand; raise `UsageError` for one that is not there."""
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    if device is None:
-        return "cuda" if has_cuda else "cpu"
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UsageError(f"there is no device {device!r}", wanted="cpu, cuda or cuda:NUMBER", found=device)
-    if kind == "cuda" and (not has_cuda or int(number or 0) >= torch.cuda.device_count()):
-        raise UsageError(
-            f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"
-        )
-    return device
+            with suppress(TimeoutError):  # the processes end with this one
+                cluster.close(timeout=CLOSE_TIMEOUT_S)

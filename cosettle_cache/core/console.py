@@ -5,7 +5,9 @@ On a terminal progress is a bar; elsewhere it is one plain line at the start, ev
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 import time
@@ -16,12 +18,14 @@ from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from cosettle_cache.core.errors import CosettleError
+from cosettle_cache.core.errors import CosettleError, masked
+from cosettle_cache.core.files import UNPRINTABLE
 
 PLAIN_INTERVAL_S = 30.0
 
@@ -60,7 +64,7 @@ class BarProgress:
     """A bar with rate, remaining time and the current figures, for terminals."""
 
     def __init__(self, label: str, console: Console) -> None:
-        self._label = label
+        self._label = escape(shown(label))  # rich reads markup in it
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -121,7 +125,7 @@ class PlainProgress:
         self._line(f"{self._done}/{self._total} {self._unit}, {rate:.1f}/s, {left:.0f} s left{figures}")
 
     def _line(self, text: str) -> None:
-        self._console.print(f"{self._label}: {text}", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(shown(f"{self._label}: {text}"), highlight=False, markup=False, soft_wrap=True)
 
 
 class Talk:
@@ -146,7 +150,7 @@ class Talk:
             self._say(line, "red" if line.startswith("error") else None)
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self._err.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        self._err.print(shown(text), style=style, highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, label: str) -> Progress:
         """Return the progress report that suits the output."""
@@ -158,19 +162,32 @@ class Talk:
 
     def result(self, text: str) -> None:
         """Print data on stdout, unwrapped."""
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(shown(text) + "\n")
+
+    def json(self, document: Any) -> None:
+        """Print one JSON document on stdout; what JSON does not know, such as a path, as text."""
+        self.result(json.dumps(document, indent=2, default=str))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table on stdout; columns after the first are right-aligned."""
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(shown(title), style="table.title"), title_justify="left")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+            table.add_column(Text(shown(column)), justify="right" if number else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*map(Text, row))  # plain: a name may hold what looks like markup
+            table.add_row(*(Text(shown(cell)) for cell in row))  # plain: a name may look like markup
         console = Console()
         if not console.is_terminal:
             console.width = 200
         console.print(table)
+
+
+def shown(text: str) -> str:
+    """Return `text` as people may see it: no credentials, and what would steer a terminal spelled out."""
+    return UNPRINTABLE.sub(_spell, masked(text))
+
+
+def _spell(found: re.Match[str]) -> str:
+    return found[0] if found[0] in "\n\t" else found[0].encode("unicode_escape").decode()
 
 
 def human_bytes(n_bytes: int | float) -> str:

@@ -5,6 +5,7 @@ Everything a user can cause ends here. What is not a `CosettleError` is a bug an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
@@ -21,6 +22,16 @@ class ExitCode(IntEnum):
     UNCLEAN = 4
     DAMAGED = 5
     INTERRUPTED = 130
+
+
+#: A user's name and secret in a URL, of which Python's paths drop a slash. A secret may hold slashes, but
+#: digits before one are a port.
+_CREDENTIALS = re.compile(r"""(:/{1,2})(?:[^\s/@:"'<>]*:(?!\d{1,5}/)[^\s"'<>]*|[^\s/@"'<>]+)@""")
+
+
+def masked(text: str) -> str:
+    """Return `text` with `***` for the credentials of every URL in it; what is told or kept passes here."""
+    return _CREDENTIALS.sub(r"\1***@", text)
 
 
 class CosettleError(Exception):
@@ -41,12 +52,12 @@ class CosettleError(Exception):
         hint: str | None = None,
         details: Sequence[str] = (),
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.wanted = None if wanted is None else str(wanted)
-        self.found = None if found is None else str(found)
-        self.hint = hint
-        self.details = tuple(details)
+        self.message = masked(message)
+        super().__init__(self.message)
+        self.wanted = None if wanted is None else masked(str(wanted))
+        self.found = None if found is None else masked(str(found))
+        self.hint = None if hint is None else masked(hint)
+        self.details = tuple(map(masked, details))
 
     @property
     def summary(self) -> str:

@@ -1,25 +1,57 @@
 """Durable files: written under a temporary name, flushed, renamed, so a name never holds half a file.
 
-Everything that must survive a killed process or a lost power supply is written through here.
+Everything that must survive a killed process or a lost power supply is written through here. So are the
+checks of what is not ours: `own_folder` of folders to write to, `inside` of names that become paths, and
+`read_file` and `read_json` of files that anybody may have written.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import re
+import socket
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 from uuid import uuid4
 
-from cosettle_cache.core.errors import OutputError, UsageError
+from cosettle_cache.core.errors import InputError, OutputError, UsageError
 
 Buffer = bytes | bytearray | memoryview
 
 #: Bytes that one call writes, and buffers that it may be given (Linux takes 1024).
 _GROUP_BYTES, _GROUP_BUFFERS = 8 * 2**20, 512
+
+#: In every folder of results: which command they are of, and who wrote last.
+MARK = ".cosettle-cache.json"
+
+#: Results without a mark, of version 0.1, by command: patterns of files that only such folders hold.
+_UNMARKED = {
+    "propagate": "progress/run.json",
+    "track": "tracks.parquet",
+    "train": "checkpoint.pt",
+    "projection fit": "spectrum.parquet",
+    "analyze": "analysis.json",
+    "probe": "answers.parquet",
+    "export frames": "export.json",
+    "cache": "*.shard",
+}
+
+#: Most bytes of a name between two slashes, so that a suffix fits as well (file systems take 255).
+MOST_NAME_BYTES = 200
+
+#: Most bytes of a JSON or TOML document that is read.
+MOST_DOCUMENT_BYTES = 64 * 2**20
+
+#: What no name holds and no terminal is shown: control characters, line ends, marks that turn the direction
+#: of writing, halves of surrogate pairs (Python's stand-ins for bytes that are no UTF-8).
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _OUTPUT_REASONS = {
     errno.ENOSPC: "no space left on the device",
@@ -64,6 +96,160 @@ def make_folder(path: Path) -> Path:
     with output_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_local(path: Path) -> None:
+    """Raise `UsageError` for a URL where a path on this machine is wanted."""
+    # A path has one slash where the URL has two.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)", str(path)):
+        raise UsageError(f"{path} is a URL", wanted="a path on this machine")
+
+
+@contextmanager
+def own_folder(folder: Path, command: str, *, shared: bool = False) -> Iterator[Path]:
+    """Hold `folder` for a run of `command`: made if need be, marked as its results, locked until the end.
+
+    Nothing that is not ours may be overwritten or removed. So this raises `UsageError` for a folder that
+    holds anything but results of `command`, and for one that another run holds; `shared` runs hold it
+    together.
+    """
+    check_local(folder)
+    mark = make_folder(folder) / MARK
+    _check_owner(folder, command)
+    with output_errors(mark):
+        descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        if lock_alone(descriptor) is False and not shared:
+            raise _held(folder)
+        _check_owner(folder, command)  # a rival may have been faster
+        with output_errors(mark):
+            # Written in place, because a renamed file would have no lock.
+            said: dict[str, Any] = {"command": command}
+            if not shared:
+                said |= {"host": socket.gethostname(), "pid": os.getpid()}
+            n_bytes = os.pwrite(descriptor, (json.dumps(said) + "\n").encode(), 0)
+            os.ftruncate(descriptor, n_bytes)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
+def _check_owner(folder: Path, command: str) -> None:
+    mark = folder / MARK
+    with output_errors(folder):
+        names = set(os.listdir(folder))  # noqa: PTH208 - Path.iterdir lists them all as well
+    if MARK in names and (not mark.is_file() or mark.stat().st_size):
+        document = read_json(mark) if mark.is_file() else None
+        owner = document.get("command") if isinstance(document, dict) else None
+        holds = f"results of {owner}" if isinstance(owner, str) else "a mark that is not ours"
+    elif names <= {MARK} or (command in _UNMARKED and next(folder.glob(_UNMARKED[command]), None)):
+        return
+    else:
+        owner, holds = None, f"{len(names)} files and folders, {min(names - {MARK})} among them"
+    if owner != command:
+        raise UsageError(
+            f"{folder} holds something else, and nothing in it is overwritten",
+            wanted=f"a new or empty folder, or results of {command}",
+            found=holds,
+            hint="choose another folder",
+        )
+
+
+def _held(folder: Path) -> UsageError:
+    try:
+        holder = read_json(folder / MARK)
+        found = f"process {holder['pid']} on {holder['host']}"
+    except (InputError, KeyError, TypeError):
+        found = None  # it is just beginning
+    hint = "wait until it has ended, or choose another folder"
+    return UsageError(f"another run writes to {folder}", found=found, hint=hint)
+
+
+def lock_alone(descriptor: int) -> bool | None:
+    """Lock an open file or folder for this process alone, at once; it ends with the descriptor.
+
+    Returns False when others have a lock, None on a file system without locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path in `folder` of a name from a file or an id; raise `InputError` unless it is plain.
+
+    Plain is relative, without `.`, `..`, `//` or a slash at its end, so that two names never are one file;
+    without control characters; and of at most `MOST_NAME_BYTES` bytes a part.
+    """
+    reason = name_fault(name)
+    if reason:
+        raise InputError(f"{name[:300]!r} cannot be a file's name: {reason}", wanted="a name such as cat/01")
+    return folder / name
+
+
+def name_fault(name: str) -> str | None:
+    """Return what is wrong with a name that is to become a path (see `inside`); None where nothing is."""
+    if UNPRINTABLE.search(name):
+        return "it holds control characters, or bytes that are no UTF-8"
+    parts = name.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts):
+        return "it is empty, absolute, or has parts that are empty, . or .."
+    if any(len(part.encode()) > MOST_NAME_BYTES for part in parts):
+        return f"a part of it has more than {MOST_NAME_BYTES} bytes"
+    return None
+
+
+def read_file(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> bytes:
+    """Return the bytes of a regular file that is none of ours; raise `InputError` for anything else.
+
+    A pipe or a device is not waited for.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise IsADirectoryError
+            if status.st_size > most_bytes:
+                found = f"{status.st_size} bytes"
+                raise InputError(f"{path} is too large", wanted=f"{most_bytes} bytes at most", found=found)
+            return file.read(most_bytes)
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is not a file") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise InputError(f"{path} cannot be read", found=getattr(error, "strerror", None) or error) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_text(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> str:
+    """Return the text of a file that is none of ours, which must be UTF-8; a byte order mark is left out."""
+    try:
+        return read_file(path, most_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text", found=f"byte {error.start} is none") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON document; raise `InputError` when it is missing or malformed."""
+    return parse_json(read_file(path), str(path))
+
+
+def parse_json(text: str | bytes, title: str) -> Any:
+    """Return the JSON document in `text`; raise `InputError` that names `title` when it is malformed."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{title} is not JSON", found="brackets within brackets, too deep") from error
+    except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits
+        raise InputError(f"{title} is not JSON", found=str(error)) from error
 
 
 def store_title(path: str) -> str:

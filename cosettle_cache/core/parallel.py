@@ -14,6 +14,8 @@ from functools import partial
 from threading import Event
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from cosettle_cache.core.errors import UsageError
+
 
 @runtime_checkable
 class Numbered(Protocol):
@@ -102,3 +104,25 @@ def map_ahead(
     finally:
         if os.getpid() == process:
             pool.shutdown(cancel_futures=True)
+
+
+def share_of_cores(workers: int) -> int:
+    """Return how many of this process's cores each of `workers` processes gets, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def pick_device(device: str | None) -> str:
+    """Return the device asked for, or the best one at hand; raise `UsageError` for one that is not there."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if has_cuda else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UsageError(f"there is no device {device!r}", wanted="cpu, cuda or cuda:NUMBER", found=device)
+    if kind == "cuda" and (not has_cuda or int(number or 0) >= torch.cuda.device_count()):
+        raise UsageError(
+            f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"
+        )
+    return device

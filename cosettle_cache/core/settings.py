@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import metadata
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +56,44 @@ def setting(default: Any, help: str, **option: Any) -> Any:
     A `default` of `dataclasses.MISSING` makes the option a required one, one of False a flag.
     `option` may hold `names` (a tuple such as ("--batch",), where the option is not called like the field),
     `choices` (the words allowed), `table` (`package:NAME`, a room's table whose words are added to the help),
-    `parse` (text, or a list of texts, to value) and what `typer.Option` takes (`min`, `max`, `metavar`).
+    `parse` (text, or a list of texts, to value), `positive` (True for a number above 0) and what
+    `typer.Option` takes (`min`, `max`, `metavar`).
     """
     return field(default=default, metadata={"help": help, **option})
+
+
+class Settings:
+    """What the settings classes inherit: no object holds a number outside the limits of its field.
+
+    Raises `UsageError` for such a number, for one that is not finite, and for a fraction or a truth value
+    where a whole number is wanted.
+    """
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            found = getattr(self, item.name)
+            if wanted := _number_fault(str(item.type), item.metadata, found):
+                raise UsageError(f"{item.name} must be {wanted}", found=found)
+
+
+def _number_fault(kind: str, limits: Mapping[str, Any], value: Any) -> str:
+    """Return what the value of a field of type `kind` must be; nothing where it is, or is no number."""
+    kinds = kind.split(" | ")
+    word = (value is None and "None" in kinds) or (value == "auto" and len(kinds) > 1)
+    if word or not {"int", "float"}.intersection(kinds):
+        return ""
+    whole, positive = "int" in kinds, limits.get("positive", False)
+    least, most = limits.get("min", -math.inf), limits.get("max", math.inf)
+    right = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if right and math.isfinite(value) and least <= value <= most and (value > 0 or not positive):
+        return ""
+    words = ["a whole number"] if whole else []
+    words += ["positive"] if positive else []
+    words += [f"at least {least}"] if math.isfinite(least) else []
+    words += [f"at most {most}"] if math.isfinite(most) else []
+    return ", ".join(words) or "a finite number"
 
 
 def check_choices(settings: Any) -> None:
@@ -79,14 +115,14 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class PairsSettings:
+class PairsSettings(Settings):
     """The paper's training recipe: `n_views` samples per clip, each two frames `gap` of the clip apart.
 
     `size` is pixels per side; crop scale and aspect ranges and the flip probability are the released ones.
     """
 
     n_views: int = setting(5, "View sets per clip (pairs).", names=("--views",), min=1)
-    gap: float = setting(0.15, "Distance of a pair, share of the clip.", min=0, max=1)
+    gap: float = setting(0.15, "Distance of a pair, share of the clip.", positive=True, max=1)
     size: int = 224
     scale_min: float = 0.5
     scale_max: float = 1.0
@@ -98,7 +134,7 @@ class PairsSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class FramesSettings:
+class FramesSettings(Settings):
     """Every `every`-th frame once, resized by the size rule, plus `n_shifted` shifted encodings of each."""
 
     size: str = "480x880"
@@ -119,7 +155,7 @@ def parse_weight(text: str) -> float | Literal["auto"]:
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderSettings:
+class EncoderSettings(Settings):
     """Which frozen encoder, and how it computes; `encoders.load_backbone` says what each means.
 
     `device` None is CUDA where there is one.
@@ -131,13 +167,13 @@ class EncoderSettings:
     precision: str = setting("fp32", "fp32, bf16 or fp16 arithmetic in the encoder.")
     compiled: bool = setting(False, "Put the encoder through torch.compile.", names=("--compile",))
     red_std: float | None = setting(
-        None, "Red deviation instead of ImageNet's 0.229: 0.228 as DINO evaluates."
+        None, "Red deviation instead of ImageNet's 0.229: 0.228 as DINO evaluates.", positive=True
     )
-    heads: int | None = setting(None, "Attention heads, where width/64 is wrong.")
+    heads: int | None = setting(None, "Attention heads, where width/64 is wrong.", min=1)
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractSettings:
+class ExtractSettings(Settings):
     """How a store is filled. Without `workers` or a `scheduler` this process does the work.
 
     `batch` and `decode_threads` None depend on the device and the cores, `slot_encodings` None on the bytes.
@@ -154,7 +190,7 @@ class ExtractSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainSettings:
+class TrainSettings(Settings):
     """Objective, optimiser, schedule and stream; defaults are the released script's (PROTOCOLS 5.6, 7.1).
 
     A step takes `batch_size * accumulate` samples, and the learning rate is `base_lr` times that over 256.
@@ -187,7 +223,7 @@ class TrainSettings:
     shard_window: int = setting(16, "Shards to mix.", min=1)
     validation: float = setting(0.0, "Share of clips held out.")
     palindrome: int = setting(2, "Frames of a walk.", min=2)
-    gap: float = setting(0.15, "Share of a clip, in frames stores.")
+    gap: float = setting(0.15, "Share of a clip, in frames stores.", positive=True, max=1)
     checkpoint_every: int = setting(100, "Steps; at most one a minute.", min=1)
 
     @property
@@ -202,7 +238,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class SpectralSettings:
+class SpectralSettings(Settings):
     """The closed-form head: which tokens correspond, and where the soft threshold of the spectrum lies.
 
     `correspondence` is `nearest` or `position`. `spectral_lambda` lives on the scale of the eigenvalues of
@@ -223,7 +259,7 @@ class SpectralSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class PropagateSettings:
+class PropagateSettings(Settings):
     """How `propagate_store` works; the protocol decides what comes out.
 
     `memory_limit` bounds the search of all kinds of tokens together, in bytes. `neighbors` is a folder where
@@ -242,7 +278,7 @@ class PropagateSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class TrackSettings:
+class TrackSettings(Settings):
     """Which queries are asked, and how a point is found again among tokens (docs/tracking.md).
 
     `query_mode` is `first` or `strided` (every `query_stride` frames). A point is where the token of highest
@@ -255,27 +291,23 @@ class TrackSettings:
         "first", "first: each point once; strided: again and again.", choices=QUERY_MODES
     )
     query_stride: int = setting(5, "Frames between, if strided.", min=1)
-    radius: float = setting(2.0, "Of the soft-argmax, in tokens.")
-    temperature: float = setting(0.05, "Of the soft-argmax.")
+    radius: float = setting(2.0, "Of the soft-argmax, in tokens.", min=0)
+    temperature: float = setting(0.05, "Of the soft-argmax.", positive=True)
     occlusion: str = setting(
         "cycle",
         "Visible: if the way back ends near, by cosine, always.",
         choices=("cycle", "cosine", "never"),
     )
-    cycle_radius: float = setting(6.0, "What is near, in tokens.")
+    cycle_radius: float = setting(6.0, "What is near, in tokens.", positive=True)
     min_cosine: float = setting(0.7, "Least cosine, for cosine.")
 
     def __post_init__(self) -> None:
+        Settings.__post_init__(self)
         check_choices(self)
-        for name in ("query_stride", "temperature", "cycle_radius"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be positive", wanted="more than 0", found=getattr(self, name))
-        if self.radius < 0 or not math.isfinite(self.radius):
-            raise UsageError("radius is a distance in tokens", wanted="0 or more", found=self.radius)
 
 
 @dataclass(frozen=True, slots=True)
-class AnalyzeSettings:
+class AnalyzeSettings(Settings):
     """Which definitions `analyze` measures by (docs/analysis.md), and the weight in their margins."""
 
     compat: bool = setting(False, "Draw tokens, batch and skip clips as the authors' script does.")
@@ -291,7 +323,7 @@ def _parse_pairs(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeSettings:
+class ProbeSettings(Settings):
     """What the tasks of `probe` are measured with; docs/analysis.md says what each means.
 
     `official` learns from the split train and asks about test; otherwise there are `folds` stratified folds
@@ -323,12 +355,13 @@ class ProbeSettings:
     max_frames: int = 50_000
 
     def __post_init__(self) -> None:
-        if min(self.penalties) <= 0:
+        Settings.__post_init__(self)
+        if not all(0 < penalty < math.inf for penalty in self.penalties):
             raise UsageError("an inverse penalty is a positive number", found=min(self.penalties))
 
 
 @dataclass(frozen=True, slots=True)
-class ExportSettings:
+class ExportSettings(Settings):
     """How `export frames` makes vectors and lays them out; `axes` is their order in .npy and HDF5.
 
     `dim-frame` is what FACT (for Breakfast) and MS-TCN expect. `repeat` writes every vector as often as the
@@ -351,7 +384,7 @@ class ExportSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class PcaSettings:
+class PcaSettings(Settings):
     """Whose tokens share their components, which side of the first component is drawn, and what is written.
 
     `foreground` `none` draws all tokens, `auto` takes the side of the middle of the frames.
@@ -370,7 +403,7 @@ class PcaSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class SpritesSettings:
+class SpritesSettings(Settings):
     """The built-in clips: how many of each split, how long, and their size in pixels."""
 
     n_train: int = 12

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.errors import InputError, masked
 from cosettle_cache.core.files import make_folder, replacing, sync, write_durably
 
 Row = Mapping[str, Any]
@@ -104,14 +104,4 @@ def write_json(path: Path, document: Any) -> None:
     """Write `document` as indented JSON, into a folder made if need be."""
     make_folder(path.parent)
     text = json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    write_durably(path, [text.encode()])
-
-
-def read_json(path: Path) -> Any:
-    """Read one JSON document; raise `InputError` when it is missing or malformed."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", wanted="a JSON file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON", found=str(error)) from error
+    write_durably(path, [masked(text).encode()])

@@ -8,15 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosettle_cache.core.lazy import lazy_names
+from cosettle_cache.core import lazy_names
 from cosettle_cache.encoders.describe import describe_backbone
-from cosettle_cache.encoders.registry import (
-    BACKBONES,
-    FAMILIES,
-    BackboneInfo,
-    Family,
-    NamedBackbone,
-)
+from cosettle_cache.encoders.registry import BACKBONES, FAMILIES, BackboneInfo, Family, NamedBackbone
 
 if TYPE_CHECKING:
     from cosettle_cache.encoders.load import load_backbone

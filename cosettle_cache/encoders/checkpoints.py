@@ -13,7 +13,7 @@ import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,10 @@ class _ArchiveUnpickler(pickle.Unpickler):
             return _Record
         if module == "torch.jit._pickle" and name.startswith(("build_", "restore_type_tag")):
             return _first
-        known: dict[tuple[str, str], Callable[..., Any]] = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("collections", "OrderedDict"): OrderedDict,
-        }
-        if (module, name) in known:
-            return known[module, name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
         if module == "torch" and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
         raise CheckpointError(
@@ -142,9 +140,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     _check_file(path)
-    if _is_safetensors(path):
+    head = _head(path)
+    # Safetensors begin with the length of their JSON header, 8 bytes, little-endian.
+    if path.suffix == ".safetensors" or head[6:9] == b"\0\0{":
         return _read_safetensors(path)
-    if _head(path).startswith(_ZIP_MAGIC) and is_torchscript(path):
+    if head.startswith(_ZIP_MAGIC) and is_torchscript(path):
         return read_torchscript(path)
     return _unwrapped(path, _read_torch(path))
 
@@ -161,11 +161,11 @@ def adapter_tensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} holds no projection",
             wanted="tensors named adapter.adapter.adapter_linear.weight and so on",
-            found=_some(tensors),
+            found=listing(tensors, 6),
         )
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
-        raise CheckpointError(f"{path} holds more than one projection", found=_some(names))
+        raise CheckpointError(f"{path} holds more than one projection", found=listing(names, 6))
     return {name: tensor.float() for name, tensor in found}
 
 
@@ -180,11 +180,6 @@ def _check_file(path: Path) -> None:
 def _head(path: Path, n_bytes: int = 256) -> bytes:
     with path.open("rb") as file:
         return file.read(n_bytes)
-
-
-def _is_safetensors(path: Path) -> bool:
-    head = _head(path, 9)
-    return path.suffix == ".safetensors" or (len(head) == 9 and head[8:] == b"{" and head[6:8] == b"\0\0")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -274,7 +269,7 @@ def _unwrapped(path: Path, document: Any) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not a state dict: it holds no named tensors",
             wanted=f"named tensors, at the top or under one of {', '.join(WRAPPERS)}",
-            found=f"keys {_some(document)}",
+            found=f"keys {listing(document, 6)}",
         )
     return {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
 
@@ -283,7 +278,8 @@ def _has_tensors(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
 
 
-def _some(names: Mapping[Any, Any] | list[str], limit: int = 6) -> str:
+def listing(names: Iterable[object], limit: int = 8) -> str:
+    """Return the first few names in one line."""
     listed = [str(name) for name in names]
     more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more if listed else "none"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.types import Grid
+from cosettle_cache.encoders.checkpoints import listing
 from cosettle_cache.encoders.registry import BACKBONES, FAMILIES, Architecture, Family
 
 #: The authors' projection lies beside the encoder in their files.
@@ -51,13 +52,14 @@ class EncoderFile:
 def sort_tensors(path: str, family: Family, tensors: Mapping[str, Tensor]) -> EncoderFile:
     """Sort the tensors of a file into the encoder's, the known-ignored and the left over."""
     originals = {name.removeprefix("module."): name for name in tensors}
-    stemmed = {name for name in originals if family.stem and name.startswith(family.stem)}
+    has_stem = any(name.startswith(family.stem) for name in originals)
     own: dict[str, str] = {}
     left_over: list[str] = []
     for name, original in originals.items():
-        inside = name in stemmed or not stemmed
-        short = name.removeprefix(family.stem) if inside else name
-        if _PROJECTION.search(name) or _matches(short, family.ignored if inside else family.outside):
+        inside = name.startswith(family.stem) or not has_stem
+        short = name.removeprefix(family.stem)
+        known = family.ignored if inside else family.outside
+        if _PROJECTION.search(name) or any(re.search(pattern, short) for pattern in known):
             continue
         if inside:
             own[_timm_name(short, family)] = original
@@ -78,13 +80,14 @@ def infer_architecture(file: EncoderFile, heads: int | None = None) -> Architect
     if missing:
         raise _misfit(file, missing=missing)
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    own, pixels = file_grid(file), file.family.file_pixels
     depth = 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name)))
     return Architecture(
         width,
         depth,
         _heads(file, width, depth, heads),
         patch,
-        model_grid(file, patch),
+        own if pixels is None else Grid(pixels // patch, pixels // patch),
         tensors["blocks.0.mlp.fc1.weight"].shape[0],
         registers=tensors["reg_token"].numel() // width if "reg_token" in tensors else 0,
         layer_scale="blocks.0.ls1.gamma" in tensors,
@@ -101,12 +104,6 @@ def file_grid(file: EncoderFile) -> Grid:
         found = f"{file.published['pos_embed']}: wanted {wanted}, found {_shape(tuple(embedding.shape))}"
         raise _misfit(file, misshapen=[found])
     return Grid(side, side)
-
-
-def model_grid(file: EncoderFile, patch: int) -> Grid:
-    """Return the grid of the loaded encoder: the file's own, or that of the family's fixed image size."""
-    own, pixels = file_grid(file), file.family.file_pixels
-    return own if pixels is None else Grid(pixels // patch, pixels // patch)
 
 
 def check_tensors(file: EncoderFile, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -183,13 +180,6 @@ def name_lines(missing: Sequence[str], left_over: Sequence[str], misshapen: Sequ
     return [f"{title}: {listing(names)}" for title, names in groups if names]
 
 
-def listing(names: Iterable[str], limit: int = 8) -> str:
-    """Return the first few names in one line."""
-    listed = list(names)
-    more = f", ... ({len(listed)} in all)" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
-
-
 def _misfit(
     file: EncoderFile,
     missing: Sequence[str] = (),
@@ -221,10 +211,6 @@ def _timm_name(name: str, family: Family) -> str:
     for published, timm_name in family.renames:
         name = name.replace(published, timm_name)
     return name
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _heads(file: EncoderFile, width: int, depth: int, heads: int | None) -> int:

@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -28,16 +30,16 @@ from torch import Tensor, nn
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import output_errors, sha256_file, write_durably
+from cosettle_cache.core.parallel import pick_device
 from cosettle_cache.core.settings import cache_folder, replace_red_std
 from cosettle_cache.core.types import Grid
-from cosettle_cache.encoders.checkpoints import read_checkpoint
+from cosettle_cache.encoders.checkpoints import listing, read_checkpoint
 from cosettle_cache.encoders.convert import (
     EncoderFile,
     check_positions,
     check_tensors,
     file_grid,
     infer_architecture,
-    listing,
     looks_like,
     name_lines,
     sort_tensors,
@@ -85,14 +87,9 @@ def load_backbone(
     """
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
-    from cosettle_cache.core.cluster import pick_device  # brings dask
-
     where = torch.device(pick_device(device))
-    if name.startswith(TIMM_PREFIX):
-        check_no_heads(name, heads)
-        backbone = _load_timm(name, weights, where, precision, seed)
-    else:
-        backbone = _load_family(name, weights, where, precision, seed, heads)
+    load = _load_timm if name.startswith(TIMM_PREFIX) else _load_family
+    backbone = load(name, weights, heads, seed, where, precision)
     if red_std is not None:
         backbone.std = replace_red_std(backbone.std, red_std)
     if compiled:
@@ -112,37 +109,35 @@ def _random(name: str, seed: int, make: Callable[[], Any]) -> tuple[Any, Weights
     return model, Weights(f"{RANDOM}:{seed}", digest.hexdigest())
 
 
-def _file_weights(path: Path, source: str | None = None) -> Weights:
-    return Weights(source or path.name, sha256_file(path))
-
-
 def _load_family(
-    name: str, weights: str | Path | None, device: torch.device, precision: str, seed: int, heads: int | None
+    name: str, weights: str | Path | None, heads: int | None, seed: int, device: torch.device, precision: str
 ) -> Backbone:
     """Return an encoder of the registry, or of a family with its sizes from the file."""
     family, named = family_of(name), BACKBONES.get(name)
-    if named is None and (weights is None or str(weights) == RANDOM):
+    is_random = str(weights) == RANDOM
+    if named is None and (weights is None or is_random):
         raise sizeless(name)
-    if named is not None and heads not in {None, named.architecture.heads} and str(weights) != RANDOM:
+    if named is not None and heads not in {None, named.architecture.heads} and not is_random:
         raise UsageError(
             f"{name} has its own number of heads",
             wanted=named.architecture.heads,
             found=heads,
             hint=f"--backbone {family.name} takes the sizes from the file",
         )
-    if named is not None and str(weights) == RANDOM:
+    if named is not None and is_random:
         architecture = named.architecture
         vit, record = _random(name, seed, partial(make_vit, family, architecture))
     else:
-        path = fetch(name, named.source) if named is not None and weights is None else Path(str(weights))
+        published = named.source if named is not None and weights is None else None
+        path = fetch(name, published) if published else Path(str(weights))
         file = sort_tensors(str(path), family, read_checkpoint(path))
         architecture = infer_architecture(file, heads) if named is None else named.architecture
         vit = vit_from_file(file, architecture)
-        record = _file_weights(path, str(named.source) if named is not None and weights is None else None)
+        record = Weights(str(published or path.name), sha256_file(path))
     at_load = f"the file's brought to {family.file_pixels} px; " if family.file_pixels else ""
     return Backbone(
         make_info(name, family, architecture),
-        VitBody(vit.eval().requires_grad_(False).to(device), family.resize, family.final_norm),
+        VitBody(vit.eval().requires_grad_(False).to(device), family.resize, family.norm_plain),
         record,
         token_rule=f"{family.token_rule}; {architecture.heads} heads",
         position_rule=f"{at_load}{family.resize}; {SHIFT_RULE}",
@@ -210,9 +205,10 @@ def _folded(file: EncoderFile, state: dict[str, Tensor], architecture: Architect
 
 
 def _load_timm(
-    name: str, weights: str | Path | None, device: torch.device, precision: str, seed: int
+    name: str, weights: str | Path | None, heads: int | None, seed: int, device: torch.device, precision: str
 ) -> Backbone:
     """Return timm's model with published weights (None), random ones, or those of a file in timm's layout."""
+    check_no_heads(name, heads)
     model_id = name.removeprefix(TIMM_PREFIX)
     create = partial(timm.create_model, model_id, num_classes=0, dynamic_img_size=True)
     info = describe_timm(name)
@@ -223,11 +219,11 @@ def _load_timm(
         path = fetch(name, source)
         # timm converts and resamples the file as it does for its own downloads.
         vit = create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-        record = _file_weights(path, str(source))
+        record = Weights(str(source), sha256_file(path))
     else:
-        vit = create()
-        load_strictly(vit, Path(weights))  # names a file that cannot be read
-        record = _file_weights(Path(weights))
+        vit, path = create(), Path(weights)
+        _load_strictly(vit, path)  # names a file that cannot be read
+        record = Weights(path.name, sha256_file(path))
     body = VitBody(vit.eval().requires_grad_(False).to(device), PositionResize.ANTIALIAS)
     rules = [f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}"] if body.positions else []
     if body.rotary:
@@ -244,18 +240,7 @@ def _load_timm(
 
 
 def describe_timm(name: str) -> BackboneInfo:
-    """Return what timm knows of a model; it is built without memory (meta device), nothing is downloaded."""
-    model = _outline(name)
-    config = model.pretrained_cfg
-    rows, cols = model.patch_embed.grid_size
-    patch, _ = model.patch_embed.patch_size
-    mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
-    assert len(mean) == len(std) == 3
-    return BackboneInfo(name, "timm", model.embed_dim, patch, Grid(rows, cols), mean, std)
-
-
-def _outline(name: str) -> Any:
-    """Return the model without memory for its weights, after checking that it is a ViT of square patches."""
+    """Return what timm knows of a ViT; it is built without memory (meta device), nothing is downloaded."""
     model_id = name.removeprefix(TIMM_PREFIX)
     if not timm.is_model(model_id):
         close = difflib.get_close_matches(model_id, timm.list_models("*vit*"), n=1)
@@ -274,10 +259,15 @@ def _outline(name: str) -> Any:
             found=type(model).__name__,
             hint="python -c 'import timm; print(timm.list_models(\"vit_*\"))'",
         )
-    return model
+    config: Any = model.pretrained_cfg
+    rows, cols = model.patch_embed.grid_size
+    patch, _ = model.patch_embed.patch_size
+    mean, std = (tuple(float(value) for value in config[key]) for key in ("mean", "std"))
+    assert len(mean) == len(std) == 3
+    return BackboneInfo(name, "timm", model.embed_dim, patch, Grid(rows, cols), mean, std)
 
 
-def load_strictly(vit: nn.Module, path: Path) -> None:
+def _load_strictly(vit: nn.Module, path: Path) -> None:
     """Load a state dict in timm's layout; only a classifier's tensors may be left over."""
     tensors = {name.removeprefix("module."): tensor for name, tensor in read_checkpoint(path).items()}
     wanted, classifier = vit.state_dict(), {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
@@ -312,12 +302,6 @@ def _timm_source(name: str, config: Any) -> Source:
     )
 
 
-#: Seconds to wait for the first answer of a server; the hub client alone would retry for half a minute.
-PROBE_TIMEOUT_S = 4.0
-#: Seconds without a byte after which a download is given up.
-STALL_TIMEOUT_S = 60.0
-
-
 def fetch(name: str, source: Source) -> Path:
     """Return the local file of a published encoder, downloading it where it is not cached yet."""
     if source.hub_id:
@@ -336,9 +320,6 @@ def fetch(name: str, source: Source) -> Path:
 
 
 def _from_hub(name: str, source: Source) -> Path:
-    import huggingface_hub
-    from huggingface_hub import constants
-
     cached = huggingface_hub.try_to_load_from_cache(source.hub_id, source.file)
     if isinstance(cached, str):
         return Path(cached)
@@ -377,8 +358,6 @@ def _body(response: Any) -> Iterator[bytes]:
 
 
 def _check_online(name: str, source: Source, address: str) -> None:
-    from huggingface_hub import constants
-
     if constants.HF_HUB_OFFLINE:
         raise _unreachable(name, source, "HF_HUB_OFFLINE is set and the file is not in the cache")
     request: Any = urllib.request.Request(address, method="HEAD")  # noqa: S310  (addresses of our table)
@@ -391,17 +370,10 @@ def _check_online(name: str, source: Source, address: str) -> None:
 
 
 def _unreachable(name: str, source: Source, reason: str) -> CheckpointError:
-    where = f"download {_address(source)} by hand, then " if source.hub_id or source.url else ""
+    address = huggingface_hub.hf_hub_url(source.hub_id, source.file) if source.hub_id else source.url
+    where = f"download {address} by hand, then " if address else ""
     return CheckpointError(
         f"the published weights of {name} cannot be fetched: {reason}",
         wanted=str(source),
         hint=f"{where}--weights FILE | --weights random",
     )
-
-
-def _address(source: Source) -> str:
-    if not source.hub_id:
-        return source.url
-    import huggingface_hub
-
-    return huggingface_hub.hf_hub_url(source.hub_id, source.file)

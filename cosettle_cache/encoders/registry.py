@@ -26,13 +26,6 @@ class PositionResize(StrEnum):
     ANTIALIAS = "bicubic to the exact size with antialias"
 
 
-class FinalNorm(StrEnum):
-    """Where the released forward applies the final LayerNorm."""
-
-    ALWAYS = "final norm"
-    SHIFTED_ONLY = "final norm in shifted encodings only"
-
-
 @dataclass(frozen=True, slots=True)
 class Family:
     """One code base of encoders: the published layout of its files and the released forward.
@@ -43,6 +36,7 @@ class Family:
     beside the stem (regular expressions, both). A file without `required` (timm name) is of another
     family. `sine_positions`: fixed sine-cosine positions, which tells otherwise equal layouts apart.
     `file_pixels`: positions for another image size are brought to this one when a file is loaded.
+    `norm_plain`: plain encodings pass the final LayerNorm, as shifted ones always do.
     """
 
     name: str
@@ -50,7 +44,7 @@ class Family:
     citation: str
     token_rule: str
     resize: PositionResize
-    final_norm: FinalNorm = FinalNorm.ALWAYS
+    norm_plain: bool = True
     class_token: bool = True
     pre_norm: bool = False
     activation: str = "gelu"
@@ -112,7 +106,7 @@ FAMILIES: dict[str, Family] = {
             "Architecture, CVPR 2023",
             "patch tokens without the final norm; shifted encodings with it",
             PositionResize.SCALE_FACTOR,
-            final_norm=FinalNorm.SHIFTED_ONLY,
+            norm_plain=False,
             class_token=False,
             ignored=(_HEAD,),
             sine_positions=True,
@@ -177,11 +171,7 @@ FAMILIES: dict[str, Family] = {
             ignored=(_HEAD,),
             outside=(r"^(base_encoder|predictor)\.",),
             sine_positions=True,
-            quirks=(
-                _SINCOS,
-                _SCALE,
-                "the momentum encoder is used, not the base encoder",
-            ),
+            quirks=(_SINCOS, _SCALE, "the momentum encoder is used, not the base encoder"),
         ),
         Family(
             "dino",
@@ -307,9 +297,7 @@ class BackboneInfo:
 def _vit(
     width: int, depth: int, heads: int, patch: int, side: int, registers: int = 0, layer_scale: bool = False
 ) -> Architecture:
-    return Architecture(
-        width, depth, heads, patch, Grid(side, side), 4 * width, registers=registers, layer_scale=layer_scale
-    )
+    return Architecture(width, depth, heads, patch, Grid(side, side), 4 * width, registers, layer_scale)
 
 
 _S16, _B16, _L16 = _vit(384, 12, 6, 16, 14), _vit(768, 12, 12, 16, 14), _vit(1024, 24, 16, 16, 14)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Grid, PositionShift
-from cosettle_cache.encoders.registry import FinalNorm, PositionResize
+from cosettle_cache.encoders.registry import PositionResize
 
 if TYPE_CHECKING:
     from cosettle_cache.encoders.registry import BackboneInfo
@@ -124,7 +124,8 @@ class Backbone:
 
         The first batch of every size takes longer, by the compiler's time.
         """
-        self._body.compile_blocks()
+        for block in self._body.vit.blocks:  # they are alike, so the compiler works once
+            block.compile()
         self.precision = f"{self.precision} compiled"
 
     def _numerics(self) -> AbstractContextManager[Any]:
@@ -142,9 +143,9 @@ class VitBody:
     So one forward gives each view its own position shift.
     """
 
-    def __init__(self, vit: Any, resize: PositionResize, final_norm: FinalNorm = FinalNorm.ALWAYS) -> None:
+    def __init__(self, vit: Any, resize: PositionResize, norm_plain: bool = True) -> None:
         self.vit = vit
-        self.final_norm = final_norm
+        self.norm_plain = norm_plain
         self.prefix, embedding = split_positions(vit)
         self.positions = None if embedding is None else Positions(embedding, resize)
         rope = getattr(vit, "rope", None)
@@ -168,15 +169,10 @@ class VitBody:
             for block, table in zip(self.vit.blocks, self.rotary.tables(grid, shifts), strict=True):
                 tokens = block(tokens, rope=table)
         normed: Tensor = self.vit.norm(tokens)
-        if self.final_norm is FinalNorm.ALWAYS:
+        if self.norm_plain:
             return normed
         shifted = torch.tensor([shift is not None for shift in shifts], device=tokens.device)
         return torch.where(shifted[:, None, None], normed, tokens)
-
-    def compile_blocks(self) -> None:
-        """Compile the blocks in place; they are alike, so the compiler works once."""
-        for block in self.vit.blocks:
-            block.compile()
 
 
 def split_positions(vit: Any) -> tuple[Tensor, Tensor | None]:
@@ -199,17 +195,13 @@ class Positions:
 
     def __init__(self, embedding: Float[Tensor, "row col dim"], resize: PositionResize) -> None:
         self._embedding = embedding
-        #: Embeddings by grid, and interpolation weights by axis and enlarged length.
-        self._plain = lru_cache(maxsize=8)(
+        #: The embedding at a grid [1 token dim], and interpolation weights by axis and enlarged length.
+        self.plain = lru_cache(maxsize=8)(
             lambda grid: resize_positions(embedding, grid, resize).flatten(0, 1).unsqueeze(0)
         )
         self._weights = lru_cache(maxsize=16)(
             lambda axis, length: bicubic_weights(embedding.shape[axis], length).to(embedding)
         )
-
-    def plain(self, grid: Grid) -> Float[Tensor, "1 token dim"]:
-        """Return the embedding at `grid`."""
-        return self._plain(grid)
 
     def shifted(self, grid: Grid, shifts: Sequence[PositionShift]) -> Float[Tensor, "n token dim"]:
         """Return one shifted embedding per shift: the crop at its offsets of the enlarged embedding.

@@ -18,10 +18,11 @@ from threading import Event, Lock
 from typing import Any
 from uuid import uuid4
 
-from cosettle_cache.core.cluster import pick_device, share_of_cores, work_on
+from cosettle_cache.core.cluster import work_on
 from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import is_url
+from cosettle_cache.core.parallel import pick_device, share_of_cores
 from cosettle_cache.core.settings import (
     EncoderSettings,
     ExtractSettings,

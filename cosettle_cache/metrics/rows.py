@@ -20,7 +20,7 @@ import pyarrow as pa
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.tables import make_table, read_metadata, read_table, write_json, write_table
-from cosettle_cache.core.types import Provenance, Score
+from cosettle_cache.core.types import Provenance, Score, Video
 from cosettle_cache.metrics import jhmdb, tapvid
 from cosettle_cache.metrics.davis import DavisScorer
 from cosettle_cache.metrics.jhmdb import JointCounts
@@ -57,6 +57,32 @@ J_AND_F_FIGURES = ("jf_mean", "j_mean", "j_recall", "j_decay", "f_mean", "f_reca
 PCK_FIGURES = tuple("pck_" + f"{threshold:g}".replace(".", "_") for threshold in jhmdb.THRESHOLDS)
 STRICT_FIGURES = tuple(f"strict_{name}" for name in PCK_FIGURES)
 TRACK_FIGURES = ("aj", "delta_avg", "oa", *(f"delta_{threshold}" for threshold in tapvid.THRESHOLDS))
+
+
+def video_row(
+    task: str,
+    video: Video,
+    tokens: str,
+    protocol: str,
+    settings: Mapping[str, Any],
+    provenance: Provenance,
+    size: tuple[int, int] | None = None,
+) -> Score:
+    """Return the row of one video that figures are put into; `settings` are the protocol's.
+
+    `size` is the (height, width) at which it is scored, None its own.
+    """
+    height, width = size or (video.height, video.width)
+    return Score(
+        task=task,
+        video_id=video.video_id,
+        tokens=tokens,
+        n_frames=video.n_frames,
+        scored_size=f"{height}x{width}",
+        protocol=protocol,
+        protocol_json=json.dumps(settings, sort_keys=True),
+        provenance=provenance,
+    )
 
 
 def object_rows(row: Score, scorer: DavisScorer, shown: Collection[int]) -> list[Score]:

@@ -248,42 +248,40 @@ def smooth(values: Sequence[float], width: int) -> Float[np.ndarray, " step"]:
 
 @dataclass(frozen=True, slots=True)
 class PlanePoint:
-    """One kind of tokens (`raw` or a projection's name) of one encoder; distances in diameters."""
+    """One kind of tokens (`raw` or a projection's name) of one encoder in the plane of one definition.
 
+    Distances are in diameters, the margin is D = d_inter - `gamma` * d_intra.
+    """
+
+    plane: str
+    gamma: float
     encoder: str
     tokens: str
     d_intra: float
     d_inter: float
 
 
-@dataclass(frozen=True, slots=True)
-class Plane:
-    """The points of one definition; margin D = d_inter - `gamma` * d_intra."""
-
-    title: str
-    gamma: float
-    points: Sequence[PlanePoint]
-
-
 @rc_context(_STYLE)
-def plane_chart(planes: Sequence[Plane]) -> Figure:
-    """Draw each plane in a panel: an arrow leads from an encoder's raw tokens to each of its projections.
+def plane_chart(points: Sequence[PlanePoint]) -> Figure:
+    """Draw a panel per plane: an arrow leads from an encoder's raw tokens to each of its projections.
 
     Lines of equal margin are dotted.
     """
+    planes = list(dict.fromkeys(point.plane for point in points))
     n_cols = min(len(planes), 2)
     n_rows = -(-len(planes) // n_cols)
     chart = Figure(figsize=(1.5 + 6 * n_cols, 5.5 * n_rows), dpi=120, layout="constrained")
     axes = chart.subplots(n_rows, n_cols, squeeze=False).flat
     for axis, plane in zip(axes, planes, strict=False):
-        _draw_plane(axis, plane)
+        _draw_plane(axis, [point for point in points if point.plane == plane])
     for axis in list(axes)[len(planes) :]:
         axis.set_visible(False)
     return chart
 
 
-def _draw_plane(axis: Axes, plane: Plane) -> None:
-    points = [item for item in plane.points if math.isfinite(item.d_intra) and math.isfinite(item.d_inter)]
+def _draw_plane(axis: Axes, points: Sequence[PlanePoint]) -> None:
+    title, gamma = points[0].plane, points[0].gamma
+    points = [item for item in points if math.isfinite(item.d_intra) and math.isfinite(item.d_inter)]
     for number, encoder in enumerate(dict.fromkeys(point.encoder for point in points)):
         own = [item for item in points if item.encoder == encoder]
         raw = next((item for item in own if item.tokens == "raw"), None)
@@ -296,14 +294,14 @@ def _draw_plane(axis: Axes, plane: Plane) -> None:
                 axis.annotate("", place, (raw.d_intra, raw.d_inter), arrowprops=arrow)
     axis.margins(0.2)
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    for margin in np.linspace(low - plane.gamma * right, high - plane.gamma * left, 8)[1:-1]:
-        start = (left, margin + plane.gamma * left)
-        axis.axline(start, slope=plane.gamma, color=_FAINT, alpha=0.5, linestyle=":", zorder=0)
+    for margin in np.linspace(low - gamma * right, high - gamma * left, 8)[1:-1]:
+        start = (left, margin + gamma * left)
+        axis.axline(start, slope=gamma, color=_FAINT, alpha=0.5, linestyle=":", zorder=0)
     # The lines moved the limits.
-    axis.set(xlim=(left, right), ylim=(low, high), title=plane.title)
+    axis.set(xlim=(left, right), ylim=(low, high), title=title)
     axis.set(xlabel="D intra (less: steadier within a clip)", ylabel="D inter (more: clips further apart)")
     _label_points(axis, points)
-    note = f"dotted: equal D = D inter - {plane.gamma:g} D intra"
+    note = f"dotted: equal D = D inter - {gamma:g} D intra"
     at_corner: Any = {"transform": axis.transAxes, "ha": "right", "va": "bottom"}
     axis.text(0.99, 0.01, note, fontsize="x-small", color=_FAINT, **at_corner)
     axis.legend(loc="best", frameon=False)

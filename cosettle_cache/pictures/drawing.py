@@ -1,4 +1,4 @@
-"""Labels and tokens drawn on frames: masks as veils with outlines, joints as a skeleton, tokens in colours.
+"""What is drawn on frames: masks as veils with outlines, joints as a skeleton, tokens in colours, tracks.
 
 Frames and what is drawn of them come in one after the other; films and stills go out, of every kind of tokens
 by itself and of all side by side. Nothing is kept beyond the frame in hand. Colours are for the eye only;
@@ -10,23 +10,27 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from cosettle_cache.core.files import make_folder, output_errors
 from cosettle_cache.pictures.film import Film, Movie
+from cosettle_cache.videos.tapvid import PointTracks
 
 # Sizes differ by design: a canvas is larger than its frame, a panel smaller.
 Image8 = UInt8[np.ndarray, "_ _ 3"]
 Mask = UInt8[np.ndarray, "_ _"]
 #: Key points in pixels of the frame: x, then y; lost ones are negative.
 Points = Float[np.ndarray, "2 joint"]
+#: A place in pixels of the frame: x, then y.
+Place = Float[np.ndarray, "2"]
 Colour = tuple[int, int, int]
 
 #: Share of an object's colour in the pixels that it covers.
@@ -38,6 +42,7 @@ PANEL_SIDE = 640
 
 _BACKGROUND: Colour = (24, 26, 30)
 _TEXT: Colour = (235, 237, 240)
+_WHITE = [255, 255, 255]
 _GAP = 4
 #: One step of hue from an index to the next: neighbours differ most, and no index repeats another's hue.
 _GOLDEN = 0.618034
@@ -50,7 +55,10 @@ _BONES: tuple[tuple[int, int, Colour], ...] = (
 )
 #: Fraction bits of OpenCV's coordinates.
 _SHIFT = 4
-
+#: Frames that the tail of a track goes back, and the radius of its dot as a share of the image's height.
+_TAIL, _DOT = 10, 1 / 120
+#: From blue over green to red.
+_TURBO = cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_TURBO)[0, :, ::-1]
 
 #: Red, green and blue of every object or class but 0; three strengths in turn tell close hues apart.
 _STRENGTHS = ((0.85, 1.0), (0.6, 1.0), (0.9, 0.72))
@@ -214,3 +222,64 @@ def write_pictures(
                     Image.fromarray(panel).save(still)
             if movie is not None:
                 movie.add(side_by_side({"frame": image, **panels}))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DrawnTracks:
+    """What is drawn of one video: found tracks, the frame in which each one was given, the true ones."""
+
+    found: PointTracks
+    given: Int64[np.ndarray, " point"]
+    truth: PointTracks | None = None
+
+
+def write_tracks(
+    images: Iterable[Image8], tracks: DrawnTracks, fps: float | None, folder: Path, name: str
+) -> None:
+    """Write `folder/name.mp4` and four stills of it, small frames enlarged.
+
+    Raises `OutputError` when they cannot be written.
+    """
+    # One colour per point, by its place from the top left to the bottom right where it was given.
+    starts = tracks.found.points[np.arange(len(tracks.given)), tracks.given]
+    order = np.argsort(np.argsort(starts.sum(axis=1)))
+    shades = np.asarray(256 * (0.05 + 0.9 * order / max(len(order) - 1, 1)), np.uint8)
+    colours = _TURBO[shades].tolist()
+    make_folder(folder)
+    with Film(folder, name, tracks.found.n_frames, fps) as film:
+        for frame, image in enumerate(images):
+            scale = canvas_scale(*image.shape[:2])
+            canvas = enlarge(image.copy(), scale)
+            _draw_tracks(canvas, tracks, frame, colours, scale)
+            film.add(canvas)
+
+
+def _draw_tracks(
+    canvas: Image8, tracks: DrawnTracks, frame: int, colours: Sequence[list[int]], scale: int
+) -> None:
+    """Draw all tails and then all dots; where the true place shows, a cross there is tied to the dot."""
+    found, truth, radius = tracks.found, tracks.truth, canvas.shape[0] * _DOT
+    given, size = np.flatnonzero(tracks.given <= frame).tolist(), round(radius * 2**_SHIFT)
+
+    def fixed(place: Place) -> list[int]:
+        # As OpenCV counts: in parts of a pixel, from the first pixel's centre.
+        counted: list[int] = np.round((place * scale - 0.5) * 2**_SHIFT).astype(int).tolist()
+        return counted
+
+    def line(start: Place, end: Place, colour: list[int]) -> None:
+        cv2.line(canvas, fixed(start), fixed(end), colour, 1, cv2.LINE_AA, _SHIFT)
+
+    for point in given:
+        for index in range(max(tracks.given[point], frame - _TAIL) + 1, frame + 1):
+            if found.visible[point, index - 1] and found.visible[point, index]:
+                line(found.points[point, index - 1], found.points[point, index], colours[point])
+    for point in given:
+        place = found.points[point, frame]
+        if truth is not None and truth.visible[point, frame]:
+            true = truth.points[point, frame]
+            line(true, place, _WHITE)
+            for reach in radius / scale * np.eye(2):
+                line(true - reach, true + reach, _WHITE)
+        filled = -1 if found.visible[point, frame] else 1
+        cv2.circle(canvas, fixed(place), size, (0, 0, 0), 2, cv2.LINE_AA, _SHIFT)
+        cv2.circle(canvas, fixed(place), size, colours[point], filled, cv2.LINE_AA, _SHIFT)

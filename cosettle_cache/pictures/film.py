@@ -17,16 +17,15 @@ from cosettle_cache.core.errors import OutputError
 from cosettle_cache.core.files import output_errors, temporary_name, write_durably
 from cosettle_cache.videos.frames import Image8
 
-_N_STILLS = 4
 #: Frames per second where the source does not say; DAVIS was filmed at 24.
 _USUAL_FPS = 24.0
 #: A third of the usual preset's time for a tenth more bytes.
 _H264 = {"preset": "veryfast", "crf": "20"}
 
 
-def still_frames(n_frames: int) -> list[int]:
-    """Return the frames that also become PNGs: first, last, and evenly between."""
-    return sorted({round(place) for place in np.linspace(0, n_frames - 1, _N_STILLS)})
+def still_frames(n_frames: int, at_most: int = 4) -> list[int]:
+    """Return up to `at_most` of the frames: first, last, and evenly between."""
+    return sorted({round(place) for place in np.linspace(0, n_frames - 1, min(n_frames, at_most))})
 
 
 class Movie:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosettle_cache.core.lazy import lazy_names
+from cosettle_cache.core import lazy_names
 
 if TYPE_CHECKING:
     from cosettle_cache.propagation.propagator import Propagator, propagate

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cosettle_cache.core.errors import FingerprintError, InputError
-from cosettle_cache.core.files import make_folder, output_errors
+from cosettle_cache.core.files import make_folder, output_errors, read_json
 from cosettle_cache.core.settings import differing, digest, flat_text, package_versions
-from cosettle_cache.core.tables import read_json, write_json
+from cosettle_cache.core.tables import write_json
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.metrics.rows import rows_of_wide
@@ -46,7 +46,7 @@ class RunFolder:
         """Return the folder of a video's pictures."""
         return self.path / OVERLAY_FOLDER / video_id
 
-    def begin(self, origin: Mapping[str, Any], kinds: Sequence[str], *, restart: bool = False) -> None:
+    def begin(self, origin: Mapping[str, Any], kinds: Sequence[str], restart: bool) -> None:
         """Take the folder for a run; raise `FingerprintError` when it belongs to other settings.
 
         With `restart` what an earlier run left is removed first.

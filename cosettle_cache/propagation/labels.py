@@ -21,6 +21,7 @@ from cosettle_cache.videos.masks import sample_mask
 
 Mask = UInt8[np.ndarray, "height width"]
 Size = tuple[int, int]
+LabelMap = Float32[Tensor, "row col class"]
 #: Key points: x, then y.
 Points = Float[np.ndarray, "2 joint"]
 
@@ -37,7 +38,7 @@ class FirstLabels:
     """The first frame's label map; class c of the map is object `object_ids[c]` of the mask, ascending."""
 
     object_ids: tuple[int, ...]
-    label_map: Float32[Tensor, "row col class"]
+    label_map: LabelMap
 
 
 def encode_mask(mask: Mask, size: Size, grid: Grid) -> FirstLabels:
@@ -70,7 +71,7 @@ def encode_mask_nearest(mask: Mask, grid: Grid) -> FirstLabels:
 
 
 def decode_mask(
-    label_map: Float32[Tensor, "row col class"],
+    label_map: LabelMap,
     object_ids: Sequence[int],
     size: Size,
     mask_size: Size,
@@ -96,7 +97,7 @@ def decode_mask(
     return sample_mask(mask, mask_size) if stretched else resize_mask(mask, mask_size)
 
 
-def encode_keypoints(points: Points, grid: Grid) -> Float32[Tensor, "row col class"]:
+def encode_keypoints(points: Points, grid: Grid) -> LabelMap:
     """Return the label map of key points given in cells; class 0 is the background, class j + 1 is joint j.
 
     Each joint is a Gaussian of `SIGMA` cells around its nearest cell, 1 there. As released, it is cut to
@@ -112,9 +113,7 @@ def encode_keypoints(points: Points, grid: Grid) -> Float32[Tensor, "row col cla
     return torch.from_numpy(np.concatenate([background, maps], axis=-1).astype(np.float32))
 
 
-def decode_keypoints(
-    label_map: Float32[Tensor, "row col class"], *, n_cells: int = DECODED_CELLS
-) -> Float32[Tensor, "2 joint"]:
+def decode_keypoints(label_map: LabelMap, *, n_cells: int = DECODED_CELLS) -> Float32[Tensor, "2 joint"]:
     """Return the joints of a label map in cells: the mean of each joint's `n_cells` strongest cells.
 
     Cells are weighted by their share of the map's sum over them. A joint whose map is empty is `LOST` in both

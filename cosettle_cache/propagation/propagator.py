@@ -17,13 +17,10 @@ from torch import Tensor
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import EvalProtocol, Grid
 from cosettle_cache.propagation.context import ContextSearch, Neighbors
-from cosettle_cache.propagation.presets import check_protocol
+from cosettle_cache.propagation.labels import LabelMap
+from cosettle_cache.propagation.protocols import check_protocol
 from cosettle_cache.search.masked import transition
 
-#: The first frame is given, so there must be another.
-MIN_FRAMES = 2
-
-LabelMap = Float32[Tensor, "row col class"]
 AnyMap = Float[Tensor, "row col class"] | Float[np.ndarray, "row col class"]
 _Frame = TypeVar("_Frame", int, Tensor)
 
@@ -35,11 +32,7 @@ class LabelCarrier:
     """
 
     def __init__(
-        self,
-        first_labels: AnyMap,
-        protocol: EvalProtocol,
-        *,
-        device: str | torch.device = "cpu",
+        self, first_labels: AnyMap, protocol: EvalProtocol, *, device: str | torch.device = "cpu"
     ) -> None:
         check_protocol(protocol)
         self._protocol, self._device = protocol, torch.device(device)
@@ -146,8 +139,6 @@ def propagate(
 
 
 def check_length(n_frames: int) -> None:
-    """Raise `InputError` for a video of one frame."""
-    if n_frames < MIN_FRAMES:
-        raise InputError(
-            "the video has nothing to propagate to", wanted=f"at least {MIN_FRAMES} frames", found=n_frames
-        )
+    """Raise `InputError` for a video of one frame: that is given."""
+    if n_frames < 2:
+        raise InputError("the video has nothing to propagate to", wanted="at least 2 frames", found=n_frames)

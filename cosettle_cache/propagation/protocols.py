@@ -1,26 +1,105 @@
 """Named label-propagation protocols: a preset's name and a task go in, an `EvalProtocol` comes out.
 
-Any field can be overridden; the protocol's name then says which, so that no score row can hide it.
+The constants of each code base stand here as data, with their source. Any field can be overridden; the
+protocol's name then says which, so that no score row can hide it.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.core.settings import replace_red_std
+from cosettle_cache.core.settings import IMAGENET_RED_STD
 from cosettle_cache.core.types import EvalProtocol
-from cosettle_cache.propagation.presets import check_field, check_protocol
 from cosettle_cache.propagation.tasks import TASKS
+
+_T = TypeVar("_T")
+
+#: Fields that are one of a few words.
+CHOICES = {
+    "window": ("disc", "square"),
+    "label_encoding": ("bilinear", "nearest"),
+    "decode_size": ("input", "annotation"),
+}
 
 #: Fields that decide which neighbours a query has among given tokens; labels and weights come after.
 SEARCH_FIELDS = ("top_k", "keep_ties", "n_context", "radius", "window", "mask_first", "first_frame_copies")
 
+#: Protocols of one task, each with its source.
+Presets = tuple[tuple[EvalProtocol, str], ...]
 
-_T = TypeVar("_T")
+# T-CORE's engine with the values of the paper's Table 8c; the temperature is T-CORE's, the table has none.
+_COSETTLE = EvalProtocol(
+    name="cosettle",
+    size="480x880",
+    red_std=IMAGENET_RED_STD,
+    top_k=7,
+    keep_ties=False,
+    n_context=20,
+    radius=20.0,
+    window="disc",
+    mask_first=False,
+    first_frame_copies=True,
+    temperature=0.7,
+    label_encoding="bilinear",
+    norm_mask=False,
+    decode_size="input",
+    keypoint_top_k=5,
+)
+
+# 0.228 is a slip of the DINO script that RSP inherited; every score made with either contains it.
+_DINO = EvalProtocol(
+    name="dino",
+    size="short:480/64",
+    red_std=0.228,
+    top_k=5,
+    keep_ties=True,
+    n_context=7,
+    radius=12.0,
+    window="square",
+    mask_first=True,
+    first_frame_copies=False,
+    temperature=0.1,
+    label_encoding="nearest",
+    norm_mask=True,
+    decode_size="input",
+    keypoint_top_k=5,
+)
+
+_CRW = replace(
+    _COSETTLE, name="crw", size="native", top_k=10, radius=12.0, temperature=0.05, keypoint_top_k=3
+)
+
+# RSP resizes every clip to 480x880 beforehand, of which DINO's loader leaves 832 columns.
+_RSP = replace(_DINO, name="rsp", size="480x832", top_k=7, n_context=30, radius=30.0)
+
+_TABLE_8C = "Co-Settle Table 8c; engine and temperature of T-CORE 0ffcabe"
+_DINO_SCRIPT = "DINO 7c446df, eval_video_segmentation"
+_CRW_README = "videowalk 047f3f4, README"
+_CRW_THREAD = "videowalk 047f3f4, commands in its issue 10"
+_RSP_SCRIPT = "RSP 5ea2b91 with DINO's script"
+
+_DAVIS: Presets = ((_COSETTLE, _TABLE_8C), (_DINO, _DINO_SCRIPT), (_CRW, _CRW_README), (_RSP, _RSP_SCRIPT))
+#: By the tasks that protocols were published for.
+PRESETS: dict[str, Presets] = {
+    "davis": _DAVIS,
+    "vip": (
+        (replace(_COSETTLE, top_k=10), _TABLE_8C),
+        (replace(_CRW, size="560x560", n_context=4), _CRW_THREAD),
+    ),
+    "jhmdb": (
+        (replace(_COSETTLE, size="320x320"), _TABLE_8C),
+        (replace(_CRW, size="320x320", n_context=7), _CRW_THREAD),
+    ),
+}
+#: Of every other task, which fixes no size: the DAVIS protocols at the frames' own size.
+OWN_SIZE: Presets = tuple(
+    (replace(protocol, size="native"), f"{source}; own size") for protocol, source in _DAVIS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +113,8 @@ class Preset:
 
 def list_presets(task: str | None = None) -> tuple[Preset, ...]:
     """Return the presets of `task`, or all by protocol; raise `UsageError` for a task that none knows."""
-    rows = TASKS if task is None else {task: _find(TASKS, task, "task")}
-    known = [Preset(name, *pair) for name, row in rows.items() for pair in row.presets]
+    tasks = TASKS if task is None else [_find(TASKS, task, "task").name]
+    known = [Preset(name, *pair) for name in tasks for pair in PRESETS.get(name, OWN_SIZE)]
     names = list(dict.fromkeys(preset.protocol.name for preset in known))
     return tuple(sorted(known, key=lambda preset: names.index(preset.protocol.name)))
 
@@ -66,12 +145,25 @@ def make_protocol(name: str = "cosettle", *, task: str = "davis", **overrides: o
     return protocol
 
 
-def image_std(protocol: EvalProtocol, encoder_std: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Return the deviations that images are divided by: the encoder's, with the protocol's red if ImageNet's.
+def check_protocol(protocol: EvalProtocol) -> None:
+    """Raise `UsageError` unless every field of `protocol` can be honoured."""
+    for key in ("top_k", "keypoint_top_k"):
+        check_field(getattr(protocol, key) >= 1, key, "at least 1", getattr(protocol, key))
+    check_field(protocol.n_context >= 0, "n_context", "at least 0 frames", protocol.n_context)
+    for key in ("radius", "temperature", "red_std"):
+        value = getattr(protocol, key)
+        check_field(math.isfinite(value) and value > 0, key, "a positive number", value)
+    for key, words in CHOICES.items():
+        check_field(getattr(protocol, key) in words, key, " or ".join(words), getattr(protocol, key))
+    from cosettle_cache.videos.frames import resolve_size  # decoders come with it, and `--help` passes here
 
-    An encoder with statistics of its own keeps them: the slip that `red_std` repeats is one in ImageNet's.
-    """
-    return replace_red_std(encoder_std, protocol.red_std)
+    resolve_size(protocol.size, 480, 854)
+
+
+def check_field(ok: bool, key: str, wanted: str, found: object) -> None:
+    """Raise `UsageError` unless a protocol's field is `ok`."""
+    if not ok:
+        raise UsageError(f"the protocol field {key} has no meaning as given", wanted=wanted, found=found)
 
 
 def _find(known: Mapping[str, _T], key: str, what: str) -> _T:

@@ -7,6 +7,7 @@ what is on disk, beside the propagation or, by workers, after it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,27 +17,28 @@ from threading import Event
 
 import torch
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, human_bytes
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
 from cosettle_cache.core.parallel import Run
-from cosettle_cache.core.settings import OVERLAYS, PropagateSettings
+from cosettle_cache.core.settings import PropagateSettings, check_choices, replace_red_std
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.metrics.rows import Mean, mean_scores, row_origins, sequence_means
-from cosettle_cache.propagation.checks import check_labels, check_memory, check_store
+from cosettle_cache.propagation.context import check_candidates
 from cosettle_cache.propagation.folder import RESERVED, RunFolder, run_origin
-from cosettle_cache.propagation.tasks import find_task
+from cosettle_cache.propagation.protocols import check_protocol
+from cosettle_cache.propagation.tasks import Task, find_task
 from cosettle_cache.propagation.video import (
-    StageSeconds,
     VideoReport,
     VideoWork,
     draw_video,
     peak_memory_bytes,
     propagate_video,
 )
-from cosettle_cache.search.masked import make_ranker
+from cosettle_cache.search.masked import Ranker, SearchSize, make_ranker
 from cosettle_cache.store import FeatureStore
+from cosettle_cache.videos.frames import resolve_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class PropagationReport:
     scores: tuple[Score, ...]
     n_frames: int
     failures: Mapping[str, str]
-    seconds: StageSeconds
+    seconds: float
     peak_memory_bytes: int
     interrupted: bool
     error: CosettleError | None = None
@@ -88,53 +90,125 @@ def propagate_store(
     Raises `FingerprintError` when the store was made for another size, and when `out` holds results of other
     settings, unless `settings.restart` removes them.
     """
-    if settings.overlays not in OVERLAYS:
-        raise UsageError(
-            f"{settings.overlays!r} says nothing about overlays",
-            wanted=", ".join(OVERLAYS),
-            found=settings.overlays,
-        )
+    check_choices(settings)
     row = find_task(task)
     check_store(store, protocol)
-    check_labels(store, row)
+    _check_labels(store, row)
     here = "cpu" if runner or device is None else device
     kinds = tuple(make_kinds(projections, store.arrays[0].n_channels, device=here, reserved=RESERVED))
     ranker = make_ranker(settings.search, torch.device(device or "cpu"))
-    check_memory(store, protocol, settings.memory_limit, n_kinds=len(kinds), ranker=ranker)
+    _check_memory(store, protocol, settings.memory_limit, n_kinds=len(kinds), ranker=ranker)
     folder = RunFolder(out.absolute())
     work = VideoWork(store, data_root.absolute(), protocol, folder, settings, row, kinds, device)
-    seconds, reports, n_before, error = StageSeconds(), dict[int, VideoReport](), 0, None
-    with seconds.timed("total"):
+    started, reports, n_before, error = time.perf_counter(), dict[int, VideoReport](), 0, None
+    try:
+        folder.begin(
+            run_origin(store, task, protocol, kinds), [kind.name for kind in kinds], settings.restart
+        )
+        for number, video in enumerate(work.videos):
+            if (rows := folder.finished(video, work.data_root)) is not None:
+                reports[number] = VideoReport(scores=rows)
+        n_before = len(reports)
+        on_start(n_before)
+        n_frames = (video.n_frames for i, video in enumerate(work.videos) if i not in reports)
+        progress.start(sum(n_frames), "frames")
         try:
-            folder.begin(
-                run_origin(store, task, protocol, kinds),
-                [kind.name for kind in kinds],
-                restart=settings.restart,
+            if runner is None:
+                _propagate_here(work, reports, progress, stop or Event())
+            else:
+                saved = tuple(kind.saved(folder.progress / "projections") for kind in kinds)
+                _propagate_across(replace(work, kinds=saved), reports, progress, runner)
+        finally:
+            progress.finish()
+    except FingerprintError:
+        raise
+    except CosettleError as caught:
+        error = caught
+    ordered = [(video.video_id, reports[i]) for i, video in enumerate(work.videos) if i in reports]
+    failures = {video_id: report.failure or report.not_drawn for video_id, report in ordered}
+    return PropagationReport(
+        scores=tuple(score for _, report in ordered for score in report.scores),
+        n_frames=sum(report.n_frames for _, report in ordered),
+        failures={video_id: reason for video_id, reason in failures.items() if reason is not None},
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=max(peak_memory_bytes(), *(report.peak_memory_bytes for _, report in ordered), 0),
+        interrupted=error is None and len(reports) < len(work.videos),
+        error=error,
+        n_videos_before=n_before,
+        n_reused=sum(report.n_reused for _, report in ordered),
+    )
+
+
+def check_store(store: FeatureStore, protocol: EvalProtocol) -> None:
+    """Raise `FingerprintError` unless `store` holds every frame of its videos as the protocol has them."""
+    check_protocol(protocol)
+    if unlike := store.unlike_every_frame():
+        raise _wrong_store(store, *unlike, protocol)
+    found = tuple(store.encoder.get("std", ()))
+    if found and replace_red_std(found, protocol.red_std) != found:
+        raise FingerprintError(
+            f"the images of {store.path} were normalised otherwise than in the protocol {protocol.name}",
+            wanted=f"red_std {protocol.red_std:g}",
+            found=f"red_std {found[0]:g}",
+            hint=f"cosettle-cache extract --red-std {protocol.red_std:g}, or keep to the store with "
+            f"--set red_std={found[0]:g}; the protocol's name then says so",
+        )
+    size = str(store.fingerprint.plan["size"])
+    for video in store.manifest:
+        at = [resolve_size(rule, video.height, video.width) for rule in (protocol.size, size)]
+        if at[0] != at[1]:
+            wanted, found_at = (f"{video.video_id} at {height}x{width}" for height, width in at)
+            raise _wrong_store(store, wanted, found_at, protocol)
+    for layout in store.arrays:
+        check_candidates(layout.grid, protocol)
+
+
+def _check_labels(store: FeatureStore, task: Task) -> None:
+    """Raise `UsageError` when the videos of a store are annotated otherwise than a task needs."""
+    others = {
+        str(video.label_kind) for video in store.manifest if video.label_kind not in (None, task.labels)
+    }
+    if others:
+        raise UsageError(
+            f"the videos of {store.path} are annotated otherwise than the task {task.name} needs",
+            wanted=str(task.labels),
+            found=", ".join(sorted(others)),
+        )
+
+
+def _check_memory(
+    store: FeatureStore, protocol: EvalProtocol, limit: int | None, *, n_kinds: int, ranker: Ranker
+) -> None:
+    """Raise `UsageError` when the search of `n_kinds` kinds of tokens side by side exceeds `limit` bytes."""
+    if limit is None:
+        return
+    most_classes = 1 + max((video.n_objects for video in store.manifest), default=0)
+    for layout in store.arrays:
+        labels = torch.float32.itemsize * (1 + protocol.n_context) * layout.grid.n_tokens * most_classes
+        size = SearchSize(
+            layout.grid, layout.n_channels, protocol, ranker.n_parallel, labels, rough=ranker.rough
+        )
+        needed = n_kinds * size.needed_bytes(1)
+        if needed > limit:
+            raise UsageError(
+                f"the search among {layout.grid} tokens needs more memory for {n_kinds} kinds of tokens",
+                wanted=f"at least {human_bytes(needed)}",
+                found=human_bytes(limit),
+                hint="a larger --memory-limit, fewer projections at a time, or a smaller n_context",
             )
-            for number, video in enumerate(work.videos):
-                if (rows := folder.finished(video, work.data_root)) is not None:
-                    reports[number] = VideoReport(scores=rows)
-            n_before = len(reports)
-            on_start(n_before)
-            n_frames = (video.n_frames for i, video in enumerate(work.videos) if i not in reports)
-            progress.start(sum(n_frames), "frames")
-            try:
-                if runner is None:
-                    _propagate_here(work, reports, seconds, progress, stop or Event())
-                else:
-                    saved = tuple(kind.saved(folder.progress / "projections") for kind in kinds)
-                    _propagate_across(replace(work, kinds=saved), reports, seconds, progress, runner)
-            finally:
-                progress.finish()
-        except FingerprintError:
-            raise
-        except CosettleError as caught:
-            error = caught
-    return _summary(work, reports, seconds, n_before, error)
+
+
+def _wrong_store(store: FeatureStore, wanted: str, found: str, protocol: EvalProtocol) -> FingerprintError:
+    return FingerprintError(
+        f"{store.path} does not fit the protocol {protocol.name}",
+        wanted=wanted,
+        found=found,
+        hint=f"cosettle-cache extract --plan frames --size {protocol.size}",
+    )
 
 
 def _propagate_here(
-    work: VideoWork, reports: dict[int, VideoReport], seconds: StageSeconds, progress: Progress, stop: Event
+    work: VideoWork, reports: dict[int, VideoReport], progress: Progress, stop: Event
 ) -> None:
     """Add the reports of the videos that have none; pictures are drawn beside, from what is on disk."""
     drawings: dict[int, Future[str | None]] = {}
@@ -150,14 +224,13 @@ def _propagate_here(
     finally:
         # What was not begun is drawn by the next run.
         painter.shutdown(wait=False, cancel_futures=stop.is_set())
-        with seconds.timed("wait_overlays"):
-            for number, job in drawings.items():
-                if not job.cancelled():
-                    reports[number] = replace(reports[number], not_drawn=job.result())
+        for number, job in drawings.items():
+            if not job.cancelled():
+                reports[number] = replace(reports[number], not_drawn=job.result())
 
 
 def _propagate_across(
-    work: VideoWork, reports: dict[int, VideoReport], seconds: StageSeconds, progress: Progress, runner: Run
+    work: VideoWork, reports: dict[int, VideoReport], progress: Progress, runner: Run
 ) -> None:
     """Add the reports of the videos that have none, by workers, which then draw."""
     todo = [number for number in range(len(work.videos)) if number not in reports]
@@ -165,9 +238,8 @@ def _propagate_across(
         reports[number] = report
         progress.advance(work.videos[number].n_frames)
     to_draw = [number for number in sorted(reports) if _is_to_be_drawn(work, reports, number)]
-    with seconds.timed("wait_overlays"):
-        for number, failure in runner(partial(draw_video, work), to_draw):
-            reports[number] = replace(reports[number], not_drawn=failure)
+    for number, failure in runner(partial(draw_video, work), to_draw):
+        reports[number] = replace(reports[number], not_drawn=failure)
 
 
 def _is_to_be_drawn(work: VideoWork, reports: Mapping[int, VideoReport], number: int) -> bool:
@@ -178,30 +250,6 @@ def _is_to_be_drawn(work: VideoWork, reports: Mapping[int, VideoReport], number:
     if overlays == "first" and any(reports[i].failure is None for i in reports if i < number):
         return False
     return not work.folder.is_drawn(work.videos[number].video_id)
-
-
-def _summary(
-    work: VideoWork,
-    reports: Mapping[int, VideoReport],
-    seconds: StageSeconds,
-    n_before: int,
-    error: CosettleError | None,
-) -> PropagationReport:
-    ordered = [(video.video_id, reports[i]) for i, video in enumerate(work.videos) if i in reports]
-    for _, report in ordered:
-        seconds.add(report.seconds)
-    failures = {video_id: report.failure or report.not_drawn for video_id, report in ordered}
-    return PropagationReport(
-        scores=tuple(score for _, report in ordered for score in report.scores),
-        n_frames=sum(report.n_frames for _, report in ordered),
-        failures={video_id: reason for video_id, reason in failures.items() if reason is not None},
-        seconds=seconds,
-        peak_memory_bytes=max(peak_memory_bytes(), *(report.peak_memory_bytes for _, report in ordered), 0),
-        interrupted=error is None and len(reports) < len(work.videos),
-        error=error,
-        n_videos_before=n_before,
-        n_reused=sum(report.n_reused for _, report in ordered),
-    )
 
 
 def write_score_chart(scores: Sequence[Score], *paths: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,14 +24,20 @@ from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.settings import package_versions
 from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
-from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row
+from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row, video_row
 from cosettle_cache.propagation.tasks import TASKS, Task, load
-from cosettle_cache.videos.davis import MIN_SCORED_FRAMES, open_sequence
 from cosettle_cache.videos.frames import decode_errors
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
 from cosettle_cache.videos.manifest import manifest_digest
-from cosettle_cache.videos.masks import Mask, read_mask, sample_mask
-from cosettle_cache.videos.vip import PARTS, open_parts
+from cosettle_cache.videos.masks import (
+    MIN_SCORED_FRAMES,
+    PARTS,
+    Mask,
+    open_parts,
+    open_sequence,
+    read_mask,
+    sample_mask,
+)
 
 #: The grid of the released JHMDB protocol.
 DEFAULT_GRID = Grid(20, 20)
@@ -76,10 +82,10 @@ def find_problems(
     """Return, by video id, what is missing or of a wrong size, kind or length; score nothing."""
     row = find_scored(task)
     assert row.check is not None
-    check = load(row.check)
     if not predictions.is_dir():
         raise InputError(f"{predictions} is not a folder", wanted="a folder of predictions")
-    found = _over_videos(check, manifest, data_root, predictions, grid, (), progress)
+    cases = [Case(*item, len(manifest), data_root, predictions, grid) for item in enumerate(manifest)]
+    found = _over_videos(load(row.check), cases, progress)
     lines = {video_id: [said] if isinstance(said, str) else said for video_id, said in found.items()}
     return {video_id: said for video_id, said in lines.items() if said}
 
@@ -106,20 +112,12 @@ def score_predictions(
     digest, versions = manifest_digest(manifest), json.dumps({"score": package_versions()}, sort_keys=True)
 
     def rows(case: Case) -> list[Score]:
-        video = case.video
-        empty = Score(
-            task=task,
-            video_id=video.video_id,
-            tokens=name,
-            n_frames=video.n_frames,
-            scored_size=f"{video.height}x{video.width}",
-            protocol=GIVEN,
-            protocol_json="{}",
-            provenance=Provenance(video.dataset, digest, "", "", "", versions),
-        )
-        return score(case, empty)  # type: ignore[no-any-return]
+        origin = Provenance(case.video.dataset, digest, "", "", "", versions)
+        return score(case, video_row(task, case.video, name, GIVEN, {}, origin))  # type: ignore[no-any-return]
 
-    found = _over_videos(rows, manifest, data_root, predictions, grid, leave_out, progress)
+    cases = [Case(*item, len(manifest), data_root, predictions, grid) for item in enumerate(manifest)]
+    chosen = [case for case in cases if case.video.video_id not in leave_out]
+    found = _over_videos(rows, chosen, progress)
     scores = [item for result in found.values() if not isinstance(result, str) for item in result]
     return scores, {video_id: result for video_id, result in found.items() if isinstance(result, str)}
 
@@ -134,13 +132,7 @@ def find_scored(task: str) -> Task:
 
 
 def _over_videos(
-    work: Callable[[Case], _T],
-    manifest: Manifest,
-    data_root: Path,
-    predictions: Path,
-    grid: Grid,
-    leave_out: Collection[str],
-    progress: Progress,
+    work: Callable[[Case], _T], cases: Sequence[Case], progress: Progress
 ) -> dict[str, _T | str]:
     """Do `work` for each video on a few threads (decoding and counting let go of the interpreter).
 
@@ -153,8 +145,6 @@ def _over_videos(
         except InputError as error:
             return error.summary
 
-    cases = [Case(*item, len(manifest), data_root, predictions, grid) for item in enumerate(manifest)]
-    cases = [case for case in cases if case.video.video_id not in leave_out]
     found: dict[str, _T | str] = {}
     progress.start(len(cases), "videos")
     try:
@@ -196,7 +186,7 @@ def score_masks(case: Case, row: Score) -> list[Score]:
 
 def check_parts(case: Case) -> list[str]:
     """Return what keeps a clip of parts from being scored; frames without annotation are not looked for."""
-    files = open_parts(case.video, case.data_root).files
+    files = open_parts(case.video, case.data_root)
     names = [_map_names(files.frame_names[index]) for index in sorted(files.labelled)]
     found = {either[0]: _first_file(case.folder, *either) for either in names}
     return _image_faults("maps", case.folder, found)
@@ -209,9 +199,9 @@ def score_parts(case: Case, row: Score) -> list[Score]:
     """
     sequence = open_parts(case.video, case.data_root)
     total = no_pixels(len(PARTS))
-    for index in sorted(sequence.files.labelled):
+    for index in sorted(sequence.labelled):
         truth = sequence.mask(index)
-        path = _first_file(case.folder, *_map_names(sequence.files.frame_names[index]))
+        path = _first_file(case.folder, *_map_names(sequence.frame_names[index]))
         assert truth is not None
         assert path is not None
         total += count_pixels(truth, sample_mask(_read_classes(path), truth.shape), len(PARTS))

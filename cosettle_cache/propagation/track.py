@@ -7,7 +7,6 @@ in which queries are given, up to a limit, one frame, and the tracks.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +35,9 @@ from cosettle_cache.core.tables import stream_table
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.metrics.rows import tracks_row
+from cosettle_cache.metrics.rows import tracks_row, video_row
 from cosettle_cache.metrics.tapvid import SIZE, count_tracks, scored_frames
-from cosettle_cache.pictures.tracks import DrawnTracks, write_tracks
+from cosettle_cache.pictures.drawing import DrawnTracks, write_tracks
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.queries import Queries, open_tracks, sample_queries
@@ -275,16 +274,8 @@ def _keep(
             continue
         points, places = truth.points * square, tracks.points * square
         counts = count_tracks(points, truth.visible, places, tracks.visible, frames, settings.query_mode)
-        row = Score(
-            task=task,
-            video_id=video.video_id,
-            tokens=tracks.kind.name,
-            n_frames=video.n_frames,
-            scored_size=f"{SIZE}x{SIZE}",
-            protocol=PROTOCOL,
-            protocol_json=json.dumps(asdict(settings), sort_keys=True),
-            provenance=make_provenance("track", video.dataset, store.fingerprint, tracks.kind.sha256),
-        )
+        origin = make_provenance("track", video.dataset, store.fingerprint, tracks.kind.sha256)
+        row = video_row(task, video, tracks.kind.name, PROTOCOL, asdict(settings), origin, (SIZE, SIZE))
         report.scores.append(tracks_row(row, counts, truth.sha256()))
 
 

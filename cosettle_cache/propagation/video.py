@@ -7,14 +7,12 @@ kept: they do not depend on labels.
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +26,7 @@ from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.settings import PropagateSettings, digest, make_provenance
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
+from cosettle_cache.metrics.rows import video_row
 from cosettle_cache.propagation.context import ContextSearch, Neighbors
 from cosettle_cache.propagation.folder import RunFolder
 from cosettle_cache.propagation.neighbor_files import (
@@ -77,35 +76,6 @@ class VideoWork:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-@dataclass(slots=True)
-class StageSeconds:
-    """Seconds of the calling thread per stage, and of the whole run; overlays are drawn beside it.
-
-    Over several workers all but `total` are sums.
-    """
-
-    read: float = 0.0
-    propagate: float = 0.0
-    write: float = 0.0
-    score: float = 0.0
-    wait_overlays: float = 0.0
-    total: float = 0.0
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to `stage`."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, stage, getattr(self, stage) + time.perf_counter() - started)
-
-    def add(self, other: StageSeconds) -> None:
-        """Add the stages of another clock."""
-        for item in fields(self):
-            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
-
-
 @dataclass(frozen=True, slots=True)
 class VideoReport:
     """What became of one video; `failure` says why there is nothing else, `not_drawn` why no pictures.
@@ -117,7 +87,6 @@ class VideoReport:
     scores: tuple[Score, ...] = ()
     failure: str | None = None
     n_reused: int = 0
-    seconds: StageSeconds = field(default_factory=StageSeconds)
     peak_memory_bytes: int = 0
     not_drawn: str | None = None
 
@@ -135,7 +104,7 @@ def propagate_video(
                 f"{path} is not a folder on {platform.node()}",
                 wanted=f"{what} under the same path on every worker",
             )
-    video, seconds, device = work.videos[number], StageSeconds(), work.torch_device()
+    video, device = work.videos[number], work.torch_device()
     work.folder.reopen(video.video_id)
     try:
         check_length(video.n_frames)
@@ -145,32 +114,28 @@ def propagate_video(
             n_reused = sum(track.kept for track in tracks)
             stream = work.store.stream_tokens(video.video_id) if n_reused < len(tracks) else None
             for index in range(video.n_frames):
-                with seconds.timed("read"):
-                    tokens = None if stream is None else torch.from_numpy(next(stream)).to(device)
-                    truth = subject.truth(index)
+                tokens = None if stream is None else torch.from_numpy(next(stream)).to(device)
+                truth = subject.truth(index)
                 for track in tracks:
-                    with seconds.timed("propagate"):
-                        found = track.find(tokens)
-                        labels = track.carrier.first if found is None else track.carrier.step(found)
-                        prediction = subject.decode(labels)
-                    with seconds.timed("write"):
-                        track.predictions.write(index, prediction)
-                    if truth is not None:
-                        with seconds.timed("score"):
-                            track.predictions.score(truth, prediction)
+                    found = track.find(tokens)
+                    labels = track.carrier.first if found is None else track.carrier.step(found)
+                    prediction = subject.decode(labels)
+                    track.predictions.write(index, prediction)
+                    if truth is not None and track.predictions.score is not None:
+                        track.predictions.score(truth, prediction)
                 advance()
         scores: list[Score] = []
         for kind, track in zip(work.kinds, tracks, strict=True):
-            with seconds.timed("write"):
-                track.predictions.close()
-            with seconds.timed("score"):
-                scores += track.predictions.rows(_empty_row(work, video, kind))
-        with seconds.timed("write"):
-            files = [path for track in tracks for path in track.predictions.files]
-            work.folder.finish(video, work.data_root, files, scores)
+            origin = make_provenance("propagate", video.dataset, work.store.fingerprint, kind.sha256)
+            row = video_row(
+                work.task.name, video, kind.name, work.protocol.name, work.protocol.to_json(), origin
+            )
+            scores += track.predictions.rows(row)
+        files = [path for track in tracks for path in track.predictions.files]
+        work.folder.finish(video, work.data_root, files, scores)
     except (InputError, DamagedStoreError) as error:
         return VideoReport(failure=error.summary)
-    return VideoReport(video.n_frames, tuple(scores), None, n_reused, seconds, peak_memory_bytes())
+    return VideoReport(video.n_frames, tuple(scores), None, n_reused, peak_memory_bytes())
 
 
 def draw_video(work: VideoWork, number: int) -> str | None:
@@ -250,16 +215,3 @@ def _open_track(
         return found
 
     return _Track(find, False, carrier, predictions)
-
-
-def _empty_row(work: VideoWork, video: Video, kind: TokenKind) -> Score:
-    return Score(
-        task=work.task.name,
-        video_id=video.video_id,
-        tokens=kind.name,
-        n_frames=video.n_frames,
-        scored_size=f"{video.height}x{video.width}",
-        protocol=work.protocol.name,
-        protocol_json=json.dumps(work.protocol.to_json(), sort_keys=True),
-        provenance=make_provenance("propagate", video.dataset, work.store.fingerprint, kind.sha256),
-    )

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
 from cosettle_cache.core.files import make_folder, write_durably
 from cosettle_cache.heads.kinds import load_heads
 from cosettle_cache.report.explorer import Tokens, explorer_section, make_tokens
 from cosettle_cache.report.overlays import overlay_section
-from cosettle_cache.report.page import Media, Shown, assemble
+from cosettle_cache.report.page import Media, assemble
 from cosettle_cache.report.runs import Runs, holds_run, read_runs
 from cosettle_cache.report.sections import (
     curves_section,
@@ -45,8 +46,7 @@ class Contents:
             n_videos = len({score.video_id for score in scored.scores})
             found.setdefault(scored.name, {})["scores"] = {"videos": n_videos, "tokens": list(scored.tokens)}
         for trained in self.runs.trained:
-            steps = {member.name: member.n_steps for member in trained.members}
-            found.setdefault(trained.name, {})["steps"] = steps
+            found.setdefault(trained.name, {})["steps"] = trained.n_steps
         return {"runs": found, "explorer": self.tokens.to_json() if self.tokens else None}
 
 
@@ -55,7 +55,7 @@ class Written:
     """The size of the file, and the videos that it could not show, with reasons."""
 
     n_bytes: int
-    failures: tuple[str, ...]
+    failures: Sequence[str]
 
 
 def open_contents(
@@ -85,16 +85,21 @@ def write_report(path: Path, contents: Contents, n_videos: int = 3, max_frames: 
     title = f"Report: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     runs, media, tokens = contents.runs, contents.media, contents.tokens
     scored = [run for run in runs.scored if run.scores]
-    shown = [Shown(overview_section(scored))] if len(scored) > 1 else []
+    sections, failures = list[Element | None](), list[str]()
+    if len(scored) > 1:
+        sections.append(overview_section(scored))
     for number, run in enumerate(runs.scored):
-        shown.append(Shown(score_section(run, number)))
-        shown.append(overlay_section(run, number, media, n_videos, max_frames))
+        pictures, failed = overlay_section(run, number, media, n_videos, max_frames)
+        sections += [score_section(run, number), pictures]
+        failures += failed
     if tokens is not None:
-        shown.append(explorer_section(tokens, media, scored, n_videos, max_frames))
-    shown.append(Shown(plane_section(runs.analyzed)))
-    shown += [Shown(curves_section(run, number)) for number, run in enumerate(runs.trained)]
-    shown.append(Shown(provenance_section(runs, tokens.provenance() if tokens else {})))
-    data = assemble(title, [item.section for item in shown if item.section is not None])
+        explorer, failed = explorer_section(tokens, media, scored, n_videos, max_frames)
+        sections.append(explorer)
+        failures += failed
+    sections.append(plane_section(runs.analyzed))
+    sections += [curves_section(run, number) for number, run in enumerate(runs.trained)]
+    sections.append(provenance_section(runs, tokens.provenance() if tokens else {}))
+    data = assemble(title, [item for item in sections if item is not None])
     make_folder(path.parent)
     write_durably(path, [data])
-    return Written(len(data), tuple(text for item in shown for text in item.failures))
+    return Written(len(data), failures)

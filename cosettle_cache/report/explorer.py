@@ -24,11 +24,11 @@ from cosettle_cache.core.errors import CosettleError, InputError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
-from cosettle_cache.report.page import Media, Shown, data_element, data_uri, element, section, slider
+from cosettle_cache.report.page import Media, data_element, data_uri, element, section, slider
 from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.search.masked import make_ranker, unit_tokens
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.videos.frames import iter_frames, natural_key
+from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.masks import VOID, read_mask
 
 #: Neighbours listed per patch, as many as the protocol cosettle follows.
@@ -59,30 +59,23 @@ _MAPS = (
 )
 _DEFAULT_MAP = "0.1"
 
+Small = Int8[np.ndarray, "frame channel patch"]
+
 _KEYS = "Arrow keys move the patch, Page Up and Page Down the frame."
 
 
 @dataclass(frozen=True, slots=True)
-class SmallTokens:
-    """Unit tokens along their principal directions, strongest first, as multiples of `STEP`.
+class ExploredKind:
+    """One kind of tokens: for every patch of the first frame its nearest in each later one, best first.
 
-    One step for all directions keeps dot products best at a given size, as weak directions become runs of
-    zeros. `error` is the largest difference to an exact cosine with the first frame, found on patches spread
-    over the grid.
+    `small` and `error` are of `shrink`.
     """
 
-    values: Int8[np.ndarray, "frame channel patch"]
-    error: float
-
-
-@dataclass(frozen=True, slots=True)
-class ExploredKind:
-    """One kind of tokens: for every patch of the first frame its nearest in each later one, best first."""
-
     name: str
-    position: UInt16[np.ndarray, "frame patch k"]
-    cosine: Int16[np.ndarray, "frame patch k"]
-    small: SmallTokens
+    position: UInt16[np.ndarray, "later patch k"]
+    cosine: Int16[np.ndarray, "later patch k"]
+    small: Small
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +102,7 @@ def explore(store: FeatureStore, video_id: str, kinds: Sequence[TokenKind], max_
     Raises `InputError` when the store lacks tokens of the video, `DamagedStoreError` when they are damaged.
     """
     frames = chosen_frames(store.n_frames(video_id), max_frames)
-    # Streamed, so that memory does not grow with the video.
-    stream = enumerate(islice(store.stream_tokens(video_id), frames[-1] + 1))
-    chosen = [torch.from_numpy(grid.copy()).flatten(0, 1) for index, grid in stream if index in frames]
-    tokens = torch.stack(chosen)
+    tokens = torch.from_numpy(store.tokens(video_id, frames)).flatten(1, 2)
     explored = tuple(_explore_kind(kind.name, kind.apply(tokens)) for kind in kinds)
     return Explored(video_id, store.grid(video_id), tuple(frames), explored)
 
@@ -124,11 +114,16 @@ def _explore_kind(name: str, tokens: Float[Tensor, "frame patch dim"]) -> Explor
     ranked = [ranker.rank(unit[0], later[:, None], None, k) for later in unit[1:]]
     position = np.array([index.numpy() for _, index in ranked], np.uint16).reshape(-1, unit.shape[1], k)
     cosine = np.array([(values * COSINE_STEPS).round().numpy() for values, _ in ranked]).astype(np.int16)
-    return ExploredKind(name, position, cosine.reshape(position.shape), shrink(unit))
+    return ExploredKind(name, position, cosine.reshape(position.shape), *shrink(unit))
 
 
-def shrink(unit: Float32[Tensor, "frame patch dim"]) -> SmallTokens:
-    """Return `unit` tokens turned to the directions of their uncentred second moment, and rounded."""
+def shrink(unit: Float32[Tensor, "frame patch dim"]) -> tuple[Small, float]:
+    """Return unit tokens along their principal directions, strongest first, as multiples of `STEP`.
+
+    The directions are those of the uncentred second moment. One step for all keeps dot products best at a
+    given size, as weak directions become runs of zeros. The error is the largest difference to an exact
+    cosine with the first frame, found on patches spread over the grid.
+    """
     flat = unit.flatten(0, 1).double()
     _, directions = torch.linalg.eigh(flat.T @ flat)
     values = (unit @ directions.flip(1).float() / STEP).round().to(torch.int8)
@@ -139,7 +134,7 @@ def shrink(unit: Float32[Tensor, "frame patch dim"]) -> SmallTokens:
         for exact, short in zip(unit, small, strict=True)
     ]
     error = float(torch.stack(differences).max())
-    return SmallTokens(values.transpose(1, 2).contiguous().numpy(), error)
+    return values.transpose(1, 2).contiguous().numpy(), error
 
 
 def affordable_frames(grid: Grid, dim: int, n_series: int) -> int:
@@ -184,7 +179,7 @@ def make_tokens(store: FeatureStore, projections: Sequence[tuple[str, Projection
 
 def explorer_section(
     tokens: Tokens, media: Media, runs: Sequence[ScoreRun], n_videos: int, max_frames: int
-) -> Shown:
+) -> tuple[Element | None, list[str]]:
     """Return the explorer of up to `n_videos` videos, those of `runs` first, and which could not be read."""
     store = tokens.store
     scored = (score.video_id for run in runs for score in run.scores if score.video_id in store.video_ids)
@@ -202,22 +197,20 @@ def explorer_section(
         except CosettleError as error:
             failed.append(f"{video_id}: {error.summary}")
     if not figures and not failed:
-        return Shown(None)
+        return None, failed
     about = (
         f"{len(figures)} of {len(ordered)} videos, tokens of {store.fingerprint.backbone}. Pick a patch of "
         "the first frame; the later frame shows how much each of its patches resembles it, and numbers the "
         f"nearest. {_KEYS}"
     )
-    made = section("explorer", "Affinity explorer", about, *figures, failures=failed)
-    return Shown(made, tuple(failed))
+    return section("explorer", "Affinity explorer", about, *figures, failures=failed), failed
 
 
 def _start(found: Explored, runs: Sequence[ScoreRun]) -> int:
     """Return the patch that is picked at first: amid the first object of the first mask, or of the frame."""
-    folders = (run.folder / run.tokens[0] / found.video_id for run in runs if run.tokens)
-    masks = [sorted(folder.glob("*.png"), key=lambda path: natural_key(path.name)) for folder in folders]
+    masks = (path for run in runs if run.tokens for path in run.masks(run.tokens[0], found.video_id))
     row, col = 0.5, 0.5
-    for path in [paths[0] for paths in masks if paths][:1]:
+    for path in islice(masks, 1):
         mask = read_mask(path)
         objects = np.argwhere(mask == mask[mask > 0].min(initial=VOID))
         row, col = np.median(objects, axis=0) / mask.shape if len(objects) else (row, col)
@@ -280,7 +273,7 @@ def _explained(found: Explored) -> Element:
         "cosines over the whole later frame."
     )
     errors = [
-        element("li", element("span", kind.name, class_="name"), f": {kind.small.error:.3f}")
+        element("li", element("span", kind.name, class_="name"), f": {kind.error:.3f}")
         for kind in found.kinds
     ]
     checked = element("p", "Largest difference of a cosine in a map to the exact one, on patches checked:")
@@ -290,7 +283,7 @@ def _explained(found: Explored) -> Element:
 def _kind_document(kind: ExploredKind) -> dict[str, Any]:
     return {
         "step": STEP,
-        "tokens": [_packed(frame) for frame in kind.small.values],
+        "tokens": [_packed(frame) for frame in kind.small],
         "k": kind.position.shape[2],
         "position": [_packed(frame.astype("<u2")) for frame in kind.position],
         "cosine": [_packed(frame.astype("<i2")) for frame in kind.cosine],

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-import numpy as np
-
 from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.pictures.drawing import draw_mask
-from cosettle_cache.report.page import Media, Shown, data_element, data_uri, element, section, slider
+from cosettle_cache.pictures.film import still_frames
+from cosettle_cache.report.page import Media, data_element, data_uri, element, section, slider
 from cosettle_cache.report.runs import ScoreRun
 from cosettle_cache.videos.frames import Image8, iter_frames, natural_key, probe
 from cosettle_cache.videos.masks import read_mask, sample_mask
@@ -28,7 +27,9 @@ _FOLDERS, _SUFFIX = ("overlays", "pictures"), ".mp4"
 _MAX_KINDS = 4
 
 
-def overlay_section(run: ScoreRun, number: int, media: Media, n_videos: int, max_frames: int) -> Shown:
+def overlay_section(
+    run: ScoreRun, number: int, media: Media, n_videos: int, max_frames: int
+) -> tuple[Element | None, list[str]]:
     """Return the overlays of up to `n_videos` videos, `max_frames` of each, and which could not be read."""
     movies = [path for folder in _FOLDERS for path in (run.folder / folder).rglob(f"*{_SUFFIX}")]
     # What was scored, else whoever has overlays.
@@ -38,10 +39,9 @@ def overlay_section(run: ScoreRun, number: int, media: Media, n_videos: int, max
     scored = (score.video_id for score in run.scores)
     videos = list(dict.fromkeys([*scored, *sorted(drawn, key=natural_key)]))
     known = [video_id for video_id in videos if _is_drawable(run, video_id, kinds, media)]
+    figures, failed = list[Element](), list[str]()
     if not known or not n_videos or not kinds:
-        return Shown(None)
-    figures: list[Element] = []
-    failed: list[str] = []
+        return None, failed
     for video_id in known[:n_videos]:
         try:
             identifier = f"overlay-{number}-{len(figures)}"
@@ -58,7 +58,7 @@ def overlay_section(run: ScoreRun, number: int, media: Media, n_videos: int, max
     if len(kinds) < len(run.tokens):
         about += f" The first {len(kinds)} of {len(run.tokens)} kinds of tokens."
     made = section(f"overlays-{number}", "Pictures: ", about, *figures, name=run.name, failures=failed)
-    return Shown(made, tuple(failed))
+    return made, failed
 
 
 def _is_drawable(run: ScoreRun, video_id: str, kinds: Sequence[str], media: Media) -> bool:
@@ -76,9 +76,7 @@ def _movie(run: ScoreRun, video_id: str, kind: str) -> Path | None:
 
 def _masks(run: ScoreRun, video: Video, kind: str) -> list[Path]:
     """Return the masks of a video in frame order; none unless every frame has one."""
-    found = sorted(
-        (run.folder / kind / video.video_id).glob("*.png"), key=lambda path: natural_key(path.name)
-    )
+    found = run.masks(kind, video.video_id)
     return found if len(found) == video.n_frames else []
 
 
@@ -87,11 +85,11 @@ def _figure(
 ) -> Element:
     movies = [path for kind in kinds if (path := _movie(run, video_id, kind))]
     if len(movies) == len(kinds):
-        frames = _spread(min(probe(path).n_frames for path in movies), max_frames)
+        frames = still_frames(min(probe(path).n_frames for path in movies), max_frames)
         found = [_from_movie(path, frames) for path in movies]
     else:
         video = media.videos[video_id]
-        frames = _spread(video.n_frames, max_frames)
+        frames = still_frames(video.n_frames, max_frames)
         found = [_draw(video, media.root, _masks(run, video, kind), frames) for kind in kinds]
     names = [f"frame {frame}" for frame in frames]
     pictures = [list(map(data_uri, images)) for images in found]
@@ -108,12 +106,6 @@ def _figure(
         class_="overlay",
         data_overlay=identifier,
     )
-
-
-def _spread(n_frames: int, at_most: int) -> list[int]:
-    """Return up to `at_most` frames of `n_frames`, the first and the last among them, evenly spread."""
-    chosen: Sequence[float] = np.linspace(0, n_frames - 1, min(n_frames, at_most)).tolist()
-    return sorted({round(place) for place in chosen})
 
 
 def _from_movie(path: Path, frames: Sequence[int]) -> Iterator[Image8]:

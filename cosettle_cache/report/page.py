@@ -58,14 +58,6 @@ class Media:
     root: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A section, if there is something to show, and the videos that could not be shown, with reasons."""
-
-    section: Element | None
-    failures: tuple[str, ...] = ()
-
-
 def element(name: str, /, *children: Child, **attributes: Attribute) -> Element:
     """Return an element; `aria_label` is written `aria-label`, `class_` is `class`.
 
@@ -98,6 +90,11 @@ def section(
     said = [] if about is None else [element("p", about, class_="about")]
     said += [element("p", text, class_="warning", role="note") for text in failures]
     return element("section", heading, *said, *children, id=identifier)
+
+
+def scroll_box(child: Element, label: str) -> Element:
+    """Return a box that scrolls sideways on narrow screens, by keyboard too."""
+    return element("div", child, class_="scroll", tabindex="0", role="group", aria_label=label)
 
 
 def data_element(identifier: str, document: Any) -> Element:
@@ -182,8 +179,7 @@ def chart(svg: Path, draw: Callable[[Path], None], identifier: str, label: str) 
         picture = _inline(path, f"{identifier}-")
     picture.set("role", "img")
     picture.set("aria-label", label)
-    box = element("div", picture, class_="scroll", tabindex="0", role="group", aria_label=label)
-    return element("figure", box, class_="chart")
+    return element("figure", scroll_box(picture, label), class_="chart")
 
 
 def _inline(path: Path, prefix: str) -> Element:

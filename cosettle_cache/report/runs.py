@@ -6,21 +6,29 @@ Folders come in, what their files hold comes out; a folder that holds none of it
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cosettle_cache.analysis.run import ANALYSIS_FILE, PROVENANCE
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.tables import read_json, read_table
+from cosettle_cache.core.files import read_json
+from cosettle_cache.core.tables import read_table
 from cosettle_cache.core.types import Score
 from cosettle_cache.metrics.rows import SCORES_FILE, SUMMARY_FILE, read_scores
+from cosettle_cache.pictures.charts import Columns
 from cosettle_cache.training.log import RunFiles, figure_columns, read_figures, read_validation
 from cosettle_cache.videos.frames import natural_key
 
 #: Entries of a folder that an error lists.
 _LISTED = 6
+#: What a report shows of the table of `analyze`: where its figures come from, and the figures.
+TRADE_OFF_ORIGIN = ("tokens", "definition", *PROVENANCE)
+TRADE_OFF_COLUMNS = (
+    *(*TRADE_OFF_ORIGIN, "n_videos", "d_inter_100", "d_intra_100", "margin_100"),
+    *("cycle_accuracy", "effective_rank"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,59 +45,34 @@ class ScoreRun:
         """The kinds of tokens, raw first as the run has them."""
         return tuple(dict.fromkeys(score.tokens for score in self.scores))
 
-
-@dataclass(frozen=True, slots=True)
-class Curves:
-    """The figures of one projection in training by name, step by step and epoch by epoch."""
-
-    name: str
-    steps: Mapping[str, Sequence[float]]
-    epochs: Mapping[str, Sequence[float]]
-
-    @property
-    def n_steps(self) -> int:
-        """How many steps were taken."""
-        return len(self.steps.get("step", ()))
+    def masks(self, kind: str, video_id: str) -> list[Path]:
+        """Return the masks of a video in frame order."""
+        return sorted((self.folder / kind / video_id).glob("*.png"), key=lambda path: natural_key(path.name))
 
 
 @dataclass(frozen=True, slots=True)
 class TrainRun:
-    """A folder of `train`: the curves of its projections, and its own report, empty while it goes."""
+    """A folder of `train`: figures of every projection by name, and its own report, empty while it goes."""
 
     name: str
     folder: Path
-    members: tuple[Curves, ...]
+    steps: Mapping[str, Columns]
+    epochs: Mapping[str, Columns]
     report: Mapping[str, Any]
 
-
-@dataclass(frozen=True, slots=True)
-class TradeOffRow:
-    """One line of an analysis: a kind of tokens of one encoder under one definition (docs/analysis.md).
-
-    Distances are in diameters that cover all tokens, `margin` is D = `d_inter` - `gamma` * `d_intra`.
-    """
-
-    dataset: str
-    backbone: str
-    tokens: str
-    definition: str
-    gamma: float
-    n_videos: int
-    d_inter: float
-    d_intra: float
-    margin: float
-    cycle_accuracy: float
-    effective_rank: float
+    @property
+    def n_steps(self) -> dict[str, int]:
+        """How many steps each projection has taken."""
+        return {name: len(figures.get("step", ())) for name, figures in self.steps.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class AnalysisRun:
-    """A folder of `analyze`: its figures, and what they are of."""
+    """A folder of `analyze`: the `TRADE_OFF_COLUMNS` of its rows, and the `gamma` of each definition."""
 
     name: str
     folder: Path
-    rows: tuple[TradeOffRow, ...]
-    provenance: tuple[Mapping[str, Any], ...]
+    rows: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +98,14 @@ def read_runs(folders: Mapping[str, Path]) -> Runs:
             complete = bool(summary.get("complete", True)) if isinstance(summary, dict) else True
             scored.append(ScoreRun(name, folder, tuple(read_scores(folder / SCORES_FILE)), complete))
         if found := _member_folders(folder):
-            members = tuple(_curves(name if item == folder else item.name, RunFiles(item)) for item in found)
-            report = RunFiles(folder).report
-            trained.append(TrainRun(name, folder, members, read_json(report) if report.is_file() else {}))
+            journals = {name if item == folder else item.name: RunFiles(item) for item in found}
+            steps = {member: _columns(files.metrics, read_figures) for member, files in journals.items()}
+            epochs = {
+                member: _columns(files.validation, read_validation) for member, files in journals.items()
+            }
+            path = RunFiles(folder).report
+            report = read_json(path) if path.is_file() else {}
+            trained.append(TrainRun(name, folder, steps, epochs, report))
         if (folder / ANALYSIS_FILE).is_file():
             analyzed.append(_analysis_run(name, folder))
     return Runs(tuple(scored), tuple(trained), tuple(analyzed))
@@ -163,26 +151,19 @@ def _member_folders(folder: Path) -> list[Path]:
     return [item for item in _entries(folder) if RunFiles(item).metrics.is_file()]
 
 
-def _curves(name: str, files: RunFiles) -> Curves:
-    path = files.metrics
+def _columns(path: Path, read: Callable[[Path], Sequence[Any]]) -> Columns:
     try:
-        steps = figure_columns(read_figures(path))
-        path = files.validation
-        return Curves(name, steps, figure_columns(read_validation(path)))
+        return figure_columns(read(path))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise InputError(f"{path} is not a journal of training", found=str(error)) from error
 
 
 def _analysis_run(name: str, folder: Path) -> AnalysisRun:
-    path = folder / ANALYSIS_FILE
-    plain = ("dataset", "backbone", "tokens", "definition", "n_videos", "cycle_accuracy", "effective_rank")
-    rows, provenance = [], []
+    path, rows = folder / ANALYSIS_FILE, []
     try:
         for row in read_table(path).to_pylist():
-            figures = {key: row[key] for key in plain}
-            figures |= {key: row[f"{key}_100"] for key in ("d_inter", "d_intra", "margin")}
-            rows.append(TradeOffRow(**figures, gamma=float(json.loads(row["definition_json"])["gamma"])))
-            provenance.append({key: row[key] for key in ("tokens", "definition", *PROVENANCE)})
+            gamma = float(json.loads(row["definition_json"])["gamma"])
+            rows.append({key: row[key] for key in TRADE_OFF_COLUMNS} | {"gamma": gamma})
     except (KeyError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a table of analyze", found=f"no {error}") from error
-    return AnalysisRun(name, folder, tuple(rows), tuple(provenance))
+    return AnalysisRun(name, folder, tuple(rows))

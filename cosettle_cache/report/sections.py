@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -16,10 +17,10 @@ from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.heads.projection import read_provenance
 from cosettle_cache.metrics.rows import CHART_SVG, Mean, mean_scores, row_origins, score_table, sequence_means
-from cosettle_cache.pictures.charts import Plane, PlanePoint, curves_chart, plane_chart, save_chart
+from cosettle_cache.pictures.charts import PlanePoint, curves_chart, plane_chart, save_chart
 from cosettle_cache.propagation.run import write_score_chart
-from cosettle_cache.report.page import chart, element, section
-from cosettle_cache.report.runs import AnalysisRun, Runs, ScoreRun, TradeOffRow, TrainRun
+from cosettle_cache.report.page import chart, element, scroll_box, section
+from cosettle_cache.report.runs import TRADE_OFF_ORIGIN, AnalysisRun, Runs, ScoreRun, TrainRun
 from cosettle_cache.training.log import RunFiles
 
 _OBJECT_FIGURES = {
@@ -42,10 +43,8 @@ def score_section(run: ScoreRun, number: int) -> Element:
         strong = element("strong", "Not complete. ")
         parts.append(element("p", strong, text, class_="warning", role="note"))
 
-    def draw(path: Path) -> None:
-        write_score_chart(run.scores, path)
-
     label = f"Chart of {run.name}; the table has its figures"
+    draw = partial(write_score_chart, run.scores)
     parts += [_main_table(run), chart(run.folder / CHART_SVG, draw, f"chart-{number}", label)]
     parts.append(_details("All figures", *score_table(run.scores), 2))
     if first.object_id is not None:
@@ -132,41 +131,44 @@ def plane_section(runs: Sequence[AnalysisRun]) -> Element | None:
     )
 
     def draw(path: Path) -> None:
-        several, planes = len({row.dataset for row in rows}) > 1, []
-        for name in dict.fromkeys(row.definition for row in rows):
-            chosen = [row for row in rows if row.definition == name]
-            points = []
-            for row in chosen:
-                encoder = f"{row.backbone} {row.dataset}" if several else row.backbone
-                points.append(PlanePoint(encoder, row.tokens, row.d_intra, row.d_inter))
-            planes.append(Plane(f"definition {name}", chosen[0].gamma, points))
-        save_chart(plane_chart(planes), path)
+        several, points = len({row["dataset"] for row in rows}) > 1, []
+        for row in rows:
+            plane, encoder = f"definition {row['definition']}", row["backbone"]
+            encoder += f" {row['dataset']}" if several else ""
+            distances = (row["d_intra_100"], row["d_inter_100"])
+            points.append(PlanePoint(plane, row["gamma"], encoder, row["tokens"], *distances))
+        save_chart(plane_chart(points), path)
 
     # What a run drew shows that run alone.
     drawn = runs[0].folder / PLANE_SVG if len(runs) == 1 else Path()
     picture = chart(drawn, draw, "planes", "Trade-off; the table has its figures")
     names = ["encoder", "data", "clips", "tokens", "definition"]
     names += ["D inter", "D intra", "margin D", "cycle accuracy", "effective rank"]
-    raw = {(row.definition, row.backbone, row.dataset): row for row in rows if row.tokens == RAW}
-    body = [_trade_off_row(row, raw.get((row.definition, row.backbone, row.dataset))) for row in rows]
+    raw = {_compared(row): row for row in rows if row["tokens"] == RAW}
+    body = [_trade_off_row(row, raw.get(_compared(row))) for row in rows]
     caption = "Margin D with its difference to the raw tokens."
     table = _table(names, body, 5, "Trade-off", caption=caption)
     return section("trade-off", "Trade-off", said, picture, table)
 
 
-def _trade_off_row(row: TradeOffRow, raw: TradeOffRow | None) -> Element:
-    texts = [row.dataset, str(row.n_videos), row.tokens, row.definition]
-    figures = [row.d_inter, row.d_intra, row.margin, row.cycle_accuracy, row.effective_rank]
-    cells = [_number_cell(value, f"{value:.4f}") for value in figures]
+def _compared(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a row shares with the one of raw tokens that it is compared with."""
+    return row["definition"], row["backbone"], row["dataset"]
+
+
+def _trade_off_row(row: Mapping[str, Any], raw: Mapping[str, Any] | None) -> Element:
+    texts = [row["dataset"], str(row["n_videos"]), row["tokens"], row["definition"]]
+    names = ("d_inter_100", "d_intra_100", "margin_100", "cycle_accuracy", "effective_rank")
+    cells = [_number_cell(row[name], f"{row[name]:.4f}") for name in names]
     if raw is not None and raw is not row:
-        cells[2].append(_signed(row.margin - raw.margin, 4))
-    return _row(row.backbone, [*map(_text_cell, texts), *cells])
+        cells[2].append(_signed(row["margin_100"] - raw["margin_100"], 4))
+    return _row(row["backbone"], [*map(_text_cell, texts), *cells])
 
 
 def curves_section(run: TrainRun, number: int) -> Element:
     """Return the curves of one run, all its projections in each panel."""
     identifier = f"curves-{number}"
-    n_steps = max(member.n_steps for member in run.members)
+    n_steps = max(run.n_steps.values())
     if not n_steps:
         none = element("p", "No step has been taken yet.")
         return section(identifier, "Training: ", None, none, name=run.name)
@@ -174,9 +176,8 @@ def curves_section(run: TrainRun, number: int) -> Element:
     said = f"{n_steps} steps" + (f" in {epochs} epochs." if epochs else ".")
 
     def draw(path: Path) -> None:
-        held_out = {member.name: member.epochs for member in run.members}
-        steps = {member.name: member.steps for member in run.members if member.steps}
-        save_chart(curves_chart(steps, held_out), path)
+        steps = {name: figures for name, figures in run.steps.items() if figures}
+        save_chart(curves_chart(steps, run.epochs), path)
 
     picture = chart(RunFiles(run.folder).curves_svg, draw, identifier, "Figures of training over the steps")
     return section(identifier, "Training: ", said, picture, name=run.name)
@@ -189,7 +190,7 @@ def provenance_section(runs: Runs, explored: Mapping[str, Any]) -> Element:
         (f"Training {run.name}, {name}", found) for run in runs.trained for name, found in _trained(run)
     ]
     for run in runs.analyzed:
-        rows = [{key: _parsed(value) for key, value in row.items()} for row in run.provenance]
+        rows = [{key: _parsed(row[key]) for key in TRADE_OFF_ORIGIN} for row in run.rows]
         documents.append((f"Trade-off {run.name}", {"folder": str(run.folder), "rows": rows}))
     documents += [("Affinity explorer", dict(explored))] if explored else []
     blocks = []
@@ -214,14 +215,14 @@ def _score_origin(run: ScoreRun) -> dict[str, Any]:
 def _trained(run: TrainRun) -> Iterable[tuple[str, dict[str, Any]]]:
     """Yield what every finished projection of a run says of itself."""
     files = RunFiles(run.folder)
-    for member in run.members:
-        paths = (files.member(member.name).projection, files.projection)
+    for name in run.steps:
+        paths = (files.member(name).projection, files.projection)
         for path in [path for path in paths if path.is_file()][:1]:
             try:
                 found = {key: _parsed(value) for key, value in read_provenance(path).items()}
             except CosettleError as error:
                 found = {"unreadable": error.summary}
-            yield member.name, {"file": str(path), **found}
+            yield name, {"file": str(path), **found}
 
 
 def _parsed(text: str) -> Any:
@@ -240,10 +241,7 @@ def _table(
     caption: str | None = None,
     foot: Element | None = None,
 ) -> Element:
-    """Return a table in a box that scrolls sideways on narrow screens, by keyboard too.
-
-    A button at the head of every column sorts by it; columns after the first `n_texts` are of numbers.
-    """
+    """Return a table whose heads sort by their column; columns after the first `n_texts` are of numbers."""
     heads = []
     for index, name in enumerate(names):
         button = element("button", element("span", name), type="button")
@@ -257,7 +255,7 @@ def _table(
         *([] if foot is None else [element("tfoot", foot)]),
         class_="sortable",
     )
-    return element("div", table, class_="scroll", tabindex="0", role="group", aria_label=label)
+    return scroll_box(table, label)
 
 
 def _details(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], n_texts: int) -> Element:

@@ -130,4 +130,4 @@ class _CachedFile(ObjectFile):
             raise OutputError(f"the shard cache cannot be used: {error.message}", hint=hint) from error
 
     def _piece(self, start: int) -> memoryview:
-        return self._storage.read_range(self._name, start, _PIECE_BYTES, self._tag)
+        return self._storage.read_range(self._name, (start, start + _PIECE_BYTES), self._tag)

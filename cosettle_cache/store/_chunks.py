@@ -1,7 +1,4 @@
-"""Chunks of committed slots: found through the index, read from shards kept open, damage named.
-
-Raw chunks are read directly into the caller's memory, all others through Zarr.
-"""
+"""Chunks of committed slots: found through the index, read from shards kept open, damage named."""
 
 from __future__ import annotations
 
@@ -14,16 +11,16 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from itertools import islice
 from threading import Lock, local
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float16, Int64, Shaped, UInt8, UInt64
+from jaxtyping import Float16, Int64, UInt8, UInt64
 
 from cosettle_cache.core.errors import DamagedStoreError, InputError
 from cosettle_cache.core.parallel import map_ahead
-from cosettle_cache.core.types import ArrayLayout, Grid
+from cosettle_cache.core.types import ArrayLayout
 from cosettle_cache.store._int8 import dequantize
 from cosettle_cache.store._shards import ChunkMissingError, ShardLostError, ShardReader
 from cosettle_cache.store.format import (
@@ -31,12 +28,11 @@ from cosettle_cache.store.format import (
     BytesError,
     SlotPlace,
     SlotTable,
-    array_folder,
     chunk_bytes,
     chunks_per_shard,
 )
 from cosettle_cache.store.header import repair_hint
-from cosettle_cache.store.index import OUTLINE, SCHEMA, committed_shards, describe_rows, outline, read_part
+from cosettle_cache.store.index import OUTLINE, SCHEMA, committed_shards, outline, read_part, video_rows
 from cosettle_cache.store.remote import Storage
 
 #: Shards kept open: a file descriptor each, so at most a quarter of what the process may have.
@@ -133,7 +129,6 @@ class ChunkSource:
         for first, layout in zip(self._firsts, arrays, strict=False):
             self.committed[first : first + layout.n_slots][committed_shards(storage, layout)] = True
         self._open_shards = _OpenShards(storage)
-        self._zarr_arrays: dict[Grid, Any] = {}
         self._repair_hint = f"{repair_hint(storage.path)}: it makes the damaged slots anew"
 
     def read_many(
@@ -269,40 +264,14 @@ class ChunkSource:
         except OSError as error:
             raise ShardLostError(f"its shard cannot be read ({error.strerror or 'absent'})") from error
         layout = place.layout
-        if (layout.dtype, layout.codec) == ("float16", "none"):
+        if layout.dtype == "float16":
             reader.read_chunks(first, [out.view(np.uint8) for out in outs])
             return
-        stored: Shaped[np.ndarray, "chunk value"]
-        if layout.codec == "none":
-            stored = self._shards.scratch(len(outs) * chunk_bytes(layout)).reshape(len(outs), -1)
-            reader.read_chunks(first, list(stored))
-        else:
-            for number in range(first, first + len(outs)):
-                reader.check_present(number)
-            start = place.rows.start + first * layout.chunk_encodings
-            rows = slice(start, start + len(outs) * layout.chunk_encodings)
-            stored = self._decode(layout, rows).reshape(len(outs), -1)
+        stored = self._shards.scratch(len(outs) * chunk_bytes(layout)).reshape(len(outs), -1)
+        reader.read_chunks(first, list(stored))
         for row, out in zip(stored, outs, strict=True):
-            if layout.dtype == "float16":
-                out[:] = row
-            else:
-                levels = row.view(np.int8).reshape(-1, layout.stored_channels)
-                dequantize(levels, out.reshape(-1, layout.n_channels))
-
-    def _decode(self, layout: ArrayLayout, rows: slice) -> Shaped[np.ndarray, "encoding row col channel"]:
-        """Return rows of an array as Zarr reads them; raise `BytesError` when it cannot."""
-        import zarr
-
-        if layout.grid not in self._zarr_arrays:
-            try:
-                opened = zarr.open_array(self._storage.zarr_store(), path=array_folder(layout.grid), mode="r")
-            except Exception as error:  # on damaged metadata Zarr fails in any way
-                raise BytesError(f"Zarr cannot open its array ({error})") from error
-            self._zarr_arrays[layout.grid] = opened
-        try:
-            return np.asarray(self._zarr_arrays[layout.grid][rows])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise BytesError(f"a chunk cannot be decoded ({error})") from error
+            levels = row.view(np.int8).reshape(-1, layout.stored_channels)
+            dequantize(levels, out.reshape(-1, layout.n_channels))
 
     def _locate(self, array: int, chunk: int) -> tuple[SlotPlace, int]:
         layout = self.slots.arrays[array]
@@ -327,13 +296,13 @@ class ChunkSource:
         n_rows = place.layout.chunk_encodings
         chunk = table.slice(number * n_rows, n_rows)
         if isinstance(fault, ChunkMissingError) and chunk["error"].null_count == 0:
-            (line, *_) = describe_rows(chunk)
+            (line, *_) = video_rows(chunk)
             return InputError(f"{self._storage.path} does not hold {line}: {chunk['error'][0]}")
         if isinstance(fault, ShardLostError):
             chunk = table.filter(pc.is_null(table["error"]))
         return DamagedStoreError(
             f"{place.title} of {self._storage.path} is damaged: {fault}",
-            details=describe_rows(chunk),
+            details=[str(video) for video in video_rows(chunk)],
             hint=self._repair_hint,
         )
 

@@ -17,9 +17,6 @@ from cosettle_cache.core.types import SCALE_CHANNELS
 #: thread, so that a forked process, which has none of torch's other threads, never waits for them.
 BLOCK_VALUES = 2**15 - 1
 
-#: Added and subtracted it rounds small float32 to whole numbers; `torch.round` always uses other threads.
-_ROUNDER = 1.5 * 2**23
-
 _LEVELS = 127
 #: 127 times the next float16 is infinite in float16.
 _LARGEST_SCALE = 515.5
@@ -40,17 +37,24 @@ def quantize(tokens: Float16[np.ndarray, "*token dim"]) -> Int8[np.ndarray, "*to
     """
     dim = tokens.shape[-1]
     stored = np.empty((*tokens.shape[:-1], stored_width(dim)), np.int8)
-    every, every_stored = tokens.reshape(-1, dim), stored.reshape(-1, stored.shape[-1])
-    for block in _blocks(len(every), dim):
-        values = torch.from_numpy(_grouped(every[block])).float()
-        exact = values.abs().amax(-1) / _LEVELS
-        scales = exact.clamp(max=_LARGEST_SCALE).half()
-        # Nearest is too small only among subnormal numbers, where steps are as large as the scales.
-        scales.view(torch.int16).add_(exact > 1.002 * scales.float())
-        values /= scales.float().clamp_(min=_SMALLEST_SCALE)[..., None]
-        levels = values.add_(_ROUNDER).sub_(_ROUNDER).to(torch.int8)
-        every_stored[block, :dim] = levels.numpy().reshape(len(values), -1)[:, :dim]
-        every_stored[block, dim:] = scales.numpy().view(np.int8)
+    every_stored = stored.reshape(-1, stored.shape[-1])
+    halves = torch.from_numpy(_grouped(tokens.reshape(-1, dim)))
+    blocks = list(_blocks(len(halves), dim))
+    largest = torch.empty(halves.shape[:2], dtype=torch.int16)
+    for block in blocks:
+        # Without signs, the bits of float16 order as the numbers do.
+        torch.amax(halves[block].abs().view(torch.int16), -1, out=largest[block])
+    # All scales at once: for so few numbers as those of a block, calls would take longer than arithmetic.
+    exact = largest.numpy().view(np.float16).astype(np.float32) / _LEVELS
+    scales = np.minimum(exact, _LARGEST_SCALE).astype("<f2")
+    # Nearest is too small only among subnormal numbers, where steps are as large as the scales.
+    scales.view("<i2")[:] += exact > 1.002 * scales.astype(np.float32)
+    divisors = torch.from_numpy(np.maximum(scales.astype(np.float32), _SMALLEST_SCALE))[..., None]
+    for block in blocks:
+        multiples = halves[block].float().div_(divisors[block]).flatten(1).numpy()
+        np.rint(multiples, out=multiples)
+        np.copyto(every_stored[block, :dim], multiples[:, :dim], casting="unsafe")
+    every_stored[:, dim:] = scales.view(np.int8)
     return stored
 
 
@@ -60,9 +64,9 @@ def dequantize(stored: Int8[np.ndarray, "*token stored"], out: Float16[np.ndarra
         raise ValueError("tokens are made in contiguous memory only")
     dim = out.shape[-1]
     every, every_stored = out.reshape(-1, dim), stored.reshape(-1, stored.shape[-1])
+    scales = torch.from_numpy(every_stored[:, dim:].copy().view("<f2").astype(np.float32))[..., None]
     for block in _blocks(len(every), dim):
-        scales = torch.from_numpy(every_stored[block, dim:].copy()).view(torch.float16).float()
-        values = torch.from_numpy(_grouped(every_stored[block, :dim])) * scales[..., None]
+        values = torch.from_numpy(_grouped(every_stored[block, :dim])) * scales[block]
         torch.from_numpy(every[block]).copy_(values.view(len(values), -1)[:, :dim])
 
 
@@ -70,7 +74,7 @@ def _grouped(rows: Shaped[np.ndarray, "token dim"]) -> Shaped[np.ndarray, "token
     """Return contiguous rows with an axis of groups, the last one filled up with zeros."""
     missing = -rows.shape[-1] % SCALE_CHANNELS
     rows = np.pad(rows, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(rows)
-    return rows.reshape(len(rows), -1, SCALE_CHANNELS)
+    return rows.reshape(len(rows), rows.shape[-1] // SCALE_CHANNELS, SCALE_CHANNELS)
 
 
 def _blocks(n_tokens: int, dim: int) -> Iterator[slice]:

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosettle_cache.core.errors import OutputError
-from cosettle_cache.core.files import Buffer, output_errors, sync, unfilled, write_durably
+from cosettle_cache.core.files import Buffer, lock_alone, output_errors, sync, unfilled, write_durably
 
 if TYPE_CHECKING:
     from functools import cached_property
@@ -114,12 +114,6 @@ class LocalStorage:
     def forget(self, name: str) -> None:
         """Do nothing: no copies are kept."""
 
-    def zarr_store(self) -> Any:
-        """Return what `zarr.open` takes, read-only."""
-        from zarr.storage import LocalStore
-
-        return LocalStore(self.local, read_only=True)
-
 
 class _OpenFile:
     """A file that is closed by `close`, or when it is collected."""
@@ -170,14 +164,10 @@ class WriterLock(_OpenFile):
     def __init__(self, path: Path) -> None:
         # Locks of network file systems need a descriptor that can write; folders cannot have one.
         super().__init__(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        self.alone = False
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.alone = True
-        except BlockingIOError:
+        found = lock_alone(self._descriptor)
+        self.alone = found is True  # on a file system without locks nobody is ever known to be alone
+        if found is False:
             fcntl.flock(self._descriptor, fcntl.LOCK_SH)
-        except OSError:
-            return  # a file system without locks: nobody is ever known to be alone
 
     def share(self) -> None:
         """Let other writers in; call it once the work that needs to be alone is done."""
@@ -198,17 +188,13 @@ def sole_writer(path: Path) -> Iterator[None]:
     with output_errors(path):
         file = path.open("r+b")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if lock_alone(file.fileno()) is False:
             holders = ", ".join(map(str, _lock_holders(file.fileno())))
             raise OutputError(
                 f"{path.parents[1]} is being written by another process",
                 found=f"process {holders}" if holders else None,
                 hint="wait until it has ended, or end it; what it has committed stays",
-            ) from error
-        except OSError:
-            pass
+            )
         yield
 
 

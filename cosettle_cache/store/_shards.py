@@ -1,7 +1,7 @@
 """Shards: the bytes of one slot in Zarr's sharding format, written whole and read chunk by chunk.
 
-Reading parses a shard's index once and then fetches each chunk with one request straight into the caller's
-memory, checksum verified.
+Reading parses a shard's index once and then fetches neighbouring chunks with one request, raw ones straight
+into the caller's memory, checksums verified.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ class ShardReader:
         self, file: RangeFile, layout: ArrayLayout, entries: UInt64[np.ndarray, "chunk 2"] | None = None
     ) -> None:
         self.entries = read_entries(file, layout) if entries is None else entries
-        self._file = file
-        self._raw_size = chunk_bytes(layout) + CHECKSUM_BYTES
-        self._padding = padding_after(self._raw_size)
+        self._file, self._layout = file, layout
 
     def check_present(self, number: int) -> tuple[int, int]:
         """Return offset and size (with checksum) of a chunk; raise `ChunkMissingError` if it is absent."""
@@ -112,33 +110,36 @@ class ShardReader:
         self._file.prefetch(0, 0)
 
     def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]]) -> None:
-        """Fill `outs` with the raw chunks from `first` on.
+        """Fill `outs` with the chunks from `first` on, decoded, in one read.
 
         Raises `ChunkMissingError`, another `BytesError` when one is damaged or they do not lie side by side.
         """
+        is_raw = self._layout.codec == "none"
+        raw_size = chunk_bytes(self._layout) + CHECKSUM_BYTES
         start, _ = self.check_present(first)
-        stride = self._raw_size + self._padding
-        for place in range(len(outs)):
-            offset, size = self.check_present(first + place)
-            if size != self._raw_size:
+        stop, buffers = start, list[memoryview]()
+        for number, out in enumerate(outs, first):
+            offset, size = self.check_present(number)
+            if size != raw_size if is_raw else size <= CHECKSUM_BYTES:
                 raise BytesError(f"a chunk has {size} bytes")
-            if offset != start + place * stride:
+            if offset != stop:
                 raise BytesError("chunks do not lie side by side")
+            chunk = out.data if is_raw else memoryview(bytearray(size - CHECKSUM_BYTES))
+            buffers += (chunk, memoryview(bytearray(CHECKSUM_BYTES + padding_after(size))))
+            stop += size + padding_after(size)
         # Only the last checksum is read without the zeros behind it.
-        gaps = [bytearray(CHECKSUM_BYTES + self._padding) for _ in outs[1:]] + [bytearray(CHECKSUM_BYTES)]
-        buffers: list[memoryview] = []
-        for out, gap in zip(outs, gaps, strict=True):
-            buffers += (out.data, memoryview(gap))
-        wanted = len(outs) * stride - self._padding
+        buffers[-1] = buffers[-1][:CHECKSUM_BYTES]
         try:
             n_read = self._file.read(buffers, start)
         except OSError as error:
             raise BytesError(f"a chunk cannot be read ({error.strerror})") from error
-        if n_read < wanted:
+        if n_read < sum(map(len, buffers)):
             raise BytesError("its shard ends too early")
-        for out, gap in zip(outs, gaps, strict=True):
-            if checksum_bytes(out.data) != gap[:CHECKSUM_BYTES]:
+        for out, chunk, gap in zip(outs, buffers[::2], buffers[1::2], strict=True):
+            if checksum_bytes(chunk) != gap[:CHECKSUM_BYTES]:
                 raise BytesError("the checksum of a chunk does not match")
+            if not is_raw:
+                out[:] = np.frombuffer(decoded(chunk, self._layout), np.uint8)
 
 
 def read_entries(file: RangeFile, layout: ArrayLayout) -> UInt64[np.ndarray, "chunk 2"]:
@@ -168,11 +169,14 @@ def checksum_bytes(data: Buffer) -> bytes:
     return int(crc32c(data)).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def decoded_bytes(chunk: Buffer) -> int:
-    """Return how many bytes a compressed chunk holds; raise `BytesError` when it cannot be decoded."""
+def decoded(chunk: Buffer, layout: ArrayLayout) -> bytes:
+    """Return a compressed chunk as it was; raise `BytesError` when it cannot be decoded, or is no chunk."""
     from numcodecs import Zstd
 
     try:
-        return len(Zstd().decode(chunk))
+        raw: bytes = Zstd().decode(chunk)
     except (RuntimeError, ValueError) as error:
         raise BytesError(f"a chunk cannot be decoded ({error})") from error
+    if len(raw) != chunk_bytes(layout):
+        raise BytesError(f"a chunk decodes to {len(raw)} bytes")
+    return raw

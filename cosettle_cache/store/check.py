@@ -26,7 +26,7 @@ from cosettle_cache.core.settings import FramesSettings, PairsSettings, digest
 from cosettle_cache.core.tables import read_metadata
 from cosettle_cache.core.types import ArrayLayout, Manifest, PlanKind
 from cosettle_cache.store._local import TEMPORARY
-from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded_bytes, read_entries
+from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded, read_entries
 from cosettle_cache.store.create import HEADER_COPY, metadata_bytes, metadata_files, plain_metadata
 from cosettle_cache.store.format import (
     ALIGNMENT,
@@ -92,7 +92,7 @@ def _pieces(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]
             checksum = int(crc32c(view[size - CHECKSUM_BYTES : size], checksum))
         yield data, faults
         first = last
-    if part.shard.chunks_checksum not in (None, checksum):
+    if part.chunks_checksum not in (None, checksum):
         raise ShardLostError("its chunks are not those that its index part commits")
     index = entries.astype("<u8").tobytes()
     yield memoryview(index + checksum_bytes(index)), []
@@ -110,8 +110,8 @@ def _check_entries(
 ) -> UInt64[np.ndarray, "chunk 2"]:
     """Return the shard's index, which the format determines but for the sizes of compressed chunks."""
     n_bytes = file.size()
-    if n_bytes != part.shard.n_bytes:
-        raise ShardLostError(f"it has {n_bytes} bytes, not {part.shard.n_bytes}")
+    if n_bytes != part.shard_bytes:
+        raise ShardLostError(f"it has {n_bytes} bytes, not {part.shard_bytes}")
     entries = read_entries(file, layout)
     offsets, sizes = entries[present].T
     raw_size = chunk_bytes(layout) + CHECKSUM_BYTES
@@ -131,13 +131,12 @@ def _chunk_fault(layout: ArrayLayout, view: memoryview, size: int) -> str | None
         return "the checksum of a chunk does not match"
     if any(view[size:]):
         return "the bytes after a chunk are not zero"
-    if layout.codec == "none":
-        return None
     try:
-        n_bytes = decoded_bytes(chunk)
+        if layout.codec != "none":
+            decoded(chunk, layout)
     except BytesError as error:
         return str(error)
-    return None if n_bytes == chunk_bytes(layout) else f"a chunk decodes to {n_bytes} bytes"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

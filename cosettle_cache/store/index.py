@@ -15,12 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 from awscrt.checksums import crc32c
-from jaxtyping import Int64
 
 from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.core.tables import encode_parquet, make_table, read_metadata, with_metadata
 from cosettle_cache.core.types import ArrayLayout, Role, Slot
-from cosettle_cache.store._local import cached_property
 from cosettle_cache.store.format import PART_SUFFIX, BytesError, SlotPlace, part_folder
 from cosettle_cache.store.remote import Storage
 
@@ -89,19 +87,15 @@ _OUTLINED_ROLES = pa.array([str(Role.A), str(Role.PLAIN)])
 
 
 @dataclass(frozen=True, slots=True)
-class ShardFacts:
-    """What an index part says of the shard it commits; `chunks_checksum` is None in the oldest stores."""
-
-    n_bytes: int
-    chunks_checksum: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
-    """One index part: its rows, the shard it commits, and how many encodings failed."""
+    """One index part: its rows, bytes and checksum of the shard it commits, and how many encodings failed.
+
+    `chunks_checksum` is None in the oldest stores.
+    """
 
     table: pa.Table
-    shard: ShardFacts
+    shard_bytes: int
+    chunks_checksum: int | None
     n_failed: int
 
 
@@ -117,7 +111,7 @@ class VideoRows:
         return f"{self.video_id}: frames {_spans(self.frames)} (rows {_spans(self.rows)})"
 
 
-def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> bytes:
+def encode_part(slot: Slot, errors: Sequence[str | None], shard_bytes: int, chunks_checksum: int) -> bytes:
     """Return the index part of `slot`; `errors` has one entry per encoding, None where it is present."""
     rows = [
         {"array": str(slot.grid), "row": slot.start + number, "slot": slot.index, "error": error}
@@ -129,8 +123,8 @@ def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardFacts) -> 
     ]
     metadata = {
         "spec_version": "1",  # parts are the same in both versions of the format
-        "shard_bytes": str(shard.n_bytes),
-        "chunks_crc32c": f"{shard.chunks_checksum or 0:08x}",
+        "shard_bytes": str(shard_bytes),
+        "chunks_crc32c": f"{chunks_checksum:08x}",
         "n_failed": str(sum(error is not None for error in errors)),
     }
     return seal(with_metadata(make_table(rows, SCHEMA), metadata))
@@ -155,8 +149,12 @@ def decode_part(data: bytes, place: SlotPlace, columns: Sequence[str] | None = N
     if not np.array_equal(table["row"], place.rows) or (table["slot"].to_numpy() != place.index).any():
         raise BytesError("its rows are those of another slot")
     checksum = metadata.get("chunks_crc32c")
-    facts = ShardFacts(int(metadata["shard_bytes"]), None if checksum is None else int(checksum, 16))
-    return Part(table, facts, int(metadata["n_failed"]))
+    return Part(
+        table=table,
+        shard_bytes=int(metadata["shard_bytes"]),
+        chunks_checksum=None if checksum is None else int(checksum, 16),
+        n_failed=int(metadata["n_failed"]),
+    )
 
 
 def outline(table: pa.Table) -> pa.Table:
@@ -188,66 +186,12 @@ def video_rows(table: pa.Table) -> tuple[VideoRows, ...]:
     return tuple(found)
 
 
-def describe_rows(table: pa.Table) -> list[str]:
-    """Return one line per video: which of its encodings are in `table`."""
-    return [str(video) for video in video_rows(table)]
-
-
 def _spans(numbers: Sequence[int]) -> str:
     """Return ascending numbers as `3 to 5, 9`."""
     # Neighbours differ from their place in the list by the same number.
     groups = (list(group) for _, group in groupby(enumerate(numbers), key=lambda item: item[1] - item[0]))
     ends = ((group[0][1], group[-1][1]) for group in groups)
     return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ends)
-
-
-class Catalog:
-    """Views of the index's outline; each is computed when first asked for."""
-
-    def __init__(self, outline: pa.Table, arrays: tuple[ArrayLayout, ...]) -> None:
-        is_present = pc.is_null(outline["error"])
-        self._present, self._failed = outline.filter(is_present), outline.filter(pc.invert(is_present))
-        self._arrays = {str(layout.grid): number for number, layout in enumerate(arrays)}
-        self._chunk_encodings = arrays[0].chunk_encodings if arrays else 1
-
-    @cached_property
-    def failures(self) -> dict[str, str]:
-        """Reason by video id; the first one where encodings of a video give several."""
-        videos, errors = (self._failed[name].to_pylist() for name in ("video_id", "error"))
-        return dict(zip(reversed(videos), reversed(errors), strict=True))
-
-    @cached_property
-    def failed_slots(self) -> frozenset[int]:
-        """Slots that list failed encodings."""
-        return frozenset(pc.unique(self._failed["slot"]).to_pylist())
-
-    @cached_property
-    def n_present(self) -> dict[str, int]:
-        """Number of samples, or of plain encodings in a frames plan, by video id."""
-        counts = self._present.group_by("video_id").aggregate([([], "count_all")])
-        return dict(zip(counts["video_id"].to_pylist(), counts["count_all"].to_pylist(), strict=True))
-
-    @cached_property
-    def plain_rows(self) -> dict[str, tuple[int, Int64[np.ndarray, " frame"]]]:
-        """Array number and rows, in frame order, of each video's plain encodings."""
-        table = self._present.sort_by([("video_id", "ascending"), ("frame", "ascending")])
-        rows = table["row"].to_numpy()
-        videos, starts = np.unique(table["video_id"].to_numpy(), return_index=True)
-        arrays = [self._arrays[table["array"][int(start)].as_py()] for start in starts]
-        pieces = zip(arrays, np.split(rows, starts[1:]), strict=True)
-        return dict(zip(map(str, videos), pieces, strict=True))
-
-    @cached_property
-    def sample_ids(self) -> Int64[np.ndarray, " n"]:
-        """Ids of the samples that exist, ascending."""
-        return np.asarray(self.sample_table["sample"], np.int64)
-
-    @cached_property
-    def sample_table(self) -> pa.Table:
-        """Columns `sample`, `video_id`, `view`, one row per sample that exists."""
-        samples = pc.divide(self._present["row"], self._chunk_encodings)
-        columns = {"sample": samples, "video_id": self._present["video_id"], "view": self._present["view"]}
-        return pa.table(columns).combine_chunks()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float16, Int, Int64
 
-from cosettle_cache.core.errors import DamagedStoreError, InputError, UsageError
+from cosettle_cache.core.errors import DamagedStoreError, InputError, UsageError, masked
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, Manifest, PlanKind, Video
 from cosettle_cache.store._cache import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store._chunks import ChunkSource
@@ -22,7 +23,7 @@ from cosettle_cache.store._local import cached_property
 from cosettle_cache.store.create import HEADER_COPY
 from cosettle_cache.store.format import MANIFEST, BytesError, SlotState
 from cosettle_cache.store.header import check_array, read_header, repair_hint
-from cosettle_cache.store.index import Catalog, unseal
+from cosettle_cache.store.index import unseal
 from cosettle_cache.store.plan import ENCODINGS_PER_SAMPLE
 from cosettle_cache.store.remote import ObjectStorage, Storage, open_storage
 from cosettle_cache.videos.manifest import manifest_from_table
@@ -55,7 +56,7 @@ class FeatureStore:
         header = read_header(storage)
         for layout in header.arrays:
             check_array(storage, layout)
-        self.path = storage.path
+        self.path = masked(storage.path)
         self._storage = storage
         self.fingerprint: Fingerprint = header.fingerprint
         self.encoder: Mapping[str, Any] = header.encoder
@@ -100,17 +101,18 @@ class FeatureStore:
     def slot_states(self) -> Mapping[str, int]:
         """Return the number of slots that are todo, done and failed."""
         n_committed = int(self._chunks.committed.sum())
-        n_failed = len(self._catalog.failed_slots)
+        n_failed = pc.count_distinct(self._outlined[1]["slot"]).as_py()
         return {
             str(SlotState.TODO): self.n_slots - n_committed,
             str(SlotState.DONE): n_committed - n_failed,
             str(SlotState.FAILED): n_failed,
         }
 
-    @property
+    @cached_property
     def failures(self) -> dict[str, str]:
-        """Reason by video id, for every video with an encoding that failed."""
-        return self._catalog.failures
+        """Reason by video id, for every video with an encoding that failed; of several the first."""
+        videos, errors = (self._outlined[1][name].to_pylist() for name in ("video_id", "error"))
+        return dict(zip(reversed(videos), reversed(errors), strict=True))
 
     @cached_property
     def index(self) -> pa.Table:
@@ -167,14 +169,16 @@ class FeatureStore:
     @cached_property
     def sample_ids(self) -> Int64[np.ndarray, " n"]:
         """Ids of the samples that exist, ascending (pairs plan)."""
-        self._check_plan(PlanKind.PAIRS)
-        return self._catalog.sample_ids
+        return np.asarray(self.sample_table["sample"], np.int64)
 
     @cached_property
     def sample_table(self) -> pa.Table:
         """Columns `sample`, `video_id`, `view`, one row per id in `sample_ids` (pairs plan)."""
         self._check_plan(PlanKind.PAIRS)
-        return self._catalog.sample_table
+        present, _ = self._outlined
+        samples = pc.divide(present["row"], ENCODINGS_PER_SAMPLE)
+        columns = {"sample": samples, "video_id": present["video_id"], "view": present["view"]}
+        return pa.table(columns).combine_chunks()
 
     def samples(self, ids: SampleIds) -> Float16[np.ndarray, "n 3 row col dim"]:
         """Return samples in the order of `ids`: plain a, plain b, shifted a (pairs plan)."""
@@ -214,8 +218,27 @@ class FeatureStore:
         return np.asarray(ids, np.int64) * ENCODINGS_PER_SAMPLE // self.arrays[0].slot_encodings
 
     @cached_property
-    def _catalog(self) -> Catalog:
-        return Catalog(self._chunks.read_index(outlined=True), self.arrays)
+    def _outlined(self) -> tuple[pa.Table, pa.Table]:
+        """What is present and what failed, of the index's outline."""
+        table = self._chunks.read_index(outlined=True)
+        is_present = pc.is_null(table["error"])
+        return table.filter(is_present), table.filter(pc.invert(is_present))
+
+    @cached_property
+    def _n_present(self) -> dict[str, int]:
+        """Number of samples, or of plain encodings in a frames plan, by video id."""
+        counts = self._outlined[0].group_by("video_id").aggregate([([], "count_all")])
+        return dict(zip(counts["video_id"].to_pylist(), counts["count_all"].to_pylist(), strict=True))
+
+    @cached_property
+    def _rows_of_videos(self) -> dict[str, tuple[int, Int64[np.ndarray, " frame"]]]:
+        """Array number and rows, in frame order, of each video's plain encodings."""
+        table = self._outlined[0].sort_by([("video_id", "ascending"), ("frame", "ascending")])
+        videos, starts = np.unique(table["video_id"].to_numpy(), return_index=True)
+        numbers = {str(layout.grid): number for number, layout in enumerate(self.arrays)}
+        arrays = [numbers[table["array"][int(start)].as_py()] for start in starts]
+        pieces = zip(arrays, np.split(table["row"].to_numpy(), starts[1:]), strict=True)
+        return dict(zip(map(str, videos), pieces, strict=True))
 
     @property
     def _sample_shape(self) -> tuple[int, int, int, int]:
@@ -231,7 +254,7 @@ class FeatureStore:
             reason = self.failures.get(video_id, "some of its slots have not been extracted yet")
             hint = "run the same extract command again; it goes on with the slots that are missing"
             raise InputError(f"{self.path} does not hold all tokens of {video_id}: {reason}", hint=hint)
-        return self._catalog.plain_rows[video_id]
+        return self._rows_of_videos[video_id]
 
     @cached_property
     def _videos(self) -> dict[str, Video]:
@@ -241,7 +264,7 @@ class FeatureStore:
         plan = self.fingerprint.plan
         n_kept = -(-video.n_frames // int(plan.get("every", 1)))
         n_planned = int(plan.get("n_views", 1)) if self.plan_kind is PlanKind.PAIRS else n_kept
-        return self._catalog.n_present.get(video.video_id, 0) == n_planned
+        return self._n_present.get(video.video_id, 0) == n_planned
 
     def _check_plan(self, kind: PlanKind) -> None:
         if self.plan_kind is not kind:

@@ -6,9 +6,8 @@ variables of each service. An object store cannot be used across a fork: process
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -18,10 +17,6 @@ from urllib.parse import quote
 import obstore
 from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, S3Store, from_url
-from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import Buffer as ZarrBuffer
-from zarr.core.buffer import BufferPrototype
-from zarr.storage import ObjectStore, WrapperStore
 
 from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError
 from cosettle_cache.core.files import Buffer, is_url
@@ -80,33 +75,20 @@ class ObjectStorage:
         with self._asking(name):
             return bytes(obstore.get(self._client, name).bytes())
 
-    def read_range(self, name: str, start: int, length: int, tag: str | None = None) -> memoryview:
-        """Return bytes of an object, fewer at its end; with `tag` only of the state that it names.
+    def read_range(self, name: str, span: Any, tag: str | None = None) -> memoryview:
+        """Return bytes of an object, fewer or none where it ends; with `tag` only of the state it names.
 
-        Raises `StaleObjectError` when the object is in another state.
+        `span` is (start, stop), or {"suffix": length} where the service can do that. Raises
+        `StaleObjectError` when the object is in another state.
         """
+        options: Any = {"range": span} | ({"if_match": tag} if tag else {})
         with self._asking(name):
             try:
-                options: Any = {"range": (start, start + length)} | ({"if_match": tag} if tag else {})
                 return memoryview(obstore.get(self._client, name, options=options).bytes())
-            except exceptions.GenericError as error:
-                if not _is_about_the_range(error):
-                    raise
-                return memoryview(b"")
-
-    def read_tail(self, name: str, length: int) -> bytes:
-        """Return the last `length` bytes of an object, or all where there are fewer."""
-        with self._asking(name):
-            try:
-                options: Any = {"range": {"suffix": length}}
-                return bytes(obstore.get(self._client, name, options=options).bytes())
             except (exceptions.NotSupportedError, exceptions.GenericError) as error:
                 if not _is_about_the_range(error):
                     raise
-        # Azure has no ranges from the end, and an empty object has no range at all.
-        size, _ = self.state(name)
-        start = max(0, size - length)
-        return bytes(self.read_range(name, start, size - start)) if size else b""
+                return memoryview(b"")
 
     def open(self, name: str) -> ObjectFile:
         """Return an object, nothing of it asked for yet."""
@@ -160,10 +142,6 @@ class ObjectStorage:
 
     def forget(self, name: str) -> None:
         """Drop what is kept of an object whose bytes turned out wrong."""
-
-    def zarr_store(self) -> Any:
-        """Return what `zarr.open` takes, read-only."""
-        return _ZarrView(ObjectStore(self._client, read_only=True), self)
 
     @contextmanager
     def _asking(self, name: str, *, to_write: bool = False) -> Iterator[None]:
@@ -247,11 +225,15 @@ class ObjectFile:
 
     def read_tail(self, length: int) -> bytes:
         """Return the last `length` bytes, or all where there are fewer."""
-        return self._storage.read_tail(self._name, length)
+        if data := self._storage.read_range(self._name, {"suffix": length}):
+            return bytes(data)
+        # Azure has no ranges from the end, and an empty object has no range at all.
+        size = self.size()
+        return bytes(self._storage.read_range(self._name, (max(0, size - length), size))) if size else b""
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
-        data = self._storage.read_range(self._name, offset, sum(map(len, buffers)))
+        data = self._storage.read_range(self._name, (offset, offset + sum(map(len, buffers))))
         rest = data
         for buffer in buffers:
             n_bytes = min(len(buffer), len(rest))
@@ -265,46 +247,6 @@ class ObjectFile:
 
 Storage = LocalStorage | ObjectStorage
 RangeFile = LocalFile | ObjectFile
-
-
-class _ZarrView(WrapperStore[ObjectStore[Any]]):
-    """What Zarr reads a storage behind a URL through: with its errors, retries and copies."""
-
-    def __init__(self, store: ObjectStore[Any], storage: ObjectStorage) -> None:
-        super().__init__(store)
-        self._storage = storage
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> ZarrBuffer | None:
-        """Return bytes of an object, None when there is none."""
-        try:
-            data = await asyncio.to_thread(_read, self._storage, key, byte_range)
-        except FileNotFoundError:
-            return None
-        return prototype.buffer.from_bytes(data)
-
-    async def get_ranges(
-        self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: BufferPrototype, **_: Any
-    ) -> AsyncIterator[Sequence[tuple[int, ZarrBuffer | None]]]:
-        """Yield `(number, bytes)` of each range; newer Zarrs ask so, and would pass by `get`."""
-        for number, byte_range in enumerate(byte_ranges):
-            found = await self.get(key, prototype, byte_range)
-            if found is None:
-                raise FileNotFoundError(key)
-            yield [(number, found)]
-
-
-def _read(storage: ObjectStorage, key: str, byte_range: ByteRequest | None) -> bytes:
-    if byte_range is None:
-        return storage.read(key)
-    if isinstance(byte_range, SuffixByteRequest):
-        return storage.open(key).read_tail(byte_range.suffix)
-    if not isinstance(byte_range, RangeByteRequest):
-        raise NotImplementedError(f"Zarr asks for {byte_range}")
-    data = bytearray(byte_range.end - byte_range.start)
-    n_read = storage.open(key).read([memoryview(data)], byte_range.start)
-    return bytes(data[:n_read])
 
 
 def open_storage(path: str | Path) -> Storage:

@@ -179,7 +179,7 @@ def _try_copy(source: Storage, target: Storage, writer: StoreWriter, place: Slot
         # A failed slot is only given up for one that is whole.
         deque(_checked_bytes(source, place, part), maxlen=0)
     writer.adopt(place.index, _checked_bytes(source, place, part), data)
-    return part.shard.n_bytes
+    return part.shard_bytes
 
 
 def _checked_bytes(source: Storage, place: SlotPlace, part: Part) -> Iterator[Buffer]:

@@ -34,7 +34,7 @@ from cosettle_cache.store.format import (
     part_folder,
 )
 from cosettle_cache.store.header import Header, check_same, read_header, repair_hint
-from cosettle_cache.store.index import ShardFacts, committed_shards, encode_part, read_part
+from cosettle_cache.store.index import committed_shards, encode_part, read_part
 from cosettle_cache.store.remote import Storage, is_store, open_storage
 
 
@@ -149,7 +149,7 @@ class StoreWriter:
             encoder = ShardEncoder(place.layout, shard.tokens, present)
 
             def part() -> bytes:
-                return encode_part(slot, errors, ShardFacts(encoder.n_bytes, encoder.chunks_checksum))
+                return encode_part(slot, errors, encoder.n_bytes, encoder.chunks_checksum)
 
             self._put(place, encoder, part)
         self.release(place.index)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cosettle_cache.core.lazy import lazy_names
+from cosettle_cache.core import lazy_names
 from cosettle_cache.videos.datasets import DATASETS, DataSet
 
 if TYPE_CHECKING:
     from cosettle_cache.videos.build import BuildResult, build_manifest
-    from cosettle_cache.videos.davis import DavisSequence, open_sequence
     from cosettle_cache.videos.jhmdb import JointSequence, open_joints
-    from cosettle_cache.videos.vip import PartSequence, open_parts
+    from cosettle_cache.videos.masks import DavisSequence, PartSequence, open_parts, open_sequence
 
 __all__ = [
     "DATASETS",
@@ -33,12 +32,12 @@ __all__ = [
 _HOMES = {
     "BuildResult": "build",
     "build_manifest": "build",
-    "DavisSequence": "davis",
-    "open_sequence": "davis",
+    "DavisSequence": "masks",
+    "open_sequence": "masks",
     "JointSequence": "jhmdb",
     "open_joints": "jhmdb",
-    "PartSequence": "vip",
-    "open_parts": "vip",
+    "PartSequence": "masks",
+    "open_parts": "masks",
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""From clips on disk to manifest rows: what the builders of all folder layouts share."""
+"""Clips on disk and manifest rows: what the builders of all layouts share, and a check of rows."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.datasets import DATASETS
-from cosettle_cache.videos.davis import open_sequence
-from cosettle_cache.videos.frames import VIDEO_SUFFIXES, natural_key, probe
+from cosettle_cache.videos.frames import VIDEO_SUFFIXES, MediaInfo, iter_frames, natural_key, probe
 from cosettle_cache.videos.jhmdb import open_joints
+from cosettle_cache.videos.lists import Listed, locate
 from cosettle_cache.videos.manifest import is_safe_path
+from cosettle_cache.videos.masks import open_parts, open_sequence
 from cosettle_cache.videos.queries import open_tracks
-from cosettle_cache.videos.vip import open_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +51,31 @@ def build_manifest(name: str, root: str | Path, data_root: str | Path, **options
     if name not in DATASETS:
         raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
     options = {"split": DATASETS[name].split} | options
-    builder, folders = DATASETS[name].builder(), (Path(root), Path(data_root))
-    result: BuildResult = builder(*folders, **options) if builder else _build_row(name, *folders, **options)
+    builder = DATASETS[name].builder() or partial(_build_row, name)
+    result: BuildResult = builder(Path(root), Path(data_root), **options)
     return result
 
 
 def _build_row(name: str, root: Path, data_root: Path, split: str, names: Sequence[str] = ()) -> BuildResult:
-    """Return the clips at the places that the row names; one without labels becomes a row without."""
-    row = DATASETS[name]
-    listed = names or [path.name for path in subfolders(root / row.media.partition("{name}")[0])]
-    labels = row.labels or None
-    clips = [
-        Clip(clip, root / row.media.format(name=clip), labels=labels and root / labels.format(name=clip))
-        for clip in listed
-    ]
-    return build(clips, Source(name, split, root, data_root))
+    row, listed = DATASETS[name], [Listed(clip) for clip in names]
+    return build_places(Source(name, split, root, data_root), listed, row.media, row.labels)
+
+
+def build_places(source: Source, listed: Sequence[Listed], media: str, labels: str) -> BuildResult:
+    """Return the clips `listed`, or every folder there is, at the places `media` and `labels` with `{name}`.
+
+    A line of a list with two paths says itself where its clip and labels are. A clip without labels becomes a
+    row without.
+    """
+    root, clips = source.root, []
+    for item in listed or [Listed(path.name) for path in subfolders(root / media.partition("{name}")[0])]:
+        path = root / media.format(name=item.name)
+        label = root / labels.format(name=item.name) if labels else None
+        if item.media is not None and item.labels is not None:
+            path, label = locate(root, item.media), locate(root, item.labels)
+        class_name = item.name.rpartition("/")[0] if source.dataset == "jhmdb" else ""
+        clips.append(Clip(item.name, path, class_name or None, label))
+    return build(clips, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +171,61 @@ def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tupl
     sequence = opener(video, data_root)
     for index in range(video.n_frames if decode else 0):
         sequence.mask(index)
-    return sequence.n_objects, len(sequence.files.labelled)
+    return sequence.n_objects, len(sequence.labelled)
+
+
+def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: Progress) -> dict[str, str]:
+    """Return a reason for every video that does not hold what its row says.
+
+    Sizes and counts are compared as far as the row knows them; with `decode` every frame is decoded and every
+    mask is read too.
+    """
+    problems: dict[str, str] = {}
+    progress.start(len(manifest), "videos")
+    try:
+        for video in manifest:
+            try:
+                _check_video(video, data_root, decode)
+            except MediaError as error:
+                problems[video.video_id] = error.summary
+            progress.advance()
+    finally:
+        progress.finish()
+    return problems
+
+
+def _check_video(video: Video, data_root: Path, decode: bool) -> None:
+    video = _measured(video, probe(data_root / video.media))
+    if decode:
+        for _ in iter_frames(video, data_root):
+            pass
+    if video.label_kind is not None:
+        _, n_labelled = count_labels(video, data_root, decode=decode)
+        if n_labelled < video.labelled_frames:
+            raise MediaError(
+                f"{video.labels} lacks annotations",
+                wanted=f"{video.labelled_frames} annotated frames",
+                found=f"{n_labelled} annotated frames",
+            )
+
+
+def _measured(video: Video, info: MediaInfo) -> Video:
+    """Return the row with what it did not know filled in; raise `MediaError` where it knew otherwise."""
+    n_frames = video.n_frames or info.n_frames - video.first_frame
+    if not 0 < video.first_frame + n_frames <= info.n_frames:
+        raise MediaError(
+            f"{video.media} ends early",
+            wanted=f"{video.first_frame + n_frames} frames",
+            found=f"{info.n_frames} frames",
+        )
+    size = (video.height or info.height, video.width or info.width)
+    if size != (info.height, info.width):
+        raise MediaError(
+            f"{video.media} has another size",
+            wanted=f"{size[0]}x{size[1]}",
+            found=f"{info.height}x{info.width}",
+        )
+    return replace(video, n_frames=n_frames, height=info.height, width=info.width)
 
 
 def _path_in(root: Path, data_root: Path) -> Path:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from cosettle_cache.core.types import LabelKind
@@ -39,11 +39,10 @@ class DataSet:
 
     def builder(self) -> Callable[..., Any] | None:
         """Return the function that builds a manifest; None where the row's own places do."""
-        if not isinstance(self.build, str) or not self.build:
-            return self.build or None
-        module, _, name = self.build.partition(":")
-        builder: Callable[..., Any] = getattr(import_module(f"cosettle_cache.videos.{module}"), name)
-        return builder
+        if isinstance(self.build, str) and self.build:
+            builder: Callable[..., Any] = resolve_name(f"cosettle_cache.videos.{self.build}")
+            return builder
+        return self.build or None
 
     def find(self, data_root: Path) -> Path | None:
         """Return the data set's folder under the data root, None where there is none."""
@@ -54,7 +53,7 @@ class DataSet:
 DATASETS: dict[str, DataSet] = {
     "davis": DataSet(
         "object masks of DAVIS",
-        "layouts:build_davis_manifest",
+        "layouts:build_davis",
         LabelKind.MASKS,
         split="val",
         folders=("DAVIS", "davis-2017", "davis", "."),
@@ -64,7 +63,7 @@ DATASETS: dict[str, DataSet] = {
     ),
     "vip": DataSet(
         "body parts of VIP",
-        "layouts:build_vip_manifest",
+        "layouts:build_vip",
         LabelKind.PARTS,
         split="val",
         folders=("VIP", "VIP_Fine", "vip", "."),
@@ -74,7 +73,7 @@ DATASETS: dict[str, DataSet] = {
     ),
     "jhmdb": DataSet(
         "joints of JHMDB",
-        "layouts:build_jhmdb_manifest",
+        "layouts:build_jhmdb",
         LabelKind.KEYPOINTS,
         split="val",
         folders=("JHMDB", "jhmdb", "."),
@@ -83,23 +82,23 @@ DATASETS: dict[str, DataSet] = {
         labels="joint_positions/{name}/joint_positions.mat",
         list_split="split1_test",
     ),
-    "masks": DataSet("your clips, a first mask beside each", "layouts:build_masks_manifest", LabelKind.MASKS),
+    "masks": DataSet("your clips, a first mask beside each", "layouts:build_masks", LabelKind.MASKS),
     "kinetics": DataSet(
         "class folders of clips",
-        "folders:build_kinetics_manifest",
+        "folders:build_kinetics",
         folders=("kinetics400/train", "kinetics400", "k400/train", "k400"),
         media="{name}",
         list_folder="kinetics400/val",
         list_split="val",
     ),
-    "classes": DataSet("class folders at any depth", "folders:build_classes_manifest"),
-    "ucf101": DataSet("UCF101 with its lists", "folders:build_ucf101_manifest", split=None),
-    "hmdb51": DataSet("HMDB51 with its lists", "folders:build_hmdb51_manifest", split=None),
-    "folder": DataSet("any folder of clips", "folders:build_folder_manifest", folders=("clips",)),
-    "sprites": DataSet("the built-in clips", "layouts:build_sprites_manifest", LabelKind.MASKS, split="val"),
+    "classes": DataSet("class folders at any depth", "folders:build_classes"),
+    "ucf101": DataSet("UCF101 with its lists", "folders:build_ucf101", split=None),
+    "hmdb51": DataSet("HMDB51 with its lists", "folders:build_hmdb51", split=None),
+    "folder": DataSet("any folder of clips", "folders:build_folder", folders=("clips",)),
+    "sprites": DataSet("the built-in clips", "layouts:build_sprites", LabelKind.MASKS, split="val"),
     "tapvid": DataSet(
         "unpacked TAP-Vid tracks",
-        "layouts:build_tapvid_manifest",
+        "layouts:build_tapvid",
         LabelKind.TRACKS,
         folders=("tapvid_davis", "tapvid", "."),
         mark="tracks",

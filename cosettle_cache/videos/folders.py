@@ -36,9 +36,7 @@ _HMDB_SPLITS = {"0": "", "1": "train", "2": "test"}
 _Lines = list[tuple[str, str]]
 
 
-def build_folder_manifest(
-    root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()
-) -> BuildResult:
+def build_folder(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
     """Return every clip at any depth under `root` in natural order, or those of `names` in theirs.
 
     A clip is a video file, or a folder that holds neither folders nor video files: its images are the frames,
@@ -56,9 +54,7 @@ def _find_media(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def build_kinetics_manifest(
-    root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()
-) -> BuildResult:
+def build_kinetics(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
     """Return the clips `class/video/*.jpg` and `class/video.mp4` in natural order or as `names`.
 
     `names` are ids (`class/video`) or videos alone. Without them a class folder without clips counts as a
@@ -69,9 +65,7 @@ def build_kinetics_manifest(
     return build(choose(clips, names, root), Source("kinetics", split, root, data_root))
 
 
-def build_classes_manifest(
-    root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()
-) -> BuildResult:
+def build_classes(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
     """Return every clip at any depth under `root`; its class is the folder that it lies in.
 
     A clip that lies in `root` itself has no class and counts as a failure.
@@ -161,6 +155,6 @@ def _read_hmdb_lists(folder: Path, number: str) -> _Lines | None:
 
 #: `root` holds `UCF-101/CLASS/*.avi` and `ucfTrainTestlist/`, or is the folder of classes with the lists in
 #: or beside it.
-build_ucf101_manifest = partial(_build_benchmark, "ucf101", _read_ucf_lists)
+build_ucf101 = partial(_build_benchmark, "ucf101", _read_ucf_lists)
 #: HMDB51 likewise; its lists are `testTrainMulti_7030_splits/CLASS_test_splitN.txt`.
-build_hmdb51_manifest = partial(_build_benchmark, "hmdb51", _read_hmdb_lists)
+build_hmdb51 = partial(_build_benchmark, "hmdb51", _read_hmdb_lists)

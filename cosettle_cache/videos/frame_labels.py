@@ -42,13 +42,11 @@ class FrameLabels:
             raise InputError(f"{video_id} has no frame labels", wanted=str(path))
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         unknown = sorted(set(lines) - self.numbers.keys())
-        if unknown or not lines:
-            raise InputError(
-                f"{path} has classes that {self.root / 'mapping.txt'} lacks"
-                if unknown
-                else f"{path} is empty",
-                found=", ".join(unknown) or "no lines",
-            )
+        if not lines:
+            raise InputError(f"{path} is empty", found="no lines")
+        if unknown:
+            mapping = self.root / "mapping.txt"
+            raise InputError(f"{path} has classes that {mapping} lacks", found=", ".join(unknown))
         return np.array([self.numbers[line] for line in lines], np.int64)
 
     def numbers_of(self, names: Iterable[str]) -> frozenset[int]:

@@ -95,11 +95,6 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_frame(video: Video, data_root: str | Path, index: int) -> Image8:
-    """Return one frame; for a video file this decodes up to it."""
-    return next(iter_frames(video, data_root, [index]))
-
-
 def iter_frames(
     video: Video, data_root: str | Path, indices: Sequence[int] | None = None
 ) -> Iterator[Image8]:
@@ -138,8 +133,7 @@ class FrameReader:
         self.video = video
         self._lock = Lock()
         self._data_root = data_root
-        self._frames: Iterator[Image8] = iter(())
-        self._next: int | None = None
+        self._frames, self._next = iter_frames(video, data_root), 0
 
     def read(self, indices: Sequence[int]) -> Iterator[Image8]:
         """Yield the frames `indices` (ascending); see `iter_frames` for the errors."""
@@ -151,15 +145,14 @@ class FrameReader:
                 yield self._seek(index)
 
     def _seek(self, index: int) -> Image8:
-        if self._next is None or index < self._next:
+        if index < self._next:
             self._frames, self._next = iter_frames(self.video, self._data_root), 0
         for image in self._frames:
             self._next += 1
             if self._next == index + 1:
                 return image
-        raise MediaError(
-            f"{self.video.media} ends early", wanted=f"frame {index}", found=f"{self._next} frames"
-        )
+        found = f"{self._next} frames"
+        raise MediaError(f"{self.video.media} ends early", wanted=f"frame {index}", found=found)
 
 
 def _folder_frames(folder: Path, indices: Sequence[int]) -> Iterator[Image8]:

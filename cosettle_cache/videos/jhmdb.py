@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +26,6 @@ JOINTS = (
 Joints = Float64[np.ndarray, "2 joint frame"]
 #: Key points of one frame or of many: x, then y.
 AnyPoints = Float[np.ndarray, "2 ..."]
-
-#: What the MATLAB reader raises for files that are broken, something else, or of version 7.3.
-_UNREADABLE = (
-    *(ValueError, TypeError, KeyError, NotImplementedError, OSError, EOFError),
-    *(zlib.error, scipy.io.matlab.MatReadError),
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +64,7 @@ def read_joints(path: str | Path) -> Joints:
         raise MediaError(f"{path} does not exist", wanted="a file of joints")
     try:
         content = scipy.io.loadmat(path)
-    except _UNREADABLE as error:
+    except Exception as error:  # a file that is broken, something else, or of version 7.3
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MediaError(f"{path} is not a readable MATLAB file", found=reason) from error
     if "pos_img" not in content:
@@ -121,18 +114,13 @@ def read_predicted_joints(path: str | Path) -> Float[np.ndarray, "2 joint frame"
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
-        points = (
-            np.load(io.BytesIO(content))
-            if path.suffix == ".npy"
-            else ArrayUnpickler(io.BytesIO(content)).load()
-        )
+        content = io.BytesIO(path.read_bytes())
+        points = np.load(content) if path.suffix == ".npy" else ArrayUnpickler(content).load()
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", wanted="predicted joints") from error
     except Exception as error:  # a pickle of anything raises anything
-        raise MediaError(
-            f"{path} does not hold an array", found=str(error) or type(error).__name__
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise MediaError(f"{path} does not hold an array", found=reason) from error
     if not isinstance(points, np.ndarray) or points.ndim != 3 or len(points) != 2 or points.dtype.kind != "f":
         found = f"{points.dtype} {points.shape}" if isinstance(points, np.ndarray) else type(points).__name__
         raise MediaError(f"{path} does not hold joints", wanted="float 2 x joints x frames", found=found)

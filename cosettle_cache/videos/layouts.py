@@ -17,6 +17,7 @@ from cosettle_cache.videos.build import (
     Clip,
     Source,
     build,
+    build_places,
     choose,
     entries,
     is_video_file,
@@ -24,7 +25,8 @@ from cosettle_cache.videos.build import (
     name_clips,
     subfolders,
 )
-from cosettle_cache.videos.lists import Listed, locate, read_list
+from cosettle_cache.videos.datasets import DATASETS
+from cosettle_cache.videos.lists import Listed, read_list
 
 #: The resolution folder that is meant when several lie side by side.
 _USUAL_RESOLUTION = "480p"
@@ -32,7 +34,7 @@ _USUAL_RESOLUTION = "480p"
 _VIP_LABELS = ("Annotations/Category_ids", "Category_ids")
 
 
-def build_davis_manifest(
+def build_davis(
     root: Path,
     data_root: Path,
     split: str = "val",
@@ -47,11 +49,12 @@ def build_davis_manifest(
     resolution = resolution or _only_resolution(root)
     listed = [Listed(name) for name in names or _davis_list(root, split)]
     source = Source(dataset, split if listed else "", root, data_root)
-    return _build_pairs(source, listed, f"JPEGImages/{resolution}", f"Annotations/{resolution}")
+    media, labels = (f"{folder}/{resolution}/{{name}}" for folder in ("JPEGImages", "Annotations"))
+    return build_places(source, listed, media, labels)
 
 
 #: The built-in clips in a folder made by `ensure_sprites`; splits train, val.
-build_sprites_manifest = partial(build_davis_manifest, dataset="sprites")
+build_sprites = partial(build_davis, dataset="sprites")
 
 
 def _only_resolution(root: Path) -> str:
@@ -78,31 +81,26 @@ def _davis_list(root: Path, split: str) -> list[str]:
     return names
 
 
-def build_vip_manifest(
-    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
-) -> BuildResult:
+def build_vip(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:
     """Return the clips `names`, or those of `lists/SPLIT_videos.txt`, or all where there is no list."""
     files = (f"{split}_videos.txt", f"vip_{split}list.txt")
     listed = _listed(names, *(folder / file for file in files for folder in (root / "lists", root)))
     labels = next((name for name in _VIP_LABELS if (root / name).is_dir()), _VIP_LABELS[0])
-    return _build_pairs(Source("vip", split if listed else "", root, data_root), listed, "Images", labels)
+    source = Source("vip", split if listed else "", root, data_root)
+    return build_places(source, listed, DATASETS["vip"].media, f"{labels}/{{name}}")
 
 
-def build_jhmdb_manifest(
-    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()
-) -> BuildResult:
+def build_jhmdb(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:
     """Return the clips `names` (`CLASS/CLIP`), or those of `jhmdb_SPLITlist.txt`, or all without a list."""
     listed = _listed(names, *(folder / f"jhmdb_{split}list.txt" for folder in (root, root / "lists")))
     source = Source("jhmdb", split if listed else "", root, data_root)
     if not listed:
         classes = subfolders(root / "Rename_Images")
         listed = [Listed(f"{folder.name}/{clip.name}") for folder in classes for clip in entries(folder)]
-    return _build_pairs(source, listed, "Rename_Images", "joint_positions", "/joint_positions.mat")
+    return build_places(source, listed, DATASETS["jhmdb"].media, DATASETS["jhmdb"].labels)
 
 
-def build_tapvid_manifest(
-    root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()
-) -> BuildResult:
+def build_tapvid(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
     """Return the clips of a folder that `manifest unpack` wrote, or `names`; one without tracks fails."""
     if root.is_file():
         raise InputError(
@@ -110,7 +108,8 @@ def build_tapvid_manifest(
             wanted="a folder with frames/ and tracks/",
             hint=f"cosettle-cache manifest unpack {root} FOLDER",
         )
-    return _build_pairs(Source("tapvid", split, root, data_root), _listed(names), "frames", "tracks", ".npz")
+    source = Source("tapvid", split, root, data_root)
+    return build_places(source, _listed(names), "frames/{name}", "tracks/{name}.npz")
 
 
 def _listed(names: Sequence[str], *lists: Path) -> list[Listed]:
@@ -119,24 +118,7 @@ def _listed(names: Sequence[str], *lists: Path) -> list[Listed]:
     return [Listed(name) for name in names] or next(present, [])
 
 
-def _build_pairs(
-    source: Source, listed: Sequence[Listed], media: str, labels: str, suffix: str = ""
-) -> BuildResult:
-    """Return the clips `listed`, or all folders in `media`; labels are at `labels/NAME` + `suffix`.
-
-    A line of a list with two paths says itself where its clip and labels are.
-    """
-    root, clips = source.root, []
-    for item in listed or [Listed(path.name) for path in subfolders(root / media)]:
-        path, label = root / media / item.name, root / labels / f"{item.name}{suffix}"
-        if item.media is not None and item.labels is not None:
-            path, label = locate(root, item.media), locate(root, item.labels)
-        class_name = item.name.rpartition("/")[0] if source.dataset == "jhmdb" else ""
-        clips.append(Clip(item.name, path, class_name or None, label))
-    return build(clips, source)
-
-
-def build_masks_manifest(
+def build_masks(
     root: Path, data_root: Path, split: str = "", names: Sequence[str] = (), mask: Path | None = None
 ) -> BuildResult:
     """Return the clips directly in `root`, each with its mask; a clip without one is a named failure.

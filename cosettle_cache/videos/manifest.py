@@ -45,12 +45,10 @@ LISTED_SCHEMA = pa.schema(
     [field.with_nullable(field.nullable or field.name in _MEASURES) for field in SCHEMA]
 )
 _REQUIRED = [field.name for field in SCHEMA if not field.nullable]
-_TEXTS = ("video_id", "media", "dataset", "split", "labels", "class_name")
-_COUNTS = (*_MEASURES, "first_frame", "labelled_frames", "n_objects")
+#: What makes a cell of a column the field of a `Video`.
 _TYPES: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(_TEXTS, str),
-    **dict.fromkeys(_COUNTS, int),
-    **{"media_kind": MediaKind, "label_kind": LabelKind, "fps": float},
+    **{field.name: {pa.string(): str, pa.float64(): float}.get(field.type, int) for field in SCHEMA},
+    **{"media_kind": MediaKind, "label_kind": LabelKind},
 }
 
 
@@ -104,15 +102,6 @@ def write_manifest(path: str | Path, manifest: Manifest) -> None:
 def manifest_digest(manifest: Manifest) -> str:
     """Return the hex SHA-256 of the rows; provenance does not count."""
     return digest([asdict(video) for video in manifest])
-
-
-def select_videos(manifest: Manifest, wanted: tuple[str, ...]) -> Manifest:
-    """Return the rows with the ids `wanted`, in manifest order; raise `InputError` naming unknown ids."""
-    known = {video.video_id for video in manifest}
-    unknown = [video_id for video_id in wanted if video_id not in known]
-    if unknown:
-        raise InputError(f"the manifest has no video {unknown[0]}", found=", ".join(sorted(known)[:8]))
-    return Manifest(tuple(v for v in manifest if v.video_id in wanted), manifest.provenance)
 
 
 def _check_measured(rows: Sequence[Mapping[str, Any]], origin: str) -> None:

@@ -1,7 +1,7 @@
-"""Annotations of one video as index maps: PNG files whose pixels are object or class numbers.
+"""Annotations of one video as index maps: PNG files whose pixels are object numbers (DAVIS) or parts (VIP).
 
 In comes a manifest row whose `labels` is a folder of files named after the frames, or one file for the first
-frame alone; out go maps. What their numbers mean is the data set's business; colours are for the eye only.
+frame alone; out go maps. Colours are for the eye only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ from cosettle_cache.videos.frames import decode_errors, frame_names, image_size
 
 #: Index of pixels that belong to nobody.
 VOID = 255
+#: DAVIS scores neither the first nor the last frame.
+MIN_SCORED_FRAMES = 3
+#: VIP's class of every value in `Category_ids`.
+PARTS = (
+    *("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks"),
+    *("pants", "gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm"),
+    *("right-leg", "left-leg", "right-shoe", "left-shoe"),
+)
 
 Mask = UInt8[np.ndarray, "height width"]
 
@@ -88,6 +96,105 @@ class MaskFiles:
     def read(self, index: int) -> Mask:
         """Return the index map of one frame; raise `MediaError` when it cannot be read."""
         return read_mask(self.path_of(index))
+
+
+@dataclass(frozen=True, slots=True)
+class DavisSequence(MaskFiles):
+    """One video and its objects: 1 to `n_objects`, the largest index of the first annotation."""
+
+    n_objects: int
+
+    @property
+    def scorable(self) -> bool:
+        """Whether every frame is annotated and there are frames besides the first and the last."""
+        return len(self.labelled) == self.video.n_frames >= MIN_SCORED_FRAMES
+
+    def first_mask(self) -> Mask:
+        """Return the annotation of the first frame; void is background."""
+        return _without_void(self.read(0))
+
+    def mask(self, index: int) -> Mask | None:
+        """Return the annotation of a frame, None where there is none; void is read as background.
+
+        Raises `MediaError` for an unreadable one and for one with an object that the first lacks.
+        """
+        if index not in self.labelled:
+            return None
+        mask = _without_void(self.read(index))
+        unknown = np.unique(mask[mask > self.n_objects])
+        if len(unknown):
+            raise MediaError(
+                f"{self.path_of(index)} has objects that the first annotation lacks",
+                wanted=f"indices 0 to {self.n_objects}",
+                found=", ".join(map(str, unknown)),
+            )
+        return mask
+
+
+def open_sequence(video: Video, data_root: str | Path) -> DavisSequence:
+    """Return the objects of one manifest row; `open_mask_files` says what raises `MediaError`.
+
+    So does a first annotation without an object.
+    """
+    files = open_mask_files(video, data_root)
+    n_objects = int(_without_void(files.read(0)).max())
+    if n_objects == 0:
+        raise MediaError(
+            f"{files.path_of(0)} shows no object",
+            wanted="object indices from 1 to 254",
+            found="background and void only",
+            hint=f"write the object as 1 where a mask of two values has {VOID}",
+        )
+    return DavisSequence(video, files.frame_names, files.labelled, files.path, n_objects)
+
+
+def _without_void(mask: Mask) -> Mask:
+    return np.where(mask == VOID, np.uint8(0), mask)
+
+
+@dataclass(frozen=True, slots=True)
+class PartSequence(MaskFiles):
+    """One clip of VIP and its body parts; `first_classes` are those of the first frame, background aside.
+
+    Images and annotations are pairs; the frames between them lie elsewhere in the data set and play no role
+    (PROTOCOLS 3.1).
+    """
+
+    first_classes: tuple[int, ...]
+
+    @property
+    def n_objects(self) -> int:
+        """Number of parts in the first frame."""
+        return len(self.first_classes)
+
+    def first_mask(self) -> Mask:
+        """Return the classes of the first frame; a value that is no class is background."""
+        return _known_parts(self.read(0))
+
+    def mask(self, index: int) -> Mask | None:
+        """Return the classes of a frame as annotated, None where it is not; other values are not scored."""
+        return self.read(index) if index in self.labelled else None
+
+
+def open_parts(video: Video, data_root: str | Path) -> PartSequence:
+    """Return the parts of one manifest row; `open_mask_files` says what raises `MediaError`.
+
+    So does a first frame without any part.
+    """
+    files = open_mask_files(video, data_root, numbered=False)
+    classes = np.unique(_known_parts(files.read(0)))
+    if not classes.any():
+        raise MediaError(
+            f"{files.path_of(0)} shows no part",
+            wanted=f"classes from 1 to {len(PARTS) - 1}",
+            found="background only",
+        )
+    first_classes = tuple(classes[classes > 0].tolist())
+    return PartSequence(video, files.frame_names, files.labelled, files.path, first_classes)
+
+
+def _known_parts(mask: Mask) -> Mask:
+    return np.where(mask < len(PARTS), mask, np.uint8(0))
 
 
 def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = True) -> MaskFiles:

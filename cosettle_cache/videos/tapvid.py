@@ -25,9 +25,6 @@ from cosettle_cache.core.types import Video
 from cosettle_cache.videos.manifest import is_safe_path
 from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
-Points = Float64[np.ndarray, "point frame 2"]
-Flags = Bool[np.ndarray, "point frame"]
-
 #: A visible point may lie this share of the image outside it: annotators click on rims.
 _SLACK = 0.05
 
@@ -36,8 +33,8 @@ _SLACK = 0.05
 class PointTracks:
     """Where each point is in every frame, in pixels; where it is not `visible` the place may mean nothing."""
 
-    points: Points
-    visible: Flags
+    points: Float64[np.ndarray, "point frame 2"]
+    visible: Bool[np.ndarray, "point frame"]
 
     @property
     def n_frames(self) -> int:
@@ -143,9 +140,9 @@ def _is_video(video: Any) -> bool:
     if isinstance(video, np.ndarray) and video.dtype == np.uint8:
         return video.ndim == 4 and video.shape[-1] == 3 and video.size > 0
     is_list = isinstance(video, list | tuple) or (isinstance(video, np.ndarray) and video.ndim == 1)
-    return (
-        is_list and len(video) > 0 and all(isinstance(f, bytes) and f.startswith(_JPEG_MARK) for f in video)
-    )
+    if not is_list or not len(video):
+        return False
+    return all(isinstance(frame, bytes) and frame.startswith(_JPEG_MARK) for frame in video)
 
 
 def check_empty(folder: Path) -> None:

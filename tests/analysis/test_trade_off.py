@@ -23,9 +23,10 @@ from cosettle_cache.analysis.run import AnalysisReport, analyze_store, plan_anal
 from cosettle_cache.analysis.trade_off import TradeOff, block_pairs, effective_rank
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.files import read_json
 from cosettle_cache.core.parallel import one_by_one
 from cosettle_cache.core.settings import AnalyzeSettings
-from cosettle_cache.core.tables import read_json, read_table
+from cosettle_cache.core.tables import read_table
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.store import FeatureStore, open_store
 
@@ -194,7 +195,7 @@ def test_a_store_gives_what_its_tokens_in_memory_give(store: FeatureStore) -> No
     for item in report.measured:
         alone = trade_off(kinds[item.tokens], definition=item.definition.name)
         assert known(item.total) == pytest.approx(known(alone), rel=1e-5)
-    assert report.video_ids == tuple(name for name, *_ in CLIPS)
+    assert [clip.video_id for clip in report.plan.clips] == [name for name, *_ in CLIPS]
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def test_clips_of_several_grids_are_compared_at_common_places(tmp_path: Path) ->
     case = frames_case([("ant", 9, 4, 6), ("bee", 9, 6, 4), ("cat", 9, 4, 6)])
     store = open_store(case.write(tmp_path / "s.zarr"))
     report = analyze(store)
-    assert str(report.places) == "4x4"
+    assert str(report.plan.places) == "4x4"
     assert report.measured[0].total.n_videos == 3
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cosettle_cache.cli import run_command
 from cosettle_cache.cli.recipes import check_expectations, read_recipe
 from cosettle_cache.core.errors import InputError, OutputError
 from cosettle_cache.core.files import write_durably
@@ -96,12 +98,44 @@ def test_expectations_are_compared_with_the_summary(tmp_path: Path, measured: fl
     assert [outcome.met for outcome in check_expectations(recipe)] == [met]
 
 
+STEP = "[[step]]\ncommand = 'train'\n"
+ODD_STEPS = [
+    "arguments = 'x'",
+    "arguments = 3",
+    "arguments = [[1]]",
+    "out = {a = 1}",
+    "out = []",
+    "out = [{}]",
+]
+ODD_EXPECTATIONS = [
+    " = 3",
+    ".raw.j = { value = 1, tolerance = 0 }",  # without a summary nothing would be checked
+    ".summary = 's.json'",
+    ".summary = 3\nexpect.raw.j = { value = 1, tolerance = 0 }",
+    *(f".summary = 's'\nexpect.raw.j = {entry}" for entry in ["1", "[]", "{}", "{ value = 1 }"]),
+    *(
+        f".summary = 's'\nexpect.raw.j = {{ value = {value}, tolerance = {tolerance} }}"
+        for value, tolerance in [("nan", 1), ("'1'", 1), ("true", 1), (1, -1), (1, "inf"), ("1" * 400, 1)]
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("title = ", "is not TOML"),
         ("title = 'x'", "is not a recipe"),
         ("[[step]]\nout = 'x'", "has no command"),
+        ("[[step]]\ncommand = 3", "has no command"),
+        ("[[step]]\ncommand = ' '", "has no command"),
+        ("[[step]]\ncommand = 'run r.toml'", "runs a recipe"),
+        ("[[step]]\ncommand = 'demo'", "runs a recipe"),
+        ("step = 'train'", "is not a recipe"),
+        ("step = ['train']", "is not a recipe"),
+        ("a = " + "[" * 50_000, "is not TOML"),
+        ("a = " + "9" * 5_000, "is not TOML"),
+        *((f"{STEP}{text}", "the step train of .* is malformed") for text in ODD_STEPS),
+        *((f"expect{text}\n{STEP}", "expect") for text in ODD_EXPECTATIONS),
     ],
 )
 def test_bad_recipes_are_named(tmp_path: Path, text: str, said: str) -> None:
@@ -111,10 +145,27 @@ def test_bad_recipes_are_named(tmp_path: Path, text: str, said: str) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
-def test_a_summary_without_the_figure_is_named(tmp_path: Path) -> None:
+def test_a_folder_or_a_pipe_is_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        assert run_command(["run", str(path)]) == 3
+        assert capsys.readouterr().err == f"error: {path} is not a file\n"
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        *(
+            ({"means": means}, "has no jf_mean of raw")
+            for means in ({}, {"raw": 3}, {"raw": {"jf_mean": None}})
+        ),
+        *((document, "is no summary") for document in ([], {}, {"means": []})),
+    ],
+)
+def test_a_summary_without_the_figure_is_named(tmp_path: Path, document: Any, said: str) -> None:
     recipe = read_recipe(write_recipe(tmp_path, RECIPE))
-    (tmp_path / "summary.json").write_text(json.dumps({"means": {}}))
-    with pytest.raises(InputError, match="has no jf_mean of raw"):
+    (tmp_path / "summary.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=said):
         check_expectations(recipe)
 
 

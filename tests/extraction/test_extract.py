@@ -28,7 +28,7 @@ from cosettle_cache.extraction.jobs import PlanSummary, note_plan
 from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
 from cosettle_cache.store import FeatureStore, StoreWriter, open_store
 from cosettle_cache.store.plan import Plan, make_plan
-from cosettle_cache.videos.frames import read_frame
+from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.manifest import write_manifest
 
 PAIRS = PairsSettings(n_views=2, size=64)
@@ -98,7 +98,7 @@ def one_by_one(root: Path, store: FeatureStore, plan: Plan, backbone: Backbone, 
     for encoding in plan.slot(slot).encodings:
         video = videos[encoding.video_id]
         views = make_views(plan, *plan.recipe.image_size(video), backbone.mean, backbone.std)
-        (view,) = views.prepare(read_frame(video, root, encoding.frame), [encoding])
+        (view,) = views.prepare(next(iter_frames(video, root, [encoding.frame])), [encoding])
         tokens.append(backbone.encode(view[None], encoding.shift)[0])
     return torch.stack(tokens)
 

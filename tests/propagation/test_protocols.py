@@ -9,9 +9,9 @@ import pytest
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.settings import replace_red_std
 from cosettle_cache.core.types import EvalProtocol
-from cosettle_cache.propagation.presets import check_protocol
-from cosettle_cache.propagation.protocols import image_std, list_presets, make_protocol
+from cosettle_cache.propagation.protocols import check_protocol, list_presets, make_protocol
 
 #: What the code bases have in one table (PROTOCOLS 1.4): size, top_k, n_context, radius, window, temperature.
 PUBLISHED = {
@@ -62,10 +62,11 @@ def test_every_preset_is_listed_with_its_source_and_can_be_made():
 
 def test_the_slip_in_red_replaces_imagenets_deviation_only():
     imagenet, own = (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
-    assert image_std(make_protocol("dino"), imagenet) == (0.228, 0.224, 0.225)
-    assert image_std(make_protocol(), imagenet) == imagenet
-    assert image_std(make_protocol("dino"), own) == own
-    assert image_std(make_protocol(), (0.228, 0.224, 0.225)) == imagenet
+    dino, cosettle = make_protocol("dino").red_std, make_protocol().red_std
+    assert replace_red_std(imagenet, dino) == (0.228, 0.224, 0.225)
+    assert replace_red_std(imagenet, cosettle) == imagenet
+    assert replace_red_std(own, dino) == own
+    assert replace_red_std((0.228, 0.224, 0.225), cosettle) == imagenet
 
 
 def test_the_command_lists_every_field_of_every_preset(capsys):

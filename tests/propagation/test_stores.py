@@ -59,7 +59,7 @@ def test_objects_are_followed_and_scored(run, squares, tmp_path):
     mask = square_mask(4, 6, 3).repeat(PATCH, 0).repeat(PATCH, 1)
     found = read_mask(tmp_path / "out/raw/left/00003.png")
     assert np.array_equal(found[8::16, 8::16], mask[8::16, 8::16])
-    assert report.seconds.total >= report.seconds.propagate > 0
+    assert report.seconds > 0
     assert report.peak_memory_bytes > 50e6
 
 

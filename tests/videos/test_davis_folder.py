@@ -12,7 +12,7 @@ from PIL import Image
 from cosettle_cache.core.errors import InputError, MediaError, OutputError, UsageError
 from cosettle_cache.core.types import LabelKind, MediaKind, Video
 from cosettle_cache.videos import build_manifest, open_sequence
-from cosettle_cache.videos.layouts import build_davis_manifest
+from cosettle_cache.videos.layouts import build_davis
 from cosettle_cache.videos.masks import PALETTE, read_mask, write_mask
 
 SIZE = (12, 20)
@@ -51,7 +51,7 @@ def root(tmp_path):
 
 
 def open_one(root: Path, name: str = "bmx-trees"):
-    result = build_davis_manifest(root, root.parent)
+    result = build_davis(root, root.parent)
     (video,) = (video for video in result.manifest if video.video_id == name)
     return open_sequence(video, root.parent)
 
@@ -69,7 +69,7 @@ def bare_row(root: Path, name: str = "bmx-trees", n_frames: int = 4) -> Video:
 
 
 def test_rows(root):
-    result = build_davis_manifest(root, root.parent)
+    result = build_davis(root, root.parent)
     assert not result.failures
     video = result.manifest.videos[0]
     expected = replace(bare_row(root), dataset="davis", labelled_frames=4, n_objects=2)
@@ -80,7 +80,7 @@ def test_rows(root):
 @pytest.mark.parametrize("text", ["dog\nbmx-trees\n", "dog\nbmx-trees", "dog\r\n\r\nbmx-trees\r\n"])
 def test_list_order_with_and_without_last_newline(root, text):
     make_list(root, "val", text)
-    result = build_davis_manifest(root, root.parent)
+    result = build_davis(root, root.parent)
     assert [video.video_id for video in result.manifest] == ["dog", "bmx-trees"]
     assert {video.split for video in result.manifest} == {"val"}
 
@@ -88,7 +88,7 @@ def test_list_order_with_and_without_last_newline(root, text):
 def test_without_lists_all_folders_in_natural_order(tmp_path):
     for name in ("clip10", "clip2", "clip1"):
         make_sequence(tmp_path, name)
-    result = build_davis_manifest(tmp_path, tmp_path)
+    result = build_davis(tmp_path, tmp_path)
     assert [video.video_id for video in result.manifest] == ["clip1", "clip2", "clip10"]
     assert {video.split for video in result.manifest} == {""}
 
@@ -96,13 +96,13 @@ def test_without_lists_all_folders_in_natural_order(tmp_path):
 def test_unknown_split_names_the_known_ones(root):
     make_list(root, "train", "dog\n")
     with pytest.raises(UsageError, match="no split val") as caught:
-        build_davis_manifest(root, root.parent)
+        build_davis(root, root.parent)
     assert caught.value.wanted == "train"
 
 
 def test_listed_but_missing_sequence_is_a_named_failure(root):
     make_list(root, "val", "dog\nghost\n")
-    result = build_davis_manifest(root, root.parent)
+    result = build_davis(root, root.parent)
     assert [video.video_id for video in result.manifest] == ["dog"]
     assert list(result.failures) == ["DAVIS/JPEGImages/480p/ghost"]
     assert "does not exist" in result.failures["DAVIS/JPEGImages/480p/ghost"]
@@ -110,30 +110,30 @@ def test_listed_but_missing_sequence_is_a_named_failure(root):
 
 def test_list_cannot_lead_out_of_the_data_root(root):
     make_list(root, "val", "dog\n../../../../secret\n")
-    result = build_davis_manifest(root, root.parent)
+    result = build_davis(root, root.parent)
     (reason,) = result.failures.values()
     assert "cannot stand in a manifest" in reason
 
 
 def test_other_resolution_folder_is_found(tmp_path):
     make_sequence(tmp_path, "dog", resolution="240p")
-    (video,) = build_davis_manifest(tmp_path, tmp_path).manifest
+    (video,) = build_davis(tmp_path, tmp_path).manifest
     assert video.media == "JPEGImages/240p/dog"
     make_sequence(tmp_path, "dog", resolution="Full-Resolution")
     with pytest.raises(InputError, match="single resolution") as caught:
-        build_davis_manifest(tmp_path, tmp_path)
+        build_davis(tmp_path, tmp_path)
     assert caught.value.found == "240p, Full-Resolution"
-    (video,) = build_davis_manifest(tmp_path, tmp_path, resolution="Full-Resolution").manifest
+    (video,) = build_davis(tmp_path, tmp_path, resolution="Full-Resolution").manifest
     assert video.labels == "Annotations/Full-Resolution/dog"
     make_sequence(tmp_path, "dog", resolution="480p")
-    (video,) = build_davis_manifest(tmp_path, tmp_path).manifest
+    (video,) = build_davis(tmp_path, tmp_path).manifest
     assert video.media == "JPEGImages/480p/dog"
 
 
 def test_sequence_without_annotations_is_a_row_without_labels(root):
     (frames := root / "JPEGImages/480p/plain").mkdir()
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(frames / "00000.jpg")
-    video = build_davis_manifest(root, root.parent).manifest.videos[-1]
+    video = build_davis(root, root.parent).manifest.videos[-1]
     assert (video.video_id, video.labels, video.label_kind, video.n_objects) == ("plain", None, None, 0)
     with pytest.raises(MediaError, match="no labels"):
         open_sequence(video, root.parent)
@@ -142,13 +142,13 @@ def test_sequence_without_annotations_is_a_row_without_labels(root):
 def test_folder_outside_the_data_root_is_refused(root, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(InputError, match="outside the data root"):
-        build_davis_manifest(root, tmp_path / "elsewhere")
+        build_davis(root, tmp_path / "elsewhere")
 
 
 def test_linked_folder_keeps_its_place_under_the_data_root(root, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "davis").symlink_to(root)
-    result = build_davis_manifest(tmp_path / "links" / "davis", tmp_path / "links")
+    result = build_davis(tmp_path / "links" / "davis", tmp_path / "links")
     assert result.manifest.videos[0].media == "davis/JPEGImages/480p/bmx-trees"
 
 
@@ -193,7 +193,7 @@ def test_missing_first_annotation(root):
         open_sequence(bare_row(root), root.parent)
     assert caught.value.wanted.endswith("00000.png")
     assert "names of their frames" in caught.value.hint
-    failures = build_davis_manifest(root, root.parent).failures
+    failures = build_davis(root, root.parent).failures
     assert list(failures) == ["DAVIS/JPEGImages/480p/bmx-trees"]
 
 
@@ -231,10 +231,7 @@ def test_truncated_annotation(root):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(MediaError, match=r"00000\.png cannot be decoded"):
         open_sequence(bare_row(root), root.parent)
-    assert (
-        "cannot be decoded"
-        in build_davis_manifest(root, root.parent).failures["DAVIS/JPEGImages/480p/bmx-trees"]
-    )
+    assert "cannot be decoded" in build_davis(root, root.parent).failures["DAVIS/JPEGImages/480p/bmx-trees"]
 
 
 def test_fewer_frames_than_the_row_says(root):
@@ -331,7 +328,7 @@ def test_mask_that_cannot_be_written(tmp_path):
 def test_one_builder_for_every_layout(root):
     assert (
         build_manifest("davis", root, root.parent).manifest.videos
-        == build_davis_manifest(root, root.parent).manifest.videos
+        == build_davis(root, root.parent).manifest.videos
     )
     with pytest.raises(UsageError, match="no dataset layout ytvos"):
         build_manifest("ytvos", root, root.parent)
@@ -340,7 +337,7 @@ def test_one_builder_for_every_layout(root):
 @pytest.mark.data
 def test_real_sequences(shared_data):
     root = shared_data("DAVIS")
-    result = build_davis_manifest(root, root.parent)
+    result = build_davis(root, root.parent)
     assert not result.failures
     found = {
         video.video_id: (video.n_frames, video.height, video.width, video.n_objects)
@@ -361,6 +358,6 @@ def test_real_palette_agrees_on_the_objects(shared_data):
 def test_reading_leaves_the_data_alone(shared_data):
     root = shared_data("DAVIS-240p")
     before = sorted(root.rglob("*"))
-    (video,) = build_davis_manifest(root, root.parent).manifest
+    (video,) = build_davis(root, root.parent).manifest
     assert (video.media, video.n_objects) == ("DAVIS-240p/JPEGImages/240p/dogs-jump", 3)
     assert sorted(root.rglob("*")) == before

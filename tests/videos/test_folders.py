@@ -14,7 +14,7 @@ from PIL import Image
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import MediaKind
 from cosettle_cache.videos import build_manifest
-from cosettle_cache.videos.folders import build_folder_manifest, build_kinetics_manifest
+from cosettle_cache.videos.folders import build_folder, build_kinetics
 from cosettle_cache.videos.manifest import manifest_from_table, manifest_table
 
 
@@ -40,7 +40,7 @@ def test_kinetics_rows(tmp_path):
     make_frames(root / "yoga" / "clip10")
     make_frames(root / "yoga" / "clip2")
     make_file(root / "archery" / "a.b.mp4")
-    result = build_kinetics_manifest(root, tmp_path, split="train")
+    result = build_kinetics(root, tmp_path, split="train")
     assert not result.failures
     rows = [(v.video_id, v.media, v.class_name, v.media_kind, v.n_frames) for v in result.manifest]
     assert rows == [
@@ -57,7 +57,7 @@ def test_kinetics_rows(tmp_path):
 def test_kinetics_class_without_clips_is_a_failure(tmp_path):
     make_frames(tmp_path / "yoga" / "a")
     (tmp_path / "archery").mkdir()
-    result = build_kinetics_manifest(tmp_path, tmp_path)
+    result = build_kinetics(tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["yoga/a"]
     assert "holds no frames" in result.failures["archery"]
 
@@ -69,7 +69,7 @@ def test_folder_finds_clips_at_any_depth(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "contact_sheet.png")
     (tmp_path / "notes.txt").write_text("about these clips")
     (tmp_path / ".cache").mkdir()
-    result = build_folder_manifest(tmp_path, tmp_path)
+    result = build_folder(tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["clip2", "clip10", "deep/er/frames"]
     assert not result.failures
 
@@ -80,13 +80,13 @@ def test_names_keep_their_suffix_where_they_would_collide(tmp_path):
     make_frames(tmp_path / "b")
     make_file(tmp_path / "b.avi")
     make_file(tmp_path / "c.mp4")
-    result = build_folder_manifest(tmp_path, tmp_path)
+    result = build_folder(tmp_path, tmp_path)
     assert sorted(v.video_id for v in result.manifest) == ["a.mkv", "a.mp4", "b", "b.avi", "c"]
 
 
 def test_one_folder_of_frames_is_one_clip(tmp_path):
     make_frames(tmp_path / "mine")
-    (video,) = build_folder_manifest(tmp_path / "mine", tmp_path).manifest
+    (video,) = build_folder(tmp_path / "mine", tmp_path).manifest
     assert (video.video_id, video.media) == ("mine", "mine")
 
 
@@ -98,7 +98,7 @@ def test_every_bad_clip_is_named(tmp_path):
     make_frames(tmp_path / "mixed")
     Image.new("RGB", (5, 5)).save(tmp_path / "mixed" / "9.jpg")
     make_frames(tmp_path / "colon:name")
-    result = build_folder_manifest(tmp_path, tmp_path)
+    result = build_folder(tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["good"]
     reasons = {
         "zero.mp4": "is empty",
@@ -115,13 +115,13 @@ def test_every_bad_clip_is_named(tmp_path):
 def test_no_good_clip_at_all_is_an_error(tmp_path):
     (tmp_path / "zero.mp4").touch()
     with pytest.raises(InputError, match="no usable clip") as caught:
-        build_folder_manifest(tmp_path, tmp_path)
+        build_folder(tmp_path, tmp_path)
     assert caught.value.details[0].startswith("zero.mp4: ")
     with pytest.raises(InputError, match="not a folder"):
-        build_kinetics_manifest(tmp_path / "missing", tmp_path)
+        build_kinetics(tmp_path / "missing", tmp_path)
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="holds no clips"):
-        build_kinetics_manifest(tmp_path / "bare", tmp_path)
+        build_kinetics(tmp_path / "bare", tmp_path)
 
 
 def test_rows_survive_a_manifest_file(tmp_path):
@@ -134,7 +134,7 @@ def test_rows_survive_a_manifest_file(tmp_path):
 @pytest.mark.data
 def test_real_kinetics_folder(shared_data):
     root = shared_data("kinetics400_tiny_frames")
-    result = build_kinetics_manifest(root, root.parent)
+    result = build_kinetics(root, root.parent)
     assert (len(result.manifest), len(result.failures)) == (30, 0)
     assert len({v.class_name for v in result.manifest}) == 2
     assert {v.n_frames for v in result.manifest} == {3}
@@ -145,6 +145,6 @@ def test_real_clips(shared_data, tmp_path):
     source = shared_data("clips/misc")
     for name in ("bird.mkv", "imageio-binaries-newtonscradle.gif"):
         shutil.copy(source / name, tmp_path)
-    result = build_folder_manifest(tmp_path, tmp_path)
+    result = build_folder(tmp_path, tmp_path)
     assert not result.failures
     assert all(v.n_frames > 1 and v.height > 1 for v in result.manifest)

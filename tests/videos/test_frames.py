@@ -12,7 +12,7 @@ from PIL import Image
 
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.types import MediaKind, Video
-from cosettle_cache.videos.frames import FrameReader, frame_names, iter_frames, probe, read_frame
+from cosettle_cache.videos.frames import FrameReader, frame_names, iter_frames, probe
 
 
 def picture(number: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_frames_come_whole_and_in_natural_order(source: str, request: pytest.Fix
     frames = list(iter_frames(video, path.parent))
     assert all(np.array_equal(frame, picture(i)) for i, frame in enumerate(frames))
     assert len(frames) == 12
-    assert np.array_equal(read_frame(video, path.parent, 10), picture(10))
+    assert np.array_equal(next(iter_frames(video, path.parent, [10])), picture(10))
     part = video_of(path, first_frame=3, n_frames=5)
     assert [f[0, 0, 0] for f in iter_frames(part, path.parent, [0, 4])] == [27, 63]
 
@@ -119,7 +119,7 @@ def test_a_truncated_jpeg_is_an_error_not_a_grey_area(tmp_path: Path) -> None:
     video = video_of(tmp_path / "clip")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(MediaError, match=r"0\.jpg cannot be decoded"):
-        read_frame(video, tmp_path, 0)
+        next(iter_frames(video, tmp_path, [0]))
 
 
 def test_mixed_sizes_are_found_when_probing(folder: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_file_cut_short_is_an_error(file: Path) -> None:
 
 def test_indices_outside_the_row_are_refused(folder: Path) -> None:
     with pytest.raises(MediaError, match="has no frame 12"):
-        read_frame(video_of(folder), folder.parent, 12)
+        next(iter_frames(video_of(folder), folder.parent, [12]))
 
 
 def test_natural_order(tmp_path: Path) -> None:

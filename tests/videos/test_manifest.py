@@ -19,7 +19,6 @@ from cosettle_cache.videos.manifest import (
     manifest_from_table,
     manifest_table,
     read_manifest,
-    select_videos,
     write_manifest,
 )
 
@@ -121,9 +120,3 @@ def test_missing_columns_twins_and_emptiness(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(InputError, match="not a readable table"):
         read_manifest(tmp_path / "text.parquet")
-
-
-def test_selecting_keeps_order_and_names_strangers() -> None:
-    assert [v.video_id for v in select_videos(MANIFEST, ("b", "a"))] == ["a", "b"]
-    with pytest.raises(InputError, match="no video c"):
-        select_videos(MANIFEST, ("c",))

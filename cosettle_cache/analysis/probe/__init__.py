@@ -65,15 +65,9 @@ class ProbeTask:
     metrics: Mapping[str, str]
     needs: str
 
-    @property
-    def frame_labels(self) -> bool:
-        """Whether it needs labels of frames instead of classes of videos."""
-        return self.needs == "frames"
-
 
 _RECALL = {"map": "mAP", "recall_at_1": "R@1", "recall_at_5": "R@5"}
 _CLASSES = {"accuracy": "accuracy", "class_accuracy": "by class"}
-_ORDER = {"accuracy": "accuracy"}
 _SEGMENTS = {"accuracy": "accuracy", "foreground_accuracy": "foreground", "edit": "edit"}
 _SEGMENTS |= {"f1_10": "F1@10", "f1_25": "F1@25", "f1_50": "F1@50"}
 
@@ -81,7 +75,7 @@ _ROWS = (
     ProbeTask("retrieval", "rank of videos", _RECALL, "mean"),
     ProbeTask("knn", "votes of near videos", _CLASSES, "mean"),
     ProbeTask("linear", "a hyperplane", _CLASSES, "mean"),
-    ProbeTask("order", "frames in time", _ORDER, "order"),
+    ProbeTask("order", "frames in time", {"accuracy": "accuracy"}, "order"),
     ProbeTask("segments", "classes of frames", _SEGMENTS, "frames"),
 )
 #: Every task by name.

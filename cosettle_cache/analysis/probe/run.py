@@ -24,7 +24,6 @@ from cosettle_cache.analysis.probe.videos import (
     Labelled,
     check_task,
     fit_linear,
-    order_frames,
     retrieve,
     select_videos,
     spread,
@@ -101,7 +100,7 @@ class ProbePlan:
     def order_frames(self) -> int:
         """The frames of each video that the order is told from; 0 without that task."""
         order = self.sources.get("order")
-        return order_frames(order) if isinstance(order, Labelled) else 0
+        return order.order_frames if isinstance(order, Labelled) else 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -162,12 +161,12 @@ def plan_probe(
         if name not in TASKS:
             raise UsageError(f"there is no task {name}", wanted=", ".join(TASKS), found=name)
     check_frames_plan(store, "probe")
-    with_labels = frame_labels is not None
-    chosen = list(tasks) or [name for name, task in TASKS.items() if task.frame_labels == with_labels]
+    on_frames = {name for name, task in TASKS.items() if task.needs == "frames"}
+    chosen = list(tasks) or [name for name in TASKS if (name in on_frames) == (frame_labels is not None)]
     sources: dict[str, Labelled | SegmentPlan] = {}
     labelled = None
     for name in chosen:
-        if not TASKS[name].frame_labels:
+        if name not in on_frames:
             labelled = sources[name] = labelled or select_videos(store, settings, manifest)
         elif frame_labels is None:
             hint = "--labels FOLDER with groundTruth/, mapping.txt"

@@ -71,13 +71,22 @@ class Labelled:
     @property
     def classes(self) -> Int64[np.ndarray, " video"]:
         """The class number of every video."""
-        number = {name: index for index, name in enumerate(self.names)}
-        return np.array([number[str(video.class_name)] for video in self.videos], np.int64)
+        return np.unique([str(video.class_name) for video in self.videos], return_inverse=True)[1]
 
     @property
     def sizes(self) -> dict[str, int]:
         """How many videos each class has, in the order of `names`."""
         return dict(sorted(Counter(str(video.class_name) for video in self.videos).items()))
+
+    @property
+    def lengths(self) -> list[int]:
+        """The stored frames of each video."""
+        return [self.n_stored[video.video_id] for video in self.videos]
+
+    @property
+    def order_frames(self) -> int:
+        """The frames of each video whose order is told: as asked for, or what all have, 8 at most."""
+        return self.settings.n_frames or min(_DEFAULT_FRAMES, *self.lengths)
 
     @property
     def digest(self) -> str:
@@ -179,8 +188,7 @@ def check_task(labelled: Labelled, task: str) -> None:
 
 
 def _check_order(labelled: Labelled) -> None:
-    n_frames, names = order_frames(labelled), labelled.names
-    lengths = [labelled.n_stored[video_id] for video_id in labelled.video_ids]
+    n_frames, names, lengths = labelled.order_frames, labelled.names, labelled.lengths
     n_short = sum(length < max(n_frames, 2) for length in lengths)
     if n_short or n_frames < 2:
         raise InputError(
@@ -278,12 +286,6 @@ def fit_linear(labelled: Labelled, means: Means) -> Outcome:
     answered = _answers(labelled, asked, times[asked].argmax(1), shares)
     protocol = _pooling(settings) | fold_protocol(settings)
     return Outcome(figures, len(labelled.names), protocol, answered, convergence_warnings(answers))
-
-
-def order_frames(labelled: Labelled) -> int:
-    """Return how many frames of each video are joined: as asked for, or what all have, 8 at most."""
-    shortest = min(labelled.n_stored[video_id] for video_id in labelled.video_ids)
-    return labelled.settings.n_frames or min(_DEFAULT_FRAMES, shortest)
 
 
 def spread(n_frames: int, n_wanted: int) -> Int64[np.ndarray, " frame"]:

@@ -1,4 +1,4 @@
-"""The tasks of `propagate` and `score`, one row each: labels, files, figures, data and protocols.
+"""The tasks of `propagate` and `score`, one row each: what is annotated, data and functions.
 
 The command line makes its choices and help from the table, so nothing heavy is imported here: a row names
 its functions as "module:function", and `load` imports them when they are used. A new task is a row; it may
@@ -14,7 +14,6 @@ from typing import Any
 
 from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.types import LabelKind
-from cosettle_cache.propagation import presets
 
 #: A function, or where it is: "module:function".
 Function = Callable[..., Any] | str
@@ -25,18 +24,15 @@ class Task:
     """One task.
 
     `labels` is what its videos are annotated with, `folder` the layout in `videos` that finds and reads
-    them, `presets` the protocols that were published for it, `columns` the fields of a score row that hold
-    its figures, the main one first. The functions: `open(video, data_root, setting)` returns a
-    `tasks.base.Subject` and may raise `InputError`, which costs the video; `draw(drawing)` draws a video of
-    which all predictions are on disk; `check(case)` returns what is wrong with somebody's predictions and
-    `score(case, row)` their score rows, both None where there is no truth to score against.
+    them. The functions: `open(video, data_root, setting)` returns a `tasks.base.Subject` and may raise
+    `InputError`, which costs the video; `draw(drawing)` draws a video of which all predictions are on disk;
+    `check(case)` returns what is wrong with somebody's predictions and `score(case, row)` their score rows,
+    both None where there is no truth to score against.
     """
 
     name: str
     labels: LabelKind
     folder: str
-    presets: presets.Presets
-    columns: tuple[str, ...]
     open: Function
     draw: Function
     check: Function | None = None
@@ -44,26 +40,23 @@ class Task:
 
 
 _HERE, _SCORE = "cosettle_cache.propagation.tasks", "cosettle_cache.propagation.score"
-_MASK_COLUMNS = ("jf_mean", "j_mean", "f_mean")
 
 
-def _mask_task(name: str, protocols: presets.Presets, *, scored: bool = True) -> Task:
+def _mask_task(name: str, *, scored: bool = True) -> Task:
     check, score = (f"{_SCORE}:check_masks", f"{_SCORE}:score_masks") if scored else (None, None)
     functions = (f"{_HERE}.masks:open_masks", f"{_HERE}.masks:draw_masks", check, score)
-    return Task(name, LabelKind.MASKS, name, protocols, _MASK_COLUMNS if scored else (), *functions)
+    return Task(name, LabelKind.MASKS, name, *functions)
 
 
 #: Every task by name, in the order of help texts and tables.
 TASKS = {
     task.name: task
     for task in (
-        _mask_task("davis", presets.DAVIS),
+        _mask_task("davis"),
         Task(
             name="vip",
             labels=LabelKind.PARTS,
             folder="vip",
-            presets=presets.VIP,
-            columns=("miou", "pixel_accuracy"),
             open=f"{_HERE}.parts:open_part_clip",
             draw=f"{_HERE}.parts:draw_parts",
             check=f"{_SCORE}:check_parts",
@@ -73,15 +66,13 @@ TASKS = {
             name="jhmdb",
             labels=LabelKind.KEYPOINTS,
             folder="jhmdb",
-            presets=presets.JHMDB,
-            columns=("pck_0_1", "pck_0_2", "strict_pck_0_1", "strict_pck_0_2"),
             open=f"{_HERE}.joints:open_joint_clip",
             draw=f"{_HERE}.joints:draw_joint_clip",
             check=f"{_SCORE}:check_joints",
             score=f"{_SCORE}:score_joints",
         ),
-        _mask_task("sprites", presets.OWN_SIZE),
-        _mask_task("masks", presets.OWN_SIZE, scored=False),
+        _mask_task("sprites"),
+        _mask_task("masks", scored=False),
     )
 }
 

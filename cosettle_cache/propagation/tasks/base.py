@@ -6,14 +6,13 @@ and score rows go out. One module per kind of labels: masks, parts, joints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from cosettle_cache.core.types import EvalProtocol, Grid, Score, Video
-from cosettle_cache.propagation.labels import Size
-from cosettle_cache.propagation.propagator import LabelMap
+from cosettle_cache.propagation.labels import LabelMap, Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,43 +28,35 @@ class Setting:
     number: int
 
 
-@runtime_checkable
-class Predictions(Protocol):
-    """What one kind of tokens says about one video: taken frame by frame, written, scored."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictions:
+    """What one kind of tokens says about one video.
 
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files written so far."""
+    `write` takes the frame's index and its prediction, frame by frame; `files` are there when all have come.
+    `score` takes what is annotated of a frame and its prediction; it is None where frames are not scored one
+    by one. `rows` returns the row that it is given with the video's figures, once per scored thing, nothing
+    where the video cannot be scored.
+    """
 
-    def write(self, index: int, prediction: Any) -> None:
-        """Take the prediction of frame `index`; frames come in order."""
-
-    def score(self, truth: Any, prediction: Any) -> None:
-        """Compare a frame's prediction with what is annotated."""
-
-    def close(self) -> None:
-        """Write what is one file for the whole video."""
-
-    def rows(self, row: Score) -> list[Score]:
-        """Return `row` with the video's figures, once per scored thing; none where it cannot be scored."""
+    files: Sequence[Path]
+    write: Callable[[int, Any], None]
+    score: Callable[[Any, Any], None] | None = None
+    rows: Callable[[Score], list[Score]] = lambda row: []
 
 
-@runtime_checkable
-class Subject(Protocol):
-    """One video opened for a benchmark: its first labels on the grid, its truth, its predictions."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """One video opened for a benchmark.
 
-    @property
-    def label_map(self) -> LabelMap:
-        """The first frame's labels."""
+    `label_map` holds the first frame's labels on the grid. `truth` returns what is annotated of a frame (None
+    where nothing is), `decode` the prediction that a label map stands for, `begin` empty predictions that go
+    below a folder.
+    """
 
-    def truth(self, index: int) -> Any:
-        """Return what is annotated of frame `index`; None where nothing is."""
-
-    def decode(self, label_map: LabelMap) -> Any:
-        """Return the prediction that a label map stands for."""
-
-    def begin(self, folder: Path) -> Predictions:
-        """Return empty predictions that go below `folder`."""
+    label_map: LabelMap
+    truth: Callable[[int], Any]
+    decode: Callable[[LabelMap], Any]
+    begin: Callable[[Path], Predictions]
 
 
 @dataclass(frozen=True, slots=True)

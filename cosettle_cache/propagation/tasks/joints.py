@@ -7,7 +7,6 @@ as `CLIP.npy`, and one row. Without annotations beyond the first frame nothing i
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,83 +16,47 @@ from cosettle_cache.core.files import make_folder, write_durably
 from cosettle_cache.core.types import Score, Video
 from cosettle_cache.metrics.rows import clip_row
 from cosettle_cache.pictures.drawing import draw_joints, write_overlays
-from cosettle_cache.propagation.labels import decode_keypoints, encode_keypoints
-from cosettle_cache.propagation.propagator import LabelMap
-from cosettle_cache.propagation.tasks.base import Drawing, Setting
+from cosettle_cache.propagation.labels import LabelMap, decode_keypoints, encode_keypoints
+from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
-from cosettle_cache.videos.jhmdb import (
-    JointSequence,
-    cells_to_pixels,
-    open_joints,
-    pixels_to_cells,
-    write_predicted_joints,
-)
+from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, pixels_to_cells, write_predicted_joints
 
 #: Joints of one frame: x, then y, in cells.
 Cells = Float32[np.ndarray, "2 joint"]
 
 
-@dataclass(frozen=True, slots=True)
-class _JointSubject:
-    sequence: JointSequence
-    setting: Setting
-    label_map: LabelMap
-
-    def truth(self, index: int) -> None:
-        """Return nothing: joints are scored when all are there."""
-
-    def decode(self, label_map: LabelMap) -> Cells:
-        """Return the joints in cells of the grid."""
-        points = decode_keypoints(label_map, n_cells=self.setting.protocol.keypoint_top_k)
-        return points.cpu().numpy()
-
-    def begin(self, folder: Path) -> _JointPredictions:
-        return _JointPredictions(self.sequence, self.setting, make_folder(folder))
-
-
-@dataclass(frozen=True, slots=True)
-class _JointPredictions:
-    sequence: JointSequence
-    setting: Setting
-    folder: Path
-    files: list[Path] = field(default_factory=list)
-    points: list[Cells] = field(default_factory=list)
-
-    def write(self, index: int, prediction: Cells) -> None:
-        """Keep the joints of a frame: a few hundred bytes."""
-        self.points.append(prediction)
-
-    def score(self, truth: None, prediction: Cells) -> None:
-        """Do nothing: joints are scored when all are there."""
-
-    def close(self) -> None:
-        """Write the joints under the clip's number and under its name."""
-        by_name = self.folder / f"{self.sequence.video.video_id}.npy"
-        buffer = io.BytesIO()
-        np.save(buffer, self._all())
-        make_folder(by_name.parent)
-        write_durably(by_name, [buffer.getbuffer()])
-        by_number = self.folder / f"{self.setting.number}.dat"
-        write_predicted_joints(by_number, self._all())
-        self.files.extend((by_name, by_number))
-
-    def rows(self, row: Score) -> list[Score]:
-        truth, video = self.sequence.joints, self.sequence.video
-        if truth.shape[2] < 2:
-            return []
-        size = (video.height, video.width)
-        return [clip_row(row, truth, cells_to_pixels(self._all(), size, self.setting.grid), size)]
-
-    def _all(self) -> Float32[np.ndarray, "2 joint frame"]:
-        return np.stack(self.points, axis=-1)
-
-
-def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> _JointSubject:
+def open_joint_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
     """Return a clip with joints; raise `MediaError` for annotations that cannot be used."""
     sequence = open_joints(video, data_root)
     size = (video.height, video.width)
     first = pixels_to_cells(sequence.joints[:, :, 0], size, setting.grid)
-    return _JointSubject(sequence, setting, encode_keypoints(first, setting.grid))
+
+    def decode(label_map: LabelMap) -> Cells:
+        return decode_keypoints(label_map, n_cells=setting.protocol.keypoint_top_k).cpu().numpy()
+
+    def begin(folder: Path) -> Predictions:
+        by_name, by_number = folder / f"{video.video_id}.npy", folder / f"{setting.number}.dat"
+        make_folder(by_name.parent)
+        points: list[Cells] = []
+
+        def write(index: int, prediction: Cells) -> None:
+            points.append(prediction)
+            if len(points) == video.n_frames:
+                buffer = io.BytesIO()
+                np.save(buffer, np.stack(points, axis=-1))
+                write_durably(by_name, [buffer.getbuffer()])
+                write_predicted_joints(by_number, np.stack(points, axis=-1))
+
+        def rows(row: Score) -> list[Score]:
+            if sequence.joints.shape[2] < 2:
+                return []
+            found = cells_to_pixels(np.stack(points, axis=-1), size, setting.grid)
+            return [clip_row(row, sequence.joints, found, size)]
+
+        return Predictions([by_name, by_number], write, rows=rows)
+
+    # No frame has a truth of its own: joints are scored when all are there.
+    return Subject(encode_keypoints(first, setting.grid), lambda index: None, decode, begin)
 
 
 def draw_joint_clip(drawing: Drawing) -> None:

@@ -6,97 +6,50 @@ is annotated, one row per object.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
 from cosettle_cache.core.files import make_folder
-from cosettle_cache.core.types import Score, Video
+from cosettle_cache.core.types import Video
 from cosettle_cache.metrics import DavisScorer
 from cosettle_cache.metrics.rows import object_rows
 from cosettle_cache.pictures.drawing import draw_mask, write_overlays
 from cosettle_cache.propagation.labels import (
     FirstLabels,
+    LabelMap,
     Mask,
     Size,
     decode_mask,
     encode_mask,
     encode_mask_nearest,
 )
-from cosettle_cache.propagation.propagator import LabelMap
-from cosettle_cache.propagation.tasks.base import Drawing, Setting
-from cosettle_cache.videos.davis import DavisSequence, open_sequence
+from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
-from cosettle_cache.videos.masks import frame_stems, read_mask, sample_mask, write_mask
+from cosettle_cache.videos.masks import frame_stems, open_sequence, read_mask, sample_mask, write_mask
 
 
-@dataclass(frozen=True, slots=True)
-class MaskSubject:
-    """A video with objects."""
-
-    sequence: DavisSequence
-    setting: Setting
-    first_mask: Mask
-    first: FirstLabels
-
-    @property
-    def label_map(self) -> LabelMap:
-        """The first frame's labels."""
-        return self.first.label_map
-
-    def truth(self, index: int) -> Mask | None:
-        """Return the annotation of a frame, None where there is none."""
-        return self.sequence.mask(index)
-
-    def decode(self, label_map: LabelMap) -> Mask:
-        """Return the mask at the annotation's size."""
-        size = self.first_mask.shape
-        return decode_index_map(label_map, self.first, self.setting, size, size)
-
-    def begin(self, folder: Path) -> MaskPredictions:
-        """Return empty predictions."""
-        scorer = DavisScorer.from_first_mask(self.first_mask) if self.sequence.scorable else None
-        place = make_folder(folder / self.sequence.video.video_id)
-        shown = frozenset(np.unique(self.first_mask).tolist())
-        return MaskPredictions(place, self.sequence.frame_names, scorer, shown)
-
-
-@dataclass(frozen=True, slots=True)
-class MaskPredictions:
-    """One kind's masks of one video; a task with another score builds on it."""
-
-    folder: Path
-    names: tuple[str, ...]
-    scorer: DavisScorer | None
-    shown: frozenset[int]
-    files: list[Path] = field(default_factory=list)
-
-    def write(self, index: int, prediction: Mask) -> None:
-        """Write the mask of a frame."""
-        self.files.append(self.folder / f"{self.names[index]}.png")
-        write_mask(self.files[-1], prediction)
-
-    def score(self, truth: Mask, prediction: Mask) -> None:
-        """Count a frame."""
-        if self.scorer is not None:
-            self.scorer.add(truth, prediction)
-
-    def close(self) -> None:
-        """Do nothing: every frame has its file."""
-
-    def rows(self, row: Score) -> list[Score]:
-        """Return one row per object of the first annotation, if all frames are annotated."""
-        return [] if self.scorer is None else object_rows(row, self.scorer, self.shown)
-
-
-def open_masks(video: Video, data_root: Path, setting: Setting) -> MaskSubject:
+def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
     """Return a video with objects; raise `MediaError` for annotations that cannot be used."""
     sequence = open_sequence(video, data_root)
     first_mask = sequence.first_mask()
-    return MaskSubject(sequence, setting, first_mask, encode_index_map(first_mask, setting))
+    first, size = encode_index_map(first_mask, setting), first_mask.shape
+
+    def decode(label_map: LabelMap) -> Mask:
+        return decode_index_map(label_map, first, setting, size, out=size)
+
+    def begin(folder: Path) -> Predictions:
+        names = [f"{name}.png" for name in sequence.frame_names]
+        predictions = write_index_maps(folder / video.video_id, names)
+        if not sequence.scorable:
+            return predictions
+        scorer, shown = DavisScorer.from_first_mask(first_mask), set(np.unique(first_mask).tolist())
+        return replace(predictions, score=scorer.add, rows=lambda row: object_rows(row, scorer, shown))
+
+    return Subject(first.label_map, sequence.mask, decode, begin)
 
 
 def draw_masks(drawing: Drawing) -> None:
@@ -113,11 +66,18 @@ def encode_index_map(mask: Mask, setting: Setting) -> FirstLabels:
 
 
 def decode_index_map(
-    label_map: LabelMap, first: FirstLabels, setting: Setting, annotation: Size, out: Size
+    label_map: LabelMap, first: FirstLabels, setting: Setting, annotation: Size, out: Size | None = None
 ) -> Mask:
-    """Return the index map of a label map at size `out` by the protocol's rule."""
+    """Return the index map of a label map by the protocol's rule, at size `out` or that of its argmax."""
     at = setting.size if setting.protocol.decode_size == "input" else annotation
-    return decode_mask(label_map, first.object_ids, at, out, stretched=setting.protocol.norm_mask)
+    return decode_mask(label_map, first.object_ids, at, out or at, stretched=setting.protocol.norm_mask)
+
+
+def write_index_maps(folder: Path, names: Sequence[str]) -> Predictions:
+    """Return predictions that are files of these names, one per frame, in a folder that is made; unscored."""
+    make_folder(folder)
+    files = [folder / name for name in names]
+    return Predictions(files, lambda index, prediction: write_mask(files[index], prediction))
 
 
 def draw_index_maps(drawing: Drawing, pattern: str, truth: Iterable[Mask | None]) -> None:

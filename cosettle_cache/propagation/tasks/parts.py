@@ -6,85 +6,56 @@ clip's confusion. Classes that the first frame lacks are never predicted; the fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from cosettle_cache.core.files import make_folder
 from cosettle_cache.core.types import Score, Video
-from cosettle_cache.metrics import Confusion, count_pixels
+from cosettle_cache.metrics import Confusion, count_pixels, no_pixels
 from cosettle_cache.metrics.rows import parts_row
-from cosettle_cache.propagation.labels import FirstLabels, Mask, Size
-from cosettle_cache.propagation.propagator import LabelMap
-from cosettle_cache.propagation.tasks.base import Drawing, Setting
-from cosettle_cache.propagation.tasks.masks import decode_index_map, draw_index_maps, encode_index_map
-from cosettle_cache.videos.masks import sample_mask, write_mask
-from cosettle_cache.videos.vip import PARTS, PartSequence, open_parts
+from cosettle_cache.propagation.labels import LabelMap, Mask
+from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
+from cosettle_cache.propagation.tasks.masks import (
+    decode_index_map,
+    draw_index_maps,
+    encode_index_map,
+    write_index_maps,
+)
+from cosettle_cache.videos.masks import PARTS, open_parts, sample_mask
 
 #: What the released scripts call a frame's map.
 FILE = "{}_mask.png"
-#: With the first frame's annotation alone there is nothing to score.
-MIN_LABELLED = 2
 
 ClassMap = UInt8[np.ndarray, "_ _"]
 
 
-@dataclass(frozen=True, slots=True)
-class _PartSubject:
-    sequence: PartSequence
-    setting: Setting
-    annotation: Size
-    first: FirstLabels
-
-    @property
-    def label_map(self) -> LabelMap:
-        return self.first.label_map
-
-    def truth(self, index: int) -> Mask | None:
-        """Return the classes of a frame as annotated, None where it is not."""
-        return self.sequence.mask(index)
-
-    def decode(self, label_map: LabelMap) -> ClassMap:
-        """Return the class map at the size that the argmax is taken at."""
-        out = self.setting.size if self.setting.protocol.decode_size == "input" else self.annotation
-        return decode_index_map(label_map, self.first, self.setting, self.annotation, out)
-
-    def begin(self, folder: Path) -> _PartPredictions:
-        files = self.sequence.files
-        place = make_folder(folder / files.video.video_id)
-        return _PartPredictions(place, files.frame_names, len(files.labelled) >= MIN_LABELLED)
-
-
-@dataclass(frozen=True, slots=True)
-class _PartPredictions:
-    folder: Path
-    names: tuple[str, ...]
-    scorable: bool
-    files: list[Path] = field(default_factory=list)
-    counts: list[Confusion] = field(default_factory=list)
-
-    def write(self, index: int, prediction: ClassMap) -> None:
-        self.files.append(self.folder / FILE.format(self.names[index]))
-        write_mask(self.files[-1], prediction)
-
-    def score(self, truth: Mask, prediction: ClassMap) -> None:
-        """Count a frame, at the annotation's size."""
-        self.counts.append(count_pixels(truth, sample_mask(prediction, truth.shape), len(PARTS)))
-
-    def close(self) -> None:
-        """Do nothing: every frame has its file."""
-
-    def rows(self, row: Score) -> list[Score]:
-        return [parts_row(row, sum(self.counts[1:], start=self.counts[0]))] if self.scorable else []
-
-
-def open_part_clip(video: Video, data_root: Path, setting: Setting) -> _PartSubject:
+def open_part_clip(video: Video, data_root: Path, setting: Setting) -> Subject:
     """Return a clip with body parts; raise `MediaError` for annotations that cannot be used."""
     sequence = open_parts(video, data_root)
     first_mask = sequence.first_mask()
-    return _PartSubject(sequence, setting, first_mask.shape, encode_index_map(first_mask, setting))
+    first = encode_index_map(first_mask, setting)
+
+    def decode(label_map: LabelMap) -> ClassMap:
+        return decode_index_map(label_map, first, setting, first_mask.shape)
+
+    def begin(folder: Path) -> Predictions:
+        names = [FILE.format(name) for name in sequence.frame_names]
+        predictions = write_index_maps(folder / video.video_id, names)
+        if len(sequence.labelled) == 1:  # the first frame alone: there is nothing to score
+            return predictions
+        counts: list[Confusion] = []
+
+        def score(truth: Mask, prediction: ClassMap) -> None:
+            counts.append(count_pixels(truth, sample_mask(prediction, truth.shape), len(PARTS)))
+
+        def rows(row: Score) -> list[Score]:
+            return [parts_row(row, sum(counts, start=no_pixels(len(PARTS))))]
+
+        return replace(predictions, score=score, rows=rows)
+
+    return Subject(first.label_map, sequence.mask, decode, begin)
 
 
 def draw_parts(drawing: Drawing) -> None:

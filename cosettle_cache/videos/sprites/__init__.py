@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import make_folder, output_errors, temporary_name
+from cosettle_cache.core.files import make_folder, output_errors, read_json, temporary_name
 from cosettle_cache.core.settings import SpritesSettings, cache_folder
-from cosettle_cache.core.tables import read_json, write_json
+from cosettle_cache.core.tables import write_json
 
 #: Raised whenever the drawing changes, so that no number is compared across different pixels.
 VERSION = 1

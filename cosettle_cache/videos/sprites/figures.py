@@ -36,7 +36,7 @@ def sprite_texture(rng: Generator, hue: float) -> Tile:
     pattern = _PATTERNS[rng.integers(len(_PATTERNS))](rng)
     dark = _colour(hue + rng.uniform(-0.04, 0.04), rng.uniform(0.7, 1.0), rng.uniform(0.25, 0.5))
     light = _colour(hue + rng.uniform(-0.12, 0.12), rng.uniform(0.35, 0.8), rng.uniform(0.8, 1.0))
-    return _grained(_blend(pattern, dark, light), rng, 0.10)
+    return _painted(pattern, dark, light, rng, grain=0.1)
 
 
 def background_texture(rng: Generator, hue: float, height: int, width: int) -> Picture:
@@ -47,20 +47,17 @@ def background_texture(rng: Generator, hue: float, height: int, width: int) -> P
     detail = cv2.resize(pattern, (side, side), interpolation=cv2.INTER_LINEAR)
     dark = _colour(hue, rng.uniform(0.2, 0.45), rng.uniform(0.2, 0.35))
     light = _colour(hue + rng.uniform(-0.2, 0.2), rng.uniform(0.1, 0.4), rng.uniform(0.6, 0.85))
-    return _grained(_blend(0.65 * patches + 0.35 * detail, dark, light), rng, 0.2)[:height, :width]
+    return _painted(0.65 * patches + 0.35 * detail, dark, light, rng, grain=0.2)[:height, :width]
 
 
 def _colour(hue: float, saturation: float, value: float) -> Colour:
     return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32)
 
 
-def _blend(pattern: Pattern, dark: Colour, light: Colour) -> Tile:
-    return np.asarray(dark + pattern[..., None].astype(np.float32) * (light - dark))
-
-
-def _grained(tile: Tile, rng: Generator, amount: float) -> Tile:
-    grain = _noise(rng, len(tile), cells=len(tile) // 16, octaves=2)[..., None]
-    return np.clip(tile * (1 + amount * (2 * grain - 1)), 0, 1).astype(np.float32)
+def _painted(pattern: Pattern, dark: Colour, light: Colour, rng: Generator, grain: float) -> Tile:
+    tile = np.asarray(dark + pattern[..., None].astype(np.float32) * (light - dark))
+    noise = _noise(rng, len(tile), cells=len(tile) // 16, octaves=2)[..., None]
+    return np.clip(tile * (1 + grain * (2 * noise - 1)), 0, 1).astype(np.float32)
 
 
 def _noise(rng: Generator, side: int, cells: int, octaves: int) -> Pattern:
@@ -282,10 +279,9 @@ def _eye(x: float, y: float, size: float) -> tuple[Piece, ...]:
 
 
 def _make_ball(rng: Generator, hue: float) -> Creature:
-    skin = sprite_texture(rng, hue)
-    patch = sprite_texture(rng, hue + 0.5)
-    ball = Piece(_ellipse(1.0, 1.0), np.eye(3), skin)
-    return lambda _: Pose((ball, Piece(_ellipse(0.45, 0.45), np.eye(3), patch)))
+    ball = Piece(_ellipse(1.0, 1.0), np.eye(3), sprite_texture(rng, hue))
+    patch = Piece(_ellipse(0.45, 0.45), np.eye(3), sprite_texture(rng, hue + 0.5))
+    return lambda _: Pose((ball, patch))
 
 
 def _make_star(rng: Generator, hue: float) -> Creature:

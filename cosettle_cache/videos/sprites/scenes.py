@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from numpy.random import Generator, default_rng
 
+from cosettle_cache.videos.masks import Mask
 from cosettle_cache.videos.sprites.figures import (
     KINDS,
     Canvas,
@@ -48,9 +49,9 @@ class Frame:
     """
 
     image: UInt8[np.ndarray, "height width 3"]
-    objects: UInt8[np.ndarray, "height width"]
-    parts: UInt8[np.ndarray, "height width"]
-    joints: Float[np.ndarray, "joint 2"] | None
+    objects: Mask
+    parts: Mask
+    joints: Joints | None
     visible: Bool[np.ndarray, " joint"] | None
 
 
@@ -82,9 +83,9 @@ class Actor:
         placement: Placement = move(x * width, y * height) @ turn(angle) @ stretch(facing * size, size)
         return placement
 
-    def phase_at(self, moment: float) -> float:
-        """Return the phase of the creature's own motion in radians."""
-        return self.phase + 2 * np.pi * self.beats * moment
+    def pose(self, moment: float) -> Pose:
+        """Return how the creature stands at `moment`."""
+        return self.creature(self.phase + 2 * np.pi * self.beats * moment)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,8 +98,8 @@ class Scene:
     drift: Point
     zoom: float
     roll: float
-    actors: tuple[Actor, ...]
-    objects: tuple[int, ...]
+    actors: tuple[Actor, ...] = ()
+    objects: tuple[int, ...] = ()
 
 
 def draw_scene(cast: Sequence[str], seed: Sequence[int], height: int, width: int) -> Scene:
@@ -150,13 +151,10 @@ def poses(scene: Scene, moment: float) -> Iterator[tuple[int, Placement, Pose]]:
     An actor has the same pieces in the same order at every moment.
     """
     for actor, object_id in zip(scene.actors, scene.objects, strict=True):
-        placement = actor.placement(moment, scene.height, scene.width)
-        yield object_id, placement, actor.creature(actor.phase_at(moment))
+        yield object_id, actor.placement(moment, scene.height, scene.width), actor.pose(moment)
 
 
-def _shows(
-    objects: UInt8[np.ndarray, "height width"], joints: Joints, figure: int
-) -> Bool[np.ndarray, " joint"]:
+def _shows(objects: Mask, joints: Joints, figure: int) -> Bool[np.ndarray, " joint"]:
     col, row = np.round(joints).astype(int).T
     height, width = objects.shape
     inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
@@ -183,8 +181,6 @@ def _draw_background(rng: Generator, height: int, width: int) -> Scene:
         drift=(rng.uniform(-0.12, 0.12), rng.uniform(-0.05, 0.05)),
         zoom=rng.uniform(0.93, 1.07),
         roll=rng.uniform(-0.06, 0.06),
-        actors=(),
-        objects=(),
     )
 
 

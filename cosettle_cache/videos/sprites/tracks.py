@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float64, UInt8
+from jaxtyping import Float, Float64
 from numpy.random import Generator, default_rng
 
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.settings import SpritesSettings
+from cosettle_cache.videos.masks import Mask
 from cosettle_cache.videos.sprites.figures import Placement, transform
 from cosettle_cache.videos.sprites.scenes import Scene, background_look, draw_scene, poses, render
 from cosettle_cache.videos.sprites.write import CASTS, plan_split
@@ -38,9 +39,9 @@ class _Stage:
     `placements` map the pieces' own units to pixels, `outlines` are in pixels.
     """
 
-    owners: tuple[int, ...]
-    placements: tuple[Placement, ...]
-    outlines: tuple[Float[np.ndarray, "_ 2"], ...]
+    owners: list[int]
+    placements: list[Placement]
+    outlines: list[Float[np.ndarray, "_ 2"]]
 
     def covers(self, number: int, point: Float[np.ndarray, "2"]) -> bool:
         """Say whether the outline of piece `number` covers a point in pixels."""
@@ -96,20 +97,16 @@ def scene_tracks(
 
 
 def _stage(scene: Scene, moment: float) -> _Stage:
-    owners = [_BACKGROUND]
-    placements = [np.linalg.inv(background_look(scene, moment))]
-    outlines: list[Float[np.ndarray, "_ 2"]] = [np.zeros((0, 2))]
+    stage = _Stage([_BACKGROUND], [np.linalg.inv(background_look(scene, moment))], [np.zeros((0, 2))])
     for object_id, placement, pose in poses(scene, moment):
         for piece in pose.pieces:
-            owners.append(object_id)
-            placements.append(placement @ piece.placement)
-            outlines.append(transform(placements[-1], piece.outline))
-    return _Stage(tuple(owners), tuple(placements), tuple(outlines))
+            stage.owners.append(object_id)
+            stage.placements.append(placement @ piece.placement)
+            stage.outlines.append(transform(stage.placements[-1], piece.outline))
+    return stage
 
 
-def _draw_anchor(
-    shown: UInt8[np.ndarray, "height width"], stage: _Stage, owner: int, rng: Generator
-) -> _Anchor | None:
+def _draw_anchor(shown: Mask, stage: _Stage, owner: int, rng: Generator) -> _Anchor | None:
     """Return a random place of `owner` that shows; None where hardly anything of it does."""
     row, col = np.nonzero(shown == owner)
     for _ in range(_MAX_DRAWS if len(row) else 0):

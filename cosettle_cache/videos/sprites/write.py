@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -21,28 +22,13 @@ FIGURE = "figure"
 _PARTS = "Annotations/Category_ids"
 _JOINTS = "joint_positions/walk"
 _JOINTS_FILE = "joint_positions.mat"
-#: Who appears in each clip, by split; more clips than lines begin again with other seeds.
+#: Who appears in each clip, by split; more clips than casts begin again with other seeds.
 CASTS = {
     "train": (
-        ("figure", "ball"),
-        ("fish", "bird"),
-        ("car", "star"),
-        ("figure", "bird", "fish"),
-        ("ball",),
-        ("fish", "fish", "star"),
-        ("figure", "car"),
-        ("bird", "star", "ball"),
-        ("figure", "figure"),
-        ("car", "bird", "fish", "ball"),
-        ("star", "fish"),
-        ("figure", "ball", "bird", "star"),
+        *("figure ball", "fish bird", "car star", "figure bird fish", "ball", "fish fish star", "figure car"),
+        *("bird star ball", "figure figure", "car bird fish ball", "star fish", "figure ball bird star"),
     ),
-    "val": (
-        ("figure",),
-        ("figure", "ball"),
-        ("fish", "bird", "star"),
-        ("car", "figure", "ball", "bird"),
-    ),
+    "val": ("figure", "figure ball", "fish bird star", "car figure ball bird"),
 }
 
 
@@ -82,14 +68,14 @@ def write_sprites(root: Path, settings: SpritesSettings) -> None:
 
 def plan_split(split: str, settings: SpritesSettings) -> list[ClipPlan]:
     """Return the clips of one split in order."""
-    casts, number = CASTS[split], list(CASTS).index(split)
-    is_train = split == "train"
-    n_clips = settings.n_train if is_train else settings.n_val
-    n_frames = settings.train_frames if is_train else settings.val_frames
-    chosen = [casts[index % len(casts)] for index in range(n_clips)]
+    number, n_clips, n_frames = {
+        "train": (0, settings.n_train, settings.train_frames),
+        "val": (1, settings.n_val, settings.val_frames),
+    }[split]
+    casts = [tuple(cast.split()) for cast in CASTS[split]]
     return [
         ClipPlan(f"{split}{index:02d}-{'-'.join(cast)}", cast, (settings.seed, number, index), n_frames)
-        for index, cast in enumerate(chosen)
+        for index, cast in zip(range(n_clips), cycle(casts), strict=False)
     ]
 
 
