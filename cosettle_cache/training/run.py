@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
@@ -18,7 +18,7 @@ from typing import Any
 
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import make_folder, own_folder
 from cosettle_cache.core.settings import TrainSettings, differing
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
@@ -80,48 +80,63 @@ def train(
     the result is that of its single run. On one device a resumed run ends with the same bits as one that was
     never stopped. Setting `stop` ends after the step in hand, with a checkpoint. Raises `InputError` for
     stores without shifted views or with tokens that are not finite, `FingerprintError` when `out` holds a run
-    of other settings or other stores, or when the stores are of several encoders.
+    of other settings or other stores, or when the stores are of several encoders; `UsageError` when `out`
+    holds anything but a training run, or another process trains into it.
     """
     stream, members = make_stream(stores, settings), make_members(settings, sweep)
     plan, origin = plan_stream(stream, members), stream.origin(members)
-    files = RunFiles(make_folder(out))
-    folders = [files.member(member.name) for member in members]
-    learners = []
-    for item in (member.settings for member in members):
-        head = Projection(plan.sample_shape[-1], item.head, init=plan.init, seed=item.seed)
-        learners.append(Learner(head.to(device), item))
-    if replicas.is_first and not (resume and files.checkpoint.exists()):
-        for folder in (files, *folders):
-            folder.clear()
-    replicas.wait()
-    before = _restore(files.checkpoint, learners, origin)
-    trainer, started = Trainer(learners, replicas), time.perf_counter()
-    steps, samples, waited_s = _learn(
-        stream, plan, trainer, files, before, progress or SILENT, stop or Event()
-    )
-    seconds = time.perf_counter() - started
-    replicas.wait()
-    complete = before.step + steps == plan.n_steps
-    digests = [
-        projection_sha256(a.projection) if complete and a.diverged_at is None else "" for a in learners
-    ]
-    ends = [learner.diverged_at for learner in learners]
-    report = TrainReport(
-        folder=files.folder,
-        epochs=plan.epochs,
-        steps=steps,
-        steps_before=before.step,
-        samples=samples,
-        read_bytes=samples * plan.sample_bytes,
-        seconds=seconds,
-        waiting_share=waited_s / seconds if seconds else 0.0,
-        interrupted=not complete,
-        members=tuple(map(report_member, folders, plan.members, ends, digests)),
-        warnings=plan.warnings,
-    )
-    if replicas.is_first:
-        _write(files, report, stream, members, plan, learners)
-    return report
+    with own_folder(out, "train") if replicas.is_first else nullcontext():
+        files = RunFiles(out)
+        folders = [files.member(member.name) for member in members]
+        learners = []
+        for item in (member.settings for member in members):
+            head = Projection(plan.sample_shape[-1], item.head, init=plan.init, seed=item.seed)
+            learners.append(Learner(head.to(device), item))
+        if replicas.is_first and not (resume and files.checkpoint.exists()):
+            if resume:
+                _check_unfinished([files, *folders])
+            for folder in (files, *folders):
+                folder.clear()
+        replicas.wait()
+        before = _restore(files.checkpoint, learners, origin)
+        trainer, started = Trainer(learners, replicas), time.perf_counter()
+        steps, samples, waited_s = _learn(
+            stream, plan, trainer, files, before, progress or SILENT, stop or Event()
+        )
+        seconds = time.perf_counter() - started
+        replicas.wait()
+        complete = before.step + steps == plan.n_steps
+        digests = [
+            projection_sha256(a.projection) if complete and a.diverged_at is None else "" for a in learners
+        ]
+        ends = [learner.diverged_at for learner in learners]
+        report = TrainReport(
+            folder=files.folder,
+            epochs=plan.epochs,
+            steps=steps,
+            steps_before=before.step,
+            samples=samples,
+            read_bytes=samples * plan.sample_bytes,
+            seconds=seconds,
+            waiting_share=waited_s / seconds if seconds else 0.0,
+            interrupted=not complete,
+            members=tuple(map(report_member, folders, plan.members, ends, digests)),
+            warnings=plan.warnings,
+        )
+        if replicas.is_first:
+            _write(files, report, stream, members, plan, learners)
+        return report
+
+
+def _check_unfinished(folders: Sequence[RunFiles]) -> None:
+    """Raise `InputError` when a projection stands where no checkpoint says which run it is the end of."""
+    for folder in folders:
+        if folder.projection.exists():
+            raise InputError(
+                f"{folder.projection} is finished, but the checkpoint of its run is gone",
+                wanted=folders[0].checkpoint,
+                hint=START_OVER,
+            )
 
 
 def _restore(path: Path, learners: Sequence[Learner], origin: dict[str, str]) -> Checkpoint:

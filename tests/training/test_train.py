@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +39,13 @@ from cosettle_cache.training.batches import (
     make_steps,
 )
 from cosettle_cache.training.learner import Learner, Trainer, learning_rate
-from cosettle_cache.training.log import Checkpoint, TrainReport, read_figures, write_checkpoint
+from cosettle_cache.training.log import (
+    Checkpoint,
+    TrainReport,
+    read_figures,
+    read_validation,
+    write_checkpoint,
+)
 from cosettle_cache.training.plan import make_train_plan
 from cosettle_cache.training.run import train
 
@@ -398,6 +406,40 @@ def test_damaged_checkpoint_and_missing_figures(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="shorter than when the checkpoint was taken"):
             train(store, SMALL, out)
     assert (out / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_finished_projection_without_its_checkpoint_stays(tmp_path: Path) -> None:
+    store, out = make_store(tmp_path), tmp_path / "run"
+    train(store, SMALL, out)
+    before = (out / "projection.safetensors").read_bytes()
+    (out / "checkpoint.pt").unlink()
+    with pytest.raises(InputError, match="the checkpoint of its run is gone"):
+        train(store, SMALL, out)
+    assert (out / "projection.safetensors").read_bytes() == before
+    assert train(store, SMALL, out, resume=False).steps == 9
+
+
+def test_a_folder_has_one_training(tmp_path: Path) -> None:
+    store, out = make_store(tmp_path), tmp_path / "run"
+    rivals = []
+
+    def rival() -> None:
+        with pytest.raises(UsageError, match="another run writes to") as raised:
+            train(store, SMALL, out)
+        rivals.append(raised.value.found)
+
+    train(store, SMALL, out, progress=After(2, rival))
+    assert rivals == [f"process {os.getpid()} on {socket.gethostname()}"]
+    with pytest.raises(UsageError, match="holds something else"):
+        train(store, SMALL, tmp_path)
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"step": "one"}', "7", "null", "\udcff"])
+def test_figures_that_are_none(tmp_path: Path, line: str) -> None:
+    for read in (read_figures, read_validation):
+        (tmp_path / "lines.jsonl").write_bytes(line.encode(errors="surrogateescape") + b"\n")
+        with pytest.raises(InputError, match=r"lines\.jsonl"):
+            read(tmp_path / "lines.jsonl")
 
 
 def test_plan_and_warnings_of_a_small_store(tmp_path: Path) -> None:
