@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError, UsageError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import inside, make_folder
 from cosettle_cache.heads.projection import (
     Projection,
     load_projection,
@@ -85,7 +85,8 @@ def make_kinds(
 ) -> list[TokenKind]:
     """Return raw and then every projection, on `device`; `reserved` names are taken by something else.
 
-    Raises `UsageError` for names that are not each one's own and for a projection of another width.
+    Raises `UsageError` for names that are not each one's own and for a projection of another width,
+    `InputError` for a name that cannot be a folder's (that of `...safetensors` is `..`).
     """
     names = [RAW, *(name for name, _ in projections)]
     if len({*names, *reserved}) < len(names) + len(reserved):
@@ -96,6 +97,8 @@ def make_kinds(
             found=", ".join(names[1:]),
         )
     for name, projection in projections:
+        if inside(Path(), name).name != name:
+            raise UsageError("a projection's name is one part of a path", wanted="no slash", found=name)
         if projection.dim != dim:
             raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
     heads = (TokenKind(name, head.to(device).eval(), projection_sha256(head)) for name, head in projections)
