@@ -149,8 +149,8 @@ def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
         raise CheckpointError(f"{path} projects tokens of another width", wanted=dim, found=projection.dim)
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_meta or not tensor.dtype.is_floating_point:
-            found = f"{name} of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise CheckpointError(f"{path} holds no projection", wanted="dense floating tensors", found=found)
+            kind = f"{name} of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise CheckpointError(f"{path} holds no projection", wanted="dense floating tensors", found=kind)
         if not tensor.float().isfinite().all():
             raise CheckpointError(f"{path} holds values that are not finite", found=name)
     projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
@@ -267,7 +267,7 @@ def _read_document(path: str | Path) -> Mapping[str, Any] | None:
         return None
     if text is None:
         return None
-    document = parse_json(text, f"the description in {path}")
+    document: dict[str, Any] = parse_json(text, f"the description in {path}")
     whole = isinstance(document, dict) and isinstance(document.get("head"), str)
     if not whole or not isinstance(document.get("provenance"), dict):
         raise CheckpointError(f"{path} holds no projection", wanted="head and provenance", found=text[:100])
