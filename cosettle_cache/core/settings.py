@@ -224,7 +224,7 @@ class TrainSettings(Settings):
     validation: float = setting(0.0, "Share of clips held out.")
     palindrome: int = setting(2, "Frames of a walk.", min=2)
     gap: float = setting(0.15, "Share of a clip, in frames stores.", positive=True, max=1)
-    checkpoint_every: int = setting(100, "Steps.", min=1)
+    checkpoint_every: int = setting(100, "Steps; at most one a minute.", min=1)
 
     @property
     def step_samples(self) -> int:

@@ -85,11 +85,11 @@ def make_kinds(
 ) -> list[TokenKind]:
     """Return raw and then every projection, on `device`; `reserved` names are taken by something else.
 
-    Raises `UsageError` for names that are not each one's own and for a projection of another width, and
-    `InputError` for a name that no folder can have.
+    Raises `UsageError` for names that are not each one's own and for a projection of another width,
+    `InputError` for a name that cannot be a folder's (that of `...safetensors` is `..`).
     """
     names = [RAW, *(name for name, _ in projections)]
-    if len({*names, *reserved}) < len(names) + len(reserved) or any("/" in name for name in names):
+    if len({*names, *reserved}) < len(names) + len(reserved):
         taken = " and ".join(f"not {name}" for name in (RAW, *reserved))
         raise UsageError(
             "projections need names of their own",
@@ -97,7 +97,8 @@ def make_kinds(
             found=", ".join(names[1:]),
         )
     for name, projection in projections:
-        inside(Path(), name)
+        if inside(Path(), name).name != name:
+            raise UsageError("a projection's name is one part of a path", wanted="no slash", found=name)
         if projection.dim != dim:
             raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
     heads = (TokenKind(name, head.to(device).eval(), projection_sha256(head)) for name, head in projections)

@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
-from cosettle_cache.core.files import write_durably
+from cosettle_cache.core.files import parse_json, write_durably
 from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head
 
 #: Key of the safetensors metadata under which our own files keep one JSON document. One key, because
@@ -147,6 +147,12 @@ def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
         raise CheckpointError(f"{path} does not fit the {head} head", wanted=wanted, found=found)
     if dim is not None and projection.dim != dim:
         raise CheckpointError(f"{path} projects tokens of another width", wanted=dim, found=projection.dim)
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_meta or not tensor.dtype.is_floating_point:
+            kind = f"{name} of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise CheckpointError(f"{path} holds no projection", wanted="dense floating tensors", found=kind)
+        if not tensor.float().isfinite().all():
+            raise CheckpointError(f"{path} holds values that are not finite", found=name)
     projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return projection.eval()
 
@@ -259,7 +265,13 @@ def _read_document(path: str | Path) -> Mapping[str, Any] | None:
             text = (file.metadata() or {}).get(METADATA_KEY)
     except safetensors.SafetensorError:
         return None
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    document: dict[str, Any] = parse_json(text, f"the description in {path}")
+    whole = isinstance(document, dict) and isinstance(document.get("head"), str)
+    if not whole or not isinstance(document.get("provenance"), dict):
+        raise CheckpointError(f"{path} holds no projection", wanted="head and provenance", found=text[:100])
+    return document
 
 
 def _from_authors(path: str | Path) -> tuple[str, dict[str, Tensor]]:

@@ -14,13 +14,13 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
 
 from cosettle_cache.core.errors import CheckpointError, InputError
-from cosettle_cache.core.files import output_errors, write_durably
+from cosettle_cache.core.files import output_errors, parse_json, read_file, write_durably
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings, digest, package_versions
 from cosettle_cache.store import FeatureStore
 
@@ -99,6 +99,9 @@ class ValidationFigures:
     margin: float
 
 
+Figures = TypeVar("Figures", StepFigures, ValidationFigures)
+
+
 class FiguresLog:
     """Lines of figures, open for appending after the first `n_bytes`; what came later is cut off."""
 
@@ -142,14 +145,23 @@ def figure_columns(figures: Sequence[StepFigures | ValidationFigures]) -> dict[s
 
 
 def read_figures(path: Path) -> list[StepFigures]:
-    """Return the figures of every step in `metrics.jsonl`."""
-    return [StepFigures(**json.loads(line)) for line in path.read_text().splitlines()]
+    """Return the figures of every step in `metrics.jsonl`; raise `InputError` for a line that holds none."""
+    return [_parse_line(StepFigures, line, path) for line in read_file(path).splitlines()]
 
 
 def read_validation(path: Path) -> list[ValidationFigures]:
     """Return the figures of every epoch in `validation.jsonl`; none where there is no such file."""
-    text = path.read_text() if path.is_file() else ""
-    return [ValidationFigures(**json.loads(line)) for line in text.splitlines()]
+    lines = read_file(path).splitlines() if path.exists() else ()
+    return [_parse_line(ValidationFigures, line, path) for line in lines]
+
+
+def _parse_line(kind: type[Figures], line: bytes, path: Path) -> Figures:
+    document = parse_json(line, f"a line of {path}")
+    names = {item.name for item in fields(kind)}
+    numbers = isinstance(document, dict) and all(type(value) in (int, float) for value in document.values())
+    if not numbers or document.keys() != names:
+        raise InputError(f"{path} holds a line that is no figures of training", found=str(document)[:100])
+    return kind(**document)
 
 
 @dataclass(frozen=True, slots=True)

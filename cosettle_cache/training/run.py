@@ -7,9 +7,10 @@ without a sweep has one member. A run that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
@@ -17,7 +18,7 @@ from typing import Any
 
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import make_folder, own_folder
 from cosettle_cache.core.settings import TrainSettings, differing
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
@@ -57,6 +58,9 @@ from cosettle_cache.training.samples import JoinedSamples, find_not_finite
 #: Samples that an error names.
 _LISTED = 8
 
+#: Seconds between two checkpoints, at least, unless the run ends or is stopped.
+CHECKPOINT_SECONDS = 60.0
+
 
 def train(
     stores: FeatureStore | Sequence[FeatureStore],
@@ -76,48 +80,63 @@ def train(
     the result is that of its single run. On one device a resumed run ends with the same bits as one that was
     never stopped. Setting `stop` ends after the step in hand, with a checkpoint. Raises `InputError` for
     stores without shifted views or with tokens that are not finite, `FingerprintError` when `out` holds a run
-    of other settings or other stores, or when the stores are of several encoders.
+    of other settings or other stores, or when the stores are of several encoders; `UsageError` when `out`
+    holds anything but a training run, or another process trains into it.
     """
     stream, members = make_stream(stores, settings), make_members(settings, sweep)
     plan, origin = plan_stream(stream, members), stream.origin(members)
-    files = RunFiles(make_folder(out))
-    folders = [files.member(member.name) for member in members]
-    learners = []
-    for item in (member.settings for member in members):
-        head = Projection(plan.sample_shape[-1], item.head, init=plan.init, seed=item.seed)
-        learners.append(Learner(head.to(device), item))
-    if replicas.is_first and not (resume and files.checkpoint.exists()):
-        for folder in (files, *folders):
-            folder.clear()
-    replicas.wait()
-    before = _restore(files.checkpoint, learners, origin)
-    trainer, started = Trainer(learners, replicas), time.perf_counter()
-    steps, samples, waited_s = _learn(
-        stream, plan, trainer, files, before, progress or SILENT, stop or Event()
-    )
-    seconds = time.perf_counter() - started
-    replicas.wait()
-    complete = before.step + steps == plan.n_steps
-    digests = [
-        projection_sha256(a.projection) if complete and a.diverged_at is None else "" for a in learners
-    ]
-    ends = [learner.diverged_at for learner in learners]
-    report = TrainReport(
-        folder=files.folder,
-        epochs=plan.epochs,
-        steps=steps,
-        steps_before=before.step,
-        samples=samples,
-        read_bytes=samples * plan.sample_bytes,
-        seconds=seconds,
-        waiting_share=waited_s / seconds if seconds else 0.0,
-        interrupted=not complete,
-        members=tuple(map(report_member, folders, plan.members, ends, digests)),
-        warnings=plan.warnings,
-    )
-    if replicas.is_first:
-        _write(files, report, stream, members, plan, learners)
-    return report
+    with own_folder(out, "train") if replicas.is_first else nullcontext():
+        files = RunFiles(out)
+        folders = [files.member(member.name) for member in members]
+        learners = []
+        for item in (member.settings for member in members):
+            head = Projection(plan.sample_shape[-1], item.head, init=plan.init, seed=item.seed)
+            learners.append(Learner(head.to(device), item))
+        if replicas.is_first and not (resume and files.checkpoint.exists()):
+            if resume:
+                _check_unfinished([files, *folders])
+            for folder in (files, *folders):
+                folder.clear()
+        replicas.wait()
+        before = _restore(files.checkpoint, learners, origin)
+        trainer, started = Trainer(learners, replicas), time.perf_counter()
+        steps, samples, waited_s = _learn(
+            stream, plan, trainer, files, before, progress or SILENT, stop or Event()
+        )
+        seconds = time.perf_counter() - started
+        replicas.wait()
+        complete = before.step + steps == plan.n_steps
+        digests = [
+            projection_sha256(a.projection) if complete and a.diverged_at is None else "" for a in learners
+        ]
+        ends = [learner.diverged_at for learner in learners]
+        report = TrainReport(
+            folder=files.folder,
+            epochs=plan.epochs,
+            steps=steps,
+            steps_before=before.step,
+            samples=samples,
+            read_bytes=samples * plan.sample_bytes,
+            seconds=seconds,
+            waiting_share=waited_s / seconds if seconds else 0.0,
+            interrupted=not complete,
+            members=tuple(map(report_member, folders, plan.members, ends, digests)),
+            warnings=plan.warnings,
+        )
+        if replicas.is_first:
+            _write(files, report, stream, members, plan, learners)
+        return report
+
+
+def _check_unfinished(folders: Sequence[RunFiles]) -> None:
+    """Raise `InputError` when a projection stands where no checkpoint says which run it is the end of."""
+    for folder in folders:
+        if folder.projection.exists():
+            raise InputError(
+                f"{folder.projection} is finished, but the checkpoint of its run is gone",
+                wanted=folders[0].checkpoint,
+                hint=START_OVER,
+            )
 
 
 def _restore(path: Path, learners: Sequence[Learner], origin: dict[str, str]) -> Checkpoint:
@@ -159,7 +178,7 @@ def _learn(
 ) -> tuple[int, int, float]:
     """Go through the steps after `before`; return their number, their samples and seconds of waiting."""
     learners, replicas, samples = trainer.learners, trainer.replicas, stream.samples
-    n_steps, n_samples, started = 0, 0, time.perf_counter()
+    n_steps, n_samples, started, saved = 0, 0, time.perf_counter(), -math.inf
     with ExitStack() as stack:
         logs = zip(plan.members, before.n_bytes, strict=True) if replicas.is_first else ()
         pages = [stack.enter_context(closing(_Page(files.member(a), before.step, n))) for a, n in logs]
@@ -184,12 +203,14 @@ def _learn(
                 _append(pages, "validation", trainer.validate(samples, stream.held_out.ids, step))
             stopped = replicas.any(stop.is_set(), learners[0].device)
             due = step.ends_epoch or (step.number + 1) % stream.settings.checkpoint_every == 0
-            if pages and (due or stopped):
+            due = due and time.perf_counter() - saved >= CHECKPOINT_SECONDS
+            if pages and (due or stopped or step.number + 1 == plan.n_steps):
                 # The checkpoint counts lines of figures: these must be safely on disk before it.
                 n_bytes = [page.sync() for page in pages]
                 states = [learner.state() for learner in learners]
                 checkpoint = Checkpoint(step.number + 1, before.origin, n_bytes, states)
                 write_checkpoint(files.checkpoint, checkpoint)
+                saved = time.perf_counter()
             if stopped:
                 break
     return n_steps, n_samples, ring.waited_s

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.files import own_folder
 from cosettle_cache.core.parallel import Run, in_order, one_by_one
 from cosettle_cache.core.settings import SpectralSettings, flat
 from cosettle_cache.core.tables import write_json, write_table
@@ -174,7 +174,7 @@ def fit_spectral(
 
     `run` hands groups of slots to workers; sums are added up in the order of the store, whoever is first.
     Raises `InputError` for fewer than four clips with two frames or for tokens that are not finite, and
-    `UsageError` for a lambda that removes every direction.
+    `UsageError` for a lambda that removes every direction, or a folder that holds anything else.
     """
     started, wanted = time.perf_counter(), settings.spectral_lambda
     pairs, held_out = _split(store, settings)
@@ -189,31 +189,32 @@ def fit_spectral(
     projection = Projection(len(spectrum.basis), "spectral")
     matrix = torch.from_numpy(spectrum.matrix(chosen.spectral_lambda))
     projection.load_state_dict({"linears.0.weight": matrix})
-    report = SpectralReport(
-        folder=make_folder(out),
-        spectral_lambda=chosen.spectral_lambda,
-        n_directions=chosen.n_directions,
-        dim=projection.dim,
-        rank=spectrum.rank,
-        correspondence=settings.correspondence,
-        gamma=settings.gamma,
-        n_clips=int((~held_out).sum()),
-        n_held_out=int(held_out.sum()),
-        n_differences=statistics.n_differences,
-        raw_measured=raw.measured,
-        raw_predicted=raw.predicted,
-        measured=chosen.measured,
-        predicted=chosen.predicted,
-        seconds=time.perf_counter() - started,
-        projection_sha256=projection_sha256(projection),
-        warnings=tuple(_warnings(store, spectrum, trials, chosen, asked=bool(asked))),
-    )
-    _write_tables(report, spectrum, trials)
-    names = ("spectral_lambda", "n_directions", "measured")
-    figures = {name: report.to_json()[name] for name in names} | {"raw": asdict(raw.measured)}
-    provenance = projection_provenance([store], settings, spectral=figures)
-    save_projection(out / "projection.safetensors", projection, provenance)
-    return report
+    with own_folder(out, "projection fit"):
+        report = SpectralReport(
+            folder=out,
+            spectral_lambda=chosen.spectral_lambda,
+            n_directions=chosen.n_directions,
+            dim=projection.dim,
+            rank=spectrum.rank,
+            correspondence=settings.correspondence,
+            gamma=settings.gamma,
+            n_clips=int((~held_out).sum()),
+            n_held_out=int(held_out.sum()),
+            n_differences=statistics.n_differences,
+            raw_measured=raw.measured,
+            raw_predicted=raw.predicted,
+            measured=chosen.measured,
+            predicted=chosen.predicted,
+            seconds=time.perf_counter() - started,
+            projection_sha256=projection_sha256(projection),
+            warnings=tuple(_warnings(store, spectrum, trials, chosen, asked=bool(asked))),
+        )
+        _write_tables(report, spectrum, trials)
+        names = ("spectral_lambda", "n_directions", "measured")
+        figures = {name: report.to_json()[name] for name in names} | {"raw": asdict(raw.measured)}
+        provenance = projection_provenance([store], settings, spectral=figures)
+        save_projection(out / "projection.safetensors", projection, provenance)
+        return report
 
 
 def plan_spectral(store: FeatureStore, settings: SpectralSettings) -> dict[str, Any]:

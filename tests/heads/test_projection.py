@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import functional as F
 
-from cosettle_cache.core.errors import CheckpointError, UsageError
+from cosettle_cache.core.errors import CheckpointError, InputError, UsageError
 from cosettle_cache.encoders.checkpoints import read_checkpoint
 from cosettle_cache.heads import HEADS, check_trainable
+from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import (
     INITS,
+    METADATA_KEY,
     Projection,
     describe_projection,
     export_projection,
@@ -232,3 +236,42 @@ def test_a_linear_map_as_a_convolution(shape: tuple[int, ...]) -> None:
     assert torch.allclose(
         torch.autograd.grad(head(tokens).square().sum(), tokens)[0], wanted_inputs, atol=1e-5
     )
+
+
+def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
+    path, whole = tmp_path / "p.safetensors", Projection(4).state_dict()
+    description = {METADATA_KEY: json.dumps({"head": "linear", "provenance": {}})}
+    bad = {
+        "dense floating": {name: tensor.to(torch.int64) for name, tensor in whole.items()},
+        "not finite": whole | {"linears.0.bias": torch.tensor([0.0, torch.nan, torch.inf, 0.0])},
+        "does not fit": {name: tensor for name, tensor in whole.items() if name != "norm.bias"},
+    }
+    for said, tensors in bad.items():
+        save_file(tensors, path, description)
+        with pytest.raises(CheckpointError) as raised:
+            load_projection(path)
+        assert said in " ".join(raised.value.lines())
+    for text in ("7", "{}", '{"head": ["linear"], "provenance": {}}', "[" * 100_000, "{"):
+        save_file(whole, path, {METADATA_KEY: text})
+        with pytest.raises(InputError, match=r"p\.safetensors"):
+            load_projection(path)
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_checkpoints_of_odd_tensors_are_refused(tmp_path: Path, make: Callable[[Tensor], Tensor]) -> None:
+    tensors = {f"adapter.adapter.{name}": item for name, item in _authors_tensors().items()}
+    torch.save({"model": tensors | {name: make(item) for name, item in tensors.items()}}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=r"c\.pth"):
+        load_projection(tmp_path / "c.pth")
+
+
+def _authors_tensors() -> dict[str, Tensor]:
+    names = {"linears.0": "adapter_linear", "norm": "adapter_layer_norm1"}
+    state = Projection(4).state_dict().items()
+    return {f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": item for name, item in state}
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/a", "a\x1b[2J"])
+def test_names_of_kinds_are_one_part_of_a_path(name: str) -> None:
+    with pytest.raises((InputError, UsageError), match="name"):
+        make_kinds([(name, Projection(4))], 4)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +22,7 @@ from PIL import Image
 from store_cases import Case, frames_case, pairs_case
 from test_losses import golden_head
 
+import cosettle_cache.training.run as run_module
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError, UsageError
 from cosettle_cache.core.settings import TrainSettings
 from cosettle_cache.core.types import Slot
@@ -35,7 +39,13 @@ from cosettle_cache.training.batches import (
     make_steps,
 )
 from cosettle_cache.training.learner import Learner, Trainer, learning_rate
-from cosettle_cache.training.log import TrainReport, read_figures
+from cosettle_cache.training.log import (
+    Checkpoint,
+    TrainReport,
+    read_figures,
+    read_validation,
+    write_checkpoint,
+)
 from cosettle_cache.training.plan import make_train_plan
 from cosettle_cache.training.run import train
 
@@ -129,6 +139,19 @@ def test_parts_of_a_batch_add_up() -> None:
     assert found.identity_cosine == pytest.approx(wanted.identity_cosine, rel=1e-6)
     for a, b in zip(whole.projection.parameters(), parts.projection.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_uses_the_memory_of_the_one_before() -> None:
+    def n_faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    samples = torch.randn(8, 3, 14, 14, 384, generator=torch.Generator().manual_seed(0)).half()
+    trainer, seen = Trainer([Learner(Projection(384), SMALL)]), []
+    for number in range(4):
+        step = Step(number, 1, 1.5, False, np.arange(8))
+        trainer.feed(Batch(Portion(step, step.ids, True), samples))
+        seen.append(n_faults())
+    assert seen[-1] - seen[1] < 1000  # 5,000 a step where freed memory goes back to the system
 
 
 def test_weight_decay_is_on_matrices_only() -> None:
@@ -311,6 +334,22 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         assert (broken / name).read_bytes() == (straight / "run" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(60, [2, 9]), (0, [2, 3, 4, 6, 8, 9])])
+def test_checkpoints_are_a_minute_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: list[int]
+) -> None:
+    found = []
+
+    def write(path: Path, checkpoint: Checkpoint) -> None:
+        found.append(checkpoint.step)
+        write_checkpoint(path, checkpoint)
+
+    monkeypatch.setattr(run_module, "write_checkpoint", write)
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", seconds)
+    train(make_store(tmp_path), SMALL, tmp_path / "run")
+    assert found == steps
+
+
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     first = train(store, SMALL, tmp_path / "run")
@@ -367,6 +406,40 @@ def test_damaged_checkpoint_and_missing_figures(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="shorter than when the checkpoint was taken"):
             train(store, SMALL, out)
     assert (out / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_finished_projection_without_its_checkpoint_stays(tmp_path: Path) -> None:
+    store, out = make_store(tmp_path), tmp_path / "run"
+    train(store, SMALL, out)
+    before = (out / "projection.safetensors").read_bytes()
+    (out / "checkpoint.pt").unlink()
+    with pytest.raises(InputError, match="the checkpoint of its run is gone"):
+        train(store, SMALL, out)
+    assert (out / "projection.safetensors").read_bytes() == before
+    assert train(store, SMALL, out, resume=False).steps == 9
+
+
+def test_a_folder_has_one_training(tmp_path: Path) -> None:
+    store, out = make_store(tmp_path), tmp_path / "run"
+    rivals = []
+
+    def rival() -> None:
+        with pytest.raises(UsageError, match="another run writes to") as raised:
+            train(store, SMALL, out)
+        rivals.append(raised.value.found)
+
+    train(store, SMALL, out, progress=After(2, rival))
+    assert rivals == [f"process {os.getpid()} on {socket.gethostname()}"]
+    with pytest.raises(UsageError, match="holds something else"):
+        train(store, SMALL, tmp_path)
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"step": "one"}', "7", "null", "\udcff"])
+def test_figures_that_are_none(tmp_path: Path, line: str) -> None:
+    for read in (read_figures, read_validation):
+        (tmp_path / "lines.jsonl").write_bytes(line.encode(errors="surrogateescape") + b"\n")
+        with pytest.raises(InputError, match=r"lines\.jsonl"):
+            read(tmp_path / "lines.jsonl")
 
 
 def test_plan_and_warnings_of_a_small_store(tmp_path: Path) -> None:
