@@ -297,8 +297,8 @@ def remove_scores(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-#: What rows of other tables, and counts that are no counts, lead to.
-_NO_SCORES = (
+#: What rows of other tables lead to here, and counts that are no counts in their means.
+NO_SCORES = (
     *(LookupError, TypeError, ValueError, AttributeError),
     *(ArithmeticError, StopIteration, RecursionError),
 )
@@ -315,11 +315,9 @@ def read_scores(path: Path) -> list[Score]:
         raise InputError(f"{path} has another version", wanted=f"version {TABLE_VERSION}", found=version)
     read = _read_lines if rows and {"name", "value"} <= rows[0].keys() else rows_of_wide
     try:
-        scores = read(rows)
-        mean_scores(scores), sequence_means(scores)  # what every reader of rows does next
-    except _NO_SCORES as error:
+        return read(rows)
+    except NO_SCORES as error:
         raise InputError(f"{path} is not a table of scores", found=repr(error)) from error
-    return scores
 
 
 def _read_lines(lines: Sequence[dict[str, Any]]) -> list[Score]:

@@ -15,7 +15,14 @@ from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import name_fault, parse_json, read_json
 from cosettle_cache.core.tables import read_rows
 from cosettle_cache.core.types import Score
-from cosettle_cache.metrics.rows import SCORES_FILE, SUMMARY_FILE, read_scores
+from cosettle_cache.metrics.rows import (
+    NO_SCORES,
+    SCORES_FILE,
+    SUMMARY_FILE,
+    mean_scores,
+    read_scores,
+    sequence_means,
+)
 from cosettle_cache.pictures.charts import Columns
 from cosettle_cache.training.log import RunFiles, figure_columns, read_figures, read_validation
 from cosettle_cache.videos.frames import natural_key
@@ -99,7 +106,7 @@ def read_runs(folders: Mapping[str, Path]) -> Runs:
             summary = _document(folder / SUMMARY_FILE)
             failures = summary.get("failures")
             failures, complete = failures if isinstance(failures, dict) else {}, summary.get("complete", True)
-            scores = tuple(read_scores(folder / SCORES_FILE))
+            scores = _scores(folder / SCORES_FILE)
             scored.append(ScoreRun(name, folder, scores, bool(complete), failures))
         if found := _member_folders(folder):
             journals = {name if item == folder else item.name: RunFiles(item) for item in found}
@@ -153,6 +160,16 @@ def _member_folders(folder: Path) -> list[Path]:
     return [item for item in _entries(folder) if RunFiles(item).metrics.is_file()]
 
 
+def _scores(path: Path) -> tuple[Score, ...]:
+    """Return the rows of a table of scores whose means can be made."""
+    scores = read_scores(path)
+    try:
+        mean_scores(scores), sequence_means(scores)
+    except NO_SCORES as error:
+        raise InputError(f"{path} is not a table of scores", found=repr(error)) from error
+    return tuple(scores)
+
+
 def _document(path: Path) -> Mapping[str, Any]:
     """Return the fields of a JSON document, none where there is no such file."""
     found = read_json(path) if path.is_file() else {}
@@ -164,7 +181,7 @@ def _document(path: Path) -> Mapping[str, Any]:
 def _columns(path: Path, read: Callable[[Path], Sequence[Any]]) -> Columns:
     try:
         return figure_columns(read(path))
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+    except OverflowError as error:  # an integer that no float can be
         raise InputError(f"{path} is not a journal of training", found=str(error)) from error
 
 

@@ -156,11 +156,14 @@ def read_validation(path: Path) -> list[ValidationFigures]:
 
 
 def _parse_line(kind: type[Figures], line: bytes, path: Path) -> Figures:
-    document = parse_json(line, f"a line of {path}")
+    try:
+        document = parse_json(line, f"a line of {path}")
+    except InputError as error:
+        raise InputError(f"{path} is not a journal of training", found=error.found) from error
     names = {item.name for item in fields(kind)}
     numbers = isinstance(document, dict) and all(type(value) in (int, float) for value in document.values())
     if not numbers or document.keys() != names:
-        raise InputError(f"{path} holds a line that is no figures of training", found=str(document)[:100])
+        raise InputError(f"{path} is not a journal of training", found=f"a line {str(document)[:100]}")
     return kind(**document)
 
 

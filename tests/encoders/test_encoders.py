@@ -130,8 +130,7 @@ def test_wide_models_keep_their_published_heads():
     state = {
         "patch_embed.proj.weight": torch.empty(1280, 3, 14, 14, device="meta"),
         "pos_embed": torch.empty(1, 257, 1280, device="meta"),
-        "blocks.31.mlp.fc1.weight": torch.empty(5120, 1280, device="meta"),
-        "blocks.0.mlp.fc1.weight": torch.empty(5120, 1280, device="meta"),
+        **{f"blocks.{n}.mlp.fc1.weight": torch.empty(5120, 1280, device="meta") for n in range(32)},
     }
     architecture = infer_architecture(sort_tensors("h.pth", FAMILIES["mae"], state))
     assert architecture == BACKBONES["mae_h"].architecture

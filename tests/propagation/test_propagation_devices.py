@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from pretend_cuda import pretend_cuda
 from propagation_cases import SquaresCase, make_squares, propagate_store, single_thread
 from store_cases import folder_bytes
 
@@ -20,8 +21,6 @@ from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.propagation.track import track_store
 from cosettle_cache.store import open_store
 from cosettle_cache.videos.queries import Queries
-
-pretend = pytest.importorskip("pretend_cuda")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,7 +56,7 @@ def heads() -> dict[str, Any]:
 
 def waits(run: Callable[[str], object]) -> tuple[int, str]:
     """Run twice on a pretended GPU; return how often the second run waited, and a report of it."""
-    with pretend.pretend_cuda() as device:
+    with pretend_cuda() as device:
         run("warm")
         device.clear()
         run("cuda")
@@ -95,7 +94,7 @@ def test_ties_beyond_measure_are_searched_again(clips, tmp_path: Path) -> None:
     store = open_store(make_squares(tmp_path, ("one",), n_frames=6).write(tmp_path / "s.zarr"))
     protocol = make_protocol("dino", size="native", top_k=2, n_context=3, red_std=0.229)
     reports = [propagate_store(store, data, protocol, tmp_path / "cpu", overlays="none")]
-    with pretend.pretend_cuda():
+    with pretend_cuda():
         reports += [propagate_store(store, data, protocol, tmp_path / "o", overlays="none", device="cuda:0")]
     assert reports[0].scores == reports[1].scores
 
