@@ -9,12 +9,13 @@ UV := .uv/bin/uv
 
 setup: .venv/installed
 
-# One package cache for all checkouts, hard links into each: a second checkout costs almost no disk.
+# One package cache for all checkouts, hard links into each: a second checkout costs almost no disk. Modules are
+# compiled here, once: where Python may not write, every process would compile torch anew, which takes seconds.
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cosettle-cache needs python3.11 or newer (make PYTHON=...)")'
 	@test -x $(UV) || ($(PYTHON) -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv)
 	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv
-	$(UV) pip install --quiet --python $(BIN)/python --editable '.[cpu,dev]'
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[cpu,dev]'
 	@touch $@
 
 demo: setup
