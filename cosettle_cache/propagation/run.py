@@ -129,9 +129,15 @@ def propagate_store(
                     reports[number] = VideoReport(scores=rows)
             n_before = len(reports)
             on_start(n_before)
+            todo = [video.n_frames for number, video in enumerate(work.videos) if number not in reports]
+            progress.start(sum(todo), "frames")
             try:
-                _propagate_all(work, reports, progress, stop or Event(), runner)
+                if runner is None:
+                    _propagate_here(work, reports, progress, stop or Event())
+                else:
+                    _propagate_across(work, reports, progress, runner)
             finally:
+                progress.finish()
                 _write_scores(work, reports, earlier_failures)
     except (FingerprintError, UsageError):
         raise
@@ -223,22 +229,6 @@ def _wrong_store(store: FeatureStore, wanted: str, found: str, protocol: EvalPro
     )
 
 
-def _propagate_all(
-    work: VideoWork, reports: dict[int, VideoReport], progress: Progress, stop: Event, runner: Run | None
-) -> None:
-    """Add the reports of the videos that have none."""
-    n_frames = (video.n_frames for number, video in enumerate(work.videos) if number not in reports)
-    progress.start(sum(n_frames), "frames")
-    try:
-        if runner is None:
-            _propagate_here(work, reports, progress, stop)
-        else:
-            saved = tuple(kind.saved(work.folder.progress / "projections") for kind in work.kinds)
-            _propagate_across(replace(work, kinds=saved), reports, progress, runner)
-    finally:
-        progress.finish()
-
-
 def _scores(reports: Mapping[int, VideoReport]) -> tuple[Score, ...]:
     return tuple(score for _, report in sorted(reports.items()) for score in report.scores)
 
@@ -277,6 +267,7 @@ def _propagate_across(
     work: VideoWork, reports: dict[int, VideoReport], progress: Progress, runner: Run
 ) -> None:
     """Add the reports of the videos that have none, by workers, which then draw."""
+    work = replace(work, kinds=tuple(kind.saved(work.folder.progress / "projections") for kind in work.kinds))
     todo = [number for number in range(len(work.videos)) if number not in reports]
     for number, report in runner(partial(propagate_video, work), todo):
         reports[number] = report
