@@ -40,7 +40,7 @@ from distributed.comm.registry import backends
 from distributed.scheduler import NoWorkerError
 
 from cosettle_cache import __version__
-from cosettle_cache.core.errors import ClusterError, CosettleError, UsageError
+from cosettle_cache.core.errors import ClusterError, CosettleError, UsageError, first_line
 from cosettle_cache.core.parallel import Run, pick_device, share_of_cores
 
 Item = TypeVar("Item")
@@ -238,7 +238,7 @@ def _result(future: Future[Any]) -> Any:
             raise
         raise ClusterError(
             "a worker or the scheduler cannot import what it is asked to do",
-            found=str(error).splitlines()[0].strip(),
+            found=first_line(error).strip(),
             hint="install the same version of cosettle-cache wherever the scheduler and the workers run",
         ) from error
 

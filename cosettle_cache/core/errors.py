@@ -38,6 +38,11 @@ def masked(text: str) -> str:
     return _SIGNATURE.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says, or the name of its error when it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class CosettleError(Exception):
     """One sentence, optionally with what was wanted, what was found and a hint.
 

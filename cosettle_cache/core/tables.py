@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from cosettle_cache.core.errors import InputError, masked
+from cosettle_cache.core.errors import InputError, first_line, masked
 from cosettle_cache.core.files import make_folder, replacing, sync, write_durably
 
 Row = Mapping[str, Any]
@@ -127,8 +127,7 @@ def _check_file(path: Path, wanted: str) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(f"{path} is not a readable table", found=reason)
+    return InputError(f"{path} is not a readable table", found=first_line(error))
 
 
 def write_json(path: Path, document: Any) -> None:

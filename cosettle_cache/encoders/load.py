@@ -28,7 +28,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cosettle_cache.core.errors import CheckpointError, UsageError
+from cosettle_cache.core.errors import CheckpointError, UsageError, first_line
 from cosettle_cache.core.files import output_errors, sha256_file, write_durably
 from cosettle_cache.core.parallel import find_device
 from cosettle_cache.core.precision import check_bfloat16
@@ -343,8 +343,7 @@ def _from_hub(name: str, source: Source) -> Path:
         return Path(huggingface_hub.hf_hub_download(source.hub_id, source.file))
     except Exception as error:
         # The client's own, its transport's and the system's errors all mean that the file is not here.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _unreachable(name, source, reason) from error
+        raise _unreachable(name, source, first_line(error)) from error
 
 
 def _from_url(name: str, source: Source) -> Path:

@@ -18,7 +18,7 @@ import obstore
 from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
-from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError
+from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError, first_line
 from cosettle_cache.core.files import Buffer, is_url
 from cosettle_cache.store._local import LocalFile, LocalStorage
 from cosettle_cache.store.format import ROOT_METADATA
@@ -209,8 +209,7 @@ def _is_about_the_range(error: exceptions.BaseError) -> bool:
 
 def _line(error: BaseException) -> str:
     """Return the first line of a message of obstore, without the service's XML."""
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    return line.partition(": <?xml")[0].removeprefix("Generic ")[:240]
+    return first_line(error).partition(": <?xml")[0].removeprefix("Generic ")[:240]
 
 
 class ObjectFile:

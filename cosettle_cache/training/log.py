@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import torch
 
-from cosettle_cache.core.errors import CheckpointError, InputError
+from cosettle_cache.core.errors import CheckpointError, InputError, first_line
 from cosettle_cache.core.files import output_errors, parse_json, read_file, write_durably
 from cosettle_cache.core.settings import SpectralSettings, TrainSettings, digest, package_versions
 from cosettle_cache.store import FeatureStore
@@ -199,7 +199,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except unreadable as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of a training run",
-            found=(str(error) or type(error).__name__).splitlines()[0][:120],
+            found=first_line(error)[:120],
             hint=START_OVER,
         ) from error
 

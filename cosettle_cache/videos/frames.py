@@ -27,7 +27,7 @@ from av.stream import Disposition
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, ImageOps
 
-from cosettle_cache.core.errors import InputError, MediaError, UsageError
+from cosettle_cache.core.errors import InputError, MediaError, UsageError, first_line
 from cosettle_cache.core.files import name_fault
 from cosettle_cache.core.types import Grid, MediaKind, Video
 
@@ -420,8 +420,7 @@ def decode_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", hint="cosettle-cache manifest check MANIFEST") from error
     except _UNDECODABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MediaError(f"{path} cannot be decoded", found=reason) from error
+        raise MediaError(f"{path} cannot be decoded", found=first_line(error)) from error
 
 
 def resolve_size(rule: str, height: int, width: int) -> tuple[int, int]:

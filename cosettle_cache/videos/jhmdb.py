@@ -11,7 +11,7 @@ import numpy as np
 import scipy.io
 from jaxtyping import Float, Float32, Float64
 
-from cosettle_cache.core.errors import MediaError
+from cosettle_cache.core.errors import MediaError, first_line
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import Grid, Video
 from cosettle_cache.videos.masks import check_numbers, frame_stems
@@ -70,8 +70,7 @@ def read_joints(path: str | Path) -> Joints:
     except MediaError:
         raise
     except Exception as error:  # a file that is broken or something else
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MediaError(f"{path} is not a readable MATLAB file", found=reason) from error
+        raise MediaError(f"{path} is not a readable MATLAB file", found=first_line(error)) from error
     if "pos_img" not in content:
         found = ", ".join(name for name in content if not name.startswith("__"))
         raise MediaError(f"{path} has no pos_img", wanted="pos_img", found=found or "nothing")

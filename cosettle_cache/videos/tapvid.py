@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from PIL import Image
 
-from cosettle_cache.core.errors import InputError, MediaError
+from cosettle_cache.core.errors import InputError, MediaError, first_line
 from cosettle_cache.core.files import make_folder, output_errors, write_durably
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.frames import decode_errors
@@ -109,8 +109,8 @@ def read_tapvid(path: str | Path, failures: dict[str, str] | None = None) -> Cli
     except MediaError:
         raise
     except Exception as error:  # a pickle of anything raises anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MediaError(f"{path} is no pickle of TAP-Vid", wanted="arrays only", found=reason) from error
+        found = first_line(error)
+        raise MediaError(f"{path} is no pickle of TAP-Vid", wanted="arrays only", found=found) from error
     pairs = list(enumerate(content)) if isinstance(content, list | tuple) else []
     named = [(f"{number:05d}", clip) for number, clip in pairs]
     if isinstance(content, dict):
