@@ -21,10 +21,11 @@ from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cosettle_cache.analysis.pooling import check_frames_plan, each_video, to_device
+from cosettle_cache.analysis.pooling import check_frames_plan, each_video
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, OutputError, RemoteError, UsageError
 from cosettle_cache.core.files import inside, own_folder
+from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.settings import PcaSettings, check_choices
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
@@ -168,7 +169,7 @@ def _batches(store: FeatureStore, video_id: str, device: str) -> Iterator[Float[
     """Yield the tokens of a few frames at a time: a GPU gets them at once."""
     size, stream = max(1, _BATCH_TOKENS // store.grid(video_id).n_tokens), store.stream_tokens(video_id)
     while frames := list(islice(stream, size)):
-        yield to_device(np.stack(frames), device).float()
+        yield upload(torch.from_numpy(np.stack(frames)), torch.device(device)).float()
 
 
 def _painted(

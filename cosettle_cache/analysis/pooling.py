@@ -13,11 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32
 from torch import Tensor
 
 from cosettle_cache.core.console import Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError
+from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.types import PlanKind
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.search.masked import unit_tokens
@@ -77,12 +78,6 @@ def each_video(
         progress.finish()
 
 
-def to_device(array: Shaped[np.ndarray, "..."], device: torch.device | str) -> Shaped[Tensor, "..."]:
-    """Return an array as a tensor on a device; a GPU gets it without a wait of the host."""
-    tensor = torch.from_numpy(array)
-    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
 @torch.inference_mode()
 def pool_frames(
     store: FeatureStore, kinds: Sequence[TokenKind], video_id: str, *, unit: bool = False, device: str = "cpu"
@@ -95,7 +90,7 @@ def pool_frames(
     size, stream = max(1, _BATCH_TOKENS // store.grid(video_id).n_tokens), store.stream_tokens(video_id)
     means = list[Tensor]()
     while frames := list(islice(stream, size)):
-        raw = to_device(np.stack(frames), device).flatten(1, 2).float()
+        raw = upload(torch.from_numpy(np.stack(frames)), torch.device(device)).flatten(1, 2).float()
         of_kinds = (kind.apply(raw) for kind in kinds)
         means.append(torch.stack([(unit_tokens(tokens) if unit else tokens).mean(1) for tokens in of_kinds]))
     out = torch.cat(means, dim=1).cpu().numpy()

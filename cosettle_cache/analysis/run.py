@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cosettle_cache.analysis.pooling import check_frames_plan, missing_videos, to_device
+from cosettle_cache.analysis.pooling import check_frames_plan, missing_videos
 from cosettle_cache.analysis.trade_off import (
     CLIP_FIGURES,
     DEFINITIONS,
@@ -45,7 +45,7 @@ from cosettle_cache.analysis.trade_off import (
 )
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError
-from cosettle_cache.core.parallel import Run, in_order, in_threads, pick_device
+from cosettle_cache.core.parallel import Run, in_order, in_threads, pick_device, upload
 from cosettle_cache.core.settings import AnalyzeSettings, digest, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Grid
@@ -260,7 +260,7 @@ def _measure_group(
     sums = [MiddleSums.of(torch.empty(0, places.n_tokens, dim, device=where)) for _ in kinds]
     for clip in group.clips:
         n_bytes = 2 * len(clip.rows) * clip.grid.n_tokens * dim
-        index, found = to_device(place_index(clip.grid, places), where), []
+        index, found = upload(torch.from_numpy(place_index(clip.grid, places)), where), []
         try:
             held = None if n_bytes > HELD_BYTES else _read(store, clip.grid, clip.rows, where)
             for kind in kinds:
@@ -295,7 +295,7 @@ def _read(
 ) -> Float[Tensor, "frame row col dim"]:
     tokens = np.empty((len(rows), grid.rows, grid.cols, store.arrays[0].n_channels), np.float16)
     store.read_encodings(grid, rows, tokens)
-    return to_device(tokens, where)
+    return upload(torch.from_numpy(tokens), where)
 
 
 @torch.inference_mode()
@@ -317,7 +317,7 @@ def _compare_blocks(
             rows = np.array([chosen[number][1] for number in here], np.int64)
             tokens = _read(store, grid, rows, on_host).flatten(1, 2)
             block[here] = tokens[:, torch.from_numpy(place_index(grid, places))]
-        blocks.append(to_device(block.numpy(), where))
+        blocks.append(upload(block, where))
     return [compare(spreads, *map(kind.on(where).apply, blocks)) for kind, spreads in kinds]
 
 

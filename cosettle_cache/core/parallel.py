@@ -13,9 +13,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from threading import Event
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from cosettle_cache.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @runtime_checkable
@@ -144,3 +147,11 @@ def find_device(device: str | None) -> str:
             f"{device} is not there", wanted="a CUDA device", found=f"{torch.cuda.device_count()} of them"
         )
     return device
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; the host does not wait for the copy to a GPU."""
+    # `cuda` is another device than `cuda:0`, and what is on a GPU cannot be pinned: only types tell.
+    if device.type in (tensor.device.type, "cpu"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -34,6 +34,8 @@ from cosettle_cache.search.masked import (
 
 #: Far above the rounding of a cosine in float32, far below what separates different tokens.
 _ROUNDING = 1e-5
+#: Frames that a GPU works on before the host waits for what they came to, and writes it.
+FRAMES_AT_ONCE = 64
 #: Positions whose frames are moved at a time while the queue fills.
 _GROW_POSITIONS = 64
 
@@ -58,13 +60,6 @@ class Neighbors:
 
 class TiesError(Exception):
     """More tokens were as similar as the last neighbour than a search without waits looks at."""
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; the host does not wait for the copy from pinned memory."""
-    if tensor.device == device or device.type == "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _merge(lists: list[Neighbors], top_k: int, *, keep_ties: bool, cut: bool = True) -> Neighbors:

@@ -24,7 +24,7 @@ from cosettle_cache.core.files import inside
 from cosettle_cache.core.settings import digest
 from cosettle_cache.core.tables import open_table, stream_table
 from cosettle_cache.core.types import EvalProtocol, Grid
-from cosettle_cache.propagation.context import Neighbors
+from cosettle_cache.propagation.context import FRAMES_AT_ONCE, Neighbors
 from cosettle_cache.propagation.protocols import SEARCH_FIELDS
 
 #: Of the file layout below; raised when that changes.
@@ -43,8 +43,6 @@ SCHEMA = pa.schema(
 )
 _LISTS = ("neighbor_frame", "neighbor_position", "similarity", "count")
 _KEY = b"cosettle_neighbors"
-#: Frames that a GPU searches before the host waits for their lists.
-_FRAMES_AT_ONCE = 64
 
 
 def neighbors_key(
@@ -83,7 +81,7 @@ def neighbor_writer(path: Path, key: Mapping[str, object]) -> Iterator[Callable[
 
         def write(neighbors: Neighbors) -> None:
             waiting.append(neighbors)
-            if neighbors.count.device.type == "cpu" or len(waiting) == _FRAMES_AT_ONCE:
+            if neighbors.count.device.type == "cpu" or len(waiting) == FRAMES_AT_ONCE:
                 write_waiting()
 
         yield write

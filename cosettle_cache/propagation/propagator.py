@@ -15,8 +15,9 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.types import EvalProtocol, Grid
-from cosettle_cache.propagation.context import ContextSearch, Neighbors, upload
+from cosettle_cache.propagation.context import ContextSearch, Neighbors
 from cosettle_cache.propagation.labels import LabelMap
 from cosettle_cache.propagation.protocols import check_protocol
 from cosettle_cache.search.masked import transition

@@ -34,6 +34,7 @@ from cosettle_cache.core.errors import (
     UsageError,
 )
 from cosettle_cache.core.files import inside, own_folder
+from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.settings import TrackSettings, make_provenance
 from cosettle_cache.core.tables import open_table, stream_table
@@ -43,7 +44,7 @@ from cosettle_cache.heads.projection import Projection
 from cosettle_cache.metrics.rows import remove_scores, tracks_row, video_row, write_scores
 from cosettle_cache.metrics.tapvid import SIZE, count_tracks, scored_frames
 from cosettle_cache.pictures.drawing import DrawnTracks, write_tracks
-from cosettle_cache.propagation.context import upload
+from cosettle_cache.propagation.context import FRAMES_AT_ONCE
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.queries import Queries, open_tracks, sample_queries
@@ -56,8 +57,6 @@ TRACKS_FILE, PICTURE_FOLDER = "tracks.parquet", "pictures"
 DEFAULT_MEMORY_BYTES = 512 * 10**6
 #: Queries that meet all tokens of a frame at once; bounds the cosines in memory.
 _BLOCK = 1024
-#: Frames that are searched before the host waits for what was found.
-_FRAMES_AT_ONCE = 64
 
 #: One row per kind of tokens, query and frame; places in pixels of the video from the image's corner. True
 #: places are null where nobody knows them.
@@ -260,7 +259,7 @@ def _find(
             tokens = upload(torch.from_numpy(frame), there).float()
             for tracker, tracks, steps in zip(trackers, found, waiting, strict=True):
                 steps.append(tracker.step(tracks.kind.apply(tokens), index))
-            if len(waiting[0]) == _FRAMES_AT_ONCE or index == video.n_frames - 1:
+            if len(waiting[0]) == FRAMES_AT_ONCE or index == video.n_frames - 1:
                 span = slice(index + 1 - len(waiting[0]), index + 1)
                 for tracks, steps in zip(found, waiting, strict=True):
                     tracks.points[members, span] = _on_host(steps, "cells") * pixels

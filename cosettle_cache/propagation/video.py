@@ -23,12 +23,13 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import CosettleError, DamagedStoreError, InputError
 from cosettle_cache.core.files import make_folder
+from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.settings import PropagateSettings, digest, make_provenance
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.metrics.rows import video_row
-from cosettle_cache.propagation.context import ContextSearch, Neighbors, TiesError, upload
+from cosettle_cache.propagation.context import FRAMES_AT_ONCE, ContextSearch, Neighbors, TiesError
 from cosettle_cache.propagation.folder import RunFolder
 from cosettle_cache.propagation.neighbor_files import (
     load_neighbors,
@@ -43,9 +44,6 @@ from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import resolve_size
 
 Tokens = Float[Tensor, "row col dim"]
-
-#: Frames that a GPU works on before the host waits for what they came to, and writes it.
-_FRAMES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ def _carry(
 ) -> list[_Track]:
     """Carry the labels of a video through its frames; write and score what each stands for."""
     video, device = work.videos[number], work.torch_device()
-    n_at_once = 1 if device.type == "cpu" else _FRAMES_AT_ONCE
+    n_at_once = 1 if device.type == "cpu" else FRAMES_AT_ONCE
     kinds = [kind.on(device) for kind in work.kinds]
     with torch.inference_mode(), exact_float32(device.type), ExitStack() as open_files:
         tracks = [_open_track(work, kind, number, subject, open_files, deferred) for kind in kinds]

@@ -74,7 +74,7 @@ def test_propagation_waits_as_often_for_longer_clips(clips, tmp_path: Path, pres
 
         def run(out: str, path=path, data=data, place=place) -> PropagationReport:
             kept = {"": None, "cuda": place / f"lists {out}", "cpu": place / "lists cpu"}[lists]
-            device = "cpu" if out == "cpu" else "cuda:0"
+            device = "cpu" if out == "cpu" else "cuda"  # as the commands say it
             options = {"overlays": "none", "device": device, "neighbors": kept}
             # Projected to so few channels tokens are nearly alike, and ties are searched again, with waits.
             options |= {} if preset == "dino" else heads()
@@ -107,7 +107,7 @@ def test_tracking_waits_as_often_for_longer_clips(clips, tmp_path: Path) -> None
         place = tmp_path / str(n_frames)
 
         def run(out: str, path=path, data=data, place=place) -> None:
-            device = "cpu" if out == "cpu" else "cuda:0"
+            device = "cpu" if out == "cpu" else "cuda"  # as the commands say it
             options = {"task": "points", "queries": queries, "device": device, "pictures": "none", **heads()}
             assert track_store(open_store(path), data, TrackSettings(), place / out, **options).complete
 

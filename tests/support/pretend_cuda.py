@@ -272,6 +272,8 @@ class _Calls(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return self._move(args[0], CUDA, None, bool(kwargs.get("non_blocking")))
         if func is torch.Tensor.pin_memory:
+            if isinstance(args[0], CudaTensor):
+                raise RuntimeError("cannot pin a tensor on cuda:0, only dense CPU tensors can be pinned")
             return self.on.pin(args[0].clone())
         if func is torch.Tensor.is_pinned:
             return self.on.is_pinned(args[0])
