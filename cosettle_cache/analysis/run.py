@@ -177,9 +177,11 @@ def analyze_store(
     finite is left out and named. Raises `UsageError` for projections of another width and `InputError` when
     fewer than two clips remain.
     """
-    started, run, progress = time.perf_counter(), run or in_threads, progress or SILENT
+    started, progress = time.perf_counter(), progress or SILENT
     dim, definitions, places = store.arrays[0].n_channels, plan.definitions, plan.places
-    kinds = tuple(make_kinds(projections, dim))
+    # Workers move the projections to their own devices; threads would move the same ones at the same time.
+    kinds = tuple(make_kinds(projections, dim, device="cpu" if run else pick_device(device)))
+    run = run or in_threads
     size = max(1, -(-len(plan.clips) // MAX_GROUPS))
     starts = range(0, len(plan.clips), size)
     groups = [_Group(number, plan.clips[start : start + size]) for number, start in enumerate(starts)]

@@ -55,8 +55,12 @@ class TokenKind:
         return projected
 
     def on(self, device: torch.device) -> TokenKind:
-        """Return the same kind with its projection on a device, ready for use."""
-        return self if (head := self.projection) is None else replace(self, projection=head.to(device).eval())
+        """Return this kind, its projection moved to a device unless it is there, ready for use."""
+        if self.projection is not None:
+            there = next(self.projection.eval().parameters()).device
+            if there.type != device.type or device.index not in (None, there.index):
+                self.projection.to(device)
+        return self
 
     def saved(self, folder: Path) -> TokenKind:
         """Return the same kind with its projection in a file there, for other processes."""
@@ -101,8 +105,9 @@ def make_kinds(
             raise UsageError("a projection's name is one part of a path", wanted="no slash", found=name)
         if projection.dim != dim:
             raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
-    heads = (TokenKind(name, head.to(device).eval(), projection_sha256(head)) for name, head in projections)
-    return [TokenKind(RAW, None, ""), *heads]
+    # Digests first: on a GPU the host would wait for every parameter to come back.
+    heads = [TokenKind(name, head, projection_sha256(head)) for name, head in projections]
+    return [TokenKind(RAW, None, ""), *(kind.on(torch.device(device)) for kind in heads)]
 
 
 def load_heads(paths: Sequence[Path], store: FeatureStore) -> list[tuple[str, Projection]]:
