@@ -138,7 +138,8 @@ def _carry(
     n_at_once = 1 if device.type == "cpu" else FRAMES_AT_ONCE
     kinds = [kind.on(device) for kind in work.kinds]
     with torch.inference_mode(), exact_float32(device.type), ExitStack() as open_files:
-        tracks = [_open_track(work, kind, number, subject, open_files, deferred) for kind in kinds]
+        content = "" if work.settings.neighbors is None else work.store.content_digest(video.video_id)
+        tracks = [_open_track(work, kind, number, subject, open_files, content, deferred) for kind in kinds]
         stream = work.store.stream_tokens(video.video_id) if not all(track.kept for track in tracks) else None
         decoded: list[Tensor] = []
         for index in range(video.n_frames):
@@ -213,9 +214,13 @@ def _open_track(
     number: int,
     subject: Subject,
     open_files: ExitStack,
+    content: str,
     deferred: bool,
 ) -> _Track:
-    """Begin one kind of tokens; neighbour lists that are to be kept are written to a file in `open_files`."""
+    """Begin one kind of tokens; neighbour lists that are to be kept are written to a file in `open_files`.
+
+    `content` is the digest of the video's stored tokens, which those lists name.
+    """
     setting, video, device = work.setting(number), work.videos[number], work.torch_device()
     carrier = LabelCarrier(subject.label_map, work.protocol, device=device)
     predictions = subject.begin(work.folder.path / kind.name)
@@ -225,7 +230,7 @@ def _open_track(
             work.protocol,
             video_id=video.video_id,
             tokens=digest([work.store.fingerprint.to_json(), kind.sha256]),
-            content=work.store.content_digest(video.video_id),
+            content=content,
             n_frames=video.n_frames,
             grid=setting.grid,
         )

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Float32, Int8, Int16, UInt16
 from torch import Tensor
 
-from cosettle_cache.core.errors import CosettleError, InputError, masked
+from cosettle_cache.core.errors import CosettleError, InputError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
@@ -153,14 +153,14 @@ class Tokens:
     def to_json(self) -> dict[str, Any]:
         """Return where the tokens are, and of which kinds they are."""
         return {
-            "features": masked(str(self.store.path)),
+            "features": str(self.store.path),
             "tokens": [kind.name for kind in self.kinds],
         }
 
     def provenance(self) -> dict[str, Any]:
         """Return what decides these tokens."""
         return {
-            "store": masked(str(self.store.path)),
+            "store": str(self.store.path),
             "fingerprint": self.store.fingerprint.to_json(),
             "projection_sha256": {kind.name: kind.sha256 for kind in self.kinds},
         }

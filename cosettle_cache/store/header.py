@@ -21,7 +21,7 @@ AXES = ("encoding", "row", "col", "channel")
 #: A hole read past the index must not pass for tokens: not a number, or a value that no token takes.
 FILL_VALUES: Mapping[str, Any] = {"float16": "NaN", "int8": -128}
 
-#: Stores of cosettle-cache 0.2 and before do not name it.
+#: Stores of version 0.1 do not name it.
 _DEVICE = "versions.device"
 _ELSEWHERE = "write to another folder with --out, or repeat the settings of this store"
 
@@ -127,8 +127,8 @@ def check_same(wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHE
     """Raise `FingerprintError` listing every difference that makes the tokens of the two stores differ."""
     wanted = Header.from_json(wanted.to_json())
     settings, theirs = (flat(header.fingerprint.to_json()) for header in (wanted, found))
-    for name in settings.keys() & {_DEVICE} - theirs.keys():
-        del settings[name]
+    if _DEVICE not in theirs:
+        settings.pop(_DEVICE, None)
     details = differing(settings, theirs)
     if wanted.arrays != found.arrays:
         texts = ["; ".join(map(_array_text, header.arrays)) for header in (wanted, found)]

@@ -66,7 +66,9 @@ def read_joints(path: str | Path) -> Joints:
     if not path.is_file():
         raise MediaError(f"{path} does not exist", wanted="a file of joints")
     try:
-        content = _read_hdf5(path) if b"MATLAB 7.3" in path.read_bytes()[:128] else scipy.io.loadmat(path)
+        with path.open("rb") as file:
+            is_hdf5 = b"MATLAB 7.3" in file.read(128)
+        content = _read_hdf5(path) if is_hdf5 else scipy.io.loadmat(path)
     except MediaError:
         raise
     except Exception as error:  # a file that is broken or something else
