@@ -309,7 +309,7 @@ def check_weights(path: object, tensors: Mapping[str, Tensor]) -> None:
         if fault:
             raise CheckpointError(
                 f"the tensor {name} of {path} holds no weights: it is {fault}",
-                wanted="dense, finite floating-point numbers of 16, 32 or 64 bits",
+                wanted="dense floating-point numbers of 16, 32 or 64 bits, all finite",
             )
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import parse_json, write_durably
+from cosettle_cache.encoders.checkpoints import adapter_tensors, check_weights
 from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head
 
 #: Key of the safetensors metadata under which our own files keep one JSON document. One key, because
@@ -137,6 +138,7 @@ def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
         head, tensors = _from_authors(path)
     else:
         head, tensors = document["head"], safetensors.torch.load_file(path)
+        check_weights(path, tensors)
     first = tensors.get("linears.0.weight")
     if first is None or first.ndim != 2 or head not in HEADS:
         raise CheckpointError(f"{path} holds no projection", wanted="a head and its linear maps", found=head)
@@ -147,12 +149,6 @@ def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
         raise CheckpointError(f"{path} does not fit the {head} head", wanted=wanted, found=found)
     if dim is not None and projection.dim != dim:
         raise CheckpointError(f"{path} projects tokens of another width", wanted=dim, found=projection.dim)
-    for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided or tensor.is_meta or not tensor.dtype.is_floating_point:
-            kind = f"{name} of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise CheckpointError(f"{path} holds no projection", wanted="dense floating tensors", found=kind)
-        if not tensor.float().isfinite().all():
-            raise CheckpointError(f"{path} holds values that are not finite", found=name)
     projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return projection.eval()
 
@@ -276,8 +272,6 @@ def _read_document(path: str | Path) -> Mapping[str, Any] | None:
 
 def _from_authors(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     """Return head and tensors under our names; one linear map means `linear`, which is what was released."""
-    from cosettle_cache.encoders.checkpoints import adapter_tensors
-
     tensors = {_our_name(name): tensor for name, tensor in adapter_tensors(Path(path)).items()}
     n_linears = sum(name.startswith("linears.") and name.endswith(".weight") for name in tensors)
     if n_linears not in RELEASED_HEADS:
