@@ -24,7 +24,7 @@ from cosettle_cache.analysis.pooling import check_frames_plan, each_video, missi
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import inside, own_folder, replacing, sync, write_durably
-from cosettle_cache.core.settings import ExportSettings, check_choices, package_versions
+from cosettle_cache.core.settings import ExportSettings, package_versions
 from cosettle_cache.core.tables import stream_table, write_json
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.store import FeatureStore
@@ -74,7 +74,6 @@ def plan_export(store: FeatureStore, settings: ExportSettings) -> ExportPlan:
     format that cannot be written here.
     """
     check_frames_plan(store, "export frames")
-    check_choices(settings)
     if settings.format == "hdf5" and importlib.util.find_spec("h5py") is None:
         raise UsageError("h5py is not installed", hint="pip install 'cosettle-cache[hdf5]', or --format npy")
     for name, count in Counter(map(flat_name, store.video_ids)).items():

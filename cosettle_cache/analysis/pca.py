@@ -26,7 +26,7 @@ from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, OutputError, RemoteError, UsageError
 from cosettle_cache.core.files import inside, own_folder
 from cosettle_cache.core.parallel import upload
-from cosettle_cache.core.settings import PcaSettings, check_choices
+from cosettle_cache.core.settings import PcaSettings
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
@@ -81,7 +81,6 @@ def plan_pca(store: FeatureStore, settings: PcaSettings, video_ids: Sequence[str
 
     Raises `InputError` for unknown videos and for stores of other plans, `UsageError` for settings.
     """
-    check_choices(settings)
     if settings.film == "none" and not settings.stills:
         raise UsageError("neither stills nor a film: nothing would be drawn", wanted="one of them")
     check_frames_plan(store, "pca")

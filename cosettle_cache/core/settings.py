@@ -63,10 +63,10 @@ def setting(default: Any, help: str, **option: Any) -> Any:
 
 
 class Settings:
-    """What the settings classes inherit: no object holds a number outside the limits of its field.
+    """What the settings classes inherit: no object holds a number or a word that its field does not take.
 
-    Raises `UsageError` for such a number, for one that is not finite, and for a fraction or a truth value
-    where a whole number is wanted.
+    Raises `UsageError` for a number outside the limits, for one that is not finite, for a fraction or a truth
+    value where a whole number is wanted, and for a word that is none of the choices.
     """
 
     __slots__ = ()
@@ -76,6 +76,10 @@ class Settings:
             found = getattr(self, item.name)
             if wanted := _number_fault(str(item.type), item.metadata, found):
                 raise UsageError(f"{item.name} must be {wanted}", found=found)
+            choices = item.metadata.get("choices", ())
+            if choices and found not in choices:
+                words = item.name.replace("_", " ")
+                raise UsageError(f"unknown {words} {found!r}", wanted=" or ".join(choices), found=found)
 
 
 def _number_fault(kind: str, limits: Mapping[str, Any], value: Any) -> str:
@@ -94,16 +98,6 @@ def _number_fault(kind: str, limits: Mapping[str, Any], value: Any) -> str:
     words += [f"at least {least}"] if math.isfinite(least) else []
     words += [f"at most {most}"] if math.isfinite(most) else []
     return ", ".join(words) or "a finite number"
-
-
-def check_choices(settings: Any) -> None:
-    """Raise `UsageError` for a field with `choices` that holds something else."""
-    for item in fields(settings):
-        value, choices = getattr(settings, item.name), item.metadata.get("choices", ())
-        if choices and value not in choices:
-            raise UsageError(
-                f"unknown {item.name.replace('_', ' ')} {value!r}", wanted=" or ".join(choices), found=value
-            )
 
 
 def parse_bytes(text: str) -> int:
@@ -300,10 +294,6 @@ class TrackSettings(Settings):
     )
     cycle_radius: float = setting(6.0, "What is near, in tokens.", positive=True)
     min_cosine: float = setting(0.7, "Least cosine, for cosine.")
-
-    def __post_init__(self) -> None:
-        Settings.__post_init__(self)
-        check_choices(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from cosettle_cache.core.console import SILENT, Progress, human_bytes
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
 from cosettle_cache.core.files import own_folder
 from cosettle_cache.core.parallel import Run
-from cosettle_cache.core.settings import PropagateSettings, check_choices, replace_red_std
+from cosettle_cache.core.settings import PropagateSettings, replace_red_std
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
@@ -106,7 +106,6 @@ def propagate_store(
     settings, unless `settings.restart` removes them; `UsageError` when `out` is not a run's own folder, or
     another run is at work there.
     """
-    check_choices(settings)
     row = find_task(task)
     check_store(store, protocol)
     _check_labels(store, row)

@@ -115,10 +115,9 @@ _RELEASED_FORM = ("kl", "released")
 #: How an epoch is shuffled: all samples, or shards and then samples within a window of shards.
 ORDERS = ("samples", "shards")
 
-#: Numbers of the objective and the optimiser that are never negative, and what they stay below.
+#: Numbers without limits of their own that are never negative, and what they stay below.
 _BOUNDS = {
-    **dict.fromkeys(("separability_weight", "gradient_ratio", "base_lr", "min_lr"), math.inf),
-    **dict.fromkeys(("weight_decay", "clip_gradient", "warmup_epochs", "temperature"), math.inf),
+    **dict.fromkeys(("separability_weight", "gradient_ratio", "base_lr", "min_lr", "weight_decay"), math.inf),
     **dict.fromkeys(("beta1", "beta2"), 1.0),
 }
 
@@ -280,13 +279,11 @@ def _check_settings(settings: TrainSettings, rows: int, cols: int) -> None:
             raise UsageError(f"unknown {name}", wanted=" or ".join(names), found=getattr(settings, name))
     if not 0 <= settings.validation < 1:
         raise UsageError("validation is a share of the clips", wanted="0 to 1", found=settings.validation)
-    if settings.palindrome < 2:
-        raise UsageError("a walk visits two frames or more", wanted="2 or more", found=settings.palindrome)
     if not settings.temperature > 0:
         raise UsageError("the temperature divides cosines", wanted="above 0", found=settings.temperature)
     for name, bound in _BOUNDS.items():
         value = getattr(settings, name)
-        if value != "auto" and not (math.isfinite(value) and 0 <= value < bound):
+        if value != "auto" and not 0 <= value < bound:
             wanted = "a number, 0 or above" if math.isinf(bound) else f"a number from 0 to below {bound:g}"
             raise UsageError(f"no such {name}", wanted=wanted, found=value)
 
