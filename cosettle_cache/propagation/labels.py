@@ -70,27 +70,13 @@ def encode_mask_nearest(mask: Mask, grid: Grid) -> FirstLabels:
     )
 
 
-def decode_mask(
-    label_map: LabelMap,
-    object_ids: Sequence[int],
-    size: Size,
-    mask_size: Size,
-    *,
-    stretched: bool = False,
-) -> Mask:
-    """Return the index mask of a label map at `mask_size`.
-
-    Bilinear to the input `size`, the strongest class, then OpenCV's nearest neighbour to `mask_size`. Of
-    equally strong classes the first wins, which is the background where there is any (PROTOCOLS 1.2.9).
-    `stretched` is DINO's way: first each class's minimum and maximum over the image go to
-    0 and 1 (a class that is the same everywhere to 0), and Pillow resizes to `mask_size` (PROTOCOLS 1.1).
-    """
-    classes = decode_classes(label_map, size, stretched=stretched).cpu().numpy()
-    return name_classes(classes, object_ids, mask_size, stretched=stretched)
-
-
 def decode_classes(label_map: LabelMap, size: Size, *, stretched: bool = False) -> UInt8[Tensor, "_ _"]:
-    """Return the strongest class at each pixel, on the label map's device; see `decode_mask`."""
+    """Return the strongest class at each pixel of the input `size`, on the label map's device.
+
+    Bilinear to `size`; of equally strong classes the first wins, which is the background where there is any
+    (PROTOCOLS 1.2.9). `stretched` is DINO's way: first each class's minimum and maximum over the image go to
+    0 and 1, a class that is the same everywhere to 0 (PROTOCOLS 1.1).
+    """
     # Class-major in memory first: interpolating the strided view is fifteen times slower on a CPU.
     maps = label_map.permute(2, 0, 1)[None].contiguous()
     maps = torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
@@ -104,7 +90,10 @@ def decode_classes(label_map: LabelMap, size: Size, *, stretched: bool = False) 
 def name_classes(
     classes: Mask, object_ids: Sequence[int], mask_size: Size, *, stretched: bool = False
 ) -> UInt8[np.ndarray, "_ _"]:
-    """Return the index mask, at `mask_size`, of an image of class numbers; see `decode_mask`."""
+    """Return the index mask, at `mask_size`, of an image of class numbers.
+
+    OpenCV's nearest neighbour resizes (PROTOCOLS 1.2.9), Pillow's where DINO's way is taken (`stretched`).
+    """
     mask = np.array(object_ids, np.uint8)[classes]
     return sample_mask(mask, mask_size) if stretched else resize_mask(mask, mask_size)
 

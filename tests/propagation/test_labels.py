@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from propagation_cases import decode_mask
 from safetensors.numpy import load_file
 
 from cosettle_cache.core.types import Grid
 from cosettle_cache.propagation.labels import (
     decode_keypoints,
-    decode_mask,
     encode_keypoints,
     encode_mask,
     encode_mask_nearest,

@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from propagation_cases import SEARCHES, clips, dense_oracle, single_thread
+from propagation_cases import SEARCHES, clips, decode_mask, dense_oracle, single_thread
 from safetensors.torch import load_file
 
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.metrics import davis_j_and_f
 from cosettle_cache.propagation import Propagator, propagate
-from cosettle_cache.propagation.labels import decode_mask, encode_mask
+from cosettle_cache.propagation.labels import encode_mask
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.search.masked import transition
 from cosettle_cache.videos.masks import read_mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from cosettle_cache import propagation
 from cosettle_cache.core.settings import FramesSettings, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol, Grid, Slot
 from cosettle_cache.propagation import PropagationReport
+from cosettle_cache.propagation.labels import decode_classes, name_classes
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.videos.layouts import build_davis
@@ -41,6 +42,19 @@ def propagate_store(*arguments: Any, **options: Any) -> PropagationReport:
     names = {item.name for item in fields(PropagateSettings)} & options.keys()
     settings = PropagateSettings(**{name: options.pop(name) for name in names})
     return propagation.propagate_store(*arguments, settings=settings, **options)
+
+
+def decode_mask(
+    label_map: Tensor,
+    object_ids: Sequence[int],
+    size: tuple[int, int],
+    mask_size: tuple[int, int],
+    *,
+    stretched: bool = False,
+) -> np.ndarray:
+    """Return the index mask of a label map, as the task of masks makes it in two steps."""
+    classes = decode_classes(label_map, size, stretched=stretched).cpu().numpy()
+    return name_classes(classes, object_ids, mask_size, stretched=stretched)
 
 
 @contextmanager
