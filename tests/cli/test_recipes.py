@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_cases import SCORE
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.cli.recipes import check_expectations, read_recipe
@@ -46,18 +47,6 @@ hardware = "two cores"
 jf_mean = { value = 0.5, tolerance = 0.01 }
 """
 
-SCORE = Score(
-    task="davis",
-    video_id="dog",
-    object_id=1,
-    tokens="raw",
-    n_frames=10,
-    scored_size="480x854",
-    boundary_tolerance_px=8,
-    protocol="cosettle",
-    protocol_json="{}",
-    provenance=Provenance("davis", "m", "mae_b", "w", "", "{}"),
-)
 RECALL_AND_DECAY = {"j_recall": 0.6, "j_decay": 0.1, "f_mean": 0.7, "f_recall": 0.8, "f_decay": 0.2}
 
 

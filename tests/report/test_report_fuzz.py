@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fuzz_readers import Change, changes, check_reader, cuts, damaged
 from hypothesis import HealthCheck, given, settings
-from report_cases import write_analysis_table, write_journal
+from report_cases import SCORE, write_analysis_table, write_journal
 
-from cosettle_cache.core.types import Provenance, Score
 from cosettle_cache.metrics.rows import J_AND_F_FIGURES, write_scores
 from cosettle_cache.report.page import chart
 from cosettle_cache.report.runs import read_runs
@@ -19,19 +19,6 @@ from cosettle_cache.report.runs import read_runs
 #: Inputs of each kind of file in the gate, and in the long run.
 FEW, MANY = 25, int(os.environ.get("FUZZ_EXAMPLES", "20000"))
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><g style="fill: red"><path id="a" d="M0 0"/></g></svg>'
-SCORE = Score(
-    task="davis",
-    video_id="dog",
-    object_id=1,
-    tokens="raw",
-    n_frames=10,
-    scored_size="480x854",
-    boundary_tolerance_px=8,
-    protocol="cosettle",
-    protocol_json="{}",
-    provenance=Provenance("davis", "m", "mae_b", "w", "", "{}"),
-    figures=dict.fromkeys(J_AND_F_FIGURES, 0.5),
-)
 FILES = (
     "scores.parquet",
     "summary.json",
@@ -53,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     write_journal(folder, 12)
     write_analysis_table(folder)
-    write_scores(folder, [SCORE])
+    write_scores(folder, [replace(SCORE, figures=dict.fromkeys(J_AND_F_FIGURES, 0.5))])
     (folder / "scores.svg").write_bytes(SVG)
     return folder
 

@@ -13,6 +13,7 @@ from propagation_cases import make_squares
 from cosettle_cache.analysis.run import ANALYSIS_FILE, ANALYSIS_SCHEMA, PROVENANCE
 from cosettle_cache.core.settings import PropagateSettings
 from cosettle_cache.core.tables import make_table, write_table
+from cosettle_cache.core.types import Provenance, Score
 from cosettle_cache.heads.projection import Projection, save_projection
 from cosettle_cache.metrics.rows import write_scores
 from cosettle_cache.propagation import propagate_store
@@ -24,6 +25,20 @@ from cosettle_cache.training.log import FiguresLog, RunFiles, StepFigures, Valid
 EVIL = 'one <b>&amp; "two"'
 EVIL_KIND = "</script><i onload='x'>"
 PLAIN = "walk"
+
+#: A row of scores without figures.
+SCORE = Score(
+    task="davis",
+    video_id="dog",
+    object_id=1,
+    tokens="raw",
+    n_frames=10,
+    scored_size="480x854",
+    boundary_tolerance_px=8,
+    protocol="cosettle",
+    protocol_json="{}",
+    provenance=Provenance("davis", "m", "mae_b", "w", "", "{}"),
+)
 
 
 @dataclass(frozen=True)
