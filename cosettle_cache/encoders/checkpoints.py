@@ -8,6 +8,7 @@ tree of an archive is unpickled by an unpickler that knows tensors, storages and
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import pickletools
 import re
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosettle_cache.core.errors import CheckpointError
+from cosettle_cache.core.files import inside, read_json, sha256_file
+from cosettle_cache.encoders.layouts import bare_name
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -124,38 +127,105 @@ def _named_tensors(record: _Record, prefix: str = "") -> Iterator[tuple[str, Ten
 
 
 #: Keys under which published files keep the state dict, in order of preference (PROTOCOLS 7.4): MAE, BLIP and
-#: the authors' files; MoCo v3 and iBOT; DINO and DINOv2 training files; I-JEPA.
+#: the authors' files; MoCo v3 and iBOT; DINO and DINOv2 training files; I-JEPA. Where none of them is there,
+#: the only state dict of a file is taken whatever its key.
 WRAPPERS = ("model", "state_dict", "teacher", "encoder")
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ADAPTER_NAME = re.compile(r"(?:^|\.)(adapter_(?:linear|layer_norm)\d*\.(?:weight|bias))$")
 _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
+_INDEX = ".index.json"
 _REFUSED_CLASS = re.compile(r"(?:GLOBAL|class|type|function)\s+\W?([A-Za-z_]\w*(?:\.\w+)+)")
 _WANTED = "a state dict in a .safetensors, .pth or .pt file"
 
 
 class Checkpoint(dict[str, Tensor]):
-    """Tensors by name; `passed_over` has the keys of other state dicts of the model (averages, say)."""
+    """Tensors by name, and the files they are from.
+
+    `passed_over` has the keys of other state dicts of the model (averages, say).
+    """
 
     passed_over: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def sha256(self) -> str:
+        """Return the digest of the file, or of the digests of several in the order of their names."""
+        digests = [sha256_file(path) for path in self.files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+class _Unused:
+    """Stands for a number or a path that was saved beside the weights; takes anything, does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+#: Harmless classes beside the weights, by the names that pickles have for them; none of them is imported.
+_HARMLESS = [
+    (_Unused, name)
+    for name in (
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int32", "Int64", "Bool")),
+        *(
+            f"pathlib.{kind}"
+            for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+        ),
+        *(f"pathlib._local.{kind}" for kind in ("Path", "PosixPath", "WindowsPath")),
+    )
+]
 
 
 def read_checkpoint(path: str | Path, key: str = "") -> Checkpoint:
     """Return the tensors of a checkpoint file by name, on the CPU, taken out of their wrapper (`model`, ...).
 
-    Entries beside the state dict (epoch, optimiser, arguments) are left out; `key` names another wrapper.
+    Entries beside the state dict (epoch, optimiser, arguments) are left out; `key` names another wrapper, or
+    the first part of names. Of an `.index.json` the shards that it lists are read.
     """
     path = Path(path)
+    if path.name.endswith(_INDEX):
+        return _read_shards(path, key)
+    document = _read_document(path)
+    found = _unwrapped(path, document, key)
+    found.files = (path,)
+    return found
+
+
+def _read_shards(path: Path, key: str) -> Checkpoint:
+    """Return the tensors of all shards that an index of transformers lists, every one of them there."""
+    _check_file(path)
+    listed = read_json(path)
+    table = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{path} lists no shards", wanted="weight_map: file by tensor")
+    files = tuple(inside(path.parent, name) for name in sorted(set(table.values())))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _read_document(file)
+    missing = [name for name in table if not isinstance(tensors.get(name), Tensor)]
+    if missing:
+        raise CheckpointError(
+            f"the shards of {path} do not hold all that it lists", found=f"no {listing(missing)}"
+        )
+    found = _unwrapped(path, {name: tensors[name] for name in table}, key)
+    found.files = files
+    return found
+
+
+def _read_document(path: Path) -> Any:
     _check_file(path)
     head = _head(path)
     # Safetensors begin with the length of their JSON header, 8 bytes, little-endian.
     if path.suffix == ".safetensors" or head[6:9] == b"\0\0{":
-        document = _read_safetensors(path)
-    elif head.startswith(_ZIP_MAGIC) and is_torchscript(path):
-        document = read_torchscript(path)
-    else:
-        document = _read_torch(path)
-    return _unwrapped(path, document, key)
+        return _read_safetensors(path)
+    if head.startswith(_ZIP_MAGIC) and is_torchscript(path):
+        return read_torchscript(path)
+    return _read_torch(path)
 
 
 def adapter_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -208,7 +278,7 @@ def _read_torch(path: Path) -> Any:
     if head.startswith(_ZIP_MAGIC) and not zipfile.is_zipfile(path):
         raise _damaged(path, "the end of the archive is missing")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_HARMLESS]):
             # Mapped, so that an optimiser state beside the weights is never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -226,12 +296,6 @@ def _check_not_text(path: Path) -> None:
     if not text.isprintable() and not all(c.isprintable() or c.isspace() for c in text):
         return
     hint = "download the file itself"
-    if path.name.endswith(".index.json"):
-        raise CheckpointError(
-            f"{path} lists the shards of a checkpoint and holds no weights itself",
-            wanted="the weights in one file",
-            hint="put the shards together: safetensors.torch.save_file of all their tensors",
-        )
     if text.startswith("version https://git-lfs"):
         hint = "this is a Git LFS pointer; fetch the file with `git lfs pull` or download it"
     found = f"text starting with {text.strip().splitlines()[0][:60]!r}" if text.strip() else "white space"
@@ -281,7 +345,10 @@ def _unwrapped(path: Path, document: Any, key: str) -> Checkpoint:
     if not isinstance(document, Mapping):
         raise CheckpointError(f"{path} is not a state dict", wanted=_WANTED, found=type(document).__name__)
     dicts = {str(name): value for name, value in document.items() if _has_tensors(value)}
-    chosen = key or next((name for name in WRAPPERS if name in dicts), "")
+    if key and key not in dicts:
+        dicts |= {key: _below(key, document)}
+    alone = next(iter(dicts)) if len(dicts) == 1 and not _has_tensors(document) else ""
+    chosen = key or next((name for name in WRAPPERS if name in dicts), alone)
     inner = dicts.get(chosen, {} if chosen else document)
     if not _has_tensors(inner):
         choice = f"#{key}" if key else f", at the top or under one of {', '.join(WRAPPERS)}"
@@ -298,8 +365,17 @@ def _unwrapped(path: Path, document: Any, key: str) -> Checkpoint:
     return found
 
 
+def _below(prefix: str, document: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what lies under a first part of names: `student` of `student.norm.weight`, in any wrapper."""
+    inner = next((document[name] for name in WRAPPERS if _has_tensors(document.get(name))), document)
+    start = f"{prefix}."
+    return {
+        str(name).removeprefix(start): item for name, item in inner.items() if str(name).startswith(start)
+    }
+
+
 def _bare_names(names: Iterable[object]) -> set[str]:
-    return {str(name).removeprefix("module.") for name in names}
+    return {bare_name(str(name)) for name in names}
 
 
 def check_weights(path: object, tensors: Mapping[str, Tensor]) -> None:

@@ -16,24 +16,28 @@ from torch import Tensor
 from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.encoders.checkpoints import listing
-from cosettle_cache.encoders.registry import BACKBONES, FAMILIES, Architecture, Family
+from cosettle_cache.encoders.layouts import is_transformers, timm_names, without_prefix
+from cosettle_cache.encoders.registry import BACKBONES, DINOV3, FAMILIES, Architecture, Family
 
 #: The authors' projection lies beside the encoder in their files.
 _PROJECTION = re.compile(r"(^|\.)adapter\.")
 #: The tensors whose shapes give the sizes, and how many axes they may have.
 _SIZED = {"patch_embed.proj.weight": (4,), "pos_embed": (2, 3), "blocks.0.mlp.fc1.weight": (2,)}
+#: Meta's rotary periods of DINOv3.
+PERIODS = "rope_embed.periods"
 #: Relative error of a squared length that half precision may cause.
 SINE_TOLERANCE = 0.01
 _PLAIN = "a plain ViT (mae, dino, ibot, or the encoder of blip or mocov3 alone)"
 _LOOKS: tuple[tuple[str, str], ...] = (
     (r"^visual\.layer1\.", "CLIP with a ResNet"),
-    (r"^visual\.(class_embedding|transformer\.)", "clip"),
+    (r"^visual\.(class_embedding|transformer\.)|^norm_pre\.", "clip"),
+    (r"(^|\.)(storage_tokens|gamma_1)$", "dinov3"),
     (r"^visual_encoder\.", "blip"),
     (r"^(momentum_encoder|base_encoder)\.", "mocov3"),
     (r"(^|\.)(embed_tokens|lm_head|word_embeddings|tok_embeddings|wte)\.", "a language model"),
     (r"(^|\.)encoder\.layers?\.\d+\.", "a file of the transformers or torchvision library"),
     (r"(^|\.)layer1\.0\.conv1\.|^features\.\d+\.", "a convolutional network"),
-    (r"\.ls1\.gamma$|^(backbone\.)?register_tokens$", "dinov2"),
+    (r"\.ls1\.gamma$|^(backbone\.)?(register_tokens|reg_token)$", "dinov2"),
 )
 
 
@@ -47,10 +51,14 @@ class EncoderFile:
     published: Mapping[str, str]
     left_over: tuple[str, ...]
     all_names: tuple[str, ...]
+    #: In transformers' layout, which one class has for all plain ViTs: the family is what the user says.
+    renamed: bool = False
 
 
 def sort_tensors(path: str, family: Family, tensors: Mapping[str, Tensor]) -> EncoderFile:
     """Sort the tensors of a file into the encoder's, the known-ignored and the left over."""
+    renamed = is_transformers(tensors)
+    tensors = timm_names(without_prefix(tensors))
     originals = {name.removeprefix("module."): name for name in tensors}
     has_stem = any(name.startswith(family.stem) for name in originals)
     own: dict[str, str] = {}
@@ -66,7 +74,7 @@ def sort_tensors(path: str, family: Family, tensors: Mapping[str, Tensor]) -> En
         else:
             left_over.append(original)
     encoder = {name: tensors[original] for name, original in own.items()}
-    return EncoderFile(path, family, encoder, own, tuple(left_over), tuple(originals))
+    return EncoderFile(path, family, encoder, own, tuple(left_over), tuple(originals), renamed)
 
 
 def infer_architecture(file: EncoderFile, heads: int | None = None) -> Architecture:
@@ -86,7 +94,7 @@ def infer_architecture(file: EncoderFile, heads: int | None = None) -> Architect
         raise _misfit(file, missing, misshapen=misshapen)
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     own, pixels = file_grid(file), file.family.file_pixels
-    depth = len({match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))})
+    depth = _depth(tensors)
     return Architecture(
         width,
         depth,
@@ -97,6 +105,39 @@ def infer_architecture(file: EncoderFile, heads: int | None = None) -> Architect
         registers=tensors["reg_token"].numel() // width if "reg_token" in tensors else 0,
         layer_scale="blocks.0.ls1.gamma" in tensors,
     )
+
+
+def dinov3_architecture(path: str, tensors: Mapping[str, Tensor], heads: int | None = None) -> Architecture:
+    """Return the sizes of a DINOv3 encoder from tensors under timm's names.
+
+    `heads` defaults to what the length of the rotary periods says where a file has them, then to width / 64.
+    """
+    file = EncoderFile(path, DINOV3, tensors, {name: name for name in tensors}, (), tuple(tensors))
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors
+    inner = f"blocks.0.mlp.fc1{'_g' if gated else ''}.weight"
+    missing = [name for name in ("patch_embed.proj.weight", "reg_token", inner) if name not in tensors]
+    if missing or tensors["patch_embed.proj.weight"].ndim != 4 or tensors[inner].ndim != 2:
+        raise _misfit(file, missing)
+    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    depth = _depth(tensors)
+    periods = tensors.get(PERIODS)
+    if heads is None and periods is not None and 0 < 4 * periods.numel() <= width:
+        heads = width // (4 * periods.numel())
+    return Architecture(
+        width,
+        depth,
+        _heads(file, width, depth, heads),
+        patch,
+        Grid(16, 16),  # rotary positions have no grid of their own; timm's default image has this one
+        tensors[inner].shape[0],
+        registers=tensors["reg_token"].numel() // max(width, 1),
+        layer_scale=True,
+        gated=gated,
+    )
+
+
+def _depth(tensors: Iterable[str]) -> int:
+    return len({match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))})
 
 
 def file_grid(file: EncoderFile) -> Grid:
@@ -134,7 +175,7 @@ def check_positions(file: EncoderFile) -> None:
     The layouts of mae, dino and ibot are equal otherwise.
     """
     has_sines = has_sine_positions(file.tensors["pos_embed"])
-    if has_sines == file.family.sine_positions:
+    if has_sines == file.family.sine_positions or file.renamed:
         return
     kinds = {True: "fixed sine-cosine positions", False: "learned positions"}
     alike = [name for name, family in FAMILIES.items() if family.sine_positions == has_sines]
@@ -192,6 +233,7 @@ def _misfit(
     misshapen: Sequence[str] = (),
 ) -> CheckpointError:
     family, looks = file.family, looks_like(file.all_names)
+    known = (*FAMILIES, DINOV3.name)
     details = name_lines(missing, left_over, misshapen)
     if family.name not in looks:
         return CheckpointError(
@@ -199,7 +241,8 @@ def _misfit(
             wanted=f"the layout of {family.title}",
             found=listing(file.all_names),
             details=details,
-            hint="--backbone NAME chooses the family; cosettle-cache backbones lists them",
+            hint=f"--backbone {looks if looks in known else 'NAME'} chooses the family; "
+            "cosettle-cache backbones lists them",
         )
     return CheckpointError(
         f"{file.path} does not fit the {family.name} encoder",

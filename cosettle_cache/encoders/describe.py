@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cosettle_cache.encoders.registry import (
     BACKBONES,
+    DINOV3,
     RANDOM,
     TIMM_PREFIX,
     BackboneInfo,
@@ -32,12 +33,19 @@ def describe_backbone(
         return describe_timm(name)
     family = family_of(name)
     if name in BACKBONES:
+        if BACKBONES[name].model_id:
+            check_no_heads(name, heads)
         return make_info(name, family, BACKBONES[name].architecture)
     if weights is None or str(weights) == RANDOM:
         raise sizeless(name)
     from cosettle_cache.encoders.checkpoints import read_checkpoint
-    from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
+    from cosettle_cache.encoders.convert import dinov3_architecture, infer_architecture, sort_tensors
+    from cosettle_cache.encoders.layouts import timm_names, without_prefix
 
     path, key = weights_file(weights)
-    file = sort_tensors(str(weights), family, read_checkpoint(path, key))
-    return make_info(name, family, infer_architecture(file, heads))
+    tensors = read_checkpoint(path, key)
+    if family is DINOV3:
+        sizes = dinov3_architecture(str(weights), timm_names(without_prefix(tensors)), heads)
+    else:
+        sizes = infer_architecture(sort_tensors(str(weights), family, tensors), heads)
+    return make_info(name, family, sizes)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,25 @@ from cosettle_cache.core.settings import cache_folder, replace_red_std
 from cosettle_cache.core.types import Grid
 from cosettle_cache.encoders.checkpoints import Checkpoint, check_weights, listing, read_checkpoint
 from cosettle_cache.encoders.convert import (
+    PERIODS,
     EncoderFile,
     check_positions,
     check_tensors,
+    dinov3_architecture,
     file_grid,
     infer_architecture,
     looks_like,
     name_lines,
     sort_tensors,
 )
+from cosettle_cache.encoders.describe import describe_backbone
+from cosettle_cache.encoders.layouts import timm_names, without_prefix
 from cosettle_cache.encoders.registry import (
     BACKBONES,
+    DINOV3,
     RANDOM,
     TIMM_PREFIX,
+    TIMM_TOKENS,
     Architecture,
     BackboneInfo,
     Family,
@@ -56,12 +63,15 @@ from cosettle_cache.encoders.registry import (
     Source,
     check_no_heads,
     family_of,
+    is_timms,
     make_info,
     sizeless,
     weights_file,
 )
 from cosettle_cache.encoders.vit import PRECISIONS, SHIFT_RULE, Backbone, VitBody, Weights
 
+#: Tensors of a classifier, which a file may have and the encoder has not.
+_CLASSIFIER = r"^head(_dist)?\.(weight|bias)$"
 #: Seconds to wait for the first answer of a server; the hub client alone would retry for half a minute.
 PROBE_TIMEOUT_S = 4.0
 #: Seconds without a byte after which a download is given up.
@@ -91,7 +101,7 @@ def load_backbone(
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
     where = torch.device(find_device(device))
     check_bfloat16(precision, where)
-    load = _load_timm if name.startswith(TIMM_PREFIX) else _load_family
+    load = _load_timm if is_timms(name) else _load_family
     backbone = load(name, weights, heads, seed, where, precision)
     if red_std is not None:
         backbone.std = replace_red_std(backbone.std, red_std)
@@ -114,7 +124,7 @@ def _random(name: str, seed: int, make: Callable[[], Any]) -> tuple[Any, Weights
 
 def _record(source: str, path: Path, key: str, checkpoint: Checkpoint) -> Weights:
     """Return where the weights of a file come from; a state dict chosen by key is another origin."""
-    digest = sha256_file(path)
+    digest = checkpoint.sha256()
     if key:
         source, digest = f"{source}#{key}", hashlib.sha256(f"{digest}#{key}".encode()).hexdigest()
     return Weights(source, digest, checkpoint.passed_over)
@@ -220,36 +230,79 @@ def _folded(file: EncoderFile, state: dict[str, Tensor], architecture: Architect
 def _load_timm(
     name: str, weights: str | Path | None, heads: int | None, seed: int, device: torch.device, precision: str
 ) -> Backbone:
-    """Return timm's model with published weights (None), random ones, or those of a file in timm's layout."""
-    check_no_heads(name, heads)
-    model_id = name.removeprefix(TIMM_PREFIX)
-    create = partial(timm.create_model, model_id, num_classes=0, dynamic_img_size=True)
-    info = describe_timm(name)
+    """Return timm's model with published weights (None), random ones, or those of a file."""
+    row, model_id = BACKBONES.get(name), name.removeprefix(TIMM_PREFIX)
+    family = DINOV3 if name == DINOV3.name else row.family if row else None
+    if name != DINOV3.name:
+        check_no_heads(name, heads)
+    elif weights is None or str(weights) == RANDOM:
+        raise sizeless(name)
+    info = describe_backbone(name, weights=weights, heads=heads)
+    create = partial(
+        timm.create_model, row.model_id if row else model_id, num_classes=0, dynamic_img_size=True
+    )
+    tensors: dict[str, Tensor] | None = None
     if str(weights) == RANDOM:
         vit, record = _random(name, seed, create)
     elif weights is None:
-        source = _timm_source(name, timm.get_pretrained_cfg(model_id))
+        source = row.source if row else _timm_source(name, timm.get_pretrained_cfg(model_id))
         path = fetch(name, source)
         # timm converts and resamples the file as it does for its own downloads.
         vit = create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
         record = Weights(str(source), sha256_file(path))
     else:
-        vit, (path, key) = create(), weights_file(weights)
+        path, key = weights_file(weights)
         checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
-        _load_strictly(vit, path, checkpoint)
+        tensors = timm_names(without_prefix(checkpoint))
+        vit = make_dinov3(str(path), tensors, heads) if name == DINOV3.name else create()
         record = _record(path.name, path, key, checkpoint)
+    if family is DINOV3:
+        vit.rope.periods.copy_(vit.rope.periods.bfloat16())
+    if tensors is not None:
+        load = _load_dinov3 if family is DINOV3 else _load_strictly
+        load(vit, path, tensors)
     body = VitBody(vit.eval().requires_grad_(False).to(device), PositionResize.ANTIALIAS)
     rules = [f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}"] if body.positions else []
     if body.rotary:
-        rules.append("rotary, timm's coordinates; shift: coordinates refined by (1 + ratio), cropped")
+        periods = ", periods in bfloat16" if family is DINOV3 else ""
+        rules.append(
+            f"rotary, timm's coordinates{periods}; shift: coordinates refined by (1 + ratio), cropped"
+        )
     return Backbone(
         info,
         body,
         record,
-        token_rule="patch tokens of timm's forward_features",  # noqa: S106
+        token_rule=TIMM_TOKENS,
         position_rule="; ".join(rules) or "none",
         device=device,
         precision=precision,
+    )
+
+
+def make_dinov3(path: str, tensors: Mapping[str, Tensor], heads: int | None) -> Eva:
+    """Return timm's model of a DINOv3 encoder with the sizes that its tensors have."""
+    size = dinov3_architecture(path, tensors, heads)
+    return Eva(
+        img_size=(size.grid.rows * size.patch, size.grid.cols * size.patch),
+        patch_size=size.patch,
+        num_classes=0,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        qkv_bias=any(name.endswith(".q_bias") for name in tensors),
+        mlp_ratio=size.hidden / size.width,
+        swiglu_mlp=size.gated,
+        swiglu_align_to=int(size.gated),  # above 0 keeps gate and value apart, as the files have them
+        init_values=1e-5,
+        num_reg_tokens=size.registers,
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        rope_temperature=100,
+        rope_rotate_half=True,
+        use_fc_norm=False,
+        norm_layer=partial(nn.LayerNorm, eps=DINOV3.norm_eps),
+        dynamic_img_size=True,
     )
 
 
@@ -281,12 +334,13 @@ def describe_timm(name: str) -> BackboneInfo:
     return BackboneInfo(name, "timm", model.embed_dim, patch, Grid(rows, cols), mean, std)
 
 
-def _load_strictly(vit: nn.Module, path: Path, checkpoint: Checkpoint) -> None:
-    """Load a state dict in timm's layout; only a classifier's tensors may be left over."""
-    tensors = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
-    wanted, classifier = vit.state_dict(), {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+def _load_strictly(vit: Any, path: Path, found: Mapping[str, Tensor], ignored: Sequence[str] = ()) -> None:
+    """Load tensors under timm's names; a classifier's and `ignored` ones (patterns) are left out."""
+    wanted: dict[str, Tensor] = vit.state_dict()
+    unused = re.compile("|".join((_CLASSIFIER, *ignored)))
+    tensors = {name: tensor for name, tensor in found.items() if name in wanted or not unused.search(name)}
     missing = [name for name in wanted if name not in tensors]
-    left_over = [name for name in tensors if name not in wanted and name not in classifier]
+    left_over = [name for name in tensors if name not in wanted]
     misshapen = [
         f"{name}: wanted {tuple(tensor.shape)}, found {tuple(tensors[name].shape)}"
         for name, tensor in wanted.items()
@@ -300,8 +354,24 @@ def _load_strictly(vit: nn.Module, path: Path, checkpoint: Checkpoint) -> None:
             details=name_lines(missing, left_over, misshapen),
         )
     check_weights(path, {name: tensors[name] for name in wanted})
-    state: dict[str, Tensor] = {name: tensors[name].float() for name in wanted}
-    vit.load_state_dict(state)
+    vit.load_state_dict({name: tensors[name].float() for name in wanted})
+
+
+def _load_dinov3(vit: Any, path: Path, found: Mapping[str, Tensor]) -> None:
+    """Load a DINOv3 file; biases that it lacks are zero, rotary periods that it has are used."""
+    tensors = dict(found)
+    own, periods = vit.rope.periods, tensors.pop(PERIODS, None)
+    biases = [name for name in vit.state_dict() if name.endswith((".q_bias", ".v_bias"))]
+    if not any(name in tensors for name in biases):
+        # timm publishes the sizes whose biases are all zero without them.
+        tensors |= {name: torch.zeros_like(vit.get_parameter(name)) for name in biases}
+    _load_strictly(vit, path, tensors, DINOV3.ignored)
+    if periods is not None:
+        check_weights(path, {PERIODS: periods})
+        if periods.shape != own.shape:
+            fault = f"{PERIODS}: wanted {tuple(own.shape)}, found {tuple(periods.shape)}"
+            raise CheckpointError(f"{path} does not fit the dinov3 encoder", details=[fault])
+        own.copy_(periods)
 
 
 def _timm_source(name: str, config: Any) -> Source:

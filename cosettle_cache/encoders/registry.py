@@ -1,8 +1,9 @@
-"""The eight encoder families and the published encoders; plain data, nothing here needs torch.
+"""The encoder families and the published encoders; plain data, nothing here needs torch.
 
 A `Family` row says what the released forward does (PROTOCOLS 7.4) and how its files are laid out; what it
 does differently from a plain pre-norm ViT is a named field here and nowhere else. A `NamedBackbone` row adds
-sizes, weights and licence.
+sizes, weights and licence. Co-Settle's eight families are computed as released; those of `TIMM_FAMILIES`
+came later and are computed as timm does.
 """
 
 from __future__ import annotations
@@ -219,6 +220,80 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+TIMM_TOKENS = "patch tokens of timm's forward_features"
+_OWN_MEAN = "normalised with its own mean and std"
+DINOV3 = Family(
+    "dinov3",
+    "DINOv3",
+    "Siméoni et al., DINOv3, 2025 (arXiv 2508.10104)",
+    TIMM_TOKENS,
+    PositionResize.ANTIALIAS,
+    norm_eps=1e-5,
+    ignored=(_HEAD, r"^mask_token$", r"^local_cls_norm\.", r"\.bias_mask$", r"^(dino|ibot)_head\."),
+    quirks=(
+        "rotary positions; their periods are rounded to bfloat16 as in Meta's files, timm's own are not",
+        "the weights that timm publishes are open; Meta's own repositories ask for a form",
+    ),
+)
+
+
+def _series(name: str, title: str, citation: str, *quirks: str) -> Family:
+    return Family(name, title, citation, TIMM_TOKENS, PositionResize.ANTIALIAS, quirks=quirks)
+
+
+#: Families that are computed by timm's model; only `dinov3` takes its sizes from a file.
+TIMM_FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        DINOV3,
+        _series(
+            "dinov2_giant",
+            "DINOv2 ViT-g",
+            "Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, TMLR 2024",
+            "SwiGLU; timm's forward",
+        ),
+        _series(
+            "eupe",
+            "EUPE",
+            "Efficient Universal Perception Encoder (EUPE), Meta, 2026",
+            "DINOv3's architecture; rotary positions with timm's float32 periods",
+        ),
+        _series(
+            "radio",
+            "C-RADIOv3",
+            "Heinrich et al., RADIOv2.5: Improved Baselines for Agglomerative Vision Foundation Models, "
+            "CVPR 2025",
+            _OWN_MEAN,
+            "no final norm; eight prefix tokens",
+        ),
+        _series(
+            "tipsv2",
+            "TIPSv2",
+            "Cao et al., TIPSv2: Advancing Vision-Language Pretraining with Enhanced Patch-Text Alignment, "
+            "CVPR 2026",
+            "pixels from 0 to 1, no mean",
+        ),
+        _series(
+            "pe_spatial",
+            "PE-spatial",
+            "Bolya et al., Perception Encoder: The best visual embeddings are not at the output of the "
+            "network, 2025",
+            _OWN_MEAN,
+            "no final norm; absolute and rotary positions",
+        ),
+        _series(
+            "siglip2", "SigLIP 2", "Tschannen et al., SigLIP 2, 2025 (arXiv 2502.14786)", _OWN_MEAN, "no CLS"
+        ),
+        _series(
+            "aimv2",
+            "AIMv2",
+            "Fini et al., Multimodal Autoregressive Pre-training of Large Vision Encoders, CVPR 2025",
+            _OWN_MEAN,
+            "no CLS",
+        ),
+    )
+}
+
 #: Prefix of the names of timm's own models.
 TIMM_PREFIX = "timm/"
 #: The value of `weights` that asks for seeded random ones.
@@ -227,7 +302,10 @@ RANDOM = "random"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The sizes of a ViT; `grid` is the position embedding's own, `hidden` the width of the MLP."""
+    """The sizes of a ViT; `grid` is the position embedding's own, `hidden` the width of the MLP.
+
+    `gated`: the MLP is a SwiGLU.
+    """
 
     width: int
     depth: int
@@ -237,6 +315,7 @@ class Architecture:
     hidden: int
     registers: int = 0
     layer_scale: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,16 +338,22 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class NamedBackbone:
-    """A published encoder that loads by name."""
+    """A published encoder that loads by name; `model_id` is timm's, where timm's model computes it."""
 
     name: str
     family: Family
     architecture: Architecture
     source: Source
+    model_id: str = ""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    parameters: int = 0
 
     @property
     def n_parameters(self) -> int:
         """Number of parameters of the encoder, its own position embedding included."""
+        if self.parameters:
+            return self.parameters
         family, size = self.family, self.architecture
         width, hidden = size.width, size.hidden
         block = 4 * width * width + 2 * width * hidden + 9 * width + hidden + 2 * width * size.layer_scale
@@ -374,20 +459,91 @@ BACKBONES: dict[str, NamedBackbone] = {
     for name, family, architecture, source in _ROWS
 }
 
+_NORMALISATIONS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "satellite": ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+_LICENCES = {
+    "apache": _APACHE,
+    "apple": "Apple sample code licence",
+    "dinov3": "DINOv3 licence",
+    "fair": "FAIR noncommercial research licence",
+    "nvidia": "NVIDIA open model licence",
+}
+#: Columns: name, family, timm's model id, width, depth, heads, patch, side of the grid, parameters,
+#: normalisation, licence.
+_TIMM_ROWS = """
+dinov3_s dinov3 vit_small_patch16_dinov3_qkvb.lvd1689m 384 12 6 16 16 21596160 imagenet dinov3
+dinov3_splus dinov3 vit_small_plus_patch16_dinov3_qkvb.lvd1689m 384 12 6 16 16 28692480 imagenet dinov3
+dinov3_b dinov3 vit_base_patch16_dinov3_qkvb.lvd1689m 768 12 12 16 16 85659648 imagenet dinov3
+dinov3_l dinov3 vit_large_patch16_dinov3_qkvb.lvd1689m 1024 24 16 16 16 303128576 imagenet dinov3
+dinov3_l_sat dinov3 vit_large_patch16_dinov3_qkvb.sat493m 1024 24 16 16 16 303128576 satellite dinov3
+dinov3_hplus dinov3 vit_huge_plus_patch16_dinov3_qkvb.lvd1689m 1280 32 20 16 16 840591360 imagenet dinov3
+dinov3_7b dinov3 vit_7b_patch16_dinov3.lvd1689m 4096 40 32 16 16 6716030976 imagenet dinov3
+dinov2_g14 dinov2_giant vit_giant_patch14_dinov2.lvd142m 1536 40 24 14 37 1136479232 imagenet apache
+dinov2_g14_reg dinov2_giant vit_giant_patch14_reg4_dinov2.lvd142m 1536 40 24 14 37 1136483840 imagenet apache
+eupe_t eupe vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m 192 12 3 16 16 5489664 imagenet fair
+eupe_s eupe vit_small_patch16_dinov3_qkvb.eupe_lvd1689m 384 12 6 16 16 21596160 imagenet fair
+eupe_b eupe vit_base_patch16_dinov3_qkvb.eupe_lvd1689m 768 12 12 16 16 85659648 imagenet fair
+radio_v3_b radio vit_base_patch16_radio_v3.c_radio 768 12 12 16 32 86456064 clip nvidia
+radio_v3_l radio vit_large_patch16_radio_v3.c_radio 1024 24 16 16 32 304202752 clip nvidia
+radio_v3_h radio vit_huge_patch16_radio_v3.c_radio 1280 32 16 16 32 631983360 clip nvidia
+radio_v3_g radio vit_giant_patch16_radio_v3.c_radio 1536 40 24 16 32 1136027136 clip nvidia
+tipsv2_b tipsv2 vit_base_patch14_reg1_tipsv2.webli 768 12 12 14 32 86314752 none apache
+tipsv2_l tipsv2 vit_large_patch14_reg1_tipsv2.webli 1024 24 16 14 32 304014336 none apache
+tipsv2_so400m tipsv2 vit_so400m_patch14_reg1_tipsv2.webli 1152 27 16 14 32 413391600 none apache
+tipsv2_g tipsv2 vit_giant_patch14_reg1_tipsv2.webli 1536 40 24 14 32 1135949312 none apache
+pe_spatial_t pe_spatial vit_pe_spatial_tiny_patch16_512.fb 192 12 3 16 32 5683200 half apache
+pe_spatial_s pe_spatial vit_pe_spatial_small_patch16_512.fb 384 12 6 16 32 21983232 half apache
+pe_spatial_b pe_spatial vit_pe_spatial_base_patch16_512.fb 768 12 12 16 32 86433792 half apache
+pe_spatial_l pe_spatial vit_pe_spatial_large_patch14_448.fb 1024 24 16 14 32 303964160 half apache
+pe_spatial_g pe_spatial vit_pe_spatial_gigantic_patch14_448.fb 1536 50 16 14 32 1851887104 half apache
+siglip2_b siglip2 vit_base_patch16_siglip_224.v2_webli 768 12 12 16 14 92884224 half apache
+siglip2_b_512 siglip2 vit_base_patch16_siglip_512.v2_webli 768 12 12 16 32 93520128 half apache
+siglip2_l_512 siglip2 vit_large_patch16_siglip_512.v2_webli 1024 24 16 16 32 316742656 half apache
+siglip2_so400m_512 siglip2 vit_so400m_patch16_siglip_512.v2_webli 1152 27 16 16 32 428772800 half apache
+siglip2_g_384 siglip2 vit_giantopt_patch16_siglip_384.v2_webli 1536 40 16 16 24 1163659776 half apache
+aimv2_l aimv2 aimv2_large_patch14_224.apple_pt 1024 24 8 14 16 309197824 clip apple
+aimv2_h aimv2 aimv2_huge_patch14_224.apple_pt 1536 24 12 14 16 680851968 clip apple
+aimv2_1b aimv2 aimv2_1b_patch14_224.apple_pt 2048 24 16 14 16 1234958336 clip apple
+aimv2_3b aimv2 aimv2_3b_patch14_224.apple_pt 3072 24 24 14 16 2720658432 clip apple
+"""
+
+
+def _timm_row(line: str) -> NamedBackbone:
+    name, family, model_id, *numbers, normalisation, licence = line.split()
+    width, depth, heads, patch, side, parameters = map(int, numbers)
+    return NamedBackbone(
+        name,
+        TIMM_FAMILIES[family],
+        Architecture(width, depth, heads, patch, Grid(side, side), 0),
+        _hub(model_id, _LICENCES[licence]),
+        model_id,
+        *_NORMALISATIONS[normalisation],
+        parameters,
+    )
+
+
+BACKBONES |= {row.name: row for row in map(_timm_row, _TIMM_ROWS.strip().splitlines())}
+
 
 def make_info(name: str, family: Family, architecture: Architecture) -> BackboneInfo:
     """Return the description of an encoder of a family."""
-    sizes = architecture
-    return BackboneInfo(name, family.name, sizes.width, sizes.patch, sizes.grid, IMAGENET_MEAN, IMAGENET_STD)
+    row, sizes = BACKBONES.get(name), architecture
+    mean, std = (row.mean, row.std) if row else (IMAGENET_MEAN, IMAGENET_STD)
+    return BackboneInfo(name, family.name, sizes.width, sizes.patch, sizes.grid, mean, std)
 
 
 def family_of(name: str) -> Family:
     """Return the family of a published encoder's name or of a family's own name."""
     if name in BACKBONES:
         return BACKBONES[name].family
-    if name in FAMILIES:
-        return FAMILIES[name]
-    close = difflib.get_close_matches(name, [*BACKBONES, *FAMILIES], n=1)
+    if name in FAMILIES or name == DINOV3.name:
+        return FAMILIES.get(name, DINOV3)
+    close = difflib.get_close_matches(name, [*BACKBONES, *FAMILIES, DINOV3.name], n=1)
     raise UsageError(
         f"there is no backbone named {name!r}",
         wanted="a name of the table, a family with a weights file, or timm/<model id>",
@@ -403,6 +559,15 @@ def sizeless(name: str) -> UsageError:
         f"{name} is a family: its sizes come from a weights file",
         wanted=f"{name} with --weights FILE, or one of {', '.join(sizes)}",
         found=name,
+    )
+
+
+def is_timms(name: str) -> bool:
+    """Say whether timm's model computes the encoder of this name: its own names, later rows, `dinov3`."""
+    return (
+        name.startswith(TIMM_PREFIX)
+        or name == DINOV3.name
+        or bool(name in BACKBONES and BACKBONES[name].model_id)
     )
 
 
