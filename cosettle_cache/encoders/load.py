@@ -48,7 +48,6 @@ from cosettle_cache.encoders.convert import (
     name_lines,
     sort_tensors,
 )
-from cosettle_cache.encoders.describe import describe_backbone
 from cosettle_cache.encoders.layouts import timm_names, without_prefix
 from cosettle_cache.encoders.registry import (
     BACKBONES,
@@ -232,15 +231,17 @@ def _load_timm(
 ) -> Backbone:
     """Return timm's model with published weights (None), random ones, or those of a file."""
     row, model_id = BACKBONES.get(name), name.removeprefix(TIMM_PREFIX)
-    family = DINOV3 if name == DINOV3.name else row.family if row else None
-    if name != DINOV3.name:
+    is_dinov3 = name == DINOV3.name or (row is not None and row.family is DINOV3)
+    create: partial[Any]
+    if name == DINOV3.name:
+        if weights is None or str(weights) == RANDOM:
+            raise sizeless(name)
+        info, create = _dinov3_of_file(weights, heads)
+    else:
         check_no_heads(name, heads)
-    elif weights is None or str(weights) == RANDOM:
-        raise sizeless(name)
-    info = describe_backbone(name, weights=weights, heads=heads)
-    create = partial(
-        timm.create_model, row.model_id if row else model_id, num_classes=0, dynamic_img_size=True
-    )
+        info = make_info(name, row.family, row.architecture) if row else describe_timm(name)
+        model_id = row.model_id if row else model_id
+        create = partial(timm.create_model, model_id, num_classes=0, dynamic_img_size=True)
     tensors: dict[str, Tensor] | None = None
     if str(weights) == RANDOM:
         vit, record = _random(name, seed, create)
@@ -254,17 +255,17 @@ def _load_timm(
         path, key = weights_file(weights)
         checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
         tensors = timm_names(without_prefix(checkpoint))
-        vit = make_dinov3(str(path), tensors, heads) if name == DINOV3.name else create()
+        vit = create()
         record = _record(path.name, path, key, checkpoint)
-    if family is DINOV3:
+    if is_dinov3:
         vit.rope.periods.copy_(vit.rope.periods.bfloat16())
     if tensors is not None:
-        load = _load_dinov3 if family is DINOV3 else _load_strictly
+        load = _load_dinov3 if is_dinov3 else _load_strictly
         load(vit, path, tensors)
     body = VitBody(vit.eval().requires_grad_(False).to(device), PositionResize.ANTIALIAS)
     rules = [f"{PositionResize.ANTIALIAS}; {SHIFT_RULE}"] if body.positions else []
     if body.rotary:
-        periods = ", periods in bfloat16" if family is DINOV3 else ""
+        periods = ", periods in bfloat16" if is_dinov3 else ""
         rules.append(
             f"rotary, timm's coordinates{periods}; shift: coordinates refined by (1 + ratio), cropped"
         )
@@ -279,9 +280,17 @@ def _load_timm(
     )
 
 
-def make_dinov3(path: str, tensors: Mapping[str, Tensor], heads: int | None) -> Eva:
-    """Return timm's model of a DINOv3 encoder with the sizes that its tensors have."""
-    size = dinov3_architecture(path, tensors, heads)
+def _dinov3_of_file(weights: str | Path, heads: int | None) -> tuple[BackboneInfo, partial[Any]]:
+    """Return the description of a DINOv3 encoder of a file's sizes, and what makes timm's model of it."""
+    path, key = weights_file(weights)
+    tensors = timm_names(without_prefix(read_checkpoint(path, key)))
+    sizes = dinov3_architecture(str(path), tensors, heads)
+    has_bias = any(name.endswith(".q_bias") for name in tensors)
+    return make_info(DINOV3.name, DINOV3, sizes), partial(make_dinov3, sizes, has_bias)
+
+
+def make_dinov3(size: Architecture, has_bias: bool) -> Eva:
+    """Return timm's model of a DINOv3 encoder of these sizes; `has_bias`: queries and values have biases."""
     return Eva(
         img_size=(size.grid.rows * size.patch, size.grid.cols * size.patch),
         patch_size=size.patch,
@@ -289,7 +298,7 @@ def make_dinov3(path: str, tensors: Mapping[str, Tensor], heads: int | None) -> 
         embed_dim=size.width,
         depth=size.depth,
         num_heads=size.heads,
-        qkv_bias=any(name.endswith(".q_bias") for name in tensors),
+        qkv_bias=has_bias,
         mlp_ratio=size.hidden / size.width,
         swiglu_mlp=size.gated,
         swiglu_align_to=int(size.gated),  # above 0 keeps gate and value apart, as the files have them

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -339,11 +343,191 @@ def test_averaged_weights_are_named_and_can_be_chosen(tmp_path):
     assert load_backbone("dino", weights=tmp_path / "file#1.pth").weights_source == "file#1.pth"
 
 
-def test_the_index_of_shards_is_told_from_weights(tmp_path):
-    path = tmp_path / "model.safetensors.index.json"
-    path.write_text('{"weight_map": {"cls_token": "model-00001-of-00002.safetensors"}}')
-    with pytest.raises(CheckpointError, match="lists the shards of a checkpoint"):
-        load_backbone("dino", weights=path)
+def test_shards_are_read_by_their_index(tmp_path):
+    state = plain_vit()
+    names = list(state)
+    halves = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: state[name] for name in part}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    table = {name: file for file, part in halves.items() for name in part}
+    index.write_text(json.dumps({"weight_map": table}))
+    save_file(state, tmp_path / "whole.safetensors")
+    sharded, whole = (load_backbone("dino", weights=path) for path in (index, tmp_path / "whole.safetensors"))
+    assert torch.equal(encode(sharded), encode(whole))
+    save_file({name: state[name] + 1 for name in halves["two.safetensors"]}, tmp_path / "two.safetensors")
+    assert load_backbone("dino", weights=index).weights_sha256 != sharded.weights_sha256
+    for wrong, message in (
+        ({"weight_map": table | {"more": "two.safetensors"}}, "do not hold all.*listed|do not hold all"),
+        ({"weight_map": table | {"more": "three.safetensors"}}, "three.safetensors is not a file"),
+        ({"weight_map": {"more": "../two.safetensors"}}, "cannot be a file's name"),
+        ({"weight_map": [1]}, "lists no shards"),
+        ([], "lists no shards"),
+    ):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=message):
+            load_backbone("dino", weights=index)
+
+
+def wrapped():
+    state = plain_vit()
+    inner = {name.replace("attn.", "_fsdp_wrapped_module.attn."): tensor for name, tensor in state.items()}
+    return {
+        "compiled": prefixed("_orig_mod.", state),
+        "compiled, data parallel": prefixed("module._orig_mod.", state),
+        "fsdp": prefixed("_fsdp_wrapped_module.", inner),
+        "lightning": {"state_dict": prefixed("model.", state), "hyper_parameters": {"lr": 1e-3}},
+        "within a larger module": {"state_dict": prefixed("net.encoder.", state)},
+        "of a family, in a larger module": {
+            "model": prefixed("net.backbone.", state) | {"net.head.weight": state["norm.bias"]}
+        },
+        "under another key": {"net": state, "epoch": 3},
+        "with a number and a path": {"model": state, "best": np.float64(71.2), "folder": Path("/x")},
+    }
+
+
+@pytest.mark.parametrize("kind", wrapped())
+def test_what_training_loops_put_around_weights(tmp_path, kind):
+    torch.save(plain_vit(), tmp_path / "bare.pth")
+    torch.save(wrapped()[kind], tmp_path / "file.pth")
+    first, second = (load_backbone("dino", weights=tmp_path / name) for name in ("bare.pth", "file.pth"))
+    assert torch.equal(encode(first), encode(second))
+
+
+def test_one_of_two_encoders_is_chosen_by_the_first_part_of_its_names(tmp_path):
+    state, average = plain_vit(), {name: tensor + 0.01 for name, tensor in plain_vit().items()}
+    torch.save(
+        {"state_dict": prefixed("student.", state) | prefixed("ema.net.", average)}, tmp_path / "file.pth"
+    )
+    torch.save(average, tmp_path / "average.pth")
+    files = (f"{tmp_path / 'file.pth'}#ema", tmp_path / "average.pth")
+    first, second = (load_backbone("dino", weights=weights) for weights in files)
+    assert torch.equal(encode(first), encode(second))
+    with pytest.raises(CheckpointError, match=r"does not fit|is not a checkpoint"):
+        load_backbone("dino", weights=tmp_path / "file.pth")
+
+
+TRANSFORMERS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "reg_token": "embeddings.register_tokens",
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "blocks.": "encoder.layer.",
+    ".attn.qkv.": ".attention.attention.{}.",
+    ".attn.proj.": ".attention.output.dense.",
+    "norm.": "layernorm.",
+}
+VIT = {
+    "norm1.": "layernorm_before.",
+    "norm2.": "layernorm_after.",
+    "mlp.fc1.": "intermediate.dense.",
+    "mlp.fc2.": "output.dense.",
+}
+DINOV2 = {".ls1.gamma": ".layer_scale1.lambda1", ".ls2.gamma": ".layer_scale2.lambda1"}
+
+
+def as_transformers(state, prefix, names):
+    """Return tensors of timm's names under those of transformers, query, key and value apart."""
+    renamed = {}
+    for name, tensor in state.items():
+        for timm_name, other in names.items():
+            if not (timm_name == "norm." and not name.startswith("norm.")):
+                name = name.replace(timm_name, other)  # noqa: PLW2901
+        if "{}" in name:
+            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            renamed |= {prefix + name.format(part): third.clone() for part, third in parts}
+        else:
+            renamed[prefix + name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("family", ["dino", "mae", "dinov2"])
+def test_transformers_layouts_give_the_same_tokens(tmp_path, family):
+    scales = {
+        f"blocks.{block}.{name}.gamma": torch.rand(WIDTH) for block in (0, 1) for name in ("ls1", "ls2")
+    }
+    dinov2 = plain_vit() | scales | {"reg_token": torch.ones(1, 4, WIDTH)}
+    state, prefix, names = {
+        "dino": (plain_vit(), "", TRANSFORMERS | VIT),
+        "mae": (sine_vit(), "vit.", TRANSFORMERS | VIT),
+        "dinov2": (dinov2, "dinov2.", TRANSFORMERS | DINOV2),
+    }[family]
+    beside = {"decoder.decoder_norm.weight": torch.ones(3), "classifier.bias": torch.ones(3)}
+    save_file(as_transformers(state, prefix, names) | beside, tmp_path / "theirs.safetensors")
+    save_file(state, tmp_path / "ours.safetensors")
+    first, second = (
+        load_backbone(family, weights=tmp_path / f"{name}.safetensors") for name in ("ours", "theirs")
+    )
+    assert torch.equal(encode(first), encode(second))
+
+
+def dinov3(gated):
+    """Return a small DINOv3 of timm, its tensors under Meta's names and under those of transformers."""
+    torch.manual_seed(3)
+    sizes = {"depth": 2, "embed_dim": WIDTH, "num_heads": 1}
+    vit = timm.create_model(f"vit_small_{'plus_' * gated}patch16_dinov3_qkvb", num_classes=0, **sizes).eval()
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    meta, theirs, mlp = {}, {}, {"fc1_g": "w1", "fc1_x": "w2", "fc2": "w3" if gated else "fc2"}
+    for name, tensor in vit.state_dict().items():
+        if name.endswith(".v_bias"):
+            continue
+        if name.endswith(".q_bias"):
+            value = vit.get_parameter(name.replace("q_bias", "v_bias")).detach()
+            meta[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, torch.ones(WIDTH), value])
+            continue
+        other = name.replace("reg_token", "storage_tokens")
+        for index in (1, 2):
+            other = other.replace(f"gamma_{index}", f"ls{index}.gamma")
+        for ours, metas in mlp.items():
+            other = other.replace(f".{ours}.", f".{metas}.")
+        meta[other] = tensor
+    meta |= {"rope_embed.periods": vit.rope.periods.bfloat16(), "mask_token": torch.zeros(1, WIDTH)}
+    parts = (
+        {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"}
+        if gated
+        else {"fc1": "up_proj", "fc2": "down_proj"}
+    )
+    for name, tensor in meta.items():
+        other = re.sub(r"^blocks\.", "layer.", name).replace(
+            "patch_embed.proj", "embeddings.patch_embeddings"
+        )
+        other = re.sub(r"^(cls_token|mask_token)$", r"embeddings.\1", other).replace(
+            "storage_tokens", "embeddings.register_tokens"
+        )
+        other = re.sub(r"ls([12])\.gamma", r"layer_scale\1.lambda1", other).replace(
+            "attn.proj", "attention.o_proj"
+        )
+        other = re.sub(r"mlp\.(\w+)\.", lambda found: f"mlp.{parts[found[1]]}.", other)
+        if "attn.qkv" in other:
+            leaf = other.rsplit(".", 1)[1]
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                if (letter, leaf) != ("k", "bias"):
+                    theirs[other.replace("attn.qkv", f"attention.{letter}_proj")] = third.clone()
+        elif not other.startswith("rope"):
+            theirs[other] = tensor
+    return vit, meta, theirs
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov3_of_meta_and_of_transformers(tmp_path, gated):
+    vit, meta, theirs = dinov3(gated)
+    save_file(vit.state_dict(), tmp_path / "timm.safetensors")
+    torch.save(
+        {"teacher": prefixed("backbone.", meta) | {"dino_head.x": torch.zeros(1)}}, tmp_path / "meta.pth"
+    )
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    vit.rope.periods.copy_(vit.rope.periods.bfloat16())
+    images = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(9))
+    with torch.inference_mode():
+        wanted = vit.forward_features(images)[:, 5:]
+    for file in ("timm.safetensors", "meta.pth", "theirs.safetensors"):
+        backbone = load_backbone("dinov3", weights=tmp_path / file)
+        assert describe_backbone("dinov3", weights=tmp_path / file).dim == backbone.dim == WIDTH
+        torch.testing.assert_close(backbone.encode(images).flatten(1, 2), wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(CheckpointError, match="it looks like dinov3") as caught:
+        load_backbone("dinov2", weights=tmp_path / "theirs.safetensors")
+    assert "--backbone dinov3 " in caught.value.hint
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from cosettle_cache.encoders import BACKBONES, FAMILIES, describe_backbone, load
 from cosettle_cache.encoders.checkpoints import read_checkpoint
 from cosettle_cache.encoders.convert import infer_architecture, sort_tensors
 from cosettle_cache.encoders.load import make_vit, vit_from_file
-from cosettle_cache.encoders.registry import Architecture, PositionResize, make_info
+from cosettle_cache.encoders.registry import TIMM_FAMILIES, Architecture, PositionResize, make_info
 from cosettle_cache.encoders.vit import PRECISIONS, Backbone, Positions, VitBody, Weights, enlarged_length
 from cosettle_cache.heads.projection import load_projection
 from cosettle_cache.training.losses import transfer_loss
@@ -479,12 +480,53 @@ def test_parameter_counts_are_those_of_the_models():
         assert sum(parameter.numel() for parameter in vit.parameters()) == row.n_parameters, row.name
 
 
+LATER = [row for row in BACKBONES.values() if row.model_id]
+
+
+def test_rows_of_later_encoders_are_what_timm_has():
+    for row in LATER:
+        described, known = describe_backbone(row.name), describe_backbone(f"timm/{row.model_id}")
+        assert dataclasses.replace(known, name=row.name, family=row.family.name) == described
+        if row.family.name != "dinov2_giant":
+            continue
+        with torch.device("meta"):
+            vit = timm.create_model(row.model_id, num_classes=0)
+        assert sum(parameter.numel() for parameter in vit.parameters()) == row.n_parameters
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dinov3_s", "dinov3_7b", "eupe_t", "radio_v3_b", "tipsv2_b", "pe_spatial_t", "siglip2_b", "aimv2_l"],
+)
+def test_tokens_of_later_encoders_equal_timm(name):
+    row = BACKBONES[name]
+    sizes = {"depth": 1, "embed_dim": 128, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = timm.create_model(row.model_id, num_classes=0, dynamic_img_size=True, **sizes).eval()
+    images = torch.rand(1, 3, 4 * row.architecture.patch, 6 * row.architecture.patch)
+    with torch.inference_mode():
+        reference = vit.forward_features(images)[:, -24:]
+        tokens = VitBody(vit, PositionResize.ANTIALIAS).tokens(images, [(0, None)], Grid(4, 6))
+    torch.testing.assert_close(tokens[:, -24:], reference, atol=1e-5, rtol=1e-5)
+
+
+def test_dinov3_has_metas_periods_and_timms_names_have_timms():
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    rounded, plain = (
+        load_backbone(name, weights="random") for name in ("dinov3_s", "timm/vit_small_patch16_dinov3_qkvb")
+    )
+    assert "periods in bfloat16" in rounded.position_rule
+    assert "bfloat16" not in plain.position_rule
+    assert 0 < (rounded.encode(images) - plain.encode(images)).abs().max() < 0.1
+
+
 def test_the_documentation_has_every_encoder_and_every_quirk():
     text = (Path(__file__).parents[2] / "docs/encoders.md").read_text()
     for row in BACKBONES.values():
         assert f"| `{row.name}` | {row.n_parameters / 1e6:.1f} M |" in text
         assert str(row.source) in text
-    for family in FAMILIES.values():
+    for family in (*FAMILIES.values(), *TIMM_FAMILIES.values()):
         assert not [line for line in (family.token_rule, *family.quirks) if line not in text]
 
 
