@@ -16,9 +16,11 @@ from cosettle_cache.cli.options import Device, DryRun, Json, Mode, Work, exits
 from cosettle_cache.core.console import SILENT, Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.files import store_title
-from cosettle_cache.core.settings import SpectralSettings, TrainSettings
+from cosettle_cache.core.settings import LinearSettings, SpectralSettings, TrainSettings
+from cosettle_cache.heads.table import find_head
 
 if TYPE_CHECKING:
+    from cosettle_cache.store import FeatureStore
     from cosettle_cache.training.log import TrainReport
     from cosettle_cache.training.plan import TrainPlan
 
@@ -38,15 +40,18 @@ def group() -> None:
 
 def fit(
     features: Annotated[str, typer.Option(help="A store of either plan, local or at a URL.")],
+    linear: LinearSettings,
     settings: SpectralSettings,
     work: Work,
     mode: Mode,
-    out: Annotated[Path | None, typer.Option(help="Folder; default runs/STORE-spectral.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/STORE-HEAD.")] = None,
     device: Device = None,
 ) -> None:
-    """Compute the spectral head: a soft threshold on what changes within clips, without training.
+    """Compute a head without training: by default a soft threshold on what changes within clips.
 
-    Example: cosettle-cache projection fit --features store.zarr
+    `debias` takes out the position that one black image shows, `pca` keeps components, `whiten` levels them.
+
+    Example: cosettle-cache projection fit --features store.zarr --head debias --components 20
     """
     from cosettle_cache.core.cluster import work_on
     from cosettle_cache.core.parallel import pick_device
@@ -54,7 +59,10 @@ def fit(
     from cosettle_cache.training.spectral import fit_spectral, plan_spectral
 
     talk, store = Talk(quiet=mode.quiet), open_store(features)
-    folder = out or Path("runs") / f"{store_title(features)}-spectral"
+    folder = out or Path("runs") / f"{store_title(features)}-{linear.head}"
+    if linear.head != "spectral":
+        _fit_linear(store, linear, settings, folder, work, mode, device)
+        return
     if mode.dry_run:
         talk.json({"out": str(folder), **plan_spectral(store, settings)})
         return
@@ -73,6 +81,34 @@ def fit(
         f"{report.n_held_out} clips held out: D_inter {before.d_inter:.4f} -> {after.d_inter:.4f}, "
         f"D_intra {before.d_intra:.4f} -> {after.d_intra:.4f}, margin {before.margin:.4f} -> "
         f"{after.margin:.4f} (predicted {report.raw_predicted.margin:.4f} -> {report.predicted.margin:.4f})"
+    )
+    talk.result(json.dumps(report.to_json(), indent=2) if mode.as_json else text)
+
+
+def _fit_linear(
+    store: FeatureStore,
+    linear: LinearSettings,
+    spectral: SpectralSettings,
+    folder: Path,
+    work: Work,
+    mode: Mode,
+    device: str | None,
+) -> None:
+    from cosettle_cache.core.parallel import pick_device
+    from cosettle_cache.training.closed_form import check_components, fit_linear
+
+    if spectral != SpectralSettings() or work.workers or work.scheduler:
+        raise UsageError(f"the head {linear.head} has no setting of the spectral one", wanted="--components")
+    check_components(linear, store.arrays[0].n_channels)
+    if mode.dry_run:
+        Talk().json({"out": str(folder), "settings": asdict(linear)})
+        return
+    talk = Talk(quiet=mode.quiet)
+    report = fit_linear(store, linear, folder, device=pick_device(device), progress=talk.progress("fit"))
+    text = (
+        f"{folder / 'projection.safetensors'}: {linear.head}, {report.n_components} of {report.dim} "
+        f"components with {100 * report.share:.1f} % of the variance, {report.n_tokens} tokens, "
+        f"{human_seconds(report.seconds)}"
     )
     talk.result(json.dumps(report.to_json(), indent=2) if mode.as_json else text)
 
@@ -151,10 +187,10 @@ def train(
 
     talk = Talk(quiet=mode.quiet)
     settings = replace(settings, batch_size=batch or settings.batch_size)
-    if settings.head == "spectral":
-        _check_spectral(features, settings, sweep or [])
+    if find_head(settings.head).closed_form:
+        _check_computed(features, settings, sweep or [])
         spectral = SpectralSettings(correspondence, spectral_lambda, seed=settings.seed)
-        fit(features[0], spectral, Work(), mode, out, device)
+        fit(features[0], LinearSettings(settings.head), spectral, Work(), mode, out, device)
         return ExitCode.DONE
 
     from cosettle_cache.store import open_store
@@ -183,12 +219,12 @@ def train(
     return ExitCode.UNCLEAN if report.diverged else ExitCode.DONE
 
 
-def _check_spectral(features: list[str], settings: TrainSettings, sweep: list[str]) -> None:
+def _check_computed(features: list[str], settings: TrainSettings, sweep: list[str]) -> None:
     default = asdict(TrainSettings(head=settings.head, seed=settings.seed))
     useless = [name for name, value in asdict(settings).items() if value != default[name]]
     if len(features) > 1 or sweep or useless:
         raise UsageError(
-            "the spectral head is computed from one store, without training",
+            f"the {settings.head} head is computed from one store, without training",
             wanted="one --features, no --sweep, no setting of training",
             found=", ".join([f"{len(features)} stores", f"{len(sweep)} axes", *useless]),
         )

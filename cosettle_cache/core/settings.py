@@ -253,6 +253,19 @@ class SpectralSettings(Settings):
 
 
 @dataclass(frozen=True, slots=True)
+class LinearSettings(Settings):
+    """Which head is computed without training, and for all but `spectral` how many components it has.
+
+    `components` None: 20 of the black image's are taken out (`debias`), 128 of the tokens' are kept (`pca`),
+    all are (`whiten`). `weights` is the encoder's file, which `debias` needs where the store's was moved.
+    """
+
+    head: str = setting("spectral", "What is computed.", choices=("spectral", "debias", "pca", "whiten"))
+    components: int | None = setting(None, "Principal components, of debias, pca and whiten.", min=1)
+    weights: str | None = setting(None, "Of debias: the encoder's FILE, where it has moved.")
+
+
+@dataclass(frozen=True, slots=True)
 class PropagateSettings(Settings):
     """How `propagate_store` works; the protocol decides what comes out.
 

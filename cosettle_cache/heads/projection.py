@@ -54,7 +54,7 @@ class Projection(nn.Module):
         self._final_tanh = row.final_tanh
         # Built without values: PyTorch's own initialisation would draw from (and move) the global generator.
         self.linears = nn.ModuleList(
-            nn.Linear(dim, dim, bias=not row.closed_form, device="meta").to_empty(device="cpu")
+            nn.Linear(dim, dim, bias=row.bias, device="meta").to_empty(device="cpu")
             for _ in range(row.n_linears)
         )
         self.norm = nn.Identity() if row.closed_form else nn.LayerNorm(dim)
@@ -92,11 +92,11 @@ def _map(linear: nn.Linear, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor
 
 @torch.no_grad()
 def _start(linear: Any, init: str, generator: Generator) -> None:
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
     if init == "identity":
         nn.init.eye_(linear.weight)
-        return
-    nn.init.zeros_(linear.bias)
-    if init == "trunc_normal":
+    elif init == "trunc_normal":
         nn.init.trunc_normal_(linear.weight, std=0.02, generator=generator)
     elif init == "xavier_uniform":
         nn.init.xavier_uniform_(linear.weight, generator=generator)

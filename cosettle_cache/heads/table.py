@@ -13,25 +13,30 @@ class Head:
     """Linear maps with Tanh between them, Tanh after the last one if `final_tanh`, then LayerNorm.
 
     It starts from random weights by the rule that the released code has for the backbone (`released_init`).
-    A head in `closed_form` is one matrix alone, without bias, Tanh or LayerNorm: it starts as the identity
-    and is computed, not trained. `released`: checkpoints of the authors may hold it.
+    A head in `closed_form` is one matrix alone, with a `bias` or without, no Tanh or LayerNorm: it starts as
+    the identity and is computed, not trained. `released`: checkpoints of the authors may hold it.
     """
 
     n_linears: int
     final_tanh: bool = False
     closed_form: bool = False
+    bias: bool = True
     released: bool = False
 
 
 #: `linear`, `mlp2`, `mlp3` as released; `affine` is the paper's map, without Tanh (PROTOCOLS 7.1.5);
-#: `spectral` is the g(z) = Wz of the paper's analysis (docs/training.md). In a checkpoint of the authors
+#: `spectral` is the g(z) = Wz of the paper's analysis, `debias` takes position out, `pca` keeps components,
+#: `whiten` gives all of them the same variance (docs/training.md). In a checkpoint of the authors
 #: `n_linears` is all that tells the released ones apart.
 HEADS: Mapping[str, Head] = {
     "linear": Head(1, final_tanh=True, released=True),
     "affine": Head(1),
     "mlp2": Head(2, released=True),
     "mlp3": Head(3, released=True),
-    "spectral": Head(1, closed_form=True),
+    "spectral": Head(1, closed_form=True, bias=False),
+    "debias": Head(1, closed_form=True, bias=False),
+    "pca": Head(1, closed_form=True),
+    "whiten": Head(1, closed_form=True),
 }
 
 RELEASED_HEADS = {row.n_linears: name for name, row in HEADS.items() if row.released}

@@ -21,7 +21,13 @@ import torch
 
 from cosettle_cache.core.errors import CheckpointError, InputError, first_line
 from cosettle_cache.core.files import output_errors, parse_json, read_file, write_durably
-from cosettle_cache.core.settings import SpectralSettings, TrainSettings, digest, package_versions
+from cosettle_cache.core.settings import (
+    LinearSettings,
+    SpectralSettings,
+    TrainSettings,
+    digest,
+    package_versions,
+)
 from cosettle_cache.store import FeatureStore
 
 #: What to do about a folder that holds something else.
@@ -316,7 +322,9 @@ def _row(member: MemberReport, n_columns: int) -> list[str]:
 
 
 def projection_provenance(
-    stores: Sequence[FeatureStore], settings: TrainSettings | SpectralSettings, **figures: Any
+    stores: Sequence[FeatureStore],
+    settings: TrainSettings | SpectralSettings | LinearSettings,
+    **figures: Any,
 ) -> dict[str, str]:
     """Return what a projection's file says of its origin; `figures` are kept as JSON under their names."""
     fingerprints = [store.fingerprint for store in stores]

@@ -105,6 +105,8 @@ def test_every_head_of_the_table_is_offered_and_trained_or_computed(
     assert run_command(["train", "--help"]) == 0
     assert ", ".join(HEADS) in " ".join(capsys.readouterr().out.split())
     for name, row in HEADS.items():
+        if name == "debias":  # needs the store's encoder: test_closed_form
+            continue
         options = ["--quiet", "--device", "cpu"] if row.closed_form else SMALL
         out = tmp_path / name
         assert (
