@@ -30,7 +30,8 @@ def extract(
     out: Annotated[str, typer.Option(help="The store to write or resume: path or URL.")] = "store.zarr",
     plan: Annotated[PlanKind, typer.Option(help="Training samples, or every k-th frame.")] = PlanKind.PAIRS,
     size: Annotated[
-        str | None, typer.Option(help="Pixels: 224 (pairs); 480x880, native, short:480/64 (frames).")
+        str | None,
+        typer.Option(help="Pixels: 224 (pairs); 480x880, short:480/64, dinov3-m (frames)."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of frame choice, crops and shifts.")] = 0,
 ) -> int:

@@ -100,7 +100,8 @@ def propagate(
     from cosettle_cache.propagation.run import propagate_store, write_score_chart
 
     encoder = (backbone, weights, data_root, device, precision)
-    wish = StoreWish(task, chosen.size, *encoder, work.workers, work.scheduler, chosen.red_std)
+    views = (chosen.red_std, chosen.resampling)
+    wish = StoreWish(task, chosen.size, *encoder, work.workers, work.scheduler, *views)
     if features is None:
         store, root, failures = _make_store(wish, manifest, talk)
         heads = heads or default_projection(store, talk)

@@ -127,15 +127,25 @@ class PairsSettings(Settings):
     seed: int = 0
 
 
+#: How frames were resized before there was a choice.
+LINEAR = "linear"
+
+
 @dataclass(frozen=True, slots=True)
 class FramesSettings(Settings):
-    """Every `every`-th frame once, resized by the size rule, plus `n_shifted` shifted encodings of each."""
+    """Every `every`-th frame once, resized by the size rule, plus `n_shifted` shifted encodings of each.
+
+    `resampling` is `linear` (OpenCV's bilinear of the float image) or `bicubic` (Pillow's, as DINOv3 does).
+    """
 
     size: str = "480x880"
     every: int = setting(1, "Take every k-th frame (frames).", min=1)
     n_shifted: int = setting(0, "Shifted encodings per frame (frames).", names=("--shifted",), min=0)
     shift_ratio: float = 10.0
     seed: int = 0
+    resampling: str = setting(
+        LINEAR, "Of frames: linear, or bicubic as DINOv3 does.", choices=(LINEAR, "bicubic")
+    )
 
 
 def parse_weight(text: str) -> float | Literal["auto"]:

@@ -228,11 +228,13 @@ class Fingerprint:
 class EvalProtocol:
     """Every constant in which the code bases differ (PROTOCOLS 1.1-1.4, 2, 3.2); made by `make_protocol`.
 
-    What the encoder sees: `size` is a size rule (`videos.sizes`); `red_std` is the deviation of
-    the red channel where the encoder normalises with ImageNet's 0.229.
+    What the encoder sees: `size` is a size rule (`videos.frames.resolve_size`), `resampling` how frames are
+    brought to it (`linear`: OpenCV's bilinear of the float image; `bicubic`: Pillow's, antialiased, of 8
+    bits); `red_std` is the deviation of the red channel where the encoder normalises with ImageNet's 0.229.
 
     The context: the first frame and `n_context` frames before the query's. `window` is a `disc` (distance
-    below `radius` patches) or a `square` (distance along each axis at most `radius`); `mask_first` says that
+    below `radius` patches) or a `square` (distance along each axis at most `radius`), unless `rim` says that
+    a distance of `radius` itself is outside (`open`) or inside (`closed`); `mask_first` says that
     it limits the first frame as well, `first_frame_copies` that queue places without a frame, at the start of
     a video, count as copies of the first frame inside the window.
 
@@ -241,7 +243,8 @@ class EvalProtocol:
 
     The labels: `label_encoding` of the first mask is `bilinear` (of one-hot maps) or `nearest` (of ids);
     `norm_mask` stretches each class that is there to 0..1 before the argmax, which is taken at `decode_size`:
-    `input` (of the network) or `annotation`. A joint is the mean of its `keypoint_top_k` strongest cells.
+    `input` (of the network) or `annotation`, after `upsampling`: `bilinear` or `nearest`. A joint is the mean
+    of its `keypoint_top_k` strongest cells.
     """
 
     name: str
@@ -259,10 +262,14 @@ class EvalProtocol:
     norm_mask: bool
     decode_size: str
     keypoint_top_k: int
+    resampling: str = "linear"
+    rim: str = "shape"
+    upsampling: str = "bilinear"
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
+        """Return plain JSON types; without the last three where they are what version 0.1 did."""
+        later = {"resampling": "linear", "rim": "shape", "upsampling": "bilinear"}
+        return {key: value for key, value in asdict(self).items() if later.get(key) != value}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from cosettle_cache.core.settings import LINEAR
 from cosettle_cache.core.types import Encoding, PlanKind
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import Image8
@@ -29,7 +30,8 @@ class Views:
     """How a plan's kind prepares frames; sizes are pixels.
 
     Pairs: resize to a square ignoring aspect, crop, resize again, flip, normalise; the second resize is
-    bicubic and its overshoot is not clamped, as released. Frames: one resize of the float image, normalise.
+    bicubic and its overshoot is not clamped, as released. Frames: one resize, normalise; `resampling` is
+    `linear` (of the float image) or `bicubic` (Pillow's of the 8-bit image, antialiased, as DINOv3 does).
     """
 
     kind: PlanKind
@@ -37,11 +39,13 @@ class Views:
     width: int
     mean: Rgb
     std: Rgb
+    resampling: str = LINEAR
 
     def prepare(self, image: Image8, encodings: Sequence[Encoding]) -> list[View]:
         """Return one normalised view per encoding; encodings with the same crop and flip share memory."""
-        if self.kind is PlanKind.PAIRS:
-            square = Image.fromarray(image).resize((self.width, self.height), Image.Resampling.BILINEAR)
+        if self.kind is PlanKind.PAIRS or self.resampling != LINEAR:
+            rule = "BILINEAR" if self.kind is PlanKind.PAIRS else "BICUBIC"
+            square = Image.fromarray(image).resize((self.width, self.height), Image.Resampling[rule])
             pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float().div_(255)
         else:
             scaled = image.astype(np.float32) / 255
@@ -64,9 +68,15 @@ class Views:
         return pixels.flip(-1) if encoding.flip else pixels
 
 
+def resampling_of(plan: Plan) -> str:
+    """Return how frames of a plan are resized; samples of a pairs plan have one way only."""
+    return getattr(plan.recipe.settings, "resampling", LINEAR)
+
+
 def views_rule(plan: Plan, mean: Rgb, std: Rgb) -> str:
     """Return the text that stands for the preprocessing in a fingerprint."""
     pairs = "square: pillow bilinear; crop: torch bicubic antialias, not clamped; flip"
-    rule = pairs if plan.kind is PlanKind.PAIRS else "opencv bilinear of the float image"
+    frames = "opencv bilinear of the float image" if resampling_of(plan) == LINEAR else "pillow bicubic"
+    rule = pairs if plan.kind is PlanKind.PAIRS else frames
     numbers = [" ".join(f"{value:g}" for value in values) for values in (mean, std)]
     return f"{rule}; mean {numbers[0]}; std {numbers[1]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds
 from cosettle_cache.core.files import is_url
-from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, FramesSettings, digest
+from cosettle_cache.core.settings import LINEAR, EncoderSettings, ExtractSettings, FramesSettings, digest
 from cosettle_cache.core.types import Manifest
 from cosettle_cache.encoders.registry import weights_file
 from cosettle_cache.extraction.run import ExtractReport, StoreJob, extract_store
@@ -58,6 +58,7 @@ class StoreWish:
     workers: int = 0
     scheduler: str | None = None
     red_std: float | None = None
+    resampling: str = LINEAR
 
 
 def make_store(wish: StoreWish, data: Data, talk: Talk) -> tuple[str, dict[str, str]]:
@@ -67,12 +68,13 @@ def make_store(wish: StoreWish, data: Data, talk: Talk) -> tuple[str, dict[str, 
     """
     encoder = _encoder(wish, talk)
     # The same task with other videos, weights or normalisation is another store.
-    mark = digest([manifest_digest(data.manifest), encoder.weights, encoder.heads, wish.red_std])[:8]
+    other = [] if wish.resampling == LINEAR else [wish.resampling]
+    mark = digest([manifest_digest(data.manifest), encoder.weights, encoder.heads, wish.red_std, *other])[:8]
     name = re.sub("[/:]", "-", f"{wish.task}-{encoder.backbone}-{wish.size}-{mark}.zarr")
     talk.note(f"no --features given: encoding {data.origin} with {encoder.backbone} into {name}")
     settings = ExtractSettings(workers=wish.workers, scheduler=wish.scheduler)
     out = str(Path(name).absolute()) if wish.workers or wish.scheduler else name
-    job = StoreJob(out, data.root, encoder, FramesSettings(size=wish.size), settings)
+    job = StoreJob(out, data.root, encoder, FramesSettings(wish.size, resampling=wish.resampling), settings)
     plan = job.plan(data.manifest)
     note_plan(summarise_plan(job, plan, data.manifest), talk)
     report = extract_store(job, plan, data.manifest, talk)

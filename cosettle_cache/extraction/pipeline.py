@@ -23,7 +23,7 @@ from torch import Tensor
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.types import Encoding, MediaKind, PositionShift, Slot, Video
 from cosettle_cache.encoders import Backbone
-from cosettle_cache.extraction.images import View, Views
+from cosettle_cache.extraction.images import View, Views, resampling_of
 from cosettle_cache.store import Shard, StoreWriter
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import FrameReader
@@ -225,7 +225,9 @@ class Filler:
                 if reader is None or reader.video is not video:
                     reader = FrameReader(video, self.data_root)
                 size = self.plan.recipe.image_size(video)
-                views = Views(self.plan.kind, *size, self.backbone.mean, self.backbone.std)
+                views = Views(
+                    self.plan.kind, *size, self.backbone.mean, self.backbone.std, resampling_of(self.plan)
+                )
                 by_frame: defaultdict[int, list[tuple[int, Encoding]]] = defaultdict(list)
                 for position, encoding in items:
                     by_frame[encoding.frame].append((position, encoding))

@@ -207,7 +207,7 @@ class ContextSearch:
         n_copies = max(0, protocol.n_context + 1 - self._n_seen) if protocol.first_frame_copies else 0
         query = torch.arange(self._grid.n_tokens, device=self._device)[:, None]
         row, col = position // cols - query // cols, position % cols - query % cols
-        count = 1 + n_copies * in_window(row, col, protocol.window, protocol.radius).int()
+        count = 1 + n_copies * in_window(row, col, protocol.window, protocol.radius, protocol.rim).int()
         lists = [Neighbors(slot, position, similarity, count.masked_fill(similarity.isneginf(), 0))]
         if len(self._queue.frames):
             rough = RoughKeys(self._rough_queue.keys, self._rounding_error) if self._ranker.rough else None

@@ -70,16 +70,18 @@ def encode_mask_nearest(mask: Mask, grid: Grid) -> FirstLabels:
     )
 
 
-def decode_classes(label_map: LabelMap, size: Size, *, stretched: bool = False) -> UInt8[Tensor, "_ _"]:
+def decode_classes(
+    label_map: LabelMap, size: Size, *, stretched: bool = False, upsampling: str = "bilinear"
+) -> UInt8[Tensor, "_ _"]:
     """Return the strongest class at each pixel of the input `size`, on the label map's device.
 
-    Bilinear to `size`; of equally strong classes the first wins, which is the background where there is any
-    (PROTOCOLS 1.2.9). `stretched` is DINO's way: first each class's minimum and maximum over the image go to
-    0 and 1, a class that is the same everywhere to 0 (PROTOCOLS 1.1).
+    By `upsampling` to `size`, bilinear or nearest; of equally strong classes the first wins, which is the
+    background where there is any (PROTOCOLS 1.2.9). `stretched` is DINO's way: first each class's minimum and
+    maximum over the image go to 0 and 1, a class that is the same everywhere to 0 (PROTOCOLS 1.1).
     """
     # Class-major in memory first: interpolating the strided view is fifteen times slower on a CPU.
     maps = label_map.permute(2, 0, 1)[None].contiguous()
-    maps = torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
+    maps = torch.nn.functional.interpolate(maps, size, mode=upsampling)[0]
     if stretched:
         maps = maps - maps.amin(dim=(1, 2), keepdim=True)
         highest = maps.amax(dim=(1, 2), keepdim=True)

@@ -21,7 +21,7 @@ from cosettle_cache.core.console import SILENT, Progress, human_bytes
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
 from cosettle_cache.core.files import own_folder
 from cosettle_cache.core.parallel import Run
-from cosettle_cache.core.settings import PropagateSettings, replace_red_std
+from cosettle_cache.core.settings import LINEAR, PropagateSettings, replace_red_std
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
@@ -43,6 +43,7 @@ from cosettle_cache.propagation.video import (
     draw_video,
     peak_memory_bytes,
     propagate_video,
+    store_patch,
 )
 from cosettle_cache.search.masked import Ranker, SearchSize, make_ranker
 from cosettle_cache.store import FeatureStore
@@ -174,9 +175,12 @@ def check_store(store: FeatureStore, protocol: EvalProtocol) -> None:
             hint=f"cosettle-cache extract --red-std {protocol.red_std:g}, or keep to the store with "
             f"--set red_std={found[0]:g}; the protocol's name then says so",
         )
-    size = str(store.fingerprint.plan["size"])
+    resampling = store.fingerprint.plan.get("resampling", LINEAR)
+    if resampling != protocol.resampling:
+        raise _wrong_store(store, f"resampling {protocol.resampling}", f"resampling {resampling}", protocol)
+    size, patch = str(store.fingerprint.plan["size"]), store_patch(store)
     for video in store.manifest:
-        at = [resolve_size(rule, video.height, video.width) for rule in (protocol.size, size)]
+        at = [resolve_size(rule, video.height, video.width, patch) for rule in (protocol.size, size)]
         if at[0] != at[1]:
             wanted, found_at = (f"{video.video_id} at {height}x{width}" for height, width in at)
             raise _wrong_store(store, wanted, found_at, protocol)
@@ -224,7 +228,8 @@ def _wrong_store(store: FeatureStore, wanted: str, found: str, protocol: EvalPro
         f"{store.path} does not fit the protocol {protocol.name}",
         wanted=wanted,
         found=found,
-        hint=f"cosettle-cache extract --plan frames --size {protocol.size}",
+        hint=f"cosettle-cache extract --plan frames --size {protocol.size}"
+        + ("" if protocol.resampling == LINEAR else f" --resampling {protocol.resampling}"),
     )
 
 

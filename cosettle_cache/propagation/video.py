@@ -70,12 +70,18 @@ class VideoWork:
     def setting(self, number: int) -> Setting:
         """Return what labels and maps of a video depend on."""
         video = self.videos[number]
-        size = resolve_size(self.protocol.size, video.height, video.width)
+        size = resolve_size(self.protocol.size, video.height, video.width, store_patch(self.store))
         return Setting(self.protocol, size, self.store.grid(video.video_id), number)
 
     def torch_device(self) -> torch.device:
         """Return where to compute."""
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def store_patch(store: FeatureStore) -> int:
+    """Return the encoder's patch in pixels; 16 where a store does not say it."""
+    patch = store.encoder.get("patch")
+    return patch if isinstance(patch, int) else 16
 
 
 @dataclass(frozen=True, slots=True)

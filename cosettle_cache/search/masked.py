@@ -37,20 +37,32 @@ def unit_tokens(tokens: Float[Tensor, "*shape dim"]) -> Float32[Tensor, "*shape 
 
 def _reach(protocol: EvalProtocol) -> int:
     """Return how many rows or columns away from a query its window still reaches."""
-    square = protocol.window == "square"
-    return math.floor(protocol.radius) if square else math.ceil(protocol.radius) - 1
+    closed = is_closed(protocol.window, protocol.rim)
+    return math.floor(protocol.radius) if closed else math.ceil(protocol.radius) - 1
+
+
+def is_closed(shape: str, rim: str) -> bool:
+    """Say whether a distance of the radius itself is inside; by its shape a disc is open, a square closed."""
+    return shape == "square" if rim == "shape" else rim == "closed"
 
 
 def in_window(
-    row_distance: Int[Tensor, "*shape"], col_distance: Int[Tensor, "*shape"], shape: str, radius: float
+    row_distance: Int[Tensor, "*shape"],
+    col_distance: Int[Tensor, "*shape"],
+    shape: str,
+    radius: float,
+    rim: str = "shape",
 ) -> Bool[Tensor, "*shape"]:
     """Say which displacements lie inside the window.
 
-    A `disc` is open, its rim outside (videowalk and T-CORE); a `square` includes its rim (DINO).
+    A `disc` is open, its rim outside (videowalk and T-CORE); a `square` includes its rim (DINO); `rim` says
+    otherwise (DINOv3's disc is closed).
     """
     if shape == "square":
-        return torch.maximum(row_distance.abs(), col_distance.abs()) <= radius
-    return row_distance.square() + col_distance.square() < radius * radius
+        distance, limit = torch.maximum(row_distance.abs(), col_distance.abs()), radius
+    else:
+        distance, limit = row_distance.square() + col_distance.square(), radius * radius
+    return distance <= limit if is_closed(shape, rim) else distance < limit
 
 
 def transition(
@@ -152,7 +164,7 @@ def make_slabs(
             query = torch.arange(start * grid.rows, stop * grid.rows, device=device)[:, None]
             key = torch.arange(positions.start, positions.stop, device=device)
             row, col = key % grid.rows - query % grid.rows, key // grid.rows - query // grid.rows
-            blocked = ~in_window(row, col, protocol.window, protocol.radius)
+            blocked = ~in_window(row, col, protocol.window, protocol.radius, protocol.rim)
             blocked = blocked if blocked.any() else None
         slabs.append(Slab(slice(start, stop), positions, blocked))
     return slabs

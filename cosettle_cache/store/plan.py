@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from cosettle_cache.core.settings import FramesSettings, PairsSettings
+from cosettle_cache.core.settings import LINEAR, FramesSettings, PairsSettings
 from cosettle_cache.core.types import (
     ArrayLayout,
     Crop,
@@ -93,7 +93,7 @@ class FramesRecipe:
 
     def image_size(self, video: Video) -> tuple[int, int]:
         """Return (height, width) in pixels by the size rule."""
-        return resolve_size(self.settings.size, video.height, video.width)
+        return resolve_size(self.settings.size, video.height, video.width, self.patch)
 
     def n_encodings(self, video: Video) -> int:
         """Return how many encodings `video` gets."""
@@ -167,7 +167,10 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan's kind and settings, as they stand in a store's fingerprint."""
         slots = {str(layout.grid): layout.slot_encodings for layout in self.arrays}
-        return {"kind": str(self.kind), "slot_encodings": slots, **asdict(self.recipe.settings)}
+        settings = asdict(self.recipe.settings)
+        if settings.get("resampling") == LINEAR:  # stores of earlier versions do not say it
+            del settings["resampling"]
+        return {"kind": str(self.kind), "slot_encodings": slots, **settings}
 
 
 def make_plan(

@@ -423,27 +423,44 @@ def decode_errors(path: Path) -> Iterator[None]:
         raise MediaError(f"{path} cannot be decoded", found=first_line(error)) from error
 
 
-def resolve_size(rule: str, height: int, width: int) -> tuple[int, int]:
+#: Patches along the short side of DINOv3's sizes: 480, 960 and 1440 pixels for a patch of 16.
+_DINOV3_SIZES = {"dinov3-s": 30, "dinov3-m": 60, "dinov3-l": 90}
+
+
+def plain_size(rule: str, patch: int) -> str:
+    """Return the size rule that DINOv3's names of sizes stand for with a patch of `patch` pixels.
+
+    Other rules are returned as they are.
+    """
+    return f"short-up:{_DINOV3_SIZES[rule] * patch}/{patch}" if rule in _DINOV3_SIZES else rule
+
+
+def resolve_size(rule: str, height: int, width: int, patch: int = 16) -> tuple[int, int]:
     """Return the (height, width) in pixels that a size rule gives for frames of `height` x `width`.
 
     Rules: `480x880` (exactly, aspect ignored), `native`, `short:480/64` (short side 480, long side floored
     to a multiple of 64, as DINO does), `long:880/64` (long side 880, short side floored, as T-CORE does for
-    VIP).
+    VIP), `short-up:960/16` (both sides rounded up to a multiple of 16, as DINOv3 does), and DINOv3's
+    `dinov3-s`, `dinov3-m` and `dinov3-l`, which depend on the encoder's patch.
     """
+    rule = plain_size(rule, patch)
     if rule == "native":
         return height, width
     side, _, numbers = rule.rpartition(":")
     try:
         first, second = (int(number) for number in numbers.split("/" if side else "x"))
-        if min(first, second) < 1 or side not in ("", "short", "long"):
+        if min(first, second) < 1 or side not in ("", "short", "long", "short-up"):
             raise ValueError
     except ValueError as error:
-        wanted = "HEIGHTxWIDTH, native, short:S/M or long:S/M"
+        wanted = "HEIGHTxWIDTH, native, short:S/M, short-up:S/M, long:S/M or dinov3-s, -m, -l"
         raise UsageError(f"{rule!r} is no size", wanted=wanted, found=rule) from error
     if not side:
         return first, second
     anchor, other = sorted((height, width), reverse=side == "long")
-    fitted = other * first // anchor // second * second
+    if side == "short-up":
+        first, fitted = (-(-length // second) * second for length in (first, -(-other * first // anchor)))
+    else:
+        fitted = other * first // anchor // second * second
     return (first, fitted) if height == anchor else (fitted, first)
 
 

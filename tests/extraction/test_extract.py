@@ -10,26 +10,29 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from extract_cases import make_clips, manifest_of, tree
 from PIL import Image
+from safetensors.torch import load_file
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError
 from cosettle_cache.core.settings import FramesSettings, PairsSettings, package_versions
-from cosettle_cache.core.types import Manifest
+from cosettle_cache.core.types import Encoding, Manifest, PlanKind, Role
 from cosettle_cache.encoders import Backbone, load_backbone
+from cosettle_cache.encoders.registry import IMAGENET_MEAN, IMAGENET_STD
 from cosettle_cache.extraction import run as extraction
 from cosettle_cache.extraction.images import Views
 from cosettle_cache.extraction.jobs import PlanSummary, note_plan
 from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
 from cosettle_cache.store import FeatureStore, StoreWriter, open_store
 from cosettle_cache.store.plan import Plan, make_plan
-from cosettle_cache.videos.frames import iter_frames
+from cosettle_cache.videos.frames import iter_frames, resolve_size
 from cosettle_cache.videos.manifest import write_manifest
 
 PAIRS = PairsSettings(n_views=2, size=64)
@@ -318,3 +321,15 @@ def test_a_store_that_will_not_fit_is_said_before(tmp_path: Path, capsys: pytest
     note_plan(replace(small, bytes_free=10**13), Talk(quiet=True))
     note_plan(replace(small, out=str(tmp_path)), Talk(quiet=True))
     assert not capsys.readouterr().err
+
+
+def test_bicubic_frames_are_dinov3s(golden: Callable[[str], Path], golden_json: Callable[[str], Any]) -> None:
+    arrays = load_file(golden("propagation/dinov3_resize.safetensors"))
+    for number in range(3):
+        image, wanted = arrays[f"image_{number}"].numpy(), arrays[f"pixels_{number}"]
+        rule = golden_json("propagation/dinov3.json")[f"resize_{number}"]
+        size = resolve_size(f"short-up:{rule['short_side']}/{rule['multiple']}", *image.shape[:2])
+        assert size == tuple(wanted.shape[1:])
+        views = Views(PlanKind.FRAMES, *size, IMAGENET_MEAN, IMAGENET_STD, "bicubic")
+        (view,) = views.prepare(image, [Encoding("clip", 0, 0, Role.PLAIN)])
+        assert (view - wanted).abs().max() <= 2e-3

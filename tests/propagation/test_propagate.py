@@ -14,8 +14,10 @@ from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.metrics import davis_j_and_f
 from cosettle_cache.propagation import Propagator, propagate
-from cosettle_cache.propagation.labels import encode_mask
+from cosettle_cache.propagation.labels import encode_mask, encode_mask_nearest
 from cosettle_cache.propagation.protocols import make_protocol
+from cosettle_cache.propagation.tasks.base import Setting
+from cosettle_cache.propagation.tasks.masks import decode_index_map
 from cosettle_cache.search.masked import transition
 from cosettle_cache.videos.masks import read_mask
 
@@ -47,6 +49,41 @@ def test_equals_the_released_engines(engine, clip, search, golden, golden_json):
     maps = soft[constants.get("masks_from_frame", 0) :]
     hard = [argmax(frame, size, stretch=protocol.norm_mask) for frame in maps]
     assert (np.stack(hard) == known["masks"].numpy()).mean() >= 0.999
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("clip", ["small", "wide", "ties", "square", "real"])
+def test_equals_dinov3s_notebook(clip, search, golden, golden_json):
+    known = load_file(golden(f"propagation/dinov3_{clip}.safetensors"))
+    constants = golden_json("propagation/dinov3.json")[f"dinov3_{clip}"]
+    protocol = make_protocol(
+        "dinov3",
+        top_k=constants["topk"],
+        temperature=constants["temperature"],
+        n_context=constants["context"],
+        radius=constants["size"],
+        window={"circle": "disc", "square": "square"}[constants["shape"]],
+    )
+    features = known.get("features")
+    if features is None:
+        features = load_file(golden(constants["tokens"]))["tokens"]
+    mask, grid = known["first_mask"].numpy(), Grid(*features.shape[1:3])
+    first = encode_mask_nearest(mask, grid)
+    n_classes = known["soft_labels"].shape[-1]
+    if "first_labels" in known:
+        assert torch.equal(first.label_map, known["first_labels"][..., list(first.object_ids)])
+    soft = propagate(features, first.label_map, protocol, search=search)
+    wanted = torch.zeros(*soft.shape[:3], n_classes)
+    wanted[..., list(first.object_ids)] = soft
+    assert (wanted - known["soft_labels"]).abs().max() <= 1e-4
+    setting = Setting(protocol, (0, 0), grid, 0)
+    decode, finish = decode_index_map(first, setting, mask.shape, out=mask.shape)
+    masks = np.stack([finish(decode(frame).numpy()) for frame in soft])
+    same = masks[1:] == known["masks"].numpy()[1:]
+    assert same.mean() >= 0.999
+    assert (
+        soft.argmax(-1) == known["soft_labels"][..., list(first.object_ids)].argmax(-1)
+    ).float().mean() >= 0.999
 
 
 def argmax(label_map, size, *, stretch):

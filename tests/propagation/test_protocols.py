@@ -20,6 +20,7 @@ PUBLISHED = {
     ("cosettle", "jhmdb"): ("320x320", 7, 20, 20, "disc", 0.7),
     ("dino", "davis"): ("short:480/64", 5, 7, 12, "square", 0.1),
     ("rsp", "davis"): ("480x832", 7, 30, 30, "square", 0.1),
+    ("dinov3", "davis"): ("dinov3-m", 5, 7, 12, "disc", 0.2),
     ("crw", "davis"): ("native", 10, 20, 12, "disc", 0.05),
     ("crw", "vip"): ("560x560", 10, 4, 12, "disc", 0.05),
     ("crw", "jhmdb"): ("320x320", 10, 7, 12, "disc", 0.05),
@@ -41,6 +42,9 @@ def test_the_two_families_differ_in_their_rules():
     for name in ("dino", "rsp"):
         protocol = make_protocol(name)
         assert [getattr(protocol, key) for key in keys] == [True, False, True, "nearest", True, 0.228]
+    dinov3 = make_protocol("dinov3")
+    assert [getattr(dinov3, key) for key in keys] == [True, False, True, "nearest", True, 0.229]
+    assert (dinov3.rim, dinov3.resampling, dinov3.upsampling) == ("closed", "bicubic", "nearest")
     assert make_protocol(task="jhmdb").keypoint_top_k == 5
     assert make_protocol("crw", task="jhmdb").keypoint_top_k == 3
 
@@ -49,6 +53,7 @@ def test_own_clips_follow_davis_at_their_own_size():
     for name in ("cosettle", "dino", "crw", "rsp"):
         for task in ("sprites", "masks"):
             assert make_protocol(name, task=task) == replace(make_protocol(name), size="native")
+    assert make_protocol("dinov3", task="masks") == make_protocol("dinov3")
 
 
 def test_every_preset_is_listed_with_its_source_and_can_be_made():

@@ -287,3 +287,19 @@ def test_a_store_made_for_dino_has_its_red_deviation(tmp_path, monkeypatch, gold
     assert "std 0.228 0.224 0.225" in open_store(path).fingerprint.preprocessing
     assert run_command([*line, "--features", str(path), "--set", f"size={SIZE}"]) == 3
     assert "--red-std 0.229" in capsys.readouterr().err
+
+
+def test_a_store_for_dinov3_is_resampled_as_dinov3_does(tmp_path, monkeypatch, golden, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_davis(tmp_path / "data/DAVIS", "dog", [part_map(index, (64, 90)) for index in range(3)])
+    line = ["propagate", "--task", "davis", "--data-root", "data", "--overlays", "none", "-q"]
+    made = ["--backbone", "mae", "--weights", str(golden("backbones/mae/base.pth"))]
+    dinov3 = ["--protocol", "dinov3", "--set", "size=short-up:60/16"]
+    assert run_command([*line, *made, *dinov3]) == 0
+    (path,) = Path().glob("*.zarr")
+    store = open_store(path)
+    assert (store.fingerprint.plan["resampling"], str(store.arrays[0].grid)) == ("bicubic", "4x6")
+    assert "pillow bicubic" in store.fingerprint.preprocessing
+    assert run_command([*line, "--features", str(path), "--set", f"size={SIZE}"]) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "wanted: resampling linear" in said and "found: resampling bicubic" in said

@@ -133,10 +133,24 @@ def test_crops_stay_inside_and_keep_their_area(draw: tuple[float, float, float, 
         ("short:480/64", 854, 480, (832, 480)),
         ("long:880/64", 720, 1280, (448, 880)),
         ("long:880/64", 1280, 720, (880, 448)),
+        ("short-up:960/16", 480, 854, (960, 1712)),
+        ("short-up:960/16", 854, 480, (1712, 960)),
+        ("short-up:950/16", 100, 100, (960, 960)),
+        ("dinov3-s", 480, 854, (480, 864)),
+        ("dinov3-m", 480, 854, (960, 1712)),
+        ("dinov3-l", 1080, 1920, (1440, 2560)),
     ],
 )
 def test_size_rules(rule: str, height: int, width: int, wanted: tuple[int, int]) -> None:
     assert resolve_size(rule, height, width) == wanted
+
+
+def test_dinov3s_sizes_depend_on_the_patch() -> None:
+    assert [resolve_size(f"dinov3-{size}", 480, 854, 14) for size in "sml"] == [
+        (420, 756),
+        (840, 1498),
+        (1260, 2254),
+    ]
 
 
 @pytest.mark.parametrize("rule", ["", "480", "480x", "axb", "wide:480/64", "0x16", "short:480x64"])

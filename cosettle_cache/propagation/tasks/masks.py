@@ -73,7 +73,7 @@ def decode_index_map(
     """Return `decode` and `finish` of index maps by the protocol, at size `out` or that of the argmax."""
     at = setting.size if setting.protocol.decode_size == "input" else annotation
     stretched, names = setting.protocol.norm_mask, first.object_ids
-    decode = partial(decode_classes, size=at, stretched=stretched)
+    decode = partial(decode_classes, size=at, stretched=stretched, upsampling=setting.protocol.upsampling)
     return decode, partial(name_classes, object_ids=names, mask_size=out or at, stretched=stretched)
 
 
