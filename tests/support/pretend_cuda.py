@@ -17,8 +17,8 @@ the device is counted by the line of the package that asked for it:
 * `kernels`: operators that did work on the device.
 
 Nothing is concurrent: streams and events do nothing, so a race is not found. Threads that start inside know
-the device as well; processes do not. autocast and GradScaler become those of the CPU; memory figures are of a
-card of 80 GB that is empty. Pinned memory is known by its address, so views of it are pinned too. Training
+the device as well; processes do not. autocast and GradScaler become those of the CPU, inference mode `no_grad`;
+memory figures are of a card of 80 GB that is empty. Pinned memory is known by its address, so views of it are pinned too. Training
 works, gradients included.
 """
 
@@ -376,6 +376,8 @@ def _patches(on: Device) -> dict[str, Any]:
     made |= {name: lambda *_: queue() for name in streams}
     made |= {name: lambda *_: nullcontext() for name in ("torch.cuda.stream", "torch.cuda.device")}
     made["torch.cuda.synchronize"] = lambda *_: on.wait("synchronize")
+    # A wrapper cannot be an inference tensor.
+    made["torch.inference_mode"] = torch.no_grad
     made["torch.autocast"] = lambda device_type, *args, **kwargs: on_cpu("cpu", *args, **kwargs)
     made["torch.amp.GradScaler"] = lambda device="cuda", **kwargs: scaler("cpu", **kwargs)
     return made
