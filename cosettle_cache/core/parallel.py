@@ -11,8 +11,9 @@ import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from threading import Event
+from threading import Barrier, Event, Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from cosettle_cache.core.errors import UsageError
@@ -112,6 +113,50 @@ def map_ahead(
             pool.shutdown(cancel_futures=True)
 
 
+#: Pools of threads on one core each that are open, and the number of OpenCV's threads that the first found.
+_pools: list[int] = []
+_starting = Lock()
+
+
+@contextmanager
+def one_core_threads(n_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads that compute on one core each, in torch as in OpenCV.
+
+    Work that has not begun at the end is dropped. What other threads, and threads to come, compute on stays
+    as it was; OpenCV's number is the process's and is put back when the last pool closes.
+    """
+    import cv2
+    import torch
+
+    started = Barrier(n_threads + 1)
+
+    def start() -> None:
+        # A thread's first question sets its number to the common one, so it comes before.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        started.wait()
+
+    with _starting:
+        before = torch.get_num_threads()
+        pool = ThreadPoolExecutor(n_threads, name, initializer=start)
+        for _ in range(n_threads):
+            pool.submit(started.wait)
+        for _ in range(2):  # all have started; then none has two of these tasks
+            started.wait()
+        # The number is a thread's own; but the last one set is what threads to come begin with.
+        torch.set_num_threads(before)
+        _pools.append(_pools[-1] if _pools else cv2.getNumThreads())
+        cv2.setNumThreads(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        with _starting:
+            found = _pools.pop()
+            if not _pools:
+                cv2.setNumThreads(found)
+
+
 def share_of_cores(workers: int) -> int:
     """Return how many of this process's cores each of `workers` processes gets, at least one."""
     return max(1, len(os.sched_getaffinity(0)) // workers)
@@ -155,3 +200,14 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type in (tensor.device.type, "cpu"):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory of the host, without content, that a device copies from and to: page-locked for a GPU."""
+    import numpy as np
+    import torch
+
+    if device.type == "cuda":
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    # NumPy's memory comes in huge pages: four times as fast to touch first as torch's.
+    return torch.from_numpy(np.empty(tuple(shape), str(dtype).removeprefix("torch.")))

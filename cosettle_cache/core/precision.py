@@ -45,13 +45,33 @@ def exact_float32(device_type: str) -> Iterator[None]:
                 _found.clear()
 
 
-def check_bfloat16(precision: str, device: torch.device) -> None:
-    """Raise `UsageError` for precision bf16 on a card that has none, and would be many times slower."""
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Within `exact_float32`, let a GPU multiply float32 matrices as TF32: sums in float32, 11 bits each."""
     import torch
 
-    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    matmul: Any = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    found = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, found)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `UsageError` for tf32 or bf16 where it is not to be had, or many times slower than float32."""
+    import torch
+
+    name = {"bf16": "bfloat16", "tf32": "TF32"}.get(precision)
+    if name == "TF32" and device.type != "cuda":
         raise UsageError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16",
+            "only GPUs have TF32", wanted="--device cuda", found=device, hint="--precision float32"
+        )
+    if name and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise UsageError(
+            f"{torch.cuda.get_device_name(device)} has no {name}",
             wanted="a card of compute capability 8.0 or later",
             found=".".join(map(str, torch.cuda.get_device_capability(device))),
             hint="--precision fp16",

@@ -221,7 +221,7 @@ class TrainSettings(Settings):
     beta2: float = 0.95
     weight_decay: float = setting(0.05, "On matrices only.")
     clip_gradient: float = setting(0.0, "Its length; 0: any.", min=0)
-    precision: str = setting("float32", "float32, bf16 or fp16.")
+    precision: str = setting("float32", "float32, tf32 (GPU), bf16 or fp16.")
     seed: int = setting(0, "Of initialisation and order.", min=0)
     order: str = setting("samples", "samples, or shards (URLs).")
     shard_window: int = setting(16, "Shards to mix.", min=1)

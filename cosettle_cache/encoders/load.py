@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from cosettle_cache.core.errors import CheckpointError, UsageError, first_line
 from cosettle_cache.core.files import output_errors, sha256_file, write_durably
 from cosettle_cache.core.parallel import find_device
-from cosettle_cache.core.precision import check_bfloat16
+from cosettle_cache.core.precision import check_precision
 from cosettle_cache.core.settings import cache_folder, replace_red_std
 from cosettle_cache.core.types import Grid
 from cosettle_cache.encoders.checkpoints import Checkpoint, check_weights, listing, read_checkpoint
@@ -99,7 +99,7 @@ def load_backbone(
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
     where = torch.device(find_device(device))
-    check_bfloat16(precision, where)
+    check_precision(precision, where)
     load = _load_timm if is_timms(name) else _load_family
     backbone = load(name, weights, heads, seed, where, precision)
     if red_std is not None:

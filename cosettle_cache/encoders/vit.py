@@ -27,6 +27,7 @@ from timm.layers.pos_embed_sincos import (
 from torch import Tensor, nn
 
 from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.types import Grid, PositionShift
 from cosettle_cache.encoders.registry import PositionResize
@@ -179,7 +180,7 @@ class VitBody:
                 normed: Tensor = self.vit.norm(tokens)
         if self.norm_plain:
             return normed
-        shifted = torch.tensor([shift is not None for shift in shifts], device=tokens.device)
+        shifted = upload(torch.tensor([shift is not None for shift in shifts]), tokens.device)
         return torch.where(shifted[:, None, None], normed, tokens)
 
     def _forward(
@@ -192,7 +193,7 @@ class VitBody:
         """Return the tokens behind the last block of the views of these images."""
         patches = self.vit.patch_embed(images).flatten(1, 2)
         if images_of != list(range(len(patches))):
-            patches = patches[images_of]
+            patches = patches[upload(torch.tensor(images_of), patches.device)]
         if positions is not None:
             patches = patches + positions
         tokens: Tensor = self.vit.norm_pre(torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1))
@@ -251,7 +252,7 @@ class Positions:
         if len(moved) == len(shifts):
             return shifted
         every = plain.repeat(len(shifts), 1, 1)
-        every[moved] = shifted
+        every[upload(torch.tensor(moved), every.device)] = shifted
         return every
 
     def _crop(self, grid: Grid, shift: PositionShift, axis: int) -> Tensor:

@@ -6,7 +6,7 @@ The two plans prepare images as the released code does: training samples through
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -17,12 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from cosettle_cache.core.settings import LINEAR
-from cosettle_cache.core.types import Encoding, PlanKind
+from cosettle_cache.core.types import Crop, Encoding, PlanKind
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import Image8
 
 Rgb = tuple[float, float, float]
 View = Float[Tensor, "3 view_height view_width"]
+#: Crop and flip: what encodings of a frame may have in common.
+Look = tuple[Crop | None, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,13 @@ class Views:
 
     def prepare(self, image: Image8, encodings: Sequence[Encoding]) -> list[View]:
         """Return one normalised view per encoding; encodings with the same crop and flip share memory."""
+        looks = [(encoding.crop, encoding.flip) for encoding in encodings]
+        views = {look: torch.empty(3, self.height, self.width) for look in looks}
+        self.write(image, {look: [view] for look, view in views.items()})
+        return [views[look] for look in looks]
+
+    def write(self, image: Image8, outs: Mapping[Look, Sequence[View]]) -> None:
+        """Fill, for every crop and flip, one or several normalised views of a frame."""
         if self.kind is PlanKind.PAIRS or self.resampling != LINEAR:
             rule = "BILINEAR" if self.kind is PlanKind.PAIRS else "BICUBIC"
             square = Image.fromarray(image).resize((self.width, self.height), Image.Resampling[rule])
@@ -52,20 +61,17 @@ class Views:
             resized = cv2.resize(scaled, (self.width, self.height), interpolation=cv2.INTER_LINEAR)
             pixels = torch.from_numpy(resized).permute(2, 0, 1).contiguous()
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        views: dict[tuple[object, bool], View] = {}
-        for encoding in encodings:
-            key = (encoding.crop, encoding.flip)
-            if key not in views:
-                views[key] = (self._crop(pixels, encoding) - mean) / std
-        return [views[encoding.crop, encoding.flip] for encoding in encodings]
+        for look, (first, *others) in outs.items():
+            torch.sub(self._crop(pixels, *look), mean, out=first).div_(std)
+            for other in others:
+                other.copy_(first)
 
-    def _crop(self, pixels: View, encoding: Encoding) -> View:
-        crop = encoding.crop
+    def _crop(self, pixels: View, crop: Crop | None, flip: bool) -> View:
         if crop is not None:
             box = pixels[None, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
             size = (self.height, self.width)
             pixels = torch.nn.functional.interpolate(box, size, mode="bicubic", antialias=True)[0]
-        return pixels.flip(-1) if encoding.flip else pixels
+        return pixels.flip(-1) if flip else pixels
 
 
 def resampling_of(plan: Plan) -> str:

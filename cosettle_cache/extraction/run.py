@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -42,7 +41,10 @@ from cosettle_cache.videos.manifest import manifest_digest
 
 #: Patch tokens per forward pass: 16 images of 224 pixels on a CPU, 128 on a GPU.
 BATCH_TOKENS = {"cpu": 16 * 196, "cuda": 128 * 196}
-MAX_DECODE_THREADS = 4
+#: Cores that decode threads leave to the encoder, its copies and the writers.
+OTHER_CORES = 2
+#: Slots written at a time at most: one thread, which waits for the disk, writes some 2,000 images/s.
+MAX_WRITERS = 3
 #: How often slots that others hold are looked at again.
 POLL_S = 0.5
 
@@ -152,6 +154,7 @@ class SlotReport:
     process: str
     filled: FilledSlot | None
     seconds: Mapping[str, float]
+    notes: Sequence[str] = ()
 
 
 def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> ExtractReport:
@@ -196,7 +199,7 @@ def extract(
     writer: StoreWriter,
     *,
     batch_size: int = 16,
-    decode_threads: int = 2,
+    decode_threads: int = 1,
     retry_failed: bool = False,
     progress: Progress = SILENT,
     stop: Event | None = None,
@@ -208,16 +211,25 @@ def extract(
     hold are waited for, which `note` reports once, and taken over if they are given up.
 
     A video that cannot be decoded is recorded in the store and in the report and does not end the run.
-    Raises `OutputError` when the store cannot be written; committed slots stay.
+    Raises `OutputError` when the store cannot be written, and `UsageError` for a device without room for one
+    image; committed slots stay.
     """
     clock, stop = Clock(), stop or Event()
-    videos = {video.video_id: video for video in manifest}
-    with ThreadPoolExecutor(decode_threads, "decode") as decoders:
-        filler = Filler(
-            plan, videos, data_root, backbone, writer, decoders, batch_size, progress.advance, clock
-        )
-        fill = partial(filler.fill, stop=stop, retry_failed=retry_failed)
-        return _fill_slots(fill, plan, writer, retry_failed, clock, progress, stop, note)
+    filler = Filler(
+        plan,
+        {video.video_id: video for video in manifest},
+        data_root,
+        backbone,
+        writer,
+        batch_size,
+        decode_threads,
+        max(1, min(MAX_WRITERS, share_of_cores(1) // 4)),
+        progress.advance,
+        note,
+        clock,
+    )
+    fill = partial(filler.fill, stop=stop, retry_failed=retry_failed)
+    return _fill_slots(fill, plan, writer, retry_failed, clock, progress, stop, note)
 
 
 def extract_across(
@@ -239,6 +251,8 @@ def extract_across(
     def fill(slots: Sequence[int]) -> Iterator[FilledSlot]:
         for _, report in run(partial(fill_slot, job), slots):
             clock.add(report.seconds)
+            for line in report.notes:
+                note(f"{report.process}: {line}")
             if report.filled is not None:
                 processes.add(report.process)
                 progress.advance(report.filled.n_encodings)
@@ -259,12 +273,12 @@ def fill_slot(job: StoreJob, index: int) -> SlotReport:
         filler = _opened[job]
     if not filler.writer.claim(index, retry_failed=job.settings.retry_failed):
         return SlotReport(process, None, {})
-    clock = Clock()
+    clock, notes = Clock(), list[str]()
     try:
-        filled = replace(filler, clock=clock).fill_one(index)
+        filled = replace(filler, clock=clock, note=notes.append).fill_one(index)
     finally:
         filler.writer.release(index)
-    return SlotReport(process, filled, dict(clock.seconds))
+    return SlotReport(process, filled, dict(clock.seconds), notes)
 
 
 def make_fingerprint(backbone: Backbone, plan: Plan, manifest: Manifest) -> Fingerprint:
@@ -292,7 +306,7 @@ def default_batch(plan: Plan, device: str) -> int:
 
 
 def _decode_threads(n_processes: int = 1) -> int:
-    return min(MAX_DECODE_THREADS, share_of_cores(n_processes))
+    return max(1, share_of_cores(n_processes) - OTHER_CORES)
 
 
 def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> ExtractReport:
@@ -404,6 +418,6 @@ def _open(job: StoreJob) -> Filler:
         job.data_root,
         backbone,
         job.open_writer(plan, manifest, backbone),
-        ThreadPoolExecutor(job.settings.decode_threads or _decode_threads(), "decode"),
         job.settings.batch or default_batch(plan, device),
+        job.settings.decode_threads or _decode_threads(),
     )

@@ -1,8 +1,9 @@
 """Feeding: which samples an epoch visits in which order, and a ring of batch buffers that one thread fills.
 
-Sample ids go in; batches of float16 tokens in reused buffers come out, read while the last one is in use.
-Reads in an order by shards are announced to the store one window of shards ahead. Replicas, the processes of
-one run as torchrun starts them, each work on their share of every batch and add up gradients and figures.
+Sample ids go in; batches of float16 tokens come out in reused buffers on the device, read and copied while
+the last is in use. Reads in an order by shards are announced to the store one window of shards ahead.
+Replicas, the processes of one run as torchrun starts them, each work on their share of every batch and add up
+gradients and figures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ import torch.distributed as dist
 from jaxtyping import Float16
 from numpy.typing import NDArray
 from torch import Tensor
+
+from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.parallel import host_memory
 
 Ids = NDArray[np.int64]
 
@@ -136,7 +140,10 @@ def make_portions(
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The samples of a portion; they lie in a ring buffer and are valid until the next batch is asked for."""
+    """The samples of a portion, on the device; they lie in a buffer that the next batches are read into.
+
+    What the device is asked to do before the next batch is asked for still sees them.
+    """
 
     portion: Portion
     samples: Float16[Tensor, "n view row col dim"]
@@ -145,8 +152,9 @@ class Batch:
 class BatchRing:
     """Iterates over the batches of `portions`, reading ahead in one thread into three reused buffers.
 
-    `capacity` is the largest portion, `pin` puts the buffers in page-locked memory for copies to a GPU. Use
-    as a context manager; `waited_s` counts the seconds that the consumer stood still for data.
+    `capacity` is the largest portion. For a GPU the buffers are page-locked, and batches go on to two buffers
+    there while the one before is worked on. Use as a context manager; `waited_s` counts the seconds that the
+    consumer stood still for data.
     """
 
     def __init__(
@@ -156,19 +164,16 @@ class BatchRing:
         sample_shape: tuple[int, int, int, int],
         capacity: int,
         *,
-        pin: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.waited_s = 0.0
         self._source, self._portions = source, portions
-        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        #: Buffers, and the event of a GPU after which each may be filled again.
+        self._free: queue.SimpleQueue[tuple[Tensor, Any]] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[Tensor, Batch] | BaseException | None] = queue.SimpleQueue()
-        shape = (capacity, *sample_shape)
+        self._shape, self._device = (capacity, *sample_shape), torch.device(device)
         for _ in range(_N_BUFFERS):
-            # NumPy's memory comes in huge pages: four times as fast to touch first as torch's.
-            if pin:
-                self._free.put(torch.empty(shape, dtype=torch.float16, pin_memory=True))
-            else:
-                self._free.put(torch.from_numpy(np.empty(shape, np.float16)))
+            self._free.put((host_memory(self._shape, torch.float16, self._device), None))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
 
@@ -178,10 +183,35 @@ class BatchRing:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        self._free.put(torch.empty(0))  # wakes the thread where it waits for a buffer
+        self._free.put((torch.empty(0), None))  # wakes the thread where it waits for a buffer
         self._thread.join()
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._device.type == "cuda":
+            yield from self._on_gpu()
+            return
+        for buffer, batch in self._filled():
+            yield batch
+            self._free.put((buffer, None))
+
+    def _on_gpu(self) -> Iterator[Batch]:
+        """Yield batches in two buffers of a GPU; a stream of its own copies while the device computes."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        computing = torch.cuda.current_stream(self._device)
+        there = [torch.empty(self._shape, dtype=torch.float16, device=self._device) for _ in range(2)]
+        used = [computing.record_event() for _ in there]
+        for number, (buffer, batch) in enumerate(self._filled()):
+            samples = there[number % 2][: len(batch.samples)]
+            stream.wait_event(used[number % 2])
+            with torch.cuda.stream(stream):
+                samples.copy_(batch.samples, non_blocking=True)
+            uploaded = stream.record_event()
+            self._free.put((buffer, uploaded))
+            computing.wait_event(uploaded)
+            yield Batch(batch.portion, samples)
+            used[number % 2] = computing.record_event()
+
+    def _filled(self) -> Iterator[tuple[Tensor, Batch]]:
         while True:
             asked = time.perf_counter()
             item = self._ready.get()
@@ -190,16 +220,18 @@ class BatchRing:
                 return
             if isinstance(item, BaseException):
                 raise item
-            buffer, batch = item
-            yield batch
-            self._free.put(buffer)
+            yield item
 
     def _fill(self) -> None:
+        if self._device.index is not None:
+            torch.cuda.set_device(self._device)  # a thread's own; the first card else
         try:
             for portion in self._portions:
-                buffer = self._free.get()
+                buffer, uploaded = self._free.get()
                 if self._closed.is_set():
                     return
+                if uploaded is not None:
+                    uploaded.synchronize()
                 samples = buffer[: len(portion.ids)]
                 if len(portion.ids):
                     self._source.read_into(portion.ids, samples.numpy())
@@ -259,14 +291,6 @@ class Replicas:
         for tensor, piece in zip(tensors, pieces, strict=True):
             tensor.copy_(piece.view_as(tensor))
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Return whether the flag is set in any process."""
-        if self.count == 1:
-            return flag
-        total = torch.tensor([float(flag)], device=device)
-        self.add_up([total])
-        return bool(total.item())
-
     def wait(self) -> None:
         """Return once all processes are here."""
         if self.count > 1:
@@ -280,15 +304,26 @@ ALONE = Replicas()
 def join_replicas(device: str) -> Iterator[tuple[Replicas, str]]:
     """Join the processes that torchrun started; yield this one's place and its device.
 
-    Without torchrun's environment this process is alone. `cuda` becomes the GPU of the local rank.
+    Without torchrun's environment this process is alone. `cuda` becomes the GPU of the local rank. Raises
+    `UsageError` for one GPU named for all processes, and for a process without a GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE, device
         return
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    place: torch.device | None = None
+    if device.startswith("cuda"):
+        rank, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if device != "cuda":
+            raise UsageError("torchrun deals the GPUs to its processes", wanted="--device cuda", found=device)
+        if rank >= n_gpus:
+            wanted = f"--nproc-per-node {n_gpus} or fewer"
+            raise UsageError(
+                f"process {rank} of this machine has no GPU", wanted=wanted, found=f"{n_gpus} GPUs"
+            )
+        device = f"cuda:{rank}"
+        place = torch.device(device)
+        torch.cuda.set_device(place)
+    dist.init_process_group("gloo" if place is None else "nccl", device_id=place)
     try:
         yield Replicas(dist.get_rank(), dist.get_world_size()), device
     finally:

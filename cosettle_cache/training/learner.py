@@ -1,8 +1,8 @@
 """One optimiser step after another: the released schedule, AdamW with decay on matrices, and the objective.
 
-Batches of float16 samples go in, figures come out; the projections change in place, unless held-out samples
-measure them. Several projections may learn from one stream: every batch is copied and cast once. Nothing
-touches disk.
+Batches of float16 samples go in, figures come out, on a GPU one step late, so that nobody waits for it; the
+projections change in place, unless held-out samples measure them. Several projections may learn from one
+stream: every batch is copied and cast once. Nothing touches disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -18,9 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cosettle_cache.core.parallel import upload
+from cosettle_cache.core.precision import exact_float32, tf32_products
 from cosettle_cache.core.settings import MARGIN_GAMMA, TrainSettings
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.training.batches import ALONE, Batch, Ids, Replicas, Step
@@ -41,7 +45,10 @@ _MALLOC_OPTIONS = {"M_MMAP_THRESHOLD": (-3, 32 * 2**20), "M_TRIM_THRESHOLD": (-1
 GROUP_CLIPS = 16
 
 #: Number formats of the projection's arithmetic; parameters and the loss stay in float32.
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {
+    **{"float32": torch.float32, "tf32": torch.float32},
+    **{"bf16": torch.bfloat16, "fp16": torch.float16},
+}
 
 _TERMS = tuple(field.name for field in fields(LossTerms))
 _TOTAL, _CYCLE, _SEPARABILITY, _COSINE, _RETURN = map(
@@ -71,7 +78,8 @@ def _keep_freed_memory() -> None:
 class Learner:
     """A projection in training: its settings, optimiser and schedule; where it is, so is the work.
 
-    `diverged_at` is the step whose loss or gradient was not finite; from there on it learns nothing.
+    `diverged_at` is the step whose loss or gradient was not finite; from there on it learns nothing. A GPU
+    sees to that itself (`is_late`), as the host hears of it when the next step is under way.
     """
 
     def __init__(self, projection: Projection, settings: TrainSettings) -> None:
@@ -84,9 +92,13 @@ class Learner:
             {"params": matrices, "weight_decay": settings.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
         self.diverged_at: int | None = None
         self.device = self._parameters[0].device
+        self.is_late = self.device.type == "cuda"
+        betas = (settings.beta1, settings.beta2)
+        # Fused, it leaves out a step where the device says so.
+        self.optimizer: Any = torch.optim.AdamW(groups, settings.lr, betas, fused=self.is_late or None)
+        self._stopped = torch.zeros((), device=self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self._auto = settings.separability_weight == "auto"
         self._cycle_gradients = [torch.zeros_like(item) for item in self._parameters] if self._auto else []
@@ -104,9 +116,12 @@ class Learner:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned; raises `RuntimeError` for a state of another shape."""
         self.projection.load_state_dict(state["projection"])
+        for group in state["optimizer"]["param_groups"]:  # it may come from another kind of device
+            group["fused"] = self.is_late or None
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.diverged_at = state["diverged_at"]
+        self._stopped.fill_(self.diverged_at is not None)
 
     def start_step(self) -> None:
         """Set the gradients and figures of a step to zero."""
@@ -127,10 +142,12 @@ class Learner:
         terms = transfer_loss(self.project, originals, **self.objective(originals))
         if self._auto:
             cycle = self._scaler.scale(terms.cycle * share)
-            found = torch.autograd.grad(cycle, self._parameters, retain_graph=True)
+            with self._products():
+                found = torch.autograd.grad(cycle, self._parameters, retain_graph=True)
             torch._foreach_add_(self._cycle_gradients, found)
         objective = terms.separability if self._auto else terms.total
-        torch.autograd.backward(self._scaler.scale(objective * share))
+        with self._products():
+            torch.autograd.backward(self._scaler.scale(objective * share))
         values = torch.stack([getattr(terms, name).detach() for name in _TERMS])
         # Means of parts add up to those of the step, but cosines do not: their squared lengths do. Where no
         # walk of a part returns at all, both are 0, and its length is not known.
@@ -156,38 +173,67 @@ class Learner:
                 gradient.mul_(weight).add_(cycle)
             means[_TOTAL] = means[_CYCLE] + weight * means[_SEPARABILITY]
         else:
-            weight = torch.tensor(self.settings.separability_weight, device=self.device)
+            weight = means.new_full((), self.settings.separability_weight)
+        if self.is_late and self._scaler.is_enabled():
+            self._stop_unless_finite(means[_CYCLE : _SEPARABILITY + 1])
+            # What is not finite the scaler leaves out.
+            torch._foreach_mul_(gradients, torch.where(self._stopped > 0, math.nan, 1.0))
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.settings.clip_gradient:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.settings.clip_gradient, norm)
-        return torch.cat([means, weight.view(1), norm.view(1)])
+        values = torch.cat([means, weight.view(1), norm.view(1)])
+        if self.is_late and not self._scaler.is_enabled():
+            self._stop_unless_finite(values)
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, self._stopped
+        return values
 
-    def finish_step(self, step: Step, values: Sequence[float]) -> StepFigures | None:
-        """Move the parameters; or, when a figure is not finite, mark the learner and return nothing.
+    def _stop_unless_finite(self, values: Float[Tensor, " figure"]) -> None:
+        self._stopped.copy_(torch.maximum(self._stopped, values.isfinite().all().logical_not().float()))
+
+    def move(self, step: Step) -> None:
+        """Move the parameters; on a GPU they stay once a figure was not finite.
 
         In fp16 a gradient may overflow: the scaler leaves the step out and lowers its scale.
         """
-        needed = (values[_CYCLE], values[_SEPARABILITY]) if self._scaler.is_enabled() else values
-        if not all(map(math.isfinite, needed)):
-            self.diverged_at = step.number
-            return None
-        lr = learning_rate(self.settings, step.position)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(self.settings, step.position)
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        return StepFigures(step.number, step.epoch, lr, *values)
+
+    def read(self, step: Step, values: Sequence[float]) -> StepFigures | None:
+        """Return the figures of a step; or, when one is not finite, mark the learner and return nothing."""
+        needed = (values[_CYCLE], values[_SEPARABILITY]) if self._scaler.is_enabled() else values
+        if self.diverged_at is None and not all(map(math.isfinite, needed)):
+            self.diverged_at = step.number
+        if self.diverged_at is not None:
+            return None
+        return StepFigures(step.number, step.epoch, learning_rate(self.settings, step.position), *values)
 
     def project(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
         """Project tokens in the precision of the settings; the result is float32."""
         dtype = PRECISIONS[self.settings.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+        with self._products(), torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
             projected: Tensor = self.projection(tokens)
         return projected.float()
 
+    def _products(self) -> AbstractContextManager[None]:
+        return tf32_products() if self.settings.precision == "tf32" else nullcontext()
+
     def _gradients(self) -> list[Tensor]:
         return [item.grad for item in self._parameters if item.grad is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A step that is over: figures of every learner, none of one that diverged.
+
+    `stopped` says whether any process was asked to stop.
+    """
+
+    step: Step
+    figures: list[StepFigures | None]
+    stopped: bool
 
 
 class Trainer:
@@ -200,54 +246,89 @@ class Trainer:
         self.replicas, self._part_bytes = replicas, part_bytes
         self._device = learners[0].device
         self._started = False
+        #: On a GPU: the last step, its learners, their figures on the way to the host, and the event of that.
+        self._pending: tuple[Step, Sequence[Learner], Tensor, Any] | None = None
+        self._held_out: NDArray[np.float16] | None = None
         _keep_freed_memory()
 
-    def feed(self, batch: Batch) -> list[StepFigures | None]:
-        """Learn from a batch; return one line of figures per learner when it ends a step, else nothing.
+    def feed(self, batch: Batch, stop: bool = False) -> list[Finished]:
+        """Learn from a batch; return the step that is over: the one that it ends, on a GPU the one before.
 
-        A learner that diverged has none. The device has finished with `batch` on return.
+        `stop` asks all processes to stop.
         """
         active = [learner for learner in self.learners if learner.diverged_at is None]
-        if not self._started:
-            for learner in active:
-                learner.start_step()
-        # The end of a step waits for its figures, and so for its last copy; other copies are waited for here.
-        samples = batch.samples.to(self._device, non_blocking=batch.portion.ends_step)
-        step = batch.portion.step
+        step, samples = batch.portion.step, batch.samples.to(self._device)
         limit = self._part_bytes or PART_BYTES.get(samples.device.type, PART_BYTES["cpu"])
         n_part = max(limit // (4 * math.prod(samples.shape[1:])), 1)
-        for part in torch.split(samples, n_part) if len(samples) else ():
-            originals = Originals(part.float())
-            for learner in active:
-                learner.add(originals, len(part) / len(step.ids))
-        self._started = not batch.portion.ends_step
-        if self._started:
+        with exact_float32(self._device.type):
+            if not self._started:
+                for learner in active:
+                    learner.start_step()
+            for part in torch.split(samples, n_part) if len(samples) else ():
+                originals = Originals(part.float())
+                for learner in active:
+                    learner.add(originals, len(part) / len(step.ids))
+            self._started = not batch.portion.ends_step
+            return [] if self._started else self._finish(step, active, stop)
+
+    def flush(self) -> list[Finished]:
+        """Return the step whose figures were not read yet, if there is one."""
+        if self._pending is None:
             return []
-        self.replicas.add_up([tensor for learner in active for tensor in learner.sums()])
-        values = torch.stack([learner.finish_gradient() for learner in active]).tolist()
-        found = {a: a.finish_step(step, line) for a, line in zip(active, values, strict=True)}
-        return [found.get(learner) for learner in self.learners]
+        (step, active, values, arrived), self._pending = self._pending, None
+        arrived.synchronize()
+        return [self._read(step, active, values)]
+
+    def _finish(self, step: Step, active: Sequence[Learner], stop: bool) -> list[Finished]:
+        wanted = torch.full((1,), float(stop), device=self._device)
+        self.replicas.add_up([*(tensor for learner in active for tensor in learner.sums()), wanted])
+        values = torch.cat([wanted, *(learner.finish_gradient() for learner in active)])
+        if not active[0].is_late:
+            finished = self._read(step, active, values)
+            for learner in active:
+                if learner.diverged_at is None:
+                    learner.move(step)
+            return [finished]
+        for learner in active:
+            learner.move(step)
+        before = self.flush()
+        on_host = values.to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream(self._device).record_event()
+        self._pending = (step, active, on_host, arrived)
+        return before
+
+    def _read(self, step: Step, active: Sequence[Learner], values: Tensor) -> Finished:
+        wanted, *rest = values.tolist()
+        lines = np.array_split(rest, len(active))
+        found = {a: a.read(step, line.tolist()) for a, line in zip(active, lines, strict=True)}
+        return Finished(step, [found.get(learner) for learner in self.learners], wanted > 0)
 
     @torch.no_grad()
     def validate(self, samples: JoinedSamples, ids: Ids, step: Step) -> list[ValidationFigures | None]:
         """Return the figures of every learner on the samples `ids` after `step`; none for one that diverged.
 
-        Clips are taken in groups of up to 16, and distances between clips are those within a group.
+        Clips are taken in groups of up to 16, and distances between clips are those within a group. Processes
+        share the groups: none waits long for the others.
         """
         active = [learner for learner in self.learners if learner.diverged_at is None]
         groups = np.array_split(ids, -(-len(ids) // GROUP_CLIPS))
-        buffer = np.empty((len(groups[0]), *samples.shape), np.float16)
-        means = torch.zeros(len(active), 5)
-        for group in groups:
-            samples.read_into(group, buffer[: len(group)])
-            originals = Originals(torch.from_numpy(buffer[: len(group)]).to(self._device).float())
-            figures = []
-            for learner in active:
-                terms = transfer_loss(learner.project, originals, **learner.objective(originals))
-                distances = token_distances(learner.project(originals.tokens))
-                parts = (terms.cycle, terms.separability, terms.cycle_accuracy, *distances)
-                figures.append(torch.stack(parts))
-            means += len(group) / len(ids) * torch.stack(figures).cpu()
+        if self._held_out is None:
+            self._held_out = np.empty((len(groups[0]), *samples.shape), np.float16)
+        rows = torch.zeros(len(groups), len(active), 5, device=self._device)
+        for number in range(self.replicas.rank, len(groups), self.replicas.count):
+            tokens = self._held_out[: len(groups[number])]
+            samples.read_into(groups[number], tokens)
+            with exact_float32(self._device.type):
+                originals = Originals(upload(torch.from_numpy(tokens), self._device).float())
+                for learner, row in zip(active, rows[number], strict=True):
+                    terms = transfer_loss(learner.project, originals, **learner.objective(originals))
+                    distances = token_distances(learner.project(originals.tokens))
+                    parts = (terms.cycle, terms.separability, terms.cycle_accuracy, *distances)
+                    row.copy_(torch.stack(parts))
+        self.replicas.add_up([rows])
+        means = torch.zeros_like(rows[0])
+        for group, row in zip(groups, rows, strict=True):
+            means += len(group) / len(ids) * row
         found = {}
         for learner, line in zip(active, means.tolist(), strict=True):
             margin = line[-2] - MARGIN_GAMMA * line[-1]

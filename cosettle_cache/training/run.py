@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+import torch
+
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
 from cosettle_cache.core.files import make_folder, own_folder
+from cosettle_cache.core.precision import check_precision
 from cosettle_cache.core.settings import TrainSettings, differing
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.pictures.charts import curves_chart, save_chart
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.training.batches import ALONE, BatchRing, Replicas, Step
-from cosettle_cache.training.learner import Learner, Trainer
+from cosettle_cache.training.learner import Finished, Learner, Trainer
 from cosettle_cache.training.log import (
     CURVES_SCHEMA,
     START_OVER,
@@ -78,13 +81,15 @@ def train(
 
     Every combination of the values in `sweep` is trained at the same time, each in its own folder in `out`;
     the result is that of its single run. On one device a resumed run ends with the same bits as one that was
-    never stopped. Setting `stop` ends after the step in hand, with a checkpoint. Raises `InputError` for
+    never stopped. Setting `stop` ends after the step in hand (of several processes, and on a GPU, the one
+    after it), with a checkpoint. Raises `InputError` for
     stores without shifted views or with tokens that are not finite, `FingerprintError` when `out` holds a run
     of other settings or other stores, or when the stores are of several encoders; `UsageError` when `out`
     holds anything but a training run, or another process trains into it.
     """
     stream, members = make_stream(stores, settings), make_members(settings, sweep)
     plan, origin = plan_stream(stream, members), stream.origin(members)
+    check_precision(settings.precision, torch.device(device))
     with own_folder(out, "train") if replicas.is_first else nullcontext():
         files = RunFiles(out)
         folders = [files.member(member.name) for member in members]
@@ -178,42 +183,61 @@ def _learn(
 ) -> tuple[int, int, float]:
     """Go through the steps after `before`; return their number, their samples and seconds of waiting."""
     learners, replicas, samples = trainer.learners, trainer.replicas, stream.samples
-    n_steps, n_samples, started, saved = 0, 0, time.perf_counter(), -math.inf
+    n_steps, n_samples, told, started, saved = 0, 0, False, time.perf_counter(), -math.inf
     with ExitStack() as stack:
         logs = zip(plan.members, before.n_bytes, strict=True) if replicas.is_first else ()
         pages = [stack.enter_context(closing(_Page(files.member(a), before.step, n))) for a, n in logs]
-        portions, pin = stream.portions(before.step, replicas), learners[0].device.type == "cuda"
-        ring = BatchRing(samples, portions, plan.sample_shape, stream.capacity(replicas), pin=pin)
+        portions, device = stream.portions(before.step, replicas), learners[0].device
+        ring = BatchRing(samples, portions, plan.sample_shape, stream.capacity(replicas), device=device)
         stack.enter_context(ring)
         progress.start((plan.n_steps - before.step) * plan.n_samples // plan.n_steps, "samples")
         stack.callback(progress.finish)
+
+        def settle(finished: Sequence[Finished]) -> None:
+            nonlocal n_steps, n_samples, told
+            for done in finished:
+                _check_finite(samples, learners, done.step)
+                _append(pages, "train", done.figures)
+                n_steps, n_samples = n_steps + 1, n_samples + len(done.step.ids)
+                line = next(item for item in done.figures if item is not None)
+                speed = n_samples * plan.sample_bytes / (time.perf_counter() - started) / 1e9
+                shown = {"loss": line.total, "cycle_accuracy": line.cycle_accuracy, "GB_per_s": speed}
+                progress.advance(len(done.step.ids), **shown)
+                told = told or done.stopped
+
         for batch in ring:
-            figures = trainer.feed(batch)
+            settle(trainer.feed(batch, stop.is_set()))
+            step = batch.portion.step
             if not batch.portion.ends_step:
                 continue
-            step = batch.portion.step
-            _check_finite(samples, learners, step)
-            _append(pages, "train", figures)
-            n_steps, n_samples = n_steps + 1, n_samples + len(step.ids)
-            line = next(item for item in figures if item is not None)
-            speed = n_samples * plan.sample_bytes / (time.perf_counter() - started) / 1e9
-            shown = {"loss": line.total, "cycle_accuracy": line.cycle_accuracy, "GB_per_s": speed}
-            progress.advance(len(step.ids), **shown)
-            if step.ends_epoch and plan.n_held_out and replicas.is_first:
-                _append(pages, "validation", trainer.validate(samples, stream.held_out.ids, step))
-            stopped = replicas.any(stop.is_set(), learners[0].device)
+            validates, is_last = step.ends_epoch and plan.n_held_out > 0, step.number + 1 == plan.n_steps
+            # Several processes stop together, after the step in which they tell each other.
+            stopped = told if replicas.count > 1 else stop.is_set()
             due = step.ends_epoch or (step.number + 1) % stream.settings.checkpoint_every == 0
             due = due and time.perf_counter() - saved >= CHECKPOINT_SECONDS
-            if pages and (due or stopped or step.number + 1 == plan.n_steps):
-                # The checkpoint counts lines of figures: these must be safely on disk before it.
-                n_bytes = [page.sync() for page in pages]
-                states = [learner.state() for learner in learners]
-                checkpoint = Checkpoint(step.number + 1, before.origin, n_bytes, states)
-                write_checkpoint(files.checkpoint, checkpoint)
+            if validates or due or stopped or is_last:
+                settle(trainer.flush())
+            if validates:
+                _append(pages, "validation", trainer.validate(samples, stream.held_out.ids, step))
+            if pages and (due or stopped or is_last):
+                _save(files, step, before.origin, pages, learners)
                 saved = time.perf_counter()
             if stopped:
                 break
     return n_steps, n_samples, ring.waited_s
+
+
+def _save(
+    files: RunFiles,
+    step: Step,
+    origin: Mapping[str, str],
+    pages: Sequence[_Page],
+    learners: Sequence[Learner],
+) -> None:
+    # The checkpoint counts lines of figures: these must be safely on disk before it.
+    n_bytes = [page.sync() for page in pages]
+    states = [learner.state() for learner in learners]
+    write_checkpoint(files.checkpoint, Checkpoint(step.number + 1, origin, n_bytes, states))
 
 
 class _Page:

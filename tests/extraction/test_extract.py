@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -12,27 +12,30 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
 from extract_cases import make_clips, manifest_of, tree
 from PIL import Image
+from pretend_cuda import Device
 from safetensors.torch import load_file
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import FingerprintError
+from cosettle_cache.core.errors import FingerprintError, UsageError
 from cosettle_cache.core.settings import FramesSettings, PairsSettings, package_versions
-from cosettle_cache.core.types import Encoding, Manifest, PlanKind, Role
+from cosettle_cache.core.types import Encoding, Grid, Manifest, PlanKind, Role
 from cosettle_cache.encoders import Backbone, load_backbone
-from cosettle_cache.encoders.registry import IMAGENET_MEAN, IMAGENET_STD
+from cosettle_cache.encoders.registry import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, Architecture
 from cosettle_cache.extraction import run as extraction
 from cosettle_cache.extraction.images import Views
 from cosettle_cache.extraction.jobs import PlanSummary, note_plan
 from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
 from cosettle_cache.store import FeatureStore, StoreWriter, open_store
 from cosettle_cache.store.plan import Plan, make_plan
-from cosettle_cache.videos.frames import iter_frames, resolve_size
+from cosettle_cache.videos import build_manifest
+from cosettle_cache.videos.frames import FrameReader, iter_frames, resolve_size
 from cosettle_cache.videos.manifest import write_manifest
 
 PAIRS = PairsSettings(n_views=2, size=64)
@@ -273,6 +276,87 @@ def test_a_store_belongs_to_one_kind_of_device(
     with pytest.raises(FingerprintError) as caught:
         run(clips, tmp_path / "s.zarr", backbone)
     assert caught.value.details == ("versions.device: wanted cuda 13.0, found cpu",)
+
+
+def stored_samples(path: Path) -> np.ndarray:
+    store = open_store(path)
+    return np.concatenate(list(store.samples(store.sample_ids))).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "ijepa_b"])
+def test_on_a_gpu_the_host_waits_once_a_batch(
+    clips: Path, tmp_path: Path, cuda: Device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if name == "ijepa_b":  # made small: its plain tokens are those before the last norm
+        size = Architecture(width=64, depth=1, heads=2, patch=16, grid=Grid(4, 4), hidden=128)
+        monkeypatch.setitem(BACKBONES, name, replace(BACKBONES[name], architecture=size))
+    run(clips, tmp_path / "cpu.zarr", load_backbone(name, weights="random"))
+    there = load_backbone(name, weights="random", device="cuda")
+    cuda.clear()
+    report = run(clips, tmp_path / "cuda.zarr", there)
+    n_batches = 3 * 3  # slots of 12 in batches of 4
+    assert report.n_encodings == 36 and not report.failures
+    assert cuda.at("extraction/pipeline.py").popitem()[1] == n_batches, cuda.report()
+    # Besides, what positions need of a grid, once.
+    assert cuda.waits <= n_batches + 3, cuda.report()
+    wanted, found = (stored_samples(tmp_path / f"{kind}.zarr") for kind in ("cpu", "cuda"))
+    assert np.abs(wanted - found).max() <= 2e-3 * np.abs(wanted).max()
+
+
+def limit(backbone: Backbone, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Let a backbone run out of memory above a number of images; return the sizes that it was given."""
+    asked, encode_views = list[int](), backbone.encode_views
+
+    def encode(images: torch.Tensor, views: Any) -> torch.Tensor:
+        asked.append(len(views))
+        if len(views) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode_views(images, views)
+
+    monkeypatch.setattr(backbone, "encode_views", encode)
+    return asked
+
+
+def test_too_little_memory_halves_the_batch(
+    clips: Path, tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(clips, tmp_path / "whole.zarr", backbone)
+    asked, notes = limit(backbone, monkeypatch, 2), list[str]()
+    assert run(clips, tmp_path / "halves.zarr", backbone, note=notes.append).n_encodings == 36
+    assert asked == [4, *[2] * 18]
+    assert notes == ["cpu has no memory for 4 images at a time: 2 from here on (--batch 2 begins with that)"]
+    wanted, found = (stored_samples(tmp_path / f"{kind}.zarr") for kind in ("whole", "halves"))
+    assert np.abs(wanted - found).max() <= 2e-3 * np.abs(wanted).max()
+    limit(backbone, monkeypatch, 0)
+    with pytest.raises(UsageError, match="cpu has no memory for one image of 64x64 pixels"):
+        run(clips, tmp_path / "none.zarr", backbone)
+
+
+def test_a_video_of_several_slots_and_batches_is_decoded_once(tmp_path: Path, backbone: Backbone) -> None:
+    """More threads than it has tasks, fewer buffers than a task fills."""
+    frames = np.random.default_rng(0).integers(0, 255, (70, 32, 32, 3), np.uint8)
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25, width=32, height=32)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    decoded, plain = list[int](), FrameReader.read
+
+    def read(reader: FrameReader, indices: Sequence[int]) -> Iterator[Any]:
+        for index, image in zip(indices, plain(reader, indices), strict=True):
+            decoded.append(index)
+            yield image
+
+    manifest = build_manifest("folder", tmp_path, tmp_path).manifest
+    plan = make_plan(manifest, FramesSettings(size="32x32"), patch=16, dim=64, slot_encodings=30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrameReader, "read", read)
+        with closing(writer_of(plan, manifest, tmp_path / "s.zarr", backbone)) as writer:
+            extract(plan, manifest, tmp_path, backbone, writer, batch_size=4, decode_threads=3)
+    assert decoded == list(range(70))
+    store = open_store(tmp_path / "s.zarr")
+    wanted = one_by_one(tmp_path, store, plan, backbone, 1)
+    assert np.abs(store.tokens("v")[30:60] - wanted.numpy()).max() < 5e-3
 
 
 def command(clips: Path, out: Path) -> list[str]:

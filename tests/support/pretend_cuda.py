@@ -17,9 +17,9 @@ the device is counted by the line of the package that asked for it:
 * `kernels`: operators that did work on the device.
 
 Nothing is concurrent: streams and events do nothing, so a race is not found. Threads that start inside know
-the device as well; processes do not. autocast and GradScaler become those of the CPU; memory figures are of a
-card of 80 GB that is empty. Pinned memory is known by its address, so views of it are pinned too. Training
-works, gradients included.
+the device as well; processes do not. autocast and GradScaler become those of the CPU, inference mode becomes
+`no_grad`; memory figures are of a card of 80 GB that is empty. Pinned memory is known by its address, so
+views of it are pinned too. Training works, gradients included.
 """
 
 from __future__ import annotations
@@ -171,6 +171,10 @@ class CudaTensor(torch.Tensor):
     def data_ptr(self) -> int:
         raise RuntimeError("a pretended tensor has no address on the device")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:  # as torch.save does
+        self.on.download(self.held, non_blocking=False)
+        return self.held.__reduce_ex__(protocol)
+
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return f"CudaTensor({self.held!r})"
 
@@ -188,6 +192,9 @@ def _run(on: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     name = func._schema.name.removeprefix("aten::")
     tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
     ours = [item for item in tensors if isinstance(item, CudaTensor)]
+    if name == "_to_copy" and ours:
+        # Moves come through `_Calls`; this is a gradient's, by a device that C++ takes for the CPU.
+        kwargs.pop("device", None)
     wanted = kwargs.get("device")
     if name == "_has_compatible_shallow_copy_type":
         return len(ours) in (0, len(tensors))
@@ -376,6 +383,8 @@ def _patches(on: Device) -> dict[str, Any]:
     made |= {name: lambda *_: queue() for name in streams}
     made |= {name: lambda *_: nullcontext() for name in ("torch.cuda.stream", "torch.cuda.device")}
     made["torch.cuda.synchronize"] = lambda *_: on.wait("synchronize")
+    # A wrapper cannot be an inference tensor.
+    made["torch.inference_mode"] = torch.no_grad
     made["torch.autocast"] = lambda device_type, *args, **kwargs: on_cpu("cpu", *args, **kwargs)
     made["torch.amp.GradScaler"] = lambda device="cuda", **kwargs: scaler("cpu", **kwargs)
     return made

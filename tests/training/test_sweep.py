@@ -169,7 +169,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(tmp_path: Path) -> None:
 def test_auto_weight_keeps_the_ratio_of_gradients() -> None:
     batch = make_batch()
     run = replace(SMALL, separability_weight="auto", gradient_ratio=0.5)
-    (found,) = Trainer([Learner(Projection(8, init="pytorch"), run)]).feed(batch)
+    (found,) = Trainer([Learner(Projection(8, init="pytorch"), run)]).feed(batch)[0].figures
     projection = Projection(8, init="pytorch")
     terms = transfer_loss(projection, batch.samples.float())
     lengths = []
@@ -183,13 +183,13 @@ def test_auto_weight_keeps_the_ratio_of_gradients() -> None:
     fixed = Learner(
         Projection(8, init="pytorch"), replace(SMALL, separability_weight=found.separability_weight)
     )
-    (again,) = Trainer([fixed]).feed(batch)
+    (again,) = Trainer([fixed]).feed(batch)[0].figures
     assert again.gradient_norm == pytest.approx(found.gradient_norm, rel=1e-4)
 
 
 def test_gradients_are_clipped() -> None:
     learner = Learner(Projection(8, init="pytorch"), replace(SMALL, clip_gradient=0.01))
-    (figures,) = Trainer([learner]).feed(make_batch())
+    (figures,) = Trainer([learner]).feed(make_batch())[0].figures
     length = torch.cat([item.grad.flatten() for item in learner.projection.parameters()]).norm().item()
     assert figures.gradient_norm > 0.01 and length == pytest.approx(0.01, rel=1e-3)
 
@@ -289,7 +289,7 @@ def test_walks_that_never_return_have_finite_figures() -> None:
     batch = make_batch()
     batch.samples[:, 2] = -batch.samples[:, 0]  # walks end as far from their start as can be
     learner = Learner(Projection(8, init="pytorch"), replace(SMALL, temperature=1e-4, window=1))
-    (figures,) = Trainer([learner]).feed(batch)
+    (figures,) = Trainer([learner]).feed(batch)[0].figures
     assert learner.diverged_at is None and math.isfinite(figures.identity_cosine)
 
 

@@ -112,7 +112,7 @@ def test_every_step_of_the_released_run(
     in_order = np.arange(12).reshape(3, 4)
     portions = make_portions(make_steps(lambda _: in_order, run.epochs))
     with BatchRing(ArraySource(samples.numpy()), portions, samples.shape[1:], 4) as ring:
-        found = [trainer.feed(batch)[0] for batch in ring]
+        found = [trainer.feed(batch)[0].figures[0] for batch in ring]
     for figures, line in zip(found, expected["log"], strict=True):
         assert figures.step == line["step"]
         assert figures.lr == pytest.approx(line["lr"], rel=1e-9, abs=1e-12)
@@ -132,8 +132,8 @@ def test_parts_of_a_batch_add_up() -> None:
         Learner(Projection(8, init="pytorch"), SMALL),
         Learner(Projection(8, init="pytorch"), SMALL),
     )
-    (wanted,) = Trainer([whole]).feed(batch)
-    (found,) = Trainer([parts], part_bytes=3 * 4 * samples[0].numel()).feed(batch)
+    (wanted,) = Trainer([whole]).feed(batch)[0].figures
+    (found,) = Trainer([parts], part_bytes=3 * 4 * samples[0].numel()).feed(batch)[0].figures
     assert found.total == pytest.approx(wanted.total, rel=1e-5)
     assert found.cycle_accuracy == pytest.approx(wanted.cycle_accuracy, abs=1e-6)
     assert found.identity_cosine == pytest.approx(wanted.identity_cosine, rel=1e-6)
@@ -147,11 +147,11 @@ def test_a_step_uses_the_memory_of_the_one_before() -> None:
 
     samples = torch.randn(8, 3, 14, 14, 384, generator=torch.Generator().manual_seed(0)).half()
     trainer, seen = Trainer([Learner(Projection(384), SMALL)]), []
-    for number in range(4):
+    for number in range(8):  # some until the heap has found its size
         step = Step(number, 1, 1.5, False, np.arange(8))
         trainer.feed(Batch(Portion(step, step.ids, True), samples))
         seen.append(n_faults())
-    assert seen[-1] - seen[1] < 1000  # 5,000 a step where freed memory goes back to the system
+    assert seen[-1] - seen[5] < 1000  # 5,000 a step where freed memory goes back to the system
 
 
 def test_weight_decay_is_on_matrices_only() -> None:
