@@ -14,7 +14,7 @@ from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import ExitCode
 from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, FramesSettings, PairsSettings
 from cosettle_cache.core.types import PlanKind
-from cosettle_cache.encoders.registry import BACKBONES, NamedBackbone
+from cosettle_cache.encoders.registry import BACKBONES, NORMS, NamedBackbone
 
 
 def extract(
@@ -34,6 +34,10 @@ def extract(
         typer.Option(help="Pixels: 224 (pairs); 480x880, short:480/64, dinov3-m (frames)."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of frame choice, crops and shifts.")] = 0,
+    layers: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Blocks (from 0) whose tokens are kept, a store each.")
+    ] = None,
+    norm: Annotated[str, typer.Option(help="With --layers, the final norm on: last, each or none.")] = "last",
 ) -> int:
     """Encode videos once into a store. Run it again to resume; finished slots are kept.
 
@@ -45,6 +49,8 @@ def extract(
 
     talk = Talk(quiet=mode.quiet)
     data = manifest_data(manifest, data_root) if manifest else training_data(data_root, talk)
+    if layers or norm != NORMS[0]:
+        encoder = replace(encoder, backbone=f"{encoder.backbone}@{layers or ''}:{norm}")
     encoder = replace(encoder, weights=find_weights(encoder.weights, data_root))
     if plan is PlanKind.FRAMES:
         views: PairsSettings | FramesSettings = replace(frames, size=size or frames.size, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cosettle_cache.encoders.registry import (
@@ -14,6 +15,7 @@ from cosettle_cache.encoders.registry import (
     family_of,
     make_info,
     sizeless,
+    split_name,
     weights_file,
 )
 
@@ -23,9 +25,13 @@ def describe_backbone(
 ) -> BackboneInfo:
     """Return the sizes and the normalisation of an encoder; nothing is downloaded.
 
-    The table or timm knows them; for a family's name they come from the shapes in the weights file. Names of
-    the table need no torch, files of a family no timm, so that `--dry-run` answers at once.
+    Of `NAME@LAYER` they are those of one layer. The table or timm knows them; for a family's name they come
+    from the shapes in the weights file. Names of the table need no torch, files of a family no timm, so that
+    `--dry-run` answers at once.
     """
+    base, layers, _ = split_name(name)
+    if layers:
+        return replace(describe_backbone(base, weights=weights, heads=heads), name=name)
     if name.startswith(TIMM_PREFIX):
         from cosettle_cache.encoders.load import describe_timm
 

@@ -65,6 +65,7 @@ from cosettle_cache.encoders.registry import (
     is_timms,
     make_info,
     sizeless,
+    split_name,
     weights_file,
 )
 from cosettle_cache.encoders.vit import PRECISIONS, SHIFT_RULE, Backbone, VitBody, Weights
@@ -90,7 +91,8 @@ def load_backbone(
 ) -> Backbone:
     """Return a frozen encoder.
 
-    `name` is a row of the table, a family with a weights file of any size, or `timm/<model id>`. `weights`:
+    `name` is a row of the table, a family with a weights file of any size, or `timm/<model id>`; with
+    `@LAYER` behind it tokens are those of an inner layer (`Backbone.take_layers`). `weights`:
     None for the published ones (cached), "random" for random ones from `seed`, or a file. `heads` is for
     files of a family whose width does not give the number of heads. `compiled` puts the blocks through
     torch.compile. `red_std` replaces ImageNet's red deviation, which some protocols have otherwise, where the
@@ -100,10 +102,13 @@ def load_backbone(
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
     where = torch.device(find_device(device))
     check_precision(precision, where)
-    load = _load_timm if is_timms(name) else _load_family
-    backbone = load(name, weights, heads, seed, where, precision)
+    base, layers, norm = split_name(name)
+    load = _load_timm if is_timms(base) else _load_family
+    backbone = load(base, weights, heads, seed, where, precision)
     if red_std is not None:
         backbone.std = replace_red_std(backbone.std, red_std)
+    if layers:
+        backbone.take_layers(layers, norm)
     if compiled:
         backbone.compile_blocks()
     return backbone

@@ -9,6 +9,7 @@ came later and are computed as timm does.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -560,6 +561,32 @@ def sizeless(name: str) -> UsageError:
         wanted=f"{name} with --weights FILE, or one of {', '.join(sizes)}",
         found=name,
     )
+
+
+#: What the encoder's final norm is applied to: the last layer's tokens, those of each layer, or none.
+NORMS = ("last", "each", "none")
+
+
+def split_name(name: str) -> tuple[str, tuple[int, ...], str]:
+    """Return name, layers and norm of `NAME@LAYER,LAYER:NORM`; without layers the encoder's own tokens.
+
+    Layers count from 0, as timm's do. Raises `UsageError` for anything else behind the `@`.
+    """
+    base, at, rest = name.partition("@")
+    numbers, colon, norm = rest.partition(":")
+    layers = [int(number) for number in numbers.split(",") if number.isdecimal() and len(number) < 6]
+    is_known = len(layers) == numbers.count(",") + 1 and (norm in NORMS if colon else True)
+    if at and not (is_known and sorted(set(layers)) == layers):
+        raise UsageError(
+            f"{name!r} names no layers", wanted="NAME@8, or NAME@5,8,11:each, ascending", found=rest
+        )
+    return base, tuple(layers) if at else (), norm or NORMS[0]
+
+
+def join_name(base: str, layers: Sequence[int], norm: str) -> str:
+    """Return the name that `split_name` takes apart."""
+    named = ",".join(map(str, layers))
+    return f"{base}@{named}{'' if norm == NORMS[0] else f':{norm}'}" if layers else base
 
 
 def is_timms(name: str) -> bool:

@@ -30,7 +30,7 @@ from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.types import Grid, PositionShift
-from cosettle_cache.encoders.registry import PositionResize
+from cosettle_cache.encoders.registry import NORMS, PositionResize, join_name, split_name
 
 if TYPE_CHECKING:
     from cosettle_cache.encoders.registry import BackboneInfo
@@ -81,10 +81,38 @@ class Backbone:
         self.weights_passed_over = weights.passed_over
         self.token_rule, self.position_rule = token_rule, position_rule
         self.precision, self.device = precision, torch.device(device)
+        self.layers, self.norm = tuple[int, ...](), NORMS[0]
         self._body = body
         self._autocast = PRECISIONS[precision]
         if self._autocast is not None:
             body.keep_weights_in(self._autocast)
+
+    def take_layers(self, layers: Sequence[int], norm: str) -> None:
+        """Give the tokens behind these blocks (from 0), side by side in the channels, instead of the last's.
+
+        The encoder's final norm is applied to those of the `last` block only, to `each`, or to `none`, as
+        timm's `forward_intermediates` does with and without `norm`. Raises `UsageError` for a layer that does
+        not exist.
+        """
+        depth = len(self._body.vit.blocks)
+        if not all(0 <= layer < depth for layer in layers):
+            found = ", ".join(map(str, layers))
+            raise UsageError(f"{self.name} has no such layer", wanted=f"layers 0 to {depth - 1}", found=found)
+        self.layers, self.norm = tuple(layers), norm
+        self._body.layers, self._body.norm = self.layers, norm
+        self.dim = self.info.dim * len(layers)
+        rule = ", ".join(map(str, layers))
+        self.token_rule += f"; behind block {rule} of 0 to {depth - 1}, final norm on {norm}"
+        self.name = join_name(self.name, layers, norm)
+
+    def one_layer(self, layer: int) -> Backbone:
+        """Return the same encoder, giving the tokens of one of its layers."""
+        one = copy(self)
+        one._body = copy(self._body)
+        one.name, _, _ = split_name(self.name)
+        one.token_rule = self.token_rule.partition("; behind block")[0]
+        one.take_layers([layer], self.norm)
+        return one
 
     def grid(self, height: int, width: int) -> Grid:
         """Return the grid of patch tokens of an image of this size in pixels."""
@@ -148,6 +176,8 @@ class VitBody:
         self.norm_plain = norm_plain
         self.prefix, embedding = split_positions(vit)
         self.positions = None if embedding is None else Positions(embedding, resize)
+        self.layers: tuple[int, ...] = (len(vit.blocks) - 1,)
+        self.norm = NORMS[0]
         rope = getattr(vit, "rope", None)
         self.rotary = None if rope is None else Rotary(rope, len(vit.blocks))
 
@@ -164,7 +194,7 @@ class VitBody:
         grid: Grid,
         autocast: torch.dtype | None = None,
     ) -> Tensor:
-        """Return all tokens [n, prefix + patch, dim] of the views (image number, shift).
+        """Return all tokens [n, prefix + patch, layer * dim] of the views (image number, shift).
 
         Positions are float32 in every precision, so no token depends on which other views are shifted.
         """
@@ -176,9 +206,16 @@ class VitBody:
             positions = None if self.positions is None else self.positions.of_views(grid, shifts)
             tables = None if self.rotary is None else self.rotary.tables(grid, shifts)
             with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-                tokens = self._forward(images, images_of, positions, tables)
-                normed: Tensor = self.vit.norm(tokens)
-        if self.norm_plain:
+                found = self._forward(images, images_of, positions, tables)
+                normed = [self._normed(tokens, layer, shifts) for layer, tokens in found]
+        return normed[0] if len(normed) == 1 else torch.cat(normed, -1)
+
+    def _normed(self, tokens: Tensor, layer: int, shifts: Sequence[PositionShift | None]) -> Tensor:
+        """Return the tokens of a layer with the final norm, where that is asked for."""
+        if self.norm == "none" or (self.norm == "last" and layer < len(self.vit.blocks) - 1):
+            return tokens
+        normed: Tensor = self.vit.norm(tokens)
+        if self.norm_plain or self.norm == "each":
             return normed
         shifted = upload(torch.tensor([shift is not None for shift in shifts]), tokens.device)
         return torch.where(shifted[:, None, None], normed, tokens)
@@ -189,17 +226,20 @@ class VitBody:
         images_of: Sequence[int],
         positions: Tensor | None,
         tables: Sequence[Tensor] | None,
-    ) -> Tensor:
-        """Return the tokens behind the last block of the views of these images."""
+    ) -> list[tuple[int, Tensor]]:
+        """Return the tokens of the views of these images behind each block that is asked for."""
         patches = self.vit.patch_embed(images).flatten(1, 2)
         if images_of != list(range(len(patches))):
             patches = patches[upload(torch.tensor(images_of), patches.device)]
         if positions is not None:
             patches = patches + positions
         tokens: Tensor = self.vit.norm_pre(torch.cat([self.prefix.expand(len(patches), -1, -1), patches], 1))
-        for index, block in enumerate(self.vit.blocks):
+        found = []
+        for index, block in enumerate(self.vit.blocks[: self.layers[-1] + 1]):
             tokens = block(tokens) if tables is None else block(tokens, rope=tables[index])
-        return tokens
+            if index in self.layers:
+                found.append((index, tokens))
+        return found
 
 
 def split_positions(vit: Any) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds
+from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.files import is_url
 from cosettle_cache.core.settings import LINEAR, EncoderSettings, ExtractSettings, FramesSettings, digest
 from cosettle_cache.core.types import Manifest
@@ -75,6 +76,8 @@ def make_store(wish: StoreWish, data: Data, talk: Talk) -> tuple[str, dict[str, 
     settings = ExtractSettings(workers=wish.workers, scheduler=wish.scheduler)
     out = str(Path(name).absolute()) if wish.workers or wish.scheduler else name
     job = StoreJob(out, data.root, encoder, FramesSettings(wish.size, resampling=wish.resampling), settings)
+    if len(job.stores) > 1:
+        raise UsageError("a task takes the tokens of one layer", wanted="NAME@8", found=encoder.backbone)
     plan = job.plan(data.manifest)
     note_plan(summarise_plan(job, plan, data.manifest), talk)
     report = extract_store(job, plan, data.manifest, talk)
@@ -97,11 +100,11 @@ def summarise_plan(job: StoreJob, plan: Plan, manifest: Manifest) -> PlanSummary
         grids=tuple(str(layout.grid) for layout in plan.arrays),
         dtype=job.settings.dtype,
         codec=job.settings.codec,
-        slots=plan.n_slots,
+        slots=plan.n_slots * len(job.stores),
         slot_encodings=tuple(layout.slot_encodings for layout in plan.arrays),
-        bytes=plan.n_bytes,
+        bytes=plan.n_bytes * len(job.stores),
         bytes_free=bytes_free,
-        out=job.out,
+        out=" ".join(job.stores),
     )
 
 
@@ -125,14 +128,14 @@ def report_lines(job: StoreJob, report: ExtractReport) -> list[str]:
         failed.append("after mending them, the same command with --retry-failed encodes their slots again")
     if not report.n_slots and not report.interrupted:
         n_others = report.n_slots_before + report.n_slots_elsewhere
-        return [f"{job.out}: all {n_others} slots were there already", *failed]
+        return [f"{' '.join(job.stores)}: all {n_others} slots were there already", *failed]
     seconds = report.seconds
     resumed = f" ({report.n_slots_before} slots were there already)" if report.n_slots_before else ""
     shared = f" ({report.n_slots_elsewhere} slots by other extractions)" if report.n_slots_elsewhere else ""
     across = job.settings.workers or job.settings.scheduler
     over = f" over {report.n_processes} processes" if across else ""
     return [
-        f"{job.out}: {report.n_encodings} encodings in {report.n_slots} slots, "
+        f"{' '.join(job.stores)}: {report.n_encodings} encodings in {report.n_slots} slots, "
         f"{human_seconds(seconds.total)}, {report.images_per_s:.1f} images/s{resumed}{shared}",
         f"stages{over}: decode {human_seconds(seconds.decode)}, encode {human_seconds(seconds.encode)}, "
         f"write {human_seconds(seconds.write)}; waited {human_seconds(seconds.wait_images)} for images, "

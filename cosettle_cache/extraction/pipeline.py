@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count, groupby, pairwise
 from pathlib import Path
 from threading import Condition, Event, Lock
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from cosettle_cache.core.parallel import host_memory, one_core_threads
 from cosettle_cache.core.types import Encoding, MediaKind, Slot, Video
 from cosettle_cache.encoders import Backbone
 from cosettle_cache.extraction.images import Look, Views, resampling_of
-from cosettle_cache.store import Shard, StoreWriter
+from cosettle_cache.store import Shard
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import FrameReader
 
@@ -38,6 +38,26 @@ FRAMES_PER_TASK = 4
 #: Batch buffers: up to two that the device is not done with, the others being filled.
 N_BUFFERS = 4
 NOT_FINITE = "its tokens do not fit float16 (overflow or not a number)"
+
+
+@runtime_checkable
+class SlotWriter(Protocol):
+    """What slots are committed to: a store, or several side by side. See `StoreWriter`."""
+
+    def todo(self, *, retry_failed: bool = False) -> list[int]:
+        """Return the slots that are to do."""
+
+    def claim(self, index: int, *, retry_failed: bool = False) -> bool:
+        """Hold a slot, and say whether it is to do."""
+
+    def release(self, index: int) -> None:
+        """Give a slot back."""
+
+    def commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
+        """Write a slot's tokens and mark it as done."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +286,7 @@ class Filler:
     videos: Mapping[str, Video]
     data_root: Path
     backbone: Backbone
-    writer: StoreWriter
+    writer: SlotWriter
     batch_size: int = 16
     decode_threads: int = 1
     write_threads: int = 1
@@ -458,8 +478,8 @@ class Filler:
                 video = self.videos[video_id]
                 if reader is None or reader.video is not video:
                     reader, last = FrameReader(video, self.data_root), None
-                look = (self.backbone.mean, self.backbone.std, resampling_of(self.plan))
-                views = Views(self.plan.kind, *image_size, *look)
+                mean, std = self.backbone.mean, self.backbone.std
+                views = Views(self.plan.kind, *image_size, mean, std, resampling_of(self.plan))
                 frames: defaultdict[int, _Frame] = defaultdict(_Frame)
                 begins: dict[int, _Batch] = {}
                 for position, encoding in sorted(items, key=lambda item: item[1].frame):

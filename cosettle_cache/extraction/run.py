@@ -17,6 +17,8 @@ from threading import Event, Lock
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
+
 from cosettle_cache.core.cluster import work_on
 from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
 from cosettle_cache.core.errors import InputError
@@ -30,12 +32,12 @@ from cosettle_cache.core.settings import (
     PairsSettings,
     package_versions,
 )
-from cosettle_cache.core.types import Fingerprint, Manifest
+from cosettle_cache.core.types import Fingerprint, Manifest, Slot
 from cosettle_cache.encoders import Backbone, describe_backbone, load_backbone
-from cosettle_cache.encoders.registry import weights_file
+from cosettle_cache.encoders.registry import split_name, weights_file
 from cosettle_cache.extraction.images import views_rule
-from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
-from cosettle_cache.store import StoreWriter, open_store, spec_version
+from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler, SlotWriter
+from cosettle_cache.store import Shard, StoreWriter, open_store, spec_version
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.manifest import manifest_digest
 
@@ -119,6 +121,14 @@ class StoreJob:
             codec=self.settings.codec,
         )
 
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Paths or URLs of what is filled: one store, or where several layers are named one for each."""
+        _, layers, _ = split_name(self.encoder.backbone)
+        stem, dot, suffix = self.out.rstrip("/").rpartition(".zarr")
+        before, after = (stem, dot + suffix) if dot else (suffix, "")
+        return tuple(f"{before}-layer{layer}{after}" for layer in layers) if len(layers) > 1 else (self.out,)
+
     def load_encoder(self, device: str) -> Backbone:
         """Return the encoder on a device."""
         options = {**asdict(self.encoder), "device": device}
@@ -126,11 +136,21 @@ class StoreJob:
 
     def open_writer(
         self, plan: Plan, manifest: Manifest, backbone: Backbone, device: Mapping[str, str] | None = None
-    ) -> StoreWriter:
-        """Create the store, or open the one that was made with the same settings.
+    ) -> SlotWriter:
+        """Create the store, or open the one that was made with the same settings; one per layer.
 
         `device` is that of the processes that will encode (`device_versions`), the encoder's own by default.
         """
+        if len(self.stores) > 1:
+            each = [replace(self, out=path) for path in self.stores]
+            layers = [backbone.one_layer(layer) for layer in backbone.layers]
+            pairs = zip(each, layers, strict=True)
+            return LayerWriters([job._open_writer(plan, manifest, one, device) for job, one in pairs])
+        return self._open_writer(plan, manifest, backbone, device)
+
+    def _open_writer(
+        self, plan: Plan, manifest: Manifest, backbone: Backbone, device: Mapping[str, str] | None
+    ) -> StoreWriter:
         encoder = {
             "name": backbone.name,
             "weights_source": backbone.weights_source,
@@ -145,6 +165,40 @@ class StoreJob:
         if device is not None:
             fingerprint = replace(fingerprint, versions={**fingerprint.versions, **device})
         return StoreWriter.create_or_resume(self.out, plan.arrays, fingerprint, manifest, encoder)
+
+
+class LayerWriters:
+    """The stores of several layers, filled side by side: a slot is to do while one of them lacks it."""
+
+    def __init__(self, writers: Sequence[StoreWriter]) -> None:
+        self._writers = writers
+        self._held: dict[int, list[int]] = {}
+
+    def todo(self, *, retry_failed: bool = False) -> list[int]:
+        """Return the slots that one of the stores lacks."""
+        return sorted({index for one in self._writers for index in one.todo(retry_failed=retry_failed)})
+
+    def claim(self, index: int, *, retry_failed: bool = False) -> bool:
+        """Hold a slot in the stores that lack it; say whether there are any."""
+        claimed = [one.claim(index, retry_failed=retry_failed) for one in self._writers]
+        self._held[index] = [number for number, is_ours in enumerate(claimed) if is_ours]
+        return any(claimed)
+
+    def release(self, index: int) -> None:
+        """Give a slot back."""
+        for number in self._held.pop(index, ()):
+            self._writers[number].release(index)
+
+    def commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
+        """Commit a slot to the stores that lack it; layers lie side by side in the channels."""
+        layers = np.split(shard.tokens, len(self._writers), axis=-1)
+        for number in self._held.get(slot.index, ()):
+            self._writers[number].commit(slot, Shard(np.ascontiguousarray(layers[number])), failures)
+
+    def close(self) -> None:
+        """Close all stores."""
+        for one in self._writers:
+            one.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +242,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
                 stop=stop,
                 note=talk.note,
             )
-    return replace(report, failures=dict(open_store(job.out).failures))
+    return replace(report, failures=dict(open_store(job.stores[0]).failures))
 
 
 def extract(
@@ -196,7 +250,7 @@ def extract(
     manifest: Manifest,
     data_root: Path,
     backbone: Backbone,
-    writer: StoreWriter,
+    writer: SlotWriter,
     *,
     batch_size: int = 16,
     decode_threads: int = 1,
@@ -236,7 +290,7 @@ def extract_across(
     run: Run,
     job: StoreJob,
     plan: Plan,
-    writer: StoreWriter,
+    writer: SlotWriter,
     *,
     progress: Progress = SILENT,
     stop: Event | None = None,
@@ -353,7 +407,7 @@ def _worker_device(asked: str | None) -> dict[str, str]:
 def _fill_slots(
     fill: Callable[[Sequence[int]], Iterator[FilledSlot]],
     plan: Plan,
-    writer: StoreWriter,
+    writer: SlotWriter,
     retry_failed: bool,
     clock: Clock,
     progress: Progress,
@@ -408,7 +462,7 @@ def _open(job: StoreJob) -> Filler:
             f"{job.data_root} is not a folder on {platform.node()}",
             wanted="the data root under the same path on every worker",
         )
-    manifest = open_store(job.out).manifest
+    manifest = open_store(job.stores[0]).manifest
     device = pick_device(job.encoder.device)
     backbone = job.load_encoder(device)
     plan = job.plan(manifest)

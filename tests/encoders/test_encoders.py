@@ -511,6 +511,50 @@ def test_tokens_of_later_encoders_equal_timm(name):
     torch.testing.assert_close(tokens[:, -24:], reference, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["mae_b", "dinov3_7b", "radio_v3_b", "tipsv2_b", "pe_spatial_t", "siglip2_b", "aimv2_l"]
+)
+@pytest.mark.parametrize("norm", ["last", "each", "none"])
+def test_inner_layers_equal_timms(name, norm):
+    row = BACKBONES[name]
+    model_id = row.model_id or "vit_base_patch16_224"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"depth": 3, "embed_dim": 128, "num_heads": 2}
+        vit = timm.create_model(model_id, num_classes=0, dynamic_img_size=True, **sizes).eval()
+        for parameter in vit.norm.parameters():
+            torch.nn.init.normal_(parameter)
+    patch = row.architecture.patch
+    images = torch.rand(2, 3, 4 * patch, 6 * patch, generator=torch.Generator().manual_seed(2))
+    info = make_info(name, row.family, dataclasses.replace(row.architecture, width=128))
+    body = VitBody(vit, PositionResize.ANTIALIAS)
+    backbone = Backbone(info, body, Weights("random:0", ""), token_rule="", position_rule="")
+    backbone.take_layers([0, 2], norm)
+    options = {"norm": norm == "each", "intermediates_only": True, "output_fmt": "NLC"}
+    with torch.inference_mode():
+        first, last = vit.forward_intermediates(images, indices=[0, 2], **options)
+        last = vit.norm(last) if norm == "last" else last
+    wanted = torch.cat([first, last], -1)
+    torch.testing.assert_close(backbone.encode(images).flatten(1, 2), wanted, atol=1e-5, rtol=1e-5)
+    alone = backbone.one_layer(2)
+    torch.testing.assert_close(alone.encode(images).flatten(1, 2), last, atol=1e-5, rtol=1e-5)
+    assert alone.name == f"{name}@2" + ("" if norm == "last" else f":{norm}")
+
+
+def test_layers_are_named(tiny):
+    named = load_backbone(f"{TINY}@1,3", weights="random")
+    assert (named.name, named.dim, named.info.dim) == (f"{TINY}@1,3", 2 * tiny.dim, tiny.dim)
+    assert "behind block 1, 3 of 0 to" in named.token_rule and "final norm on last" in named.token_rule
+    assert named.weights_sha256 == tiny.weights_sha256
+    assert describe_backbone("mae_b@3:none").dim == 768
+    images = torch.rand(1, 3, 32, 32)
+    last = load_backbone(f"{TINY}@{len(tiny._body.vit.blocks) - 1}", weights="random")
+    assert torch.equal(last.encode(images), tiny.encode(images))
+    for wrong in ("@", "@x", "@3,1", "@1,1", "@1:most", "@-1", "@1:", "@99"):
+        with pytest.raises(UsageError):
+            load_backbone(f"{TINY}{wrong}", weights="random")
+
+
 def test_dinov3_has_metas_periods_and_timms_names_have_timms():
     images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     rounded, plain = (

@@ -417,3 +417,29 @@ def test_bicubic_frames_are_dinov3s(golden: Callable[[str], Path], golden_json: 
         views = Views(PlanKind.FRAMES, *size, IMAGENET_MEAN, IMAGENET_STD, "bicubic")
         (view,) = views.prepare(image, [Encoding("clip", 0, 0, Role.PLAIN)])
         assert (view - wanted).abs().max() <= 2e-3
+
+
+def test_layers_are_stores_of_their_own_made_in_one_pass(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_manifest("clips.parquet", manifest_of(clips))
+    line = ["extract", "--manifest", "clips.parquet", "--data-root", str(clips), "--weights", "random", "-q"]
+    line += ["--plan", "frames", "--size", "48x64", "--slot-encodings", "5", "--device", "cpu"]
+    several = [*line, "--backbone", "timm/test_vit", "--layers", "0,2", "--norm", "each", "--out", "s.zarr"]
+    assert run_command(several) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.zarr")) == ["s-layer0.zarr", "s-layer2.zarr"]
+    assert run_command([*line, "--backbone", "timm/test_vit@2:each", "--out", "alone.zarr"]) == 0
+    first, both, alone = (open_store(f"{name}.zarr") for name in ("s-layer0", "s-layer2", "alone"))
+    assert both.fingerprint == alone.fingerprint
+    assert both.fingerprint.backbone == "timm/test_vit@2:each"
+    for video_id in alone.video_ids:
+        assert np.allclose(both.tokens(video_id), alone.tokens(video_id), atol=2e-3)
+        assert not np.allclose(first.tokens(video_id), alone.tokens(video_id), atol=1e-2)
+    before = tree(Path("s-layer0.zarr"))
+    lost = next(Path("s-layer2.zarr/index").rglob("*.parquet"))
+    lost.unlink()
+    assert run_command(several) == 0
+    assert lost.exists() and tree(Path("s-layer0.zarr")) == before
+    assert run_command([*line, "--backbone", "timm/test_vit", "--layers", "9", "--out", "t.zarr"]) == 2
+    assert "wanted: layers 0 to" in capsys.readouterr().err
