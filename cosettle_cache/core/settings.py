@@ -181,6 +181,7 @@ class ExtractSettings(Settings):
     workers: int = setting(0, "Processes here, one per GPU; 0: this one.", min=0)
     scheduler: str | None = setting(None, "A dask scheduler whose workers do it, as tcp://host:8786.")
     retry_failed: bool = setting(False, "Encode failed slots again.")
+    verify_media: bool = setting(False, "Compare every byte of the media, not only sizes and times.")
 
 
 @dataclass(frozen=True, slots=True)

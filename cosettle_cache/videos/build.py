@@ -16,6 +16,7 @@ from cosettle_cache.core.errors import CosettleError, InputError, MediaError, Us
 from cosettle_cache.core.files import printable
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
 from cosettle_cache.core.types import LabelKind, Manifest, Video
+from cosettle_cache.videos.content import is_other, media_content, media_stamp, present_row
 from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.frames import (
     LEFT_BEHIND,
@@ -132,6 +133,8 @@ class Source:
             split=self.split,
             fps=info.fps,
             class_name=clip.class_name,
+            stamp=media_stamp(clip.path),  # before the bytes are read, so that a change meanwhile shows
+            content=media_content(clip.path),
         )
         kind, labels = DATASETS[self.dataset].label_kind, clip.labels
         # A clip without tracks was not unpacked whole: reading them says so.
@@ -229,8 +232,8 @@ def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tupl
 def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: Progress) -> dict[str, str]:
     """Return a reason for every video that does not hold what its row says.
 
-    Sizes and counts are compared as far as the row knows them; with `decode` every frame is decoded and every
-    mask is read too.
+    Sizes, counts and contents are compared as far as the row knows them; with `decode` every byte is read,
+    every frame decoded and every mask read too.
     """
 
     def find_problem(video: Video) -> str | None:
@@ -255,6 +258,10 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
 
 def _check_video(video: Video, data_root: Path, decode: bool) -> None:
     video = _measured(video, probe(data_root / video.media, exact=False))
+    if is_other(video, present_row(video, data_root, read=decode or None)):
+        raise MediaError(
+            f"{video.media} has changed", wanted="what the manifest was made from", found="other bytes"
+        )
     if decode:
         for _ in iter_frames(video, data_root):
             pass
