@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from cosettle_cache.core.cluster import work_on
 from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
-from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.core.files import is_url
 from cosettle_cache.core.parallel import Run, pick_device, share_of_cores
 from cosettle_cache.core.precision import device_versions
@@ -38,7 +38,7 @@ from cosettle_cache.extraction.images import views_rule
 from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
 from cosettle_cache.store import StoreWriter, open_store, spec_version
 from cosettle_cache.store.plan import Plan, make_plan
-from cosettle_cache.videos.content import changed_error, check_content, is_other, present_row
+from cosettle_cache.videos.content import is_other, look_again, name_changed, present_row
 from cosettle_cache.videos.manifest import manifest_digest
 
 #: Patch tokens per forward pass: 16 images of 224 pixels on a CPU, 128 on a GPU.
@@ -159,12 +159,14 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     """Fill the store of a job, resuming what is there; the report's failures are those of the whole store.
 
     The first Ctrl-C ends the extraction after the slots in hand. Raises `OutputError` when the store cannot
-    be written; committed slots stay. Raises `FingerprintError` for media that are others than the manifest or
-    the store was made from.
+    be written; committed slots stay. Raises `FingerprintError` for media that are others than the store was
+    made from.
     """
     settings = job.settings
     progress = talk.progress("compare media")
-    manifest = check_content(manifest, job.data_root, read=settings.verify_media, progress=progress)
+    manifest, changed = look_again(manifest, job.data_root, read=settings.verify_media, progress=progress)
+    if changed:
+        talk.warn(f"{name_changed('the manifest', changed)}; these are encoded")
     if settings.workers or settings.scheduler:
         report = _extract_with_workers(job, plan, manifest, talk)
     else:
@@ -347,7 +349,7 @@ def _check_store(job: StoreJob, manifest: Manifest, writer: StoreWriter) -> None
     changed = {new.video_id: new for old, new in rows if is_other(old, new)}
     if others := [video_id for video_id in changed if video_id not in store.failures]:
         hint = "bring them back, or write to another folder with --out"
-        raise changed_error(others, job.out, hint)
+        raise FingerprintError(name_changed(job.out, others), hint=hint)
     if changed and job.settings.retry_failed:
         videos = tuple(changed.get(old.video_id, old) for old in store.manifest)
         writer.replace_manifest(replace(store.manifest, videos=videos))

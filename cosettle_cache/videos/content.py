@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from cosettle_cache.core.console import SILENT, Progress
-from cosettle_cache.core.errors import FingerprintError, MediaError
+from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import sha256_file
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
 from cosettle_cache.core.settings import digest
@@ -70,13 +70,12 @@ def is_other(recorded: Video, present: Video) -> bool:
     return all(sizes) and sizes[0] != sizes[1]
 
 
-def check_content(
+def look_again(
     manifest: Manifest, data_root: Path, *, read: bool = False, progress: Progress = SILENT
-) -> Manifest:
-    """Return the manifest with the stamps of today, and with contents where bytes are read.
+) -> tuple[Manifest, list[str]]:
+    """Return the manifest with the stamps and contents of today, and the videos whose media are others.
 
-    They are with `read`, and of videos whose stamp has changed; `progress` is of these. Raises
-    `FingerprintError` that names the videos whose media are others than the manifest was made from.
+    Bytes are read with `read`, and of videos whose stamp has changed; `progress` is of these.
     """
     n_threads = share_of_cores(1)
     look = partial(present_row, data_root=data_root)
@@ -95,15 +94,10 @@ def check_content(
         finally:
             progress.finish()
     changed = [old.video_id for old, row in zip(manifest, rows, strict=True) if is_other(old, row)]
-    if changed:
-        raise changed_error(changed, "the manifest", "cosettle-cache manifest build makes a new one")
-    return replace(manifest, videos=tuple(rows))
+    return replace(manifest, videos=tuple(rows)), changed
 
 
-def changed_error(video_ids: Sequence[str], what: str, hint: str) -> FingerprintError:
-    """Return the error that names the videos whose media are not those that `what` was made from."""
-    names = ", ".join(video_ids[:_LISTED])
+def name_changed(what: str, video_ids: Sequence[str]) -> str:
+    """Return the sentence that names the videos whose media are not those that `what` was made from."""
     more = f" and {len(video_ids) - _LISTED} others" if len(video_ids) > _LISTED else ""
-    return FingerprintError(
-        f"{what} was made from other media of {names}{more} than there are now", hint=hint
-    )
+    return f"{what} was made from other media of {', '.join(video_ids[:_LISTED])}{more} than there are now"
