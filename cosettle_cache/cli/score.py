@@ -42,6 +42,7 @@ def score(
     from cosettle_cache.propagation.score import score_predictions
 
     talk, folders = Talk(quiet=mode.quiet), name_folders(predictions)
+    _check_files(out, chart, manifest)
     data, cells = _find_videos(task, manifest, data_root), _parse_grid(grid)
     left_out = _check(task, data, folders, cells, partial=partial, talk=talk)
     if mode.dry_run:
@@ -75,6 +76,18 @@ def score(
         write_score_chart(scores, chart)
         talk.note(f"chart: {chart}")
     check_clean(failures, f"{len(failures)} videos were not scored")
+
+
+def _check_files(out: Path | None, chart: Path | None, manifest: Path | None) -> None:
+    """Raise `UsageError` for a file to write that is none of ours."""
+    from cosettle_cache.metrics.rows import check_rows
+
+    if out is not None:
+        check_rows(out, [manifest])
+    if chart is not None:
+        from cosettle_cache.pictures.charts import check_chart  # with matplotlib
+
+        check_chart(chart, [manifest, out])
 
 
 def _find_videos(task: str, manifest: Path | None, data_root: Path | None) -> Data:

@@ -232,7 +232,7 @@ def _read_classes(path: Path) -> Mask:
 def check_joints(case: Case) -> list[str]:
     """Return what keeps the clip from being scored: no file, fewer frames, or another grid."""
     truth = open_joints(case.video, case.data_root).joints
-    path = _first_file(case.predictions, *_joint_names(case))
+    path = _joint_file(case)
     if path is None:
         return [f"neither {case.number}.dat nor {case.video.video_id}.npy"]
     try:
@@ -262,14 +262,15 @@ def _joint_faults(
 def score_joints(case: Case, row: Score) -> list[Score]:
     """Return the clip's row."""
     truth = open_joints(case.video, case.data_root).joints
-    path = _first_file(case.predictions, *_joint_names(case))
+    path = _joint_file(case)
     assert path is not None
     size = (case.video.height, case.video.width)
     return [clip_row(row, truth, cells_to_pixels(read_predicted_joints(path), size, case.grid), size)]
 
 
-def _joint_names(case: Case) -> tuple[str, str]:
-    return f"{case.video.video_id}.npy", f"{case.number}.dat"
+def _joint_file(case: Case) -> Path | None:
+    paths = (inside(case.predictions, f"{case.video.video_id}.npy"), case.predictions / f"{case.number}.dat")
+    return next(filter(Path.is_file, paths), None)
 
 
 def _image_faults(

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import name_fault
+from cosettle_cache.core.files import name_fault, own_file
 from cosettle_cache.core.settings import digest
 from cosettle_cache.core.tables import make_table, read_metadata, read_table, with_metadata, write_table
 from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
@@ -126,6 +126,16 @@ def read_manifest(path: str | Path, *, listed: bool = False) -> Manifest:
 def write_manifest(path: str | Path, manifest: Manifest) -> None:
     """Write a manifest as Parquet, or as CSV (without provenance) when `path` ends in .csv."""
     write_table(Path(path), manifest_table(manifest))
+
+
+def check_manifest_file(path: Path, inputs: Sequence[Path | None] = ()) -> None:
+    """Raise `UsageError` where a command may not write a manifest to `path` (see `own_file`)."""
+
+    def is_manifest(file: Path) -> bool:
+        names = {*read_table(file).column_names}
+        return names <= {*SCHEMA.names} and names.issuperset(_REQUIRED)
+
+    own_file(path, "a manifest", is_manifest, inputs)
 
 
 def manifest_digest(manifest: Manifest) -> str:
