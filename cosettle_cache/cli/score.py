@@ -18,6 +18,8 @@ from cosettle_cache.propagation.tasks import TASKS
 if TYPE_CHECKING:
     from cosettle_cache.videos.find import Data
 
+#: Surplus folders that a note names.
+_LISTED = 8
 #: The tasks that have truth to score against.
 _TASKS = [name for name, row in TASKS.items() if row.score is not None]
 
@@ -114,7 +116,7 @@ def _check(
 
     Raises `InputError` that lists everything, unless the rest may be scored and there is one.
     """
-    from cosettle_cache.propagation.score import find_problems
+    from cosettle_cache.propagation.score import find_problems, surplus_folders
 
     problems: dict[str, list[str]] = {}
     for name, folder in folders.items():
@@ -125,6 +127,9 @@ def _check(
             problems.setdefault(video_id, []).extend(prefix + line for line in lines)
         if any(folder.glob("*results-*.csv")):
             talk.note(f"{folder} holds CSV results of another tool: they are not read")
+        if others := surplus_folders(data.manifest, folder):
+            names = ", ".join(others[:_LISTED]) + (" ..." if len(others) > _LISTED else "")
+            talk.note(f"{folder} holds {len(others)} folders of no video: {names}")
     n_videos = len(data.manifest)
     if problems and (not partial or len(problems) == n_videos):
         raise InputError(

@@ -122,6 +122,12 @@ def score_predictions(
     return scores, {video_id: result for video_id, result in found.items() if isinstance(result, str)}
 
 
+def surplus_folders(manifest: Manifest, predictions: Path) -> list[str]:
+    """Return the folders of predictions in which no video of the manifest has its own."""
+    known = {video.video_id.partition("/")[0] for video in manifest}
+    return sorted(path.name for path in predictions.glob("[!.]*/") if path.name not in known)
+
+
 def find_scored(task: str) -> Task:
     """Return the row of a task; raise `UsageError` for one without truth to score against."""
     row = TASKS.get(task)
@@ -143,7 +149,7 @@ def _over_videos(
         try:
             return work(case)
         except InputError as error:
-            return error.summary
+            return error.reason
 
     found: dict[str, _T | str] = {}
     progress.start(len(cases), "videos")

@@ -175,13 +175,14 @@ def build(
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
     good = [clip.path for clip, row in zip(clips, rows, strict=True) if isinstance(row, Video)]
-    notes = (*_passed_over(Path(os.path.commonpath(good))), *_doubts(videos))
+    places = {path.parent for path in good if path != source.root and source.dataset != "masks"}
+    notes = (*_passed_over(Path(os.path.commonpath(good))), *_beside(places), *_doubts(videos))
     return BuildResult(Manifest(videos, provenance), failures, notes)
 
 
 def _reason(error: CosettleError, media: Path) -> str:
     """Return an error in one line; what to do about it as well, unless there is no such media."""
-    return f"{error.summary}; {error.hint}" if error.hint and media.exists() else error.summary
+    return error.reason if media.exists() else error.summary
 
 
 def _doubts(videos: Sequence[Video]) -> Iterator[str]:
@@ -196,6 +197,15 @@ def _doubts(videos: Sequence[Video]) -> Iterator[str]:
             f"{len(soft)} first masks have more than {_MOST_OBJECTS} objects: {names}. Every value is an "
             "object, those of soft edges too; save masks of whole numbers"
         )
+
+
+def _beside(folders: Iterable[Path]) -> Iterator[str]:
+    """Yield a note of the images beside clips, in the `folders` that hold these: they are no frames."""
+    found = {folder: len(_image_names(folder)) for folder in sorted(folders)}
+    places = [f"{printable(folder.name)} ({n})" for folder, n in found.items() if n]
+    if places:
+        more = f" and {len(places) - 8} other folders" if len(places) > 8 else ""
+        yield f"images beside clips are no frames: those in {', '.join(places[:8])}{more} were passed over"
 
 
 def _passed_over(root: Path) -> tuple[str, ...]:

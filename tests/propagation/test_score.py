@@ -142,6 +142,17 @@ def test_files_of_others_are_not_overwritten(davis, capsys):
     assert files == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
+def test_folders_of_no_video_and_advice_are_told(davis, capsys):
+    write_masks(davis / "Dog", masks(5))
+    truth = Path("data/DAVIS/Annotations/480p/cat/00002.png")
+    write_mask(truth, np.full_like(masks(5)[2], 9))
+    line = ["score", "--task", "davis", "--data-root", "data", "--out", "s.parquet"]
+    assert run_command([*line, "--predictions", "results"]) == 4
+    said = capsys.readouterr().err
+    assert "results holds 1 folders of no video: Dog" in said
+    assert "annotations of DAVIS's unsupervised task have objects that come later: take the others" in said
+
+
 def test_half_of_the_sequences(davis, capsys):
     (davis / "cat/00002.png").unlink()
     assert score("davis") == 3
