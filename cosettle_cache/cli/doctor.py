@@ -52,7 +52,7 @@ def doctor(
     else:
         talk.table("this machine", ["what", "found"], [[name, value] for name, value in facts.items()])
     if wrong:
-        details = [f"{error.summary}; {error.hint}" if error.hint else error.summary for error in wrong]
+        details = [error.reason for error in wrong]
         raise UncleanError(f"{len(wrong)} things are wrong", details=details)
 
 

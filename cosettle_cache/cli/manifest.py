@@ -49,15 +49,16 @@ def build(
     """
     from cosettle_cache.videos import build_manifest
     from cosettle_cache.videos.lists import read_list
-    from cosettle_cache.videos.manifest import write_manifest
+    from cosettle_cache.videos.manifest import check_manifest_file, write_manifest
 
     talk = Talk(quiet=mode.quiet)
     root, base = _roots(dataset, folder, data_root)
+    path = out or Path(f"{dataset}.parquet")
+    check_manifest_file(path, [listed, mask])
     names = tuple(item.name for item in read_list(listed)) if listed else None
     options = {"split": split, "names": names, "mask": mask}
     given = {name: value for name, value in options.items() if value is not None}
     result = build_manifest(dataset, base, root, **given)
-    path = out or Path(f"{dataset}.parquet")
     if not mode.dry_run:
         write_manifest(path, result.manifest)
     counts = {"videos": len(result.manifest), "frames": sum(video.n_frames for video in result.manifest)}
@@ -84,10 +85,11 @@ def from_list(
     Example: cosettle-cache manifest from-list vip val_videos.txt --out vip_val.parquet
     """
     from cosettle_cache.videos.lists import list_manifest
-    from cosettle_cache.videos.manifest import write_manifest
+    from cosettle_cache.videos.manifest import check_manifest_file, write_manifest
 
-    manifest = list_manifest(dataset, listed, folder=folder, split=split, source=source)
     path = out or Path(listed.stem).with_suffix(".parquet")
+    check_manifest_file(path, [listed])
+    manifest = list_manifest(dataset, listed, folder=folder, split=split, source=source)
     if not dry_run:
         write_manifest(path, manifest)
     n_known = sum(bool(video.n_frames) for video in manifest)

@@ -49,7 +49,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 class Work(Settings):
     """Where the work is done."""
 
-    workers: int = setting(0, "Processes here; 0: this one.", min=0)
+    workers: int = setting(0, "Processes here; 0: this one.", min=0, max=1000)
     scheduler: str | None = setting(None, "A dask scheduler whose workers do it, as tcp://host:8786.")
 
 

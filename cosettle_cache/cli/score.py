@@ -18,6 +18,8 @@ from cosettle_cache.propagation.tasks import TASKS
 if TYPE_CHECKING:
     from cosettle_cache.videos.find import Data
 
+#: Surplus folders that a note names.
+_LISTED = 8
 #: The tasks that have truth to score against.
 _TASKS = [name for name, row in TASKS.items() if row.score is not None]
 
@@ -42,6 +44,7 @@ def score(
     from cosettle_cache.propagation.score import score_predictions
 
     talk, folders = Talk(quiet=mode.quiet), name_folders(predictions)
+    _check_files(out, chart, manifest)
     data, cells = _find_videos(task, manifest, data_root), _parse_grid(grid)
     left_out = _check(task, data, folders, cells, partial=partial, talk=talk)
     if mode.dry_run:
@@ -77,6 +80,18 @@ def score(
     check_clean(failures, f"{len(failures)} videos were not scored")
 
 
+def _check_files(out: Path | None, chart: Path | None, manifest: Path | None) -> None:
+    """Raise `UsageError` for a file to write that is none of ours."""
+    from cosettle_cache.metrics.rows import check_rows
+
+    if out is not None:
+        check_rows(out, [manifest])
+    if chart is not None:
+        from cosettle_cache.pictures.charts import check_chart  # with matplotlib
+
+        check_chart(chart, [manifest, out])
+
+
 def _find_videos(task: str, manifest: Path | None, data_root: Path | None) -> Data:
     from cosettle_cache.propagation.score import find_scored
     from cosettle_cache.videos.find import benchmark_data, manifest_data, sprites_data
@@ -101,7 +116,7 @@ def _check(
 
     Raises `InputError` that lists everything, unless the rest may be scored and there is one.
     """
-    from cosettle_cache.propagation.score import find_problems
+    from cosettle_cache.propagation.score import find_problems, surplus_folders
 
     problems: dict[str, list[str]] = {}
     for name, folder in folders.items():
@@ -112,6 +127,9 @@ def _check(
             problems.setdefault(video_id, []).extend(prefix + line for line in lines)
         if any(folder.glob("*results-*.csv")):
             talk.note(f"{folder} holds CSV results of another tool: they are not read")
+        if others := surplus_folders(data.manifest, folder):
+            names = ", ".join(others[:_LISTED]) + (" ..." if len(others) > _LISTED else "")
+            talk.note(f"{folder} holds {len(others)} folders of no video: {names}")
     n_videos = len(data.manifest)
     if problems and (not partial or len(problems) == n_videos):
         raise InputError(

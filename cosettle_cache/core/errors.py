@@ -74,6 +74,11 @@ class CosettleError(Exception):
         wanted = f"wanted {self.wanted}, " if self.wanted is not None else ""
         return f"{self.message} ({wanted}found {self.found})" if self.found is not None else self.message
 
+    @property
+    def reason(self) -> str:
+        """The error in one line with what to do about it, as the reason of a failure."""
+        return f"{self.summary}; {self.hint}" if self.hint else self.summary
+
     def lines(self) -> list[str]:
         """Return the lines to print: the sentence, details, wanted/found, hint."""
         lines = [f"error: {self.message}", *(f"  {line}" for line in self.details)]

@@ -1,8 +1,8 @@
 """Durable files: written under a temporary name, flushed, renamed, so a name never holds half a file.
 
 Everything that must survive a killed process or a lost power supply is written through here. So are the
-checks of what is not ours: `own_folder` of folders to write to, `inside` of names that become paths, and
-`read_file` and `read_json` of files that anybody may have written.
+checks of what is not ours: `own_folder` and `own_file` of places to write to, `inside` of names that become
+paths, and `read_file` and `read_json` of files that anybody may have written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -138,6 +138,41 @@ def own_folder(folder: Path, command: str, *, shared: bool = False) -> Iterator[
         yield folder
     finally:
         os.close(descriptor)
+
+
+def own_file(
+    path: Path, kind: str, is_ours: Callable[[Path], bool], inputs: Iterable[Path | None] = ()
+) -> None:
+    """Raise `UsageError` unless a command may write the file `path`, which it then replaces whole.
+
+    It may not where it reads it (`inputs`), where a folder or a file of a run is, and where a file is that is
+    not of the `kind` that the command writes: `is_ours` returns False for it or raises `InputError`.
+    """
+    check_local(path)
+    real = os.path.realpath(path)
+    if any(item is not None and os.path.realpath(item) == real for item in inputs):
+        raise UsageError(f"{path} is both read and written", wanted="another name for the result")
+    with output_errors(path):
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder", wanted="a file")
+        if not os.path.lexists(path):
+            return
+        try:
+            if path.is_file() and not (path.parent / MARK).exists() and is_ours(path):
+                return
+        except InputError:
+            pass
+    raise UsageError(
+        f"{path} holds something else, and is not overwritten",
+        wanted=f"a new file, or {kind} outside the folder of a run",
+        hint="choose another name, or remove it first",
+    )
+
+
+def first_bytes(path: Path, n_bytes: int) -> bytes:
+    """Return the first bytes of a file, by which some kinds are known."""
+    with path.open("rb") as file:
+        return file.read(n_bytes)
 
 
 def _check_owner(folder: Path, command: str) -> None:

@@ -43,6 +43,13 @@ OVERLAYS = ("none", "first", "all")
 #: Who ranks the context.
 SEARCHES = ("auto", "bf16", "faiss", "torch")
 
+#: Pixels of a side that anything is encoded at; more than any camera takes.
+MOST_PIXELS = 16_384
+#: What whole numbers hold where nothing less is meant.
+_MOST_WHOLE = 2**63 - 1
+#: Softmaxes divide by no less: float32 ends at 1e-38.
+LEAST_TEMPERATURE = 1e-6
+
 #: Packages whose versions can move a number; recorded with every store and score.
 VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillow", "av")
 
@@ -89,14 +96,14 @@ def _number_fault(kind: str, limits: Mapping[str, Any], value: Any) -> str:
     if word or not {"int", "float"}.intersection(kinds):
         return ""
     whole, positive = "int" in kinds, limits.get("positive", False)
-    least, most = limits.get("min", -math.inf), limits.get("max", math.inf)
-    right = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if right and math.isfinite(value) and least <= value <= most and (value > 0 or not positive):
+    least, most = limits.get("min", -math.inf), limits.get("max", _MOST_WHOLE if whole else math.inf)
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if number and math.isfinite(value) and least <= value <= most and (value > 0 or not positive):
         return ""
     words = ["a whole number"] if whole else []
     words += ["positive"] if positive else []
     words += [f"at least {least}"] if math.isfinite(least) else []
-    words += [f"at most {most}"] if math.isfinite(most) else []
+    words += [f"at most {most}"] if "max" in limits or (number and value > most) else []
     return ", ".join(words) or "a finite number"
 
 
@@ -115,9 +122,9 @@ class PairsSettings(Settings):
     `size` is pixels per side; crop scale and aspect ranges and the flip probability are the released ones.
     """
 
-    n_views: int = setting(5, "View sets per clip (pairs).", names=("--views",), min=1)
+    n_views: int = setting(5, "View sets per clip (pairs).", names=("--views",), min=1, max=10_000)
     gap: float = setting(0.15, "Distance of a pair, share of the clip.", positive=True, max=1)
-    size: int = 224
+    size: int = field(default=224, metadata={"min": 1, "max": MOST_PIXELS})
     scale_min: float = 0.5
     scale_max: float = 1.0
     aspect_min: float = 3 / 4
@@ -140,7 +147,9 @@ class FramesSettings(Settings):
 
     size: str = "480x880"
     every: int = setting(1, "Take every k-th frame (frames).", min=1)
-    n_shifted: int = setting(0, "Shifted encodings per frame (frames).", names=("--shifted",), min=0)
+    n_shifted: int = setting(
+        0, "Shifted encodings a frame (frames).", names=("--shifted",), min=0, max=10_000
+    )
     shift_ratio: float = 10.0
     seed: int = 0
     resampling: str = setting(
@@ -173,7 +182,7 @@ class EncoderSettings(Settings):
     red_std: float | None = setting(
         None, "Red deviation instead of ImageNet's 0.229: 0.228 as DINO evaluates.", positive=True
     )
-    heads: int | None = setting(None, "Attention heads, where width/64 is wrong.", min=1)
+    heads: int | None = setting(None, "Attention heads, where width/64 is wrong.", min=1, max=65_536)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +192,15 @@ class ExtractSettings(Settings):
     `batch` and `decode_threads` None depend on the device and the cores, `slot_encodings` None on the bytes.
     """
 
-    batch: int | None = setting(None, "Images per forward pass.", min=1)
-    decode_threads: int | None = setting(None, "Threads that prepare images.", min=1)
-    slot_encodings: int | None = setting(None, "Encodings per slot (shard).", min=1)
+    batch: int | None = setting(None, "Images per forward pass.", min=1, max=1_000_000)
+    decode_threads: int | None = setting(None, "Threads that prepare images.", min=1, max=1000)
+    slot_encodings: int | None = setting(None, "Encodings per slot (shard).", min=1, max=1_000_000)
     dtype: str = setting("float16", "Of stored tokens; int8 halves the bytes.", choices=("float16", "int8"))
     codec: str = setting("none", "Compression of stored tokens.", choices=("none", "zstd"))
-    workers: int = setting(0, "Processes here, one per GPU; 0: this one.", min=0)
+    workers: int = setting(0, "Processes here, one per GPU; 0: this one.", min=0, max=1000)
     scheduler: str | None = setting(None, "A dask scheduler whose workers do it, as tcp://host:8786.")
     retry_failed: bool = setting(False, "Encode failed slots again.")
+    verify_media: bool = setting(False, "Compare every byte of the media, not only sizes and times.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +221,7 @@ class TrainSettings(Settings):
     separability_weight: float | Literal["auto"] = setting(3.0, "Of its loss, or auto.", parse=parse_weight)
     gradient_ratio: float = setting(1.0, "With auto.")
     window: int = setting(2, "Tokens pooled per side.", min=1)
-    epochs: int = setting(5, "One sample of every clip each.", min=1)
+    epochs: int = setting(5, "One sample of every clip each.", min=1, max=1_000_000)
     warmup_epochs: float = setting(1.0, "Linear warm-up.", min=0)
     batch_size: int = 512  # its option is --batch of `train`, which knows whether it was typed
     accumulate: int = setting(1, "Batches per step.", min=1)
@@ -309,7 +319,7 @@ class TrackSettings(Settings):
     )
     query_stride: int = setting(5, "Frames between, if strided.", min=1)
     radius: float = setting(2.0, "Of the soft-argmax, in tokens.", min=0)
-    temperature: float = setting(0.05, "Of the soft-argmax.", positive=True)
+    temperature: float = setting(0.05, "Of the soft-argmax.", positive=True, min=LEAST_TEMPERATURE)
     occlusion: str = setting(
         "cycle",
         "Visible: if the way back ends near, by cosine, always.",

@@ -164,7 +164,8 @@ class Video:
 
     `first_frame` is the index (in natural order) of the first frame used, `n_frames` how many follow;
     `height` and `width` are pixels; all three are 0 where a published list does not know them. `fps` is
-    frames per second where known. `labelled_frames` counts the annotated frames.
+    frames per second where known. `labelled_frames` counts the annotated frames. `content` is a digest of
+    the bytes of its frames and `stamp` tells when it was taken (`videos.content`); None where nobody looked.
     """
 
     video_id: str
@@ -182,6 +183,8 @@ class Video:
     labelled_frames: int = 0
     n_objects: int = 0
     class_name: str | None = None
+    content: str | None = None
+    stamp: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from cosettle_cache.core.cluster import work_on
 from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
-from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.core.files import is_url
 from cosettle_cache.core.parallel import Run, pick_device, share_of_cores
 from cosettle_cache.core.precision import device_versions
@@ -39,6 +39,7 @@ from cosettle_cache.extraction.images import views_rule
 from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler, SlotWriter
 from cosettle_cache.store import Shard, StoreWriter, open_store, spec_version
 from cosettle_cache.store.plan import Plan, make_plan
+from cosettle_cache.videos.content import is_other, look_again, name_changed, present_row
 from cosettle_cache.videos.manifest import manifest_digest
 
 #: Patch tokens per forward pass: 16 images of 224 pixels on a CPU, 128 on a GPU.
@@ -215,9 +216,14 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     """Fill the store of a job, resuming what is there; the report's failures are those of the whole store.
 
     The first Ctrl-C ends the extraction after the slots in hand. Raises `OutputError` when the store cannot
-    be written; committed slots stay.
+    be written; committed slots stay. Raises `FingerprintError` for media that are others than the store was
+    made from.
     """
     settings = job.settings
+    progress = talk.progress("compare media")
+    manifest, changed = look_again(manifest, job.data_root, read=settings.verify_media, progress=progress)
+    if changed:
+        talk.warn(f"{name_changed('the manifest', changed)}; these are encoded")
     if settings.workers or settings.scheduler:
         report = _extract_with_workers(job, plan, manifest, talk)
     else:
@@ -229,6 +235,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
             closing(job.open_writer(plan, manifest, backbone)) as writer,
             interruptible(talk, "slot") as stop,
         ):
+            _check_store(job, manifest, writer)
             report = extract(
                 plan,
                 manifest,
@@ -378,6 +385,7 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
         backbone = job.load_encoder("cpu")
         _name_passed_over(backbone, weights, talk)
         with closing(job.open_writer(plan, manifest, backbone, devices[0])) as writer:
+            _check_store(job, manifest, writer)
             # Absolute paths: workers may have been started anywhere.
             if weights is not None and weights_file(weights)[0].is_file():
                 weights = str(Path(weights).absolute())
@@ -392,6 +400,27 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             )
             progress = talk.progress("extract")
             return extract_across(run, job, plan, writer, progress=progress, stop=stop, note=talk.note)
+
+
+def _check_store(job: StoreJob, manifest: Manifest, writer: StoreWriter) -> None:
+    """Raise `FingerprintError` when the tokens of a video were made from other media than the manifest's.
+
+    A video that failed has no tokens: those of a retry are of the media there are.
+    """
+    store = open_store(job.out)
+    if store.manifest.videos == manifest.videos:
+        return
+    rows = [
+        (old, new if new.content else present_row(old, job.data_root))
+        for old, new in zip(store.manifest, manifest, strict=True)
+    ]
+    changed = {new.video_id: new for old, new in rows if is_other(old, new)}
+    if others := [video_id for video_id in changed if video_id not in store.failures]:
+        hint = "bring them back, or write to another folder with --out"
+        raise FingerprintError(name_changed(job.out, others), hint=hint)
+    if changed and job.settings.retry_failed:
+        videos = tuple(changed.get(old.video_id, old) for old in store.manifest)
+        writer.replace_manifest(replace(store.manifest, videos=videos))
 
 
 def _name_passed_over(backbone: Backbone, weights: str | None, talk: Talk) -> None:

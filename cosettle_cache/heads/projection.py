@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
-from cosettle_cache.core.files import parse_json, write_durably
+from cosettle_cache.core.files import own_file, parse_json, write_durably
 from cosettle_cache.encoders.checkpoints import adapter_tensors, check_weights
 from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head
 
@@ -205,10 +205,17 @@ def export_projection(path_in: str | Path, path_out: str | Path, format: str = "
     """Write the projection of one file in another layout, the projection alone; the values stay bit for bit.
 
     `cosettle` is the authors' checkpoint: a dictionary whose `model` holds the tensors by their names. Raises
-    `UsageError` for an unknown layout and `CheckpointError` for a head that the layout has no names for.
+    `UsageError` for an unknown layout and where there is another file, `CheckpointError` for a head that the
+    layout has no names for.
     """
     buffer = io.BytesIO()
     torch.save({"model": exported_tensors(path_in, format)}, buffer)
+    own_file(
+        Path(path_out),
+        "the same projection",
+        lambda file: file.read_bytes() == buffer.getbuffer(),
+        [Path(path_in)],
+    )
     write_durably(Path(path_out), [buffer.getbuffer()])
 
 

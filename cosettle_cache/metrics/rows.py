@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import output_errors
+from cosettle_cache.core.files import output_errors, own_file
 from cosettle_cache.core.tables import make_table, read_rows, write_json, write_table
 from cosettle_cache.core.types import Provenance, Score, Video
 from cosettle_cache.metrics import jhmdb, tapvid
@@ -288,6 +288,11 @@ def write_rows(path: Path, scores: Sequence[Score]) -> None:
         for name, value in (score.figures or nothing).items()
     ]
     write_table(path, make_table(lines, SCHEMA))
+
+
+def check_rows(path: Path, inputs: Sequence[Path | None] = ()) -> None:
+    """Raise `UsageError` where a command may not write rows to `path` (see `own_file`)."""
+    own_file(path, "a table of scores", lambda file: bool(read_scores(file)), inputs)
 
 
 def remove_scores(folder: Path) -> None:

@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from cosettle_cache.core.files import printable, write_durably
+from cosettle_cache.core.files import first_bytes, own_file, printable, write_durably
 
 #: Figures by name: one number per kind of tokens, or one per line of a log.
 Figures = Mapping[str, float]
@@ -75,8 +75,21 @@ _MAX_POINTS = 500
 #: What no figure is; the drawing fails at larger numbers.
 _LARGEST = 1e30
 
+#: What charts are known for ours by.
+_SOFTWARE, _SVG_BEGIN = "cosettle-cache", '<svg fill="currentColor"'
+
 #: Least distance of two labels in a plane, as shares of its width and height.
 _BESIDE, _APART = 0.35, 0.05
+
+
+def check_chart(path: Path, inputs: Sequence[Path | None] = ()) -> None:
+    """Raise `UsageError` where a command may not write the chart `path` (see `own_file`)."""
+
+    def is_chart(file: Path) -> bool:
+        begin = first_bytes(file, 200)
+        return begin.startswith(_SVG_BEGIN.encode()) or f"Software\0{_SOFTWARE}".encode() in begin
+
+    own_file(path, "a chart", is_chart, inputs)
 
 
 def save_chart(chart: Figure, *paths: Path) -> None:
@@ -89,7 +102,7 @@ def save_chart(chart: Figure, *paths: Path) -> None:
             if path.suffix == ".svg":
                 buffer.write(_svg(chart))
             else:
-                chart.savefig(buffer, format="png", facecolor="white")
+                chart.savefig(buffer, format="png", facecolor="white", metadata={"Software": _SOFTWARE})
         write_durably(path, [buffer.getvalue()])
 
 
@@ -99,7 +112,7 @@ def _svg(chart: Figure) -> bytes:
     buffer = io.StringIO()
     chart.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace("<svg", '<svg fill="currentColor"', 1)
+    text = text[text.index("<svg") :].replace("<svg", _SVG_BEGIN, 1)
     text = re.sub(r'(?<=[a-z]: )#000000(?=[;"])', "currentColor", text)
     text = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", text)
 

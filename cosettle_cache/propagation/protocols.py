@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.core.settings import IMAGENET_RED_STD
+from cosettle_cache.core.settings import IMAGENET_RED_STD, LEAST_TEMPERATURE
 from cosettle_cache.core.types import EvalProtocol
 from cosettle_cache.propagation.tasks import TASKS
 
@@ -40,6 +40,9 @@ SEARCH_FIELDS = (
     "mask_first",
     "first_frame_copies",
 )
+
+#: Frames of a queue; no clip is longer.
+_MOST_CONTEXT = 100_000
 
 #: Protocols of one task, each with its source.
 Presets = tuple[tuple[EvalProtocol, str], ...]
@@ -188,10 +191,14 @@ def check_protocol(protocol: EvalProtocol) -> None:
     """Raise `UsageError` unless every field of `protocol` can be honoured."""
     for key in ("top_k", "keypoint_top_k"):
         check_field(getattr(protocol, key) >= 1, key, "at least 1", getattr(protocol, key))
-    check_field(protocol.n_context >= 0, "n_context", "at least 0 frames", protocol.n_context)
+    context = protocol.n_context
+    check_field(0 <= context <= _MOST_CONTEXT, "n_context", f"0 to {_MOST_CONTEXT} frames", context)
     for key in ("radius", "temperature", "red_std"):
         value = getattr(protocol, key)
         check_field(math.isfinite(value) and value > 0, key, "a positive number", value)
+    # In float32 a cosine divided by much less is infinite, and so is a colour.
+    for key, least in (("temperature", LEAST_TEMPERATURE), ("red_std", 0.001)):
+        check_field(getattr(protocol, key) >= least, key, f"at least {least}", getattr(protocol, key))
     for key, words in CHOICES.items():
         check_field(getattr(protocol, key) in words, key, " or ".join(words), getattr(protocol, key))
     from cosettle_cache.videos.frames import resolve_size  # decoders come with it, and `--help` passes here

@@ -122,6 +122,12 @@ def score_predictions(
     return scores, {video_id: result for video_id, result in found.items() if isinstance(result, str)}
 
 
+def surplus_folders(manifest: Manifest, predictions: Path) -> list[str]:
+    """Return the folders of predictions in which no video of the manifest has its own."""
+    known = {video.video_id.partition("/")[0] for video in manifest}
+    return sorted(path.name for path in predictions.glob("[!.]*/") if path.name not in known)
+
+
 def find_scored(task: str) -> Task:
     """Return the row of a task; raise `UsageError` for one without truth to score against."""
     row = TASKS.get(task)
@@ -143,7 +149,7 @@ def _over_videos(
         try:
             return work(case)
         except InputError as error:
-            return error.summary
+            return error.reason
 
     found: dict[str, _T | str] = {}
     progress.start(len(cases), "videos")
@@ -232,7 +238,7 @@ def _read_classes(path: Path) -> Mask:
 def check_joints(case: Case) -> list[str]:
     """Return what keeps the clip from being scored: no file, fewer frames, or another grid."""
     truth = open_joints(case.video, case.data_root).joints
-    path = _first_file(case.predictions, *_joint_names(case))
+    path = _joint_file(case)
     if path is None:
         return [f"neither {case.number}.dat nor {case.video.video_id}.npy"]
     try:
@@ -262,14 +268,15 @@ def _joint_faults(
 def score_joints(case: Case, row: Score) -> list[Score]:
     """Return the clip's row."""
     truth = open_joints(case.video, case.data_root).joints
-    path = _first_file(case.predictions, *_joint_names(case))
+    path = _joint_file(case)
     assert path is not None
     size = (case.video.height, case.video.width)
     return [clip_row(row, truth, cells_to_pixels(read_predicted_joints(path), size, case.grid), size)]
 
 
-def _joint_names(case: Case) -> tuple[str, str]:
-    return f"{case.video.video_id}.npy", f"{case.number}.dat"
+def _joint_file(case: Case) -> Path | None:
+    paths = (inside(case.predictions, f"{case.video.video_id}.npy"), case.predictions / f"{case.number}.dat")
+    return next(filter(Path.is_file, paths), None)
 
 
 def _image_faults(

@@ -164,7 +164,7 @@ def track_store(
                     report.n_frames += video.n_frames
                     _keep(case, found, store, settings, task, write, report)
                 except (InputError, DamagedStoreError) as error:
-                    report.failures[video.video_id] = error.summary
+                    report.failures[video.video_id] = error.reason
                 except RemoteError as error:
                     report.error = error
                     break

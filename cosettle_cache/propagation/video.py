@@ -132,7 +132,7 @@ def propagate_video(
         files = [path for track in tracks for path in track.predictions.files]
         work.folder.finish(video, work.data_root, files, scores)
     except (InputError, DamagedStoreError) as error:
-        return VideoReport(failure=error.summary)
+        return VideoReport(failure=error.reason)
     return VideoReport(video.n_frames, tuple(scores), None, n_reused, peak_memory_bytes())
 
 

@@ -22,8 +22,8 @@ from xml.etree.ElementTree import Element, ParseError, fromstring, tostring
 from PIL import Image
 
 from cosettle_cache.core.console import human_bytes
-from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.files import check_local, output_errors, read_file
+from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.files import first_bytes, own_file, read_file
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.frames import Image8
 
@@ -120,19 +120,8 @@ def data_element(identifier: str, document: Any) -> Element:
 
 def check_page(path: Path) -> None:
     """Raise `UsageError` for a URL, a folder, and a file that is no page of ours and stays as it is."""
-    check_local(path)
-    with output_errors(path):
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder", wanted="a file, as report.html")
-        if not path.exists() and not path.is_symlink():
-            return
-        begin = _BEGIN.encode()
-        if path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(begin)) == begin:
-                    return
-    hint = "choose another name, or remove it first"
-    raise UsageError(f"{path} holds something else, and is not overwritten", wanted="a new file", hint=hint)
+    begin = _BEGIN.encode()
+    own_file(path, "a report", lambda file: first_bytes(file, len(begin)) == begin)
 
 
 def assemble(title: str, sections: Sequence[Element]) -> bytes:

@@ -159,6 +159,10 @@ class StoreWriter:
         self._put(self.slots.place(index), shard, lambda: part)
         self.release(index)
 
+    def replace_manifest(self, manifest: Manifest) -> None:
+        """Write another manifest of the same digest: what was seen of the media has changed."""
+        self._storage.write(MANIFEST, [manifest_file(read_header(self._storage), manifest)])
+
     def close(self) -> None:
         """Let the next writer know that this one is gone; the end of the process does the same."""
         for lock in (self._claims, self._lock):

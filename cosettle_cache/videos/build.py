@@ -16,6 +16,7 @@ from cosettle_cache.core.errors import CosettleError, InputError, MediaError, Us
 from cosettle_cache.core.files import printable
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
 from cosettle_cache.core.types import LabelKind, Manifest, Video
+from cosettle_cache.videos.content import is_other, media_content, media_stamp, present_row
 from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.frames import (
     LEFT_BEHIND,
@@ -132,6 +133,8 @@ class Source:
             split=self.split,
             fps=info.fps,
             class_name=clip.class_name,
+            stamp=media_stamp(clip.path),  # before the bytes are read, so that a change meanwhile shows
+            content=media_content(clip.path),
         )
         kind, labels = DATASETS[self.dataset].label_kind, clip.labels
         # A clip without tracks was not unpacked whole: reading them says so.
@@ -172,13 +175,14 @@ def build(
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
     good = [clip.path for clip, row in zip(clips, rows, strict=True) if isinstance(row, Video)]
-    notes = (*_passed_over(Path(os.path.commonpath(good))), *_doubts(videos))
+    places = {path.parent for path in good if path != source.root and source.dataset != "masks"}
+    notes = (*_passed_over(Path(os.path.commonpath(good))), *_beside(places), *_doubts(videos))
     return BuildResult(Manifest(videos, provenance), failures, notes)
 
 
 def _reason(error: CosettleError, media: Path) -> str:
     """Return an error in one line; what to do about it as well, unless there is no such media."""
-    return f"{error.summary}; {error.hint}" if error.hint and media.exists() else error.summary
+    return error.reason if media.exists() else error.summary
 
 
 def _doubts(videos: Sequence[Video]) -> Iterator[str]:
@@ -193,6 +197,15 @@ def _doubts(videos: Sequence[Video]) -> Iterator[str]:
             f"{len(soft)} first masks have more than {_MOST_OBJECTS} objects: {names}. Every value is an "
             "object, those of soft edges too; save masks of whole numbers"
         )
+
+
+def _beside(folders: Iterable[Path]) -> Iterator[str]:
+    """Yield a note of the images beside clips, in the `folders` that hold these: they are no frames."""
+    found = {folder: len(_image_names(folder)) for folder in sorted(folders)}
+    places = [f"{printable(folder.name)} ({n})" for folder, n in found.items() if n]
+    if places:
+        more = f" and {len(places) - 8} other folders" if len(places) > 8 else ""
+        yield f"images beside clips are no frames: those in {', '.join(places[:8])}{more} were passed over"
 
 
 def _passed_over(root: Path) -> tuple[str, ...]:
@@ -229,8 +242,8 @@ def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tupl
 def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: Progress) -> dict[str, str]:
     """Return a reason for every video that does not hold what its row says.
 
-    Sizes and counts are compared as far as the row knows them; with `decode` every frame is decoded and every
-    mask is read too.
+    Sizes, counts and contents are compared as far as the row knows them; with `decode` every byte is read,
+    every frame decoded and every mask read too.
     """
 
     def find_problem(video: Video) -> str | None:
@@ -255,6 +268,10 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
 
 def _check_video(video: Video, data_root: Path, decode: bool) -> None:
     video = _measured(video, probe(data_root / video.media, exact=False))
+    if is_other(video, present_row(video, data_root, read=decode or None)):
+        raise MediaError(
+            f"{video.media} has changed", wanted="what the manifest was made from", found="other bytes"
+        )
     if decode:
         for _ in iter_frames(video, data_root):
             pass

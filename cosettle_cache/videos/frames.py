@@ -29,6 +29,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError, first_line
 from cosettle_cache.core.files import name_fault
+from cosettle_cache.core.settings import MOST_PIXELS
 from cosettle_cache.core.types import Grid, MediaKind, Video
 
 _FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".avif"})
@@ -454,14 +455,14 @@ def resolve_size(rule: str, height: int, width: int, patch: int = 16) -> tuple[i
     except ValueError as error:
         wanted = "HEIGHTxWIDTH, native, short:S/M, short-up:S/M, long:S/M or dinov3-s, -m, -l"
         raise UsageError(f"{rule!r} is no size", wanted=wanted, found=rule) from error
-    if not side:
-        return first, second
     anchor, other = sorted((height, width), reverse=side == "long")
+    fitted = other * first // anchor // second * second if side else second
     if side == "short-up":
         first, fitted = (-(-length // second) * second for length in (first, -(-other * first // anchor)))
-    else:
-        fitted = other * first // anchor // second * second
-    return (first, fitted) if height == anchor else (fitted, first)
+    if max(first, fitted) > MOST_PIXELS:
+        wanted = f"at most {MOST_PIXELS} pixels a side"
+        raise UsageError(f"{rule!r} is too large a size", wanted=wanted, found=f"{max(first, fitted)}")
+    return (first, fitted) if not side or height == anchor else (fitted, first)
 
 
 def check_grid(height: int, width: int, patch: int, what: str, hint: str = "--size {below}") -> Grid:

@@ -5,7 +5,7 @@ In comes a folder, out goes its manifest; a clip without labels becomes a row wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,32 +75,53 @@ def _only_resolution(root: Path) -> str:
 
 def _davis_list(root: Path, split: str) -> list[str]:
     sets = root / "ImageSets"
-    if not sets.is_dir():
-        return []
     found = {path.relative_to(sets): path for path in sorted(sets.rglob("*.txt"))}
     lists = {path.stem: full for path, full in found.items() if path.parent.name == "2017"}
-    if split not in lists:
-        wanted = ", ".join(lists) or "ImageSets/2017/SPLIT.txt"
+    if sets.is_dir() and not lists:
         others = ", ".join(map(str, found)) or "no lists"
-        raise UsageError(f"{root} has no split {split}", wanted=wanted, found=split if lists else others)
-    names = list(dict.fromkeys(read_lines(lists[split])))
+        raise UsageError(f"{root} has no split {split}", wanted="ImageSets/2017/SPLIT.txt", found=others)
+    path = _list_of(root, split, lists, "ImageSets/2017/SPLIT.txt")
+    if path is None:
+        return []
+    names = list(dict.fromkeys(read_lines(path)))
     if not names:
-        raise InputError(f"{lists[split]} lists no sequences", wanted="one name per line")
+        raise InputError(f"{path} lists no sequences", wanted="one name per line")
     return names
 
 
+def _list_of(root: Path, split: str, lists: Mapping[str, Path], place: str) -> Path | None:
+    """Return the list of a split, None for val where there are no lists: then val is all that is there.
+
+    Raises `UsageError` that names the splits there are.
+    """
+    if split in lists:
+        return lists[split]
+    if lists or split != "val":
+        raise UsageError(f"{root} has no split {split}", wanted=", ".join(lists) or place, found=split)
+    return None
+
+
+def _lists_in(folders: Sequence[Path], *patterns: str) -> dict[str, Path]:
+    """Return the lists in `folders` by split, which stands at the star of a pattern; earlier ones count."""
+    found = dict[str, Path]()
+    for pattern in patterns:
+        before, after = pattern.split("*")
+        for path in (path for folder in folders for path in sorted(folder.glob(pattern))):
+            found.setdefault(path.name.removeprefix(before).removesuffix(after), path)
+    return found
+
+
 def build_vip(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:
-    """Return the clips `names`, or those of `lists/SPLIT_videos.txt`, or all where there is no list."""
-    files = (f"{split}_videos.txt", f"vip_{split}list.txt")
-    listed = _listed(names, *(folder / file for file in files for folder in (root / "lists", root)))
+    """Return the clips `names`, or those of `lists/SPLIT_videos.txt`, or all where there are no lists."""
+    listed = _listed(names, root, split, (root / "lists", root), "*_videos.txt", "vip_*list.txt")
     labels = next((name for name in _VIP_LABELS if (root / name).is_dir()), _VIP_LABELS[0])
     source = Source("vip", split if listed else "", root, data_root)
     return build_places(source, listed, DATASETS["vip"].media, f"{labels}/{{name}}")
 
 
 def build_jhmdb(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:
-    """Return the clips `names` (`CLASS/CLIP`), or those of `jhmdb_SPLITlist.txt`, or all without a list."""
-    listed = _listed(names, *(folder / f"jhmdb_{split}list.txt" for folder in (root, root / "lists")))
+    """Return the clips `names` (`CLASS/CLIP`), or those of `jhmdb_SPLITlist.txt`, or all without lists."""
+    listed = _listed(names, root, split, (root, root / "lists"), "jhmdb_*list.txt")
     source = Source("jhmdb", split if listed else "", root, data_root)
     if not listed:
         classes = subfolders(root / "Rename_Images")
@@ -117,13 +138,17 @@ def build_tapvid(root: Path, data_root: Path, split: str = "", names: Sequence[s
             hint=f"cosettle-cache manifest unpack {root} FOLDER",
         )
     source = Source("tapvid", split, root, data_root)
-    return build_places(source, _listed(names), "frames/{name}", "tracks/{name}.npz")
+    return build_places(source, [Listed(name) for name in names], "frames/{name}", "tracks/{name}.npz")
 
 
-def _listed(names: Sequence[str], *lists: Path) -> list[Listed]:
-    """Return `names`, or the lines of the first list that is there, or nothing."""
-    present = (list(read_list(path)) for path in lists if path.is_file())
-    return [Listed(name) for name in names] or next(present, [])
+def _listed(
+    names: Sequence[str], root: Path, split: str, folders: Sequence[Path], *patterns: str
+) -> list[Listed]:
+    """Return `names`, or the lines of the split's list in one of `folders`, or nothing without lists."""
+    if names:
+        return [Listed(name) for name in names]
+    path = _list_of(root, split, _lists_in(folders, *patterns), patterns[0].replace("*", "SPLIT"))
+    return [] if path is None else list(read_list(path))
 
 
 def build_masks(

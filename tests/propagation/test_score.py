@@ -117,6 +117,42 @@ def test_a_place_that_cannot_be_written_is_told_before_scoring(davis, capsys):
     assert Image.open("new/c.png").size[0] > 500
 
 
+def test_files_of_others_are_not_overwritten(davis, capsys):
+    build = ["manifest", "build", "davis", "DAVIS", "--data-root", "data", "--out"]
+    mask = Path("data/DAVIS/Annotations/480p/dog/00000.png")
+    assert [run_command([*build, "m.parquet"]), run_command([*build, "m.csv"])] == [0, 0]
+    for _ in range(2):  # new, then of the first time
+        assert score("davis", "--chart", "c.png", out="s.csv") == 0
+        assert score("davis", "--chart", "c.svg", "--manifest", "m.csv") == 0
+        assert run_command([*build, "m.parquet", "--list", "m.csv"]) == 0
+    files = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert score("davis", out=mask) == 2
+    assert score("davis", out="m.parquet") == 2
+    assert score("davis", "--manifest", "m.csv", out="m.csv") == 2
+    assert score("davis", "--chart", mask) == 2
+    assert score("davis", "--chart", "both", out="both") == 2
+    assert run_command([*build, "m.csv", "--list", "m.csv"]) == 2
+    assert run_command([*build, "s.parquet"]) == 2
+    assert run_command([*build, str(mask)]) == 2
+    assert run_command(["manifest", "from-list", "davis", "m.parquet"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert [("overwritten" in line, "read and written" in line) for line in said].count((True, False)) == 5
+    assert [("overwritten" in line, "read and written" in line) for line in said].count((False, True)) == 4
+    assert files == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def test_folders_of_no_video_and_advice_are_told(davis, capsys):
+    write_masks(davis / "Dog", masks(5))
+    truth = Path("data/DAVIS/Annotations/480p/cat/00002.png")
+    write_mask(truth, np.full_like(masks(5)[2], 9))
+    line = ["score", "--task", "davis", "--data-root", "data", "--out", "s.parquet"]
+    assert run_command([*line, "--predictions", "results"]) == 4
+    said = capsys.readouterr().err
+    assert "results holds 1 folders of no video: Dog" in said
+    assert "annotations of DAVIS's unsupervised task have objects that come later: take the others" in said
+
+
 def test_half_of_the_sequences(davis, capsys):
     (davis / "cat/00002.png").unlink()
     assert score("davis") == 3

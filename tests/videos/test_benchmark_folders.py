@@ -11,7 +11,7 @@ import pytest
 from benchmark_cases import N_JOINTS, SIZE, part_map, write_frames, write_jhmdb, write_mat, write_vip
 from PIL import Image
 
-from cosettle_cache.core.errors import InputError, MediaError
+from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.types import LabelKind
 from cosettle_cache.videos import build_manifest, open_joints, open_parts, open_sequence
 from cosettle_cache.videos.jhmdb import read_joints, read_predicted_joints, write_predicted_joints
@@ -93,6 +93,26 @@ def test_real_vip(shared_data):
     root = shared_data("VIP")
     (video,) = build_manifest("vip", root, root.parent).manifest
     assert (video.video_id, video.n_frames, video.n_objects, video.split) == ("videos1", 40, 10, "val")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "lists"),
+    [
+        ("vip", write_vip, ["lists/val_videos.txt", "vip_trainlist.txt"]),
+        ("jhmdb", write_jhmdb, ["jhmdb_vallist.txt", "lists/jhmdb_trainlist.txt"]),
+    ],
+)
+def test_a_split_without_its_list_is_refused(tmp_path, name, write, lists):
+    write(tmp_path)
+    assert len(build_manifest(name, tmp_path, tmp_path).manifest) == 1
+    with pytest.raises(UsageError, match="has no split test"):
+        build_manifest(name, tmp_path, tmp_path, split="test")
+    (tmp_path / "lists").mkdir()
+    for path in lists:
+        (tmp_path / path).write_text("walk/one\n")
+    with pytest.raises(UsageError, match="has no split test") as caught:
+        build_manifest(name, tmp_path, tmp_path, split="test")
+    assert caught.value.wanted == "val, train"
 
 
 # JHMDB

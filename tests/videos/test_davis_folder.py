@@ -73,7 +73,7 @@ def test_rows(root):
     assert not result.failures
     video = result.manifest.videos[0]
     expected = replace(bare_row(root), dataset="davis", labelled_frames=4, n_objects=2)
-    assert video == expected
+    assert replace(video, content=None, stamp=None) == expected
     assert result.manifest.provenance["root"] == "DAVIS"
 
 

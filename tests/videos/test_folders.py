@@ -73,6 +73,8 @@ def test_folder_finds_clips_at_any_depth(tmp_path):
     result = build_folder(tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["clip2", "clip10", "deep/er/frames"]
     assert not result.failures
+    (note,) = result.notes
+    assert note == f"images beside clips are no frames: those in {tmp_path.name} (1) were passed over"
 
 
 def test_what_systems_and_viewers_leave_is_passed_over_with_one_note(tmp_path):
