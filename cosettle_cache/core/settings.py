@@ -95,6 +95,8 @@ def _number_fault(kind: str, limits: Mapping[str, Any], value: Any) -> str:
     word = (value is None and "None" in kinds) or (value == "auto" and len(kinds) > 1)
     if word or not {"int", "float"}.intersection(kinds):
         return ""
+    if isinstance(value, Integral) and abs(value) >= 2**63:
+        return "a number of 64 bits"
     whole, positive = "int" in kinds, limits.get("positive", False)
     least, most = limits.get("min", -math.inf), limits.get("max", _MOST_WHOLE if whole else math.inf)
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
@@ -110,9 +112,10 @@ def _number_fault(kind: str, limits: Mapping[str, Any], value: Any) -> str:
 def parse_bytes(text: str) -> int:
     """Return the bytes that a text such as 500MB or 1.5T means; units count in thousands."""
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is not a size", wanted="a number and kB, MB, GB or TB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = math.inf if match is None else float(match[1]) * _UNITS[match[2].upper()]
+    if not math.isfinite(size):
+        raise UsageError(f"{text[:100]!r} is not a size", wanted="a number and kB, MB, GB or TB")
+    return int(size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,9 +112,18 @@ def read_rows(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict
             column.cast(kinds.get(field.name, field.type))
             for field, column in zip(table.schema, table.columns, strict=True)
         ]
-        return pa.table(columns, names=table.column_names).to_pylist(), read_metadata(table)
+        cast = pa.table(columns, names=table.column_names)
     except (pa.ArrowException, ValueError, OverflowError) as error:
         raise _unreadable(path, error) from error
+    return table_rows(cast, path), read_metadata(table)
+
+
+def table_rows(table: pa.Table, title: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a foreign table; raise `InputError` that names it for cells that Python lacks."""
+    try:
+        return table.to_pylist()  # type: ignore[no-any-return]
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # dates after 9999, nanoseconds
+        raise _unreadable(title, error) from error
 
 
 def _check_file(path: Path, wanted: str) -> None:
@@ -126,7 +135,7 @@ def _check_file(path: Path, wanted: str) -> None:
     raise InputError(f"{path} does not exist", wanted=wanted)
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: str | Path, error: Exception) -> InputError:
     return InputError(f"{path} is not a readable table", found=first_line(error))
 
 

@@ -271,8 +271,9 @@ def _read_document(path: str | Path) -> Mapping[str, Any] | None:
     if text is None:
         return None
     document: dict[str, Any] = parse_json(text, f"the description in {path}")
-    whole = isinstance(document, dict) and isinstance(document.get("head"), str)
-    if not whole or not isinstance(document.get("provenance"), dict):
+    origin = document.get("provenance") if isinstance(document, dict) else None
+    whole = isinstance(origin, dict) and all(isinstance(text, str) for text in origin.values())
+    if not whole or not isinstance(document.get("head"), str):
         raise CheckpointError(f"{path} holds no projection", wanted="head and provenance", found=text[:100])
     return document
 

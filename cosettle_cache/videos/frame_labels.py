@@ -17,6 +17,8 @@ from jaxtyping import Int64
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.videos.lists import read_lines
 
+#: Digits of the number of a class.
+_MOST_DIGITS = 9
 _STEREO = re.compile(r"(.*)_stereo_(.*)_ch0")
 
 
@@ -90,7 +92,12 @@ def open_frame_labels(root: str | Path) -> FrameLabels:
     numbers: dict[str, int] = {}
     for line in read_lines(path):
         number, _, name = line.partition(" ")
-        if not number.isdecimal() or not name.strip() or name.strip() in numbers:
+        if (
+            not number.isdecimal()
+            or len(number) > _MOST_DIGITS
+            or not name.strip()
+            or name.strip() in numbers
+        ):
             raise InputError(f"{path} is malformed", wanted="NUMBER NAME a line, no name twice", found=line)
         numbers[name.strip()] = int(number)
     return FrameLabels(root, numbers)

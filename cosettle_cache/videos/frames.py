@@ -27,7 +27,7 @@ from av.stream import Disposition
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, ImageOps
 
-from cosettle_cache.core.errors import InputError, MediaError, UsageError, first_line
+from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError, first_line
 from cosettle_cache.core.files import name_fault
 from cosettle_cache.core.settings import MOST_PIXELS
 from cosettle_cache.core.types import Grid, MediaKind, Video
@@ -37,9 +37,6 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".avi", ".gif", ".webm", ".mov", ".m4v"}
     | {".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
 )
-
-#: What the decoders raise for files that are broken, something else, or absurdly large.
-_UNDECODABLE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, av.FFmpegError)
 
 #: Folders and files that Windows, macOS and Synology leave among others.
 LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})
@@ -61,6 +58,8 @@ _SEEKABLE = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "f
 _FAR = 48
 #: EXIF's tag of how a picture is held; from 5 on rows are columns.
 _ORIENTATION = 0x0112
+#: TIFF's tags of how many columns and rows are stored.
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 Image8 = UInt8[np.ndarray, "height width 3"]
 
@@ -180,7 +179,10 @@ def image_size(path: Path) -> tuple[int, int]:
         # Pillow would decode a whole PNG to look for an orientation behind the pixels.
         is_looked_up = image.format != "PNG" or "exif" in image.info
         turned = is_looked_up and image.getexif().get(_ORIENTATION, 1) >= 5
-        return (image.width, image.height) if turned else (image.height, image.width)
+        # Newer Pillow opens a TIFF at the size that it is shown at, older at that of its rows.
+        rows = getattr(image, "tag_v2", {}).get
+        height, width = rows(_TIFF_HEIGHT, image.height), rows(_TIFF_WIDTH, image.width)
+        return (width, height) if turned else (height, width)
 
 
 def iter_frames(
@@ -379,7 +381,8 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(_CONTAINERS)}
     # The prefix keeps the part of a name before a colon from being a protocol.
     with decode_errors(path), av.open(f"file:{path}", options=options) as container:
-        films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        streams = [s for s in container.streams.video if s.codec_context]  # None: nobody knows the codec
+        films = [s for s in streams if not s.disposition & Disposition.attached_pic]
         if not films:
             raise MediaError(f"{path} has no video stream", wanted="a video file", found="other streams only")
         stream = max(films, key=lambda s: (s.disposition & Disposition.default, s.width * s.height))
@@ -405,8 +408,8 @@ def _image_formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def decode_errors(path: Path) -> Iterator[None]:
-    """Turn whatever decoding `path` raises into a `MediaError` that names it.
+def decode_errors(path: Path, fault: str = "cannot be decoded", wanted: str | None = None) -> Iterator[None]:
+    """Turn whatever decoding `path` raises into a `MediaError` that names it and its `fault`.
 
     So is a pipe, a device or a socket, before it is opened.
     """
@@ -420,8 +423,10 @@ def decode_errors(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise MediaError(f"{path} does not exist", hint="cosettle-cache manifest check MANIFEST") from error
-    except _UNDECODABLE as error:
-        raise MediaError(f"{path} cannot be decoded", found=first_line(error)) from error
+    except CosettleError:
+        raise
+    except Exception as error:  # decoders raise anything for files that are broken or absurdly large
+        raise MediaError(f"{path} {fault}", wanted=wanted, found=first_line(error)) from error
 
 
 #: Patches along the short side of DINOv3's sizes: 480, 960 and 1440 pixels for a patch of 16.

@@ -1,18 +1,24 @@
-"""Joints of one video as JHMDB has them, in pixels; predicted joints as the released scripts keep them."""
+"""Joints of one video as JHMDB has them, in pixels; predicted joints as the released scripts keep them.
+
+Of MATLAB files numbers are read and nothing else: SciPy's reader takes lengths and kinds as a file says them,
+and ends the process at some that are wrong.
+"""
 
 from __future__ import annotations
 
 import io
 import pickle
+import struct
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 from jaxtyping import Float, Float32, Float64
 
 from cosettle_cache.core.errors import MediaError, first_line
-from cosettle_cache.core.files import output_errors
+from cosettle_cache.core.files import output_errors, read_file
 from cosettle_cache.core.types import Grid, Video
 from cosettle_cache.videos.masks import check_numbers, frame_stems
 from cosettle_cache.videos.safe_pickle import ArrayUnpickler
@@ -23,8 +29,13 @@ JOINTS = (
     *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
 )
 
-#: Numbers of an array that is read from a file of version 7.3; joints of a clip are thousands.
-_MOST_NUMBERS = 10**8
+#: Numbers of an array that is read, and bytes that are unpacked; joints of a clip are thousands.
+_MOST_NUMBERS, _MOST_BYTES = 10**7, 8 * 10**7
+
+#: What elements of a file of version 5 hold: packed ones, an array, numbers of these types; classes of arrays
+#: of numbers.
+_PACKED, _ARRAY, _NUMERIC = 15, 14, range(6, 16)
+_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 
 Joints = Float64[np.ndarray, "2 joint frame"]
 #: Key points of one frame or of many: x, then y.
@@ -66,16 +77,14 @@ def read_joints(path: str | Path) -> Joints:
     if not path.is_file():
         raise MediaError(f"{path} does not exist", wanted="a file of joints")
     try:
-        with path.open("rb") as file:
-            is_hdf5 = b"MATLAB 7.3" in file.read(128)
-        content = _read_hdf5(path) if is_hdf5 else scipy.io.loadmat(path)
+        data = read_file(path)
+        content = _read_hdf5(path) if b"MATLAB 7.3" in data[:128] else dict(_read_version_5(data))
     except MediaError:
         raise
     except Exception as error:  # a file that is broken or something else
         raise MediaError(f"{path} is not a readable MATLAB file", found=first_line(error)) from error
     if "pos_img" not in content:
-        found = ", ".join(name for name in content if not name.startswith("__"))
-        raise MediaError(f"{path} has no pos_img", wanted="pos_img", found=found or "nothing")
+        raise MediaError(f"{path} has no pos_img", wanted="pos_img", found=", ".join(content) or "nothing")
     joints = content["pos_img"]
     # MATLAB drops the last axis of a clip of one frame.
     joints = joints[:, :, None] if np.ndim(joints) == 2 else joints
@@ -88,6 +97,37 @@ def read_joints(path: str | Path) -> Joints:
     if joints.dtype.kind not in "fiu" or not np.isfinite(joints).all():
         raise MediaError(f"{path} has joints that are nowhere", wanted="finite numbers", found="others")
     return np.asarray(joints, dtype=np.float64) - 1
+
+
+def _read_version_5(data: bytes) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield names and arrays of numbers of a MATLAB file of versions 5 to 7; others come empty."""
+    order = {b"IM": "<", b"MI": ">"}[data[126:128]]
+    for kind, content in _elements(data[128:], order):
+        if kind == _ARRAY:
+            (_, flags), (_, shape), (_, name), *parts = _elements(content, order)
+            array = np.empty(0)
+            if struct.unpack_from(order + "I", flags)[0] & 0xFF in _NUMERIC:
+                array = np.frombuffer(parts[0][1], order + _NUMBERS[parts[0][0]])
+                array = array.reshape(np.frombuffer(shape, order + "i4"), order="F")
+            yield name.decode("latin-1"), array
+
+
+def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
+    """Yield kind and content of elements that follow each other, padded to 8 bytes unless packed."""
+    end = 0
+    while end < len(data):
+        begin, start = end, end + 8
+        kind, length = struct.unpack_from(order + "II", data, begin)
+        if kind >> 16:  # four bytes or less stand in the place of the length
+            kind, length, start = kind & 0xFFFF, kind >> 16, begin + 4
+        content, end = data[start : start + length], start + length
+        if len(content) < length:
+            raise ValueError("it ends within an array")
+        if kind == _PACKED:
+            yield from _elements(zlib.decompressobj().decompress(content, _MOST_BYTES), order)
+        else:
+            yield kind, content
+            end += (begin - end) % 8
 
 
 def _read_hdf5(path: Path) -> dict[str, np.ndarray]:

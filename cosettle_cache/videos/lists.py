@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
+
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import read_text, sha256_file
-from cosettle_cache.core.tables import read_table
+from cosettle_cache.core.tables import read_table, table_rows
 from cosettle_cache.core.types import Manifest, MediaKind, Video
 from cosettle_cache.videos.datasets import DATASETS, listable
 
 #: Folders that begin the place of a clip; what follows is its name.
 _MEDIA_FOLDERS = ("Images", "Rename_Images", "JPEGImages")
 _LABEL_FOLDERS = ("Category_ids", "Annotations", "joint_positions")
+
+#: Columns that may name a clip, 0001 among others.
+_NAMES = pa.schema([(column, pa.string()) for column in ("video_id", "sequence", "name")])
 
 #: Columns of frames, height, width and objects in a manifest, and in a list with a header.
 _SIZE_COLUMNS = (("n_frames", "frames"), ("height",), ("width",), ("n_objects", "objects"))
@@ -40,7 +45,7 @@ def read_list(path: str | Path) -> tuple[Listed, ...]:
     """Return the lines of a list in order; raise `InputError` for a missing, empty or malformed one."""
     path = Path(path)
     if path.suffix in (".csv", ".parquet"):
-        listed = [_from_row(row, path) for row in read_table(path).to_pylist()]
+        listed = [_from_row(row, path) for row in table_rows(read_table(path, _NAMES), path)]
     else:
         listed = [_from_line(line, path) for line in read_lines(path)]
     if not listed:
@@ -124,7 +129,7 @@ def _from_line(line: str, path: Path) -> Listed:
 
 
 def _from_row(row: dict[str, object], path: Path) -> Listed:
-    name = row.get("video_id") or row.get("sequence") or row.get("name")
+    name = next((row[column] for column in _NAMES.names if row.get(column)), None)
     if name is None:
         found = ", ".join(row)
         raise InputError(f"{path} names no videos", wanted="a column video_id or sequence", found=found)

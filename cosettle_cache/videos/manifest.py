@@ -19,7 +19,14 @@ import pyarrow as pa
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.files import name_fault, own_file
 from cosettle_cache.core.settings import digest
-from cosettle_cache.core.tables import make_table, read_metadata, read_table, with_metadata, write_table
+from cosettle_cache.core.tables import (
+    make_table,
+    read_metadata,
+    read_table,
+    table_rows,
+    with_metadata,
+    write_table,
+)
 from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
 
 #: Column order and types of a manifest file; the first six are required.
@@ -103,7 +110,7 @@ def manifest_from_table(table: pa.Table, origin: str = "the manifest", *, listed
             wanted=", ".join(_REQUIRED),
             found=", ".join(table.column_names),
         )
-    rows = table.to_pylist()
+    rows = table_rows(table, origin)
     if listed:
         rows = [row | {name: row[name] or 0 for name in _MEASURES} for row in rows]
     else:

@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int64
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.settings import QUERY_MODES
-from cosettle_cache.core.tables import read_table
+from cosettle_cache.core.tables import read_table, table_rows
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.sprites import read_settings
 from cosettle_cache.videos.tapvid import PointTracks, read_shares
@@ -96,7 +96,7 @@ def read_queries(path: str | Path, manifest: Manifest) -> dict[str, Queries]:
         )
     rows: dict[str, list[tuple[int, float, float]]] = {}
     videos = {video.video_id: video for video in manifest}
-    for number, row in enumerate(table.to_pylist(), start=1):
+    for number, row in enumerate(table_rows(table, path), start=1):
         video = _video_of(row, videos, f"row {number} of {path}")
         rows.setdefault(video.video_id, []).append(_checked(row, video, f"row {number} of {path}"))
     if not rows:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from PIL import Image
 
-from cosettle_cache.core.errors import InputError, MediaError, first_line
+from cosettle_cache.core.errors import InputError, MediaError
 from cosettle_cache.core.files import make_folder, output_errors, write_durably
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.frames import decode_errors
@@ -52,14 +52,9 @@ def read_shares(path: Path, video: Video) -> PointTracks:
 
     Raises `MediaError` when the file is missing, holds something else, or other frames than the video.
     """
-    try:
-        with decode_errors(path), np.load(path, allow_pickle=False) as content:
-            points, occluded = content["points"], content["occluded"]
-    except MediaError:
-        raise
-    except Exception as error:  # an archive of anything raises anything, a claim of terabytes MemoryError
-        reason = str(error) or type(error).__name__
-        raise MediaError(f"{path} holds no tracks", wanted="points and occluded", found=reason) from error
+    errors = decode_errors(path, "holds no tracks", "points and occluded")
+    with errors, np.load(path, allow_pickle=False) as content:
+        points, occluded = content["points"], content["occluded"]
     problem = _shares_problem(points, occluded)
     if problem:
         raise MediaError(f"{path} holds no tracks", wanted="points in 0..1 and flags", found=problem)
@@ -75,7 +70,9 @@ def read_shares(path: Path, video: Video) -> PointTracks:
     return PointTracks(pixels, occluded[:, own] == 0)
 
 
-def _shares_problem(points: np.ndarray, occluded: np.ndarray) -> str | None:
+def _shares_problem(points: Any, occluded: Any) -> str | None:
+    if not (isinstance(points, np.ndarray) and isinstance(occluded, np.ndarray)):
+        return "points or occluded that are no arrays"
     if points.ndim != 3 or points.shape[-1] != 2 or points.dtype.kind != "f":
         return f"points of {points.dtype} {points.shape}"
     if occluded.shape != points.shape[:2] or occluded.dtype.kind not in "bui":
@@ -103,14 +100,8 @@ def read_tapvid(path: str | Path, failures: dict[str, str] | None = None) -> Cli
     bad clip goes into `failures` with the reason; without them, or where all are bad, it is an error too.
     """
     path = Path(path)
-    try:
-        with decode_errors(path), path.open("rb") as file:
-            content = ArrayUnpickler(file).load()
-    except MediaError:
-        raise
-    except Exception as error:  # a pickle of anything raises anything
-        found = first_line(error)
-        raise MediaError(f"{path} is no pickle of TAP-Vid", wanted="arrays only", found=found) from error
+    with decode_errors(path, "is no pickle of TAP-Vid", "arrays only"), path.open("rb") as file:
+        content = ArrayUnpickler(file).load()
     pairs = list(enumerate(content)) if isinstance(content, list | tuple) else []
     named = [(f"{number:05d}", clip) for number, clip in pairs]
     if isinstance(content, dict):

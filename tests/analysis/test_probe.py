@@ -277,6 +277,11 @@ def test_bad_frame_labels(capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text("fry\n" * 12)
     assert probe("--labels", "labels") == 3
     assert "found:  fry" in capsys.readouterr().err
+    mapping = Path("labels/mapping.txt")
+    mapping.write_text(mapping.read_text().replace("0 ", "1000000000000 ", 1))
+    assert probe("--labels", "labels") == 3
+    assert "mapping.txt is malformed" in capsys.readouterr().err
+    mapping.write_text(mapping.read_text().replace("1000000000000 ", "0 "))
     path.unlink()
     assert probe("--labels", "labels") == 3
     assert "all/0 has no frame labels" in capsys.readouterr().err

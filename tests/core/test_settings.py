@@ -33,7 +33,7 @@ class Mine(Settings):
     ("name", "values"),
     [
         ("share", [-1, 0, 2, math.nan, math.inf, "x", "auto", None, True]),
-        ("count", [0, 6.7, True, "5", math.nan]),
+        ("count", [0, 6.7, True, "5", math.nan, 2**63, -(10**400)]),
         ("weight", [math.nan, -math.inf, "x", False, None, [1]]),
     ],
 )

@@ -251,7 +251,14 @@ def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as raised:
             load_projection(path)
         assert said in " ".join(raised.value.lines())
-    for text in ("7", "{}", '{"head": ["linear"], "provenance": {}}', "[" * 100_000, "{"):
+    for text in (
+        "7",
+        "{}",
+        '{"head": ["linear"], "provenance": {}}',
+        '{"head": "linear", "provenance": {"a": 1}}',
+        "[" * 100_000,
+        "{",
+    ):
         save_file(whole, path, {METADATA_KEY: text})
         with pytest.raises(InputError, match=r"p\.safetensors"):
             load_projection(path)

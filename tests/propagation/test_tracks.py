@@ -196,15 +196,19 @@ def test_two_keys_that_are_one_name_are_refused(tmp_path: Path) -> None:
         read_tapvid(dump(tmp_path / "t.pkl", {1: clip(), "1": clip()}))
 
 
-def test_tracks_that_claim_terabytes_are_refused(tmp_path: Path) -> None:
+def test_tracks_that_claim_terabytes_or_are_no_arrays_are_refused(tmp_path: Path) -> None:
     header = io.BytesIO()
     claim = {"descr": "<f8", "fortran_order": False, "shape": (10**13, 4, 2)}
     np.lib.format.write_array_header_1_0(header, claim)
     with zipfile.ZipFile(tmp_path / "goat.npz", "w") as archive:
         archive.writestr("points.npy", header.getvalue())
+    with zipfile.ZipFile(tmp_path / "bytes.npz", "w") as archive:
+        archive.writestr("points", b"no array")
+        archive.writestr("occluded", b"no array")
     video = Video("goat", "goat", MediaKind.FRAMES, 4, 64, 96)
-    with pytest.raises(MediaError, match="holds no tracks"):
-        read_shares(tmp_path / "goat.npz", video)
+    for name in ("goat.npz", "bytes.npz"):
+        with pytest.raises(MediaError, match="holds no tracks"):
+            read_shares(tmp_path / name, video)
 
 
 class ColourCase(Case):

@@ -241,6 +241,8 @@ def test_sizes_are_read_as_written(text: str, n_bytes: int) -> None:
     assert parse_bytes(text) == n_bytes
     with pytest.raises(UsageError, match="is not a size"):
         parse_bytes(text + "x")
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_bytes("9" * 400 + "T")
 
 
 def test_a_store_that_closes_ends_the_run(url: str, proxy: Proxy, tmp_path: Path) -> None:

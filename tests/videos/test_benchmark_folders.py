@@ -8,8 +8,18 @@ import shutil
 
 import numpy as np
 import pytest
-from benchmark_cases import N_JOINTS, SIZE, part_map, write_frames, write_jhmdb, write_mat, write_vip
+from benchmark_cases import (
+    N_JOINTS,
+    SIZE,
+    make_joints,
+    part_map,
+    write_frames,
+    write_jhmdb,
+    write_mat,
+    write_vip,
+)
 from PIL import Image
+from scipy.io import loadmat, savemat
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.types import LabelKind
@@ -186,6 +196,28 @@ def test_unreadable_joints_are_named(tmp_path, content):
         read_joints(path)
     with pytest.raises(MediaError, match="does not exist"):
         read_joints(tmp_path / "none.mat")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["f8", "f4", "i2", "u1"])
+def test_joints_are_read_as_scipy_reads_them(tmp_path, kind, packed):
+    joints = (10 * make_joints(3)).astype(kind)
+    other = {"scale": np.ones(3), "n": np.uint8(3), "cells": np.array(["a", joints], dtype=object)}
+    savemat(tmp_path / "j.mat", other | {"pos_img": joints, "text": "abc"}, do_compression=packed)
+    np.testing.assert_array_equal(
+        read_joints(tmp_path / "j.mat"), loadmat(tmp_path / "j.mat")["pos_img"] - 1.0
+    )
+
+
+@pytest.mark.parametrize("kind", [0, 8, 10, 11, 14, 255])
+def test_numbers_of_an_impossible_kind_are_refused(tmp_path, kind):
+    """SciPy's reader takes 11 for the place of a type and ends the process."""
+    write_mat(tmp_path / "j.mat", pos_img=make_joints(3))
+    data = (tmp_path / "j.mat").read_bytes()
+    at = data.index(b"pos_img\0") + 8
+    (tmp_path / "j.mat").write_bytes(data[:at] + bytes([kind]) + data[at + 1 :])
+    with pytest.raises(MediaError, match=r"j\.mat is not a readable MATLAB file"):
+        read_joints(tmp_path / "j.mat")
 
 
 def test_a_frame_missing_in_the_middle_is_named(tmp_path):

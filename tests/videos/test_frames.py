@@ -180,14 +180,14 @@ def test_sparse_frames_are_the_same_from_key_frames_on(tmp_path: Path, monkeypat
 
 def test_images_are_shown_as_exif_says(tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
-    for name in ("0.jpg", "1.png"):
+    for name in ("0.jpg", "1.png", "2.tif"):
         image = Image.fromarray(
             np.repeat(np.arange(48, dtype=np.uint8)[:, None, None] * 5, 64, 1).repeat(3, 2)
         )
         exif = Image.Exif()
         exif[0x0112] = 6
         image.save(tmp_path / "clip" / name, exif=exif)
-    assert image_size(tmp_path / "clip" / "1.png") == (64, 48)
+    assert {image_size(path) for path in (tmp_path / "clip").iterdir()} == {(64, 48)}
     for frame in iter_frames(video_of(tmp_path / "clip"), tmp_path):
         assert frame.shape == (64, 48, 3) and frame[0, 0, 0] > 230 > 10 > frame[0, -1, 0]
 
@@ -279,6 +279,11 @@ def test_mixed_sizes_are_found_when_probing(folder: Path) -> None:
         (lambda p: p.write_bytes(b"not a video" * 50), "cannot be decoded"),
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "holds no frames"),
+        # A film of a codec that nobody knows.
+        (
+            lambda p: p.write_bytes(encode(p, "libx264").read_bytes().replace(b"avc1", b"zzzz")),
+            "no video stream",
+        ),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, make: Callable[[Path], object], said: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from benchmark_cases import write_frames, write_vip
 from conftest import SHARED
@@ -53,12 +55,22 @@ def test_sizes_of_davis_are_known():
         ("l.txt", "j/joint_positions/a/b/joint_positions.mat j/Rename_Images/a/b\nc\n"),
         ("l.csv", "sequence,frames\na/b,3\nc,4\n"),
         ("l.csv", "video_id\na/b\nc\n"),
+        ("l.csv", "frames,name\n3,a/b\n4,c\n"),
         ("l.txt", "\ufeffa/b\r\nc\r\n"),
     ],
 )
 def test_every_way_of_writing_a_list(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert [item.name for item in read_list(tmp_path / name)] == ["a/b", "c"]
+
+
+def test_names_of_a_table_are_texts(tmp_path):
+    (tmp_path / "l.csv").write_text("name,frames\n0001,3\n1979-05-27,4\n")
+    assert [item.name for item in read_list(tmp_path / "l.csv")] == ["0001", "1979-05-27"]
+    times = pa.array([1, None], pa.timestamp("ns"))  # which Python has no name for
+    pq.write_table(pa.table({"name": ["a", "b"], "made": times}), tmp_path / "l.parquet")
+    with pytest.raises(InputError, match=r"l\.parquet is not a readable table"):
+        read_list(tmp_path / "l.parquet")
 
 
 def test_names_with_spaces_and_their_clips(tmp_path):

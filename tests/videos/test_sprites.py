@@ -17,7 +17,7 @@ from cosettle_cache.core.errors import InputError, OutputError
 from cosettle_cache.core.settings import cache_folder
 from cosettle_cache.videos import build_manifest, open_sequence
 from cosettle_cache.videos.masks import read_mask
-from cosettle_cache.videos.sprites import SpritesSettings, ensure_sprites
+from cosettle_cache.videos.sprites import SpritesSettings, ensure_sprites, read_settings
 from cosettle_cache.videos.sprites.figures import KINDS, Canvas, Piece, move, plain, stretch, turn
 from cosettle_cache.videos.sprites.scenes import draw_scene, render
 
@@ -96,6 +96,10 @@ def test_existing_clips_are_kept(tiny):
 def test_other_clips_and_other_files_are_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="other sprites clips"):
         ensure_sprites(tiny, replace(TINY, n_val=1))
+    (tmp_path / "sprites.json").write_text('{"version": 1, "n_other": 3}')
+    with pytest.raises(InputError, match="other sprites clips"):
+        read_settings(tmp_path)
+    (tmp_path / "sprites.json").unlink()
     (tmp_path / "mine.txt").touch()
     with pytest.raises(InputError, match="something else"):
         ensure_sprites(tmp_path, TINY)

@@ -39,7 +39,10 @@ def read_settings(root: Path) -> SpritesSettings:
     mark = read_json(root / _MARK)
     if not isinstance(mark, dict) or mark.pop("version", None) != VERSION:
         raise InputError(f"{root} holds sprites clips of another version", wanted=VERSION, hint=_OTHER)
-    return SpritesSettings(**mark)
+    try:
+        return SpritesSettings(**mark)
+    except TypeError as error:
+        raise InputError(f"{root} holds other sprites clips", found=error, hint=_OTHER) from error
 
 
 def _holds(root: Path, settings: SpritesSettings) -> bool:
