@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import MediaError, UsageError
 from cosettle_cache.core.parallel import host_memory, one_core_threads
-from cosettle_cache.core.types import Encoding, MediaKind, Slot, Video
+from cosettle_cache.core.types import Encoding, Manifest, MediaKind, Slot, Video
 from cosettle_cache.encoders import Backbone
 from cosettle_cache.extraction.images import Look, Views, resampling_of
 from cosettle_cache.store import Shard
@@ -55,6 +55,9 @@ class SlotWriter(Protocol):
 
     def commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
         """Write a slot's tokens and mark it as done."""
+
+    def replace_manifest(self, manifest: Manifest) -> None:
+        """Write another manifest of the same videos."""
 
     def close(self) -> None:
         """Give everything back."""

@@ -196,6 +196,11 @@ class LayerWriters:
         for number in self._held.get(slot.index, ()):
             self._writers[number].commit(slot, Shard(np.ascontiguousarray(layers[number])), failures)
 
+    def replace_manifest(self, manifest: Manifest) -> None:
+        """Write another manifest into all stores."""
+        for one in self._writers:
+            one.replace_manifest(manifest)
+
     def close(self) -> None:
         """Close all stores."""
         for one in self._writers:
@@ -402,12 +407,12 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             return extract_across(run, job, plan, writer, progress=progress, stop=stop, note=talk.note)
 
 
-def _check_store(job: StoreJob, manifest: Manifest, writer: StoreWriter) -> None:
+def _check_store(job: StoreJob, manifest: Manifest, writer: SlotWriter) -> None:
     """Raise `FingerprintError` when the tokens of a video were made from other media than the manifest's.
 
     A video that failed has no tokens: those of a retry are of the media there are.
     """
-    store = open_store(job.out)
+    store = open_store(job.stores[0])
     if store.manifest.videos == manifest.videos:
         return
     rows = [
@@ -417,7 +422,7 @@ def _check_store(job: StoreJob, manifest: Manifest, writer: StoreWriter) -> None
     changed = {new.video_id: new for old, new in rows if is_other(old, new)}
     if others := [video_id for video_id in changed if video_id not in store.failures]:
         hint = "bring them back, or write to another folder with --out"
-        raise FingerprintError(name_changed(job.out, others), hint=hint)
+        raise FingerprintError(name_changed(store.path, others), hint=hint)
     if changed and job.settings.retry_failed:
         videos = tuple(changed.get(old.video_id, old) for old in store.manifest)
         writer.replace_manifest(replace(store.manifest, videos=videos))
