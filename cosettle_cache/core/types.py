@@ -247,7 +247,9 @@ class EvalProtocol:
     The labels: `label_encoding` of the first mask is `bilinear` (of one-hot maps) or `nearest` (of ids);
     `norm_mask` stretches each class that is there to 0..1 before the argmax, which is taken at `decode_size`:
     `input` (of the network) or `annotation`, after `upsampling`: `bilinear` or `nearest`. A joint is the mean
-    of its `keypoint_top_k` strongest cells.
+    of its `keypoint_top_k` strongest cells. Objects that the first frame lacks and a later annotation has
+    cost the video (`later_objects` is `fail`), are background (`ignore`), or are given in the frame of their
+    first annotation (`inject`, the rule of YouTube-VOS and MOSE).
     """
 
     name: str
@@ -268,10 +270,11 @@ class EvalProtocol:
     resampling: str = "linear"
     rim: str = "shape"
     upsampling: str = "bilinear"
+    later_objects: str = "fail"
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types; without the last three where they are what version 0.1 did."""
-        later = {"resampling": "linear", "rim": "shape", "upsampling": "bilinear"}
+        """Return plain JSON types; without the last four where they are what version 0.1 did."""
+        later = {"resampling": "linear", "rim": "shape", "upsampling": "bilinear", "later_objects": "fail"}
         return {key: value for key, value in asdict(self).items() if later.get(key) != value}
 
 

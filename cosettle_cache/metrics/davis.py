@@ -7,6 +7,7 @@ to the official tool's figures (PROTOCOLS 4). Nothing is expanded per object bey
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,15 +75,19 @@ def davis_j_and_f(
 class DavisScorer:
     """J&F of one clip as its frames come; besides the figures it holds one pair of masks at any time.
 
-    Pass every frame to `add`, the annotated first one and the last one too: they are left out here.
+    Pass every annotated frame to `add`, the first one and the last one too: they are left out here. `begins`
+    numbers the frame, among those, in which an object is given that the first one lacks: it is scored after
+    that.
     """
 
-    def __init__(self, n_objects: int, height: int, width: int) -> None:
+    def __init__(
+        self, n_objects: int, height: int, width: int, begins: Mapping[int, int] | None = None
+    ) -> None:
         if n_objects < 1:
             raise InputError(
                 "the first true mask holds no object", wanted="an index from 1 to 254", found="0"
             )
-        self.object_ids = range(1, n_objects + 1)
+        self.object_ids, self._begins = range(1, n_objects + 1), begins or {}
         self.tolerance = boundary_tolerance(height, width)
         self._size = (height, width)
         row, col = np.ogrid[-self.tolerance : self.tolerance + 1, -self.tolerance : self.tolerance + 1]
@@ -118,8 +123,10 @@ class DavisScorer:
         if not self._figures:
             raise _too_short(self._n_added)
         figures = np.asarray(self._figures, dtype=np.float64).transpose(1, 2, 0)
-        scored = zip(self.object_ids, figures, strict=True)
-        return [ObjectScore(i, j, f, *_statistics(j), *_statistics(f)) for i, (j, f) in scored]
+        # Frame 1 is the first that has figures.
+        cut = {i: figures[place][:, self._begins.get(i, 0) :] for place, i in enumerate(self.object_ids)}
+        scored = [(i, j, f) for i, (j, f) in cut.items() if len(j)]
+        return [ObjectScore(i, j, f, *_statistics(j), *_statistics(f)) for i, j, f in scored]
 
     def _score(self, truth: Mask, prediction: Mask) -> None:
         if prediction.max() > self.object_ids[-1]:

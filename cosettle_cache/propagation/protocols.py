@@ -27,6 +27,7 @@ CHOICES = {
     "resampling": ("linear", "bicubic"),
     "rim": ("shape", "open", "closed"),
     "upsampling": ("bilinear", "nearest"),
+    "later_objects": ("fail", "ignore", "inject"),
 }
 
 #: Fields that decide which neighbours a query has among given tokens; labels and weights come after.
@@ -113,6 +114,7 @@ _DINOV3 = EvalProtocol(
     decode_size="annotation",
     upsampling="nearest",
     keypoint_top_k=5,
+    later_objects="ignore",
 )
 
 _TABLE_8C = "Co-Settle Table 8c; engine and temperature of T-CORE 0ffcabe"

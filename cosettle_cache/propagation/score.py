@@ -26,12 +26,14 @@ from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
 from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row, video_row
 from cosettle_cache.propagation.tasks import TASKS, Task, load
+from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.frames import open_image
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
 from cosettle_cache.videos.manifest import manifest_digest
 from cosettle_cache.videos.masks import (
     MIN_SCORED_FRAMES,
     PARTS,
+    DavisSequence,
     Mask,
     open_parts,
     open_sequence,
@@ -168,26 +170,34 @@ def check_masks(case: Case) -> list[str]:
 
     The benchmark scores neither the first nor the last frame, so their masks may be missing.
     """
-    sequence = open_sequence(case.video, case.data_root)
+    sequence = _open_masks(case)
     if not sequence.scorable:
         found = f"{len(sequence.labelled)} of {case.video.n_frames} frames annotated"
         return [f"cannot be scored: {found}, at least {MIN_SCORED_FRAMES} and all needed"]
     names = [f"{name}.png" for name in sequence.frame_names]
-    files = {name: _first_file(case.folder, name) for name in names[1:-1]}
+    scored = sorted(sequence.labelled)[1:-1]
+    files = {names[index]: _first_file(case.folder, names[index]) for index in scored}
     return _image_faults("masks", case.folder, files, names, case.video)
 
 
 def score_masks(case: Case, row: Score) -> list[Score]:
     """Return one row per object that the first annotation shows; raise `InputError` for unknown objects."""
-    sequence = open_sequence(case.video, case.data_root)
-    first = sequence.first_mask()
-    scorer = DavisScorer.from_first_mask(first)
-    for index, name in enumerate(sequence.frame_names):
+    sequence = _open_masks(case)
+    video, labelled = case.video, sorted(sequence.labelled)
+    scorer = DavisScorer(sequence.n_objects, video.height, video.width, sequence.starts)
+    for index in labelled:
         truth = sequence.mask(index)
         assert truth is not None
-        scored = 0 < index < case.video.n_frames - 1
-        scorer.add(truth, read_mask(case.folder / f"{name}.png") if scored else truth)
-    return object_rows(row, scorer, set(np.unique(first).tolist()))
+        scored = labelled[0] < index < labelled[-1]
+        path = case.folder / f"{sequence.frame_names[index]}.png"
+        scorer.add(truth, sequence.known(read_mask(path)) if scored else truth)
+    return object_rows(row, scorer, sequence.begins)
+
+
+def _open_masks(case: Case) -> DavisSequence:
+    """Return the truth of a video; of a sparse data set objects that appear later count from there on."""
+    row = DATASETS.get(case.video.dataset)
+    return open_sequence(case.video, case.data_root, "inject" if row and row.sparse else "fail")
 
 
 def check_parts(case: Case) -> list[str]:

@@ -24,6 +24,9 @@ class DataSet:
     so does a folder whose row has no `build`. `list_folder` and `list_split` are those of a published list
     where they differ from the first of `folders` and from `split`. `build` is `module:function` of this room,
     or a function, called with (root, data_root) and the options `split`, `names`.
+
+    `sparse`: some frames are annotated, and objects may appear after the first; `binary`: every value of a
+    mask above 0 is one object.
     """
 
     help: str
@@ -36,6 +39,8 @@ class DataSet:
     labels: str = ""
     list_folder: str = ""
     list_split: str = ""
+    sparse: bool = False
+    binary: bool = False
 
     def builder(self) -> Callable[..., Any] | None:
         """Return the function that builds a manifest; None where the row's own places do."""
@@ -50,6 +55,20 @@ class DataSet:
         return next(found, None)
 
 
+def _vos(title: str, build: str, *folders: str, split: str = "valid") -> DataSet:
+    """Return the row of a data set in YouTube-VOS's layout."""
+    return DataSet(
+        f"object masks of {title}",
+        f"layouts:{build}",
+        LabelKind.MASKS,
+        split=split,
+        folders=folders,
+        media="JPEGImages/{name}",
+        labels="Annotations/{name}",
+        sparse=True,
+    )
+
+
 DATASETS: dict[str, DataSet] = {
     "davis": DataSet(
         "object masks of DAVIS",
@@ -61,6 +80,20 @@ DATASETS: dict[str, DataSet] = {
         media="JPEGImages/480p/{name}",
         labels="Annotations/480p/{name}",
     ),
+    "davis2016": DataSet(
+        "object masks of DAVIS-2016",
+        "layouts:build_davis2016",
+        LabelKind.MASKS,
+        split="val",
+        folders=("DAVIS-2016", "DAVIS2016", "davis2016"),
+        mark="JPEGImages",
+        media="JPEGImages/480p/{name}",
+        labels="Annotations/480p/{name}",
+        binary=True,
+    ),
+    "youtube-vos": _vos("YouTube-VOS", "build_vos", "YouTube-VOS", "YouTubeVOS", "youtube-vos", "ytvos"),
+    "mose": _vos("MOSE", "build_mose", "MOSE", "mose", split="train"),
+    "lvos": _vos("LVOS", "build_lvos", "LVOS", "lvos"),
     "vip": DataSet(
         "body parts of VIP",
         "layouts:build_vip",

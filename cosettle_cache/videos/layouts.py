@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
-from cosettle_cache.core.types import Video
+from cosettle_cache.core.files import read_json
+from cosettle_cache.core.types import LabelKind, Video
 from cosettle_cache.videos.build import (
     BuildResult,
     Clip,
@@ -19,6 +21,7 @@ from cosettle_cache.videos.build import (
     build,
     build_places,
     choose,
+    count_labels,
     entries,
     is_video_file,
     media_in,
@@ -27,8 +30,10 @@ from cosettle_cache.videos.build import (
 )
 from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.lists import Listed, read_lines, read_list
-from cosettle_cache.videos.masks import mask_file
+from cosettle_cache.videos.masks import frame_stems, mask_file
 
+#: Of YouTube-VOS and MOSE: the categories and the annotated frames of every object.
+META = "meta.json"
 #: The resolution folder that is meant when several lie side by side.
 _USUAL_RESOLUTION = "480p"
 #: Where the two published archives of VIP keep the classes.
@@ -109,6 +114,93 @@ def _lists_in(folders: Sequence[Path], *patterns: str) -> dict[str, Path]:
         for path in (path for folder in folders for path in sorted(folder.glob(pattern))):
             found.setdefault(path.name.removeprefix(before).removesuffix(after), path)
     return found
+
+
+def build_davis2016(
+    root: Path, data_root: Path, split: str = "val", names: Sequence[str] = (), resolution: str | None = None
+) -> BuildResult:
+    """Return the sequences `names`, or those of `ImageSets/480p/SPLIT.txt` or `ImageSets/2016/SPLIT.txt`.
+
+    The first list has pairs of frames and masks. Without lists all sequences are taken.
+    """
+    files = [root / "ImageSets" / folder / f"{split}.txt" for folder in ("480p", "2016")]
+    lines = next((read_lines(path) for path in files if path.is_file()), [])
+    if not lines and (root / "ImageSets").is_dir():
+        raise UsageError(f"{root} has no split {split}", wanted=" or ".join(map(str, files)), found=split)
+    listed = [PurePosixPath(line.split()[0]).parent.name if "/" in line else line for line in lines]
+    chosen = names or dict.fromkeys(listed)
+    return build_davis(root, data_root, split, tuple(chosen) or _all_of(root), resolution, "davis2016")
+
+
+def _all_of(root: Path) -> tuple[str, ...]:
+    return tuple(path.name for path in subfolders(root / "JPEGImages" / _only_resolution(root)))
+
+
+def build_vos(
+    root: Path, data_root: Path, split: str = "valid", names: Sequence[str] = (), dataset: str = "youtube-vos"
+) -> BuildResult:
+    """Return the videos `names`, or those of `meta.json`, or all folders, of a data set like YouTube-VOS.
+
+    Frames are `JPEGImages/NAME`, masks `Annotations/NAME`, of some frames or of all, in the folder `SPLIT` or
+    in `root` itself. A video begins at its first mask. One of which `meta.json` names a frame that is not
+    there is a named failure.
+    """
+    folder = root / split if (root / split / "JPEGImages").is_dir() else root
+    if not (folder / "JPEGImages").is_dir():
+        raise InputError(f"{root} has no split {split}", wanted=f"{split}/JPEGImages or JPEGImages")
+    meta = read_meta(folder)
+    source = Source(dataset, split, folder, data_root)
+    found = names or list(meta) or [path.name for path in subfolders(folder / "JPEGImages")]
+
+    def row(clip: Clip) -> Video:
+        video = replace(source.video(replace(clip, labels=None)), label_kind=LabelKind.MASKS)
+        assert clip.labels is not None
+        stems = frame_stems(video, data_root)
+        wanted = {frame for item in meta.get(clip.video_id, {}).values() for frame in item["frames"]}
+        if missing := sorted(wanted.difference(stems)):
+            more = ", ".join(missing[:8])
+            raise MediaError(
+                f"{META} names {len(missing)} frames of {clip.video_id} that are not there: {more}"
+            )
+        first = next((n for n, stem in enumerate(stems) if mask_file(clip.labels, stem).is_file()), None)
+        if first is None:
+            raise MediaError(f"{clip.video_id} has no mask", wanted=f"masks in Annotations/{clip.video_id}")
+        video = replace(video, first_frame=first, n_frames=video.n_frames - first)
+        video = replace(video, labels=source.relative(clip.labels))
+        n_objects, n_labelled = count_labels(video, data_root)
+        return replace(video, n_objects=n_objects, labelled_frames=n_labelled)
+
+    places = [(name, folder / "JPEGImages" / name, folder / "Annotations" / name) for name in found]
+    return build([Clip(name, media, None, labels) for name, media, labels in places], source, row)
+
+
+build_mose = partial(build_vos, dataset="mose")
+build_lvos = partial(build_vos, dataset="lvos")
+
+
+def read_meta(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return by video and object what `meta.json` says: `category` and `frames`; nothing without the file.
+
+    Raises `InputError` for a file of another kind.
+    """
+    path = folder / META
+    if not path.is_file():
+        return {}
+    document = read_json(path)
+    try:
+        return {
+            name: {
+                number: {
+                    "category": str(item["category"]),
+                    "frames": [str(frame) for frame in item["frames"]],
+                }
+                for number, item in video["objects"].items()
+            }
+            for name, video in document["videos"].items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        wanted = "videos: objects: category and frames"
+        raise InputError(f"{path} is no list of objects", wanted=wanted, found=repr(error)) from error
 
 
 def build_vip(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:

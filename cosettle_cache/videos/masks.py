@@ -7,7 +7,7 @@ frame alone; out go maps. Colours are for the eye only.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
@@ -20,6 +20,7 @@ from PIL import Image
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import MediaKind, Video
+from cosettle_cache.videos.datasets import DATASETS, DataSet
 from cosettle_cache.videos.frames import frame_names, image_size, open_image
 
 #: Index of pixels that belong to nobody.
@@ -93,21 +94,50 @@ class MaskFiles:
         """Return the file of one frame."""
         return self.path if self.path.is_file() else mask_file(self.path, self.frame_names[index])
 
+    @property
+    def data_set(self) -> DataSet | None:
+        """The row of the video's data set, where there is one."""
+        return DATASETS.get(self.video.dataset)
+
     def read(self, index: int) -> Mask:
         """Return the index map of one frame; raise `MediaError` when it cannot be read."""
-        return read_mask(self.path_of(index))
+        return self.known(read_mask(self.path_of(index)))
+
+    def known(self, mask: UInt8[np.ndarray, "_ _"]) -> UInt8[np.ndarray, "_ _"]:
+        """Return a mask in the data set's own numbers: of a binary one every value above 0 is object 1."""
+        is_binary = self.data_set is not None and self.data_set.binary
+        return (mask > 0).astype(np.uint8) if is_binary else mask
 
 
 @dataclass(frozen=True, slots=True)
 class DavisSequence(MaskFiles):
-    """One video and its objects: 1 to `n_objects`, the largest index of the first annotation."""
+    """One video and its objects: 1 to `n_objects`, the largest index of an annotation that counts.
+
+    `begins` is the frame in which each object is given: the first one, or with `later` objects to `inject`
+    that of its first annotation. Where objects that the first frame lacks are to `ignore`, they are
+    background; `fail`: they cost the video.
+    """
 
     n_objects: int
+    later: str
+    begins: Mapping[int, int]
 
     @property
     def scorable(self) -> bool:
-        """Whether every frame is annotated and there are frames besides the first and the last."""
-        return len(self.labelled) == self.video.n_frames >= MIN_SCORED_FRAMES
+        """Whether every frame, or of a sparse data set some, is annotated besides the first and the last."""
+        is_sparse = self.data_set is not None and self.data_set.sparse
+        return len(self.labelled) >= MIN_SCORED_FRAMES and (is_sparse or self.is_whole)
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """The number, among the annotated frames, of the one in which each object is given."""
+        places = {index: place for place, index in enumerate(sorted(self.labelled))}
+        return {number: places[index] for number, index in self.begins.items()}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every frame is annotated."""
+        return len(self.labelled) == self.video.n_frames
 
     def first_mask(self) -> Mask:
         """Return the annotation of the first frame; void is background."""
@@ -121,24 +151,32 @@ class DavisSequence(MaskFiles):
         if index not in self.labelled:
             return None
         mask = _without_void(self.read(index))
+        if self.later == "ignore":
+            return np.where(np.isin(mask, list(self.begins)), mask, np.uint8(0))
         unknown = np.unique(mask[mask > self.n_objects])
         if len(unknown):
             raise MediaError(
                 f"{self.path_of(index)} has objects that the first annotation lacks",
                 wanted=f"indices 0 to {self.n_objects}",
                 found=", ".join(map(str, unknown)),
-                hint="annotations of DAVIS's unsupervised task have objects that come later: take the others",
+                hint="annotations of DAVIS's unsupervised task have objects that come later: take the others, "
+                "or --set later_objects=ignore or inject",
             )
         return mask
 
 
-def open_sequence(video: Video, data_root: str | Path) -> DavisSequence:
+def open_sequence(video: Video, data_root: str | Path, later: str = "fail") -> DavisSequence:
     """Return the objects of one manifest row; `open_mask_files` says what raises `MediaError`.
 
-    So does a first annotation without an object.
+    So does a first annotation without an object. `later` is the protocol's `later_objects`; of a sparse data
+    set every annotation is read where they are to inject.
     """
     files = open_mask_files(video, data_root)
-    n_objects = int(_without_void(files.read(0)).max())
+    begins = dict.fromkeys(_objects(files.read(0)), 0)
+    n_objects = max(begins, default=0)
+    for index in sorted(files.labelled) if later == "inject" and n_objects else ():
+        begins = {**dict.fromkeys(_objects(files.read(index)), index), **begins}
+    n_objects = max(begins) if later == "inject" and begins else n_objects
     if n_objects == 0:
         raise MediaError(
             f"{files.path_of(0)} shows no object",
@@ -146,7 +184,11 @@ def open_sequence(video: Video, data_root: str | Path) -> DavisSequence:
             found="background and void only",
             hint=f"write the object as 1 where a mask of two values has {VOID}",
         )
-    return DavisSequence(video, files.frame_names, files.labelled, files.path, n_objects)
+    return DavisSequence(video, files.frame_names, files.labelled, files.path, n_objects, later, begins)
+
+
+def _objects(mask: Mask) -> list[int]:
+    return [int(number) for number in np.unique(_without_void(mask)) if number]
 
 
 def _without_void(mask: Mask) -> Mask:
@@ -222,7 +264,8 @@ def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = Tru
             wanted=str(files[0]),
             hint="annotations bear the names of their frames; propagation starts from the first",
         )
-    if 1 < len(present) < len(names):
+    row = DATASETS.get(video.dataset)
+    if 1 < len(present) < len(names) and not (row and row.sparse):
         missing = [file.name for file in files if not file.is_file()]
         raise MediaError(
             f"{path.name} lacks {len(missing)} of {len(names)} annotations: {', '.join(missing)}",

@@ -32,12 +32,18 @@ from cosettle_cache.propagation.labels import (
 )
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
-from cosettle_cache.videos.masks import frame_stems, open_sequence, read_mask, sample_mask, write_mask
+from cosettle_cache.videos.masks import (
+    frame_stems,
+    open_sequence,
+    read_mask,
+    sample_mask,
+    write_mask,
+)
 
 
 def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
     """Return a video with objects; raise `MediaError` for annotations that cannot be used."""
-    sequence = open_sequence(video, data_root)
+    sequence = open_sequence(video, data_root, setting.protocol.later_objects)
     first_mask = sequence.first_mask()
     first, size = encode_index_map(first_mask, setting), first_mask.shape
 
@@ -48,8 +54,9 @@ def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
         predictions = write_index_maps(inside(folder, video.video_id), names)
         if not sequence.scorable:
             return predictions
-        scorer, shown = DavisScorer.from_first_mask(first_mask), set(np.unique(first_mask).tolist())
-        return replace(predictions, score=scorer.add, rows=lambda row: object_rows(row, scorer, shown))
+        scorer = DavisScorer(sequence.n_objects, video.height, video.width, sequence.starts)
+        rows = partial(object_rows, scorer=scorer, shown=sequence.begins)
+        return replace(predictions, score=scorer.add, rows=rows)
 
     return Subject(first.label_map, sequence.mask, decode, begin, finish)
 
