@@ -44,7 +44,7 @@ from cosettle_cache.propagation.video import (
     peak_memory_bytes,
     propagate_video,
 )
-from cosettle_cache.search.masked import Ranker, SearchSize, make_ranker
+from cosettle_cache.search.masked import Ranker, SearchSize, limit_on, make_ranker
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import resolve_size
 
@@ -112,7 +112,8 @@ def propagate_store(
     here = "cpu" if runner or device is None else device
     kinds = tuple(make_kinds(projections, store.arrays[0].n_channels, device=here, reserved=RESERVED))
     ranker = make_ranker(settings.search, torch.device(device or "cpu"))
-    _check_memory(store, protocol, settings.memory_limit, n_kinds=len(kinds), ranker=ranker)
+    limit = limit_on(torch.device(here), settings.memory_limit)
+    _check_memory(store, protocol, limit, n_kinds=len(kinds), ranker=ranker)
     folder = RunFolder(out.absolute())
     work = VideoWork(store, data_root.absolute(), protocol, folder, settings, row, kinds, device)
     started, reports, n_before, error = time.perf_counter(), dict[int, VideoReport](), 0, None
@@ -206,9 +207,7 @@ def _check_memory(
     most_classes = 1 + max((video.n_objects for video in store.manifest), default=0)
     for layout in store.arrays:
         labels = torch.float32.itemsize * (1 + protocol.n_context) * layout.grid.n_tokens * most_classes
-        size = SearchSize(
-            layout.grid, layout.n_channels, protocol, ranker.n_parallel, labels, rough=ranker.rough
-        )
+        size = SearchSize(layout.grid, layout.n_channels, protocol, ranker.n_parallel, labels, ranker.dtype)
         needed = n_kinds * size.needed_bytes(1)
         if needed > limit:
             raise UsageError(

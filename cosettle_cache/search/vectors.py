@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.search.masked import make_ranker
+from cosettle_cache.search.masked import KeyRanker, make_ranker
 
 #: Keys fetched beyond those wanted, so that close ones can be put in order in float64.
 _SPARE_KEYS = 8
@@ -59,6 +59,7 @@ def nearest(
     if search == "auto":
         search = "torch" if importlib.util.find_spec("faiss") is None else "faiss"
     ranker = make_ranker(search, torch.device("cpu"))
+    assert isinstance(ranker, KeyRanker)
     found = Nearest(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
     todo, n_fetched = np.arange(len(queries)), min(k + 1 + _SPARE_KEYS, len(keys))
     while len(todo):
