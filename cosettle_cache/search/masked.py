@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,13 +69,13 @@ def transition(
 
 #: Query columns that are ranked together: few enough that their common window stays narrow, many enough for
 #: a fast matrix product (at 30x55 tokens 4 to 9 are equally fast, 2 and 14 slower).
-SLAB_COLS = 5
+SLAB_COLS = 4
 
 _FLOAT_BYTES = 4
 #: Of a GPU's free memory that a search takes at most: labels, masks and the encoder's leftovers need some.
 _FREE_SHARE = 0.8
-#: Floats of keys that are gathered at a time: on a CPU what its cache holds.
-_PAIR_FLOATS, _GPU_PAIR_FLOATS = 2**15, 2**26
+#: Floats of keys that are gathered at a time on a GPU.
+_PAIR_FLOATS = 2**26
 #: Of similarity and index of a neighbour, over-fetched, sorted and merged.
 _NEIGHBOR_BYTES = 200
 #: Per query and position: the largest product in float32, its turned copy, the products of candidates.
@@ -132,7 +133,7 @@ class SearchSize:
             keys = reached * self.protocol.n_context + self.grid.n_tokens
             kept += self.n_parallel * _NAMED_BYTES * queries * (reached + self.grid.n_tokens)
         if self._on_gpu:
-            kept += n_at_once * frame + _FLOAT_BYTES * min(_GPU_PAIR_FLOATS, 8 * queries * keys)
+            kept += n_at_once * frame + _FLOAT_BYTES * min(_PAIR_FLOATS, 8 * queries * keys)
         slabs = self.n_parallel * (2 if self._on_gpu else 1) * _FLOAT_BYTES * queries * keys
         return kept + slabs + masks + found + self.labels_bytes
 
@@ -623,20 +624,42 @@ def exact_products(
 ) -> Similarities:
     """Return the dot products with the keys at `index`; with `alike`, equal to the last bit for equal keys.
 
-    A matrix product adds up in an order that depends on where a key lies; `alike` adds up every pair alike.
+    A matrix product adds up in an order that depends on where a key lies; `alike` adds up every pair alike,
+    which on a CPU is done anyway.
     """
-    pair_floats = _PAIR_FLOATS if queries.device.type == "cpu" else _GPU_PAIR_FLOATS
-    at_once = max(1, pair_floats // (index.shape[1] * keys.shape[1]))
+    if queries.device.type == "cpu":
+        return _sampled_products(queries, keys, index)
+    at_once = max(1, _PAIR_FLOATS // (index.shape[1] * keys.shape[1]))
     parts = []
     for start in range(0, len(queries), at_once):
         query, places = queries[start : start + at_once], index[start : start + at_once]
-        # Whole rows at once: an index would copy number by number.
         gathered = keys.index_select(0, places.flatten()).view(*places.shape, keys.shape[1])
         if alike:
             parts.append((query[:, None] * gathered).sum(dim=-1))
         else:
             parts.append(torch.bmm(gathered, query[:, :, None])[..., 0])
     return torch.cat(parts)
+
+
+def _sampled_products(queries: Queries, keys: Float32[Tensor, "key dim"], index: KeyIndex) -> Similarities:
+    """Return the products at some places of a matrix: no key is copied, each pair is added up alike."""
+    _expect_sparse()
+    n_queries, k = index.shape
+    rows = torch.arange(0, n_queries * k + 1, k)
+    size = (n_queries, len(keys))
+    places = torch.sparse_csr_tensor(
+        rows, index.flatten(), keys.new_zeros(n_queries * k), size, check_invariants=False
+    )
+    products: Tensor = torch.sparse.sampled_addmm(places, queries, keys.T, beta=0.0).values()
+    return products.view(n_queries, k)
+
+
+@cache
+def _expect_sparse() -> None:
+    """Let torch say once, to nobody, that such matrices are new to it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def faiss_packages() -> list[str]:
