@@ -20,24 +20,21 @@ from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.types import EvalProtocol, Grid
+from cosettle_cache.search.choose import make_ranker
 from cosettle_cache.search.masked import (
-    Found,
-    FrameKeys,
     KeyRanker,
     Keys,
-    Look,
     Queries,
-    RoughRanker,
     SearchSize,
     Similarities,
     Slab,
     exact_products,
     in_window,
     limit_on,
-    make_ranker,
     make_slabs,
     unit_tokens,
 )
+from cosettle_cache.search.rough import Found, FrameKeys, Look, RoughRanker
 
 #: Far above the rounding of a cosine in float32, far below what separates different tokens.
 _ROUNDING = 1e-5

@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 import torch
 
 from cosettle_cache.core.console import SILENT, Progress, human_bytes
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
 from cosettle_cache.core.files import own_folder
-from cosettle_cache.core.parallel import Run
+from cosettle_cache.core.parallel import Run, map_ahead, share_of_cores
 from cosettle_cache.core.settings import PropagateSettings, replace_red_std
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
@@ -44,9 +45,13 @@ from cosettle_cache.propagation.video import (
     peak_memory_bytes,
     propagate_video,
 )
-from cosettle_cache.search.masked import Ranker, SearchSize, limit_on, make_ranker
+from cosettle_cache.search.choose import make_ranker
+from cosettle_cache.search.masked import Ranker, SearchSize, limit_on
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import resolve_size
+
+#: Videos that are under way at once for a GPU, one of them on it.
+_VIDEOS_AT_ONCE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,15 +247,26 @@ def _write_scores(
 def _propagate_here(
     work: VideoWork, reports: dict[int, VideoReport], progress: Progress, stop: Event
 ) -> None:
-    """Add the reports of the videos that have none; pictures are drawn beside, from what is on disk."""
+    """Add the reports of the videos that have none; pictures are drawn beside, from what is on disk.
+
+    For a GPU some videos are under way at once: one is searched, others are read, written and scored.
+    """
     drawings: dict[int, Future[str | None]] = {}
-    painter = ThreadPoolExecutor(1, "overlays")
+    painter, telling = ThreadPoolExecutor(1, "overlays"), Lock()
+
+    def advance() -> None:
+        with telling:
+            progress.advance()
+
+    def do(number: int) -> tuple[int, VideoReport]:
+        return number, reports.get(number) or propagate_video(work, number, advance)
+
+    numbers = takewhile(lambda _: not stop.is_set(), range(len(work.videos)))
+    on_cpu = work.torch_device().type == "cpu"
+    n_videos = min(_VIDEOS_AT_ONCE, share_of_cores(1))
     try:
-        for number in range(len(work.videos)):
-            if stop.is_set():
-                break
-            if number not in reports:
-                reports[number] = propagate_video(work, number, progress.advance)
+        for number, report in map(do, numbers) if on_cpu else map_ahead(do, numbers, n_videos):
+            reports[number] = report
             if _is_to_be_drawn(work, reports, number):
                 drawings[number] = painter.submit(draw_video, work, number)
     finally:
