@@ -78,12 +78,15 @@ def _options() -> argparse.Namespace:
 
 
 def _tokens(options: argparse.Namespace) -> Iterator[Tensor]:
+    return make_tokens(options.rows, options.cols, options.dim)
+
+
+def make_tokens(rows: int, cols: int, dim: int) -> Iterator[Tensor]:
     """Yield float16 tokens without end: a smooth scene under a panning camera, noise, LayerNorm.
 
     Cosines of neighbouring frames, 0.9 at the right place and 0.2 to 0.6 elsewhere, are those of a ViT-B.
     """
     generator = torch.Generator().manual_seed(0)
-    rows, cols, dim = options.rows, options.cols, options.dim
     scene = torch.randn(1, 32, rows // 4 + 2, cols, generator=generator)
     scene = interpolate(scene, size=(rows, 8 * cols), mode="bicubic")[0].permute(1, 2, 0)
     lift = torch.randn(32, dim, generator=generator)

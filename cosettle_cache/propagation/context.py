@@ -6,40 +6,45 @@ each stands in the context. Labels play no part, and what is kept does not grow 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
 from cosettle_cache.core.errors import InputError, UsageError
+from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.types import EvalProtocol, Grid
+from cosettle_cache.search.choose import make_ranker
 from cosettle_cache.search.masked import (
+    KeyRanker,
     Keys,
-    Ranked,
-    RoughKeys,
+    Queries,
     SearchSize,
     Similarities,
     Slab,
     exact_products,
     in_window,
-    make_ranker,
+    limit_on,
     make_slabs,
-    rounding_error,
     unit_tokens,
 )
+from cosettle_cache.search.rough import Found, FrameKeys, Look, RoughRanker
 
 #: Far above the rounding of a cosine in float32, far below what separates different tokens.
 _ROUNDING = 1e-5
-#: Frames that a GPU works on before the host waits for what they came to, and writes it.
-FRAMES_AT_ONCE = 64
+#: Frames that a GPU works on before the host waits for what they came to, and writes it: a clip, mostly.
+FRAMES_AT_ONCE = 128
 #: Positions whose frames are moved at a time while the queue fills.
 _GROW_POSITIONS = 64
 
-Columns = Float32[Tensor, "col row dim"]
+#: Unit tokens of a frame, column by column.
+Columns = Float32[Tensor, "position dim"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +63,20 @@ class Neighbors:
     count: Int32[Tensor, "query k"]
 
 
-class TiesError(Exception):
-    """More tokens were as similar as the last neighbour than a search without waits looks at."""
-
-
-def _merge(lists: list[Neighbors], top_k: int, *, keep_ties: bool, cut: bool = True) -> Neighbors:
-    """Return the best of several lists: `top_k` places, the last neighbour's copies beyond them cut.
+def _best(found: Neighbors, top_k: int, *, keep_ties: bool) -> Neighbors:
+    """Return the most similar neighbours first: `top_k` places, the last one's copies beyond them cut.
 
     With `keep_ties` nothing is cut, and whatever is as similar as the neighbour on the last place stays too;
-    then the lists are as wide as the longest, which the host waits to know, or without `cut` as they can be.
+    then the lists are as wide as the longest, or on a GPU, which the host does not wait for, as they were.
     """
-    similarity = torch.cat([item.similarity for item in lists], dim=1)
-    similarity, order = similarity.sort(dim=1, descending=True, stable=True)
-    frame, position, count = (
-        torch.cat([getattr(item, name) for item in lists], dim=1).gather(1, order)
-        for name in ("frame", "position", "count")
-    )
+    similarity, order = found.similarity.sort(dim=1, descending=True, stable=True)
+    frame, position, count = (part.gather(1, order) for part in (found.frame, found.position, found.count))
     places_left = (top_k - (count.cumsum(dim=1) - count)).clamp(min=0)
     if keep_ties:
         last = similarity.masked_fill(places_left == 0, torch.inf).amin(dim=1, keepdim=True)
         count = count.masked_fill(similarity < last, 0)
-        width = max(top_k, int((count > 0).sum(dim=1).max())) if cut else count.shape[1]
+        on_cpu = count.device.type == "cpu"
+        width = max(top_k, int((count > 0).sum(dim=1).max())) if on_cpu else count.shape[1]
     else:
         count, width = torch.minimum(count, places_left).int(), top_k
     similarity = similarity.masked_fill(count == 0, -torch.inf)
@@ -92,12 +90,10 @@ class Queue:
     frames stay side by side without empty places between them; later frames replace the oldest.
     """
 
-    def __init__(
-        self, capacity: int, grid: Grid, dim: int, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, capacity: int, grid: Grid, dim: int, device: torch.device) -> None:
         self._capacity = capacity
-        self._storage = torch.empty(capacity * grid.n_tokens * dim, device=device, dtype=dtype)
-        self.keys: Float[Tensor, "position slot dim"] = self._storage[:0].view(grid.n_tokens, 0, dim)
+        self._storage = torch.empty(capacity * grid.n_tokens * dim, device=device)
+        self.keys: Float32[Tensor, "position slot dim"] = self._storage[:0].view(grid.n_tokens, 0, dim)
         self.frames: Int32[Tensor, " slot"] = torch.empty(0, dtype=torch.int32, device=device)
 
     def append(self, tokens: Float32[Tensor, "position dim"], frame: int) -> None:
@@ -126,8 +122,10 @@ class ContextSearch:
     query columns is one contiguous block. Memory does not depend on the number of frames: it is the context
     and the similarities of the slabs in work, which `memory_limit` (bytes, `labels_bytes` of labels included)
     makes narrower; only ties beyond all measure, where a protocol keeps them, take more. Raises `UsageError`
-    with the least limit that works. With `deferred` the host does not wait for a GPU: what is wrong with the
-    frames so far is told by `check`.
+    with the least limit that works.
+
+    `n_at_once` is the most frames that `steps` may be given. On a GPU, for which the host waits once per
+    call, it is lowered to what fits, on the card too; on a CPU it is one.
     """
 
     def __init__(
@@ -140,121 +138,229 @@ class ContextSearch:
         search: str = "auto",
         memory_limit: int | None = None,
         labels_bytes: int = 0,
-        deferred: bool = False,
+        n_at_once: int = 1,
     ) -> None:
         check_candidates(grid, protocol)
         self._grid, self._protocol, self._device = grid, protocol, device
         self._shape = (grid.rows, grid.cols, dim)
-        self._ranker = make_ranker(search, device)
-        size = SearchSize(grid, dim, protocol, self._ranker.n_parallel, labels_bytes, self._ranker.rough)
-        slab_cols = size.slab_cols(memory_limit)
-        self._slabs = make_slabs(grid, protocol, device, slab_cols)
-        self._first_slabs = self._slabs if protocol.mask_first else make_slabs(grid, None, device, slab_cols)
-        self._first: tuple[Keys, RoughKeys | None] | None = None
-        self._queue = Queue(protocol.n_context, grid, dim, device)
-        n_rough = protocol.n_context if self._ranker.rough else 0
-        self._rough_queue = Queue(n_rough, grid, dim, device, torch.bfloat16)
-        self._rounding_error = 0.0
+        ranker = make_ranker(search, device)
+        size = SearchSize(grid, dim, protocol, ranker.n_parallel, labels_bytes, ranker.dtype)
+        limit = limit_on(device, memory_limit)
+        self.n_at_once = 1 if device.type == "cpu" else size.n_at_once(limit, n_at_once)
+        slab_cols = size.slab_cols(limit)
+        slabs = make_slabs(grid, protocol, device, slab_cols)
+        first_slabs = slabs if protocol.mask_first else make_slabs(grid, None, device, slab_cols)
+        windows = list(zip(slabs, first_slabs, strict=True))
+        self._context: _RoughContext | _KeyContext
+        if isinstance(ranker, RoughRanker):
+            n_kept = protocol.n_context + self.n_at_once
+            keys = FrameKeys(n_kept, grid.n_tokens, dim, device, ranker.dtype)
+            self._context = _RoughContext(protocol, windows, ranker, keys)
+        else:
+            assert isinstance(ranker, KeyRanker)
+            self._context = _KeyContext(
+                protocol, windows, ranker, Queue(protocol.n_context, grid, dim, device)
+            )
         self._n_seen = 0
-        self._deferred = deferred and device.type != "cpu"
-        self._are_finite, self._are_ties_in = list[Tensor](), list[Tensor]()
-
-    def check(self) -> None:
-        """Raise what was `deferred`: `InputError` for tokens that are not finite, `TiesError`."""
-        for frame, finite in enumerate(torch.stack(self._are_finite).tolist() if self._are_finite else ()):
-            if not finite:
-                raise _not_finite(frame)
-        if self._are_ties_in and not torch.stack(self._are_ties_in).all():
-            raise TiesError
 
     def step(self, tokens: Float[Tensor, "row col dim"]) -> Neighbors | None:
         """Return the neighbours of the next frame and take it into the context; None for the first frame.
 
         Raises `InputError` for tokens of another shape and for tokens that are not finite.
         """
-        with exact_float32(self._device.type):
-            return self._step(tokens)
+        return next(self.steps([tokens]))
 
-    def _step(self, tokens: Float[Tensor, "row col dim"]) -> Neighbors | None:
+    def steps(self, frames: Iterable[Float[Tensor, "row col dim"]]) -> Iterator[Neighbors | None]:
+        """Yield for each of the next frames, at most `n_at_once`, what `step` returns."""
+        first, are_finite, found = self._n_seen, list[Tensor](), list[list[Found]]()
+        with exact_float32(self._device.type):
+            for tokens in frames:
+                are_finite.append(self._is_finite(tokens))
+                columns = unit_tokens(tokens.to(self._device)).transpose(0, 1).flatten(0, 1)
+                found.append(self._context.take(columns, self._n_seen))
+                self._n_seen += 1
+            certain = [slab.certain for of_frame in found for slab in of_frame]
+            if self._device.type == "cuda":
+                # What the host waits for.
+                told = torch.cat([torch.stack(are_finite), *certain]).cpu()
+                finite, *certain = torch.split(told, [len(are_finite), *map(len, certain)])
+                if not finite.all():
+                    raise _not_finite(first + int((~finite).nonzero()[0]))
+        is_certain = iter(certain)
+        for frame, of_frame in enumerate(found, start=first):
+            sure = list(islice(is_certain, len(of_frame)))
+            with exact_float32(self._device.type):
+                right = self._context.correct(of_frame, sure, frame)
+                neighbors = self._neighbors(right, frame) if frame else None
+            yield neighbors
+
+    def _is_finite(self, tokens: Float[Tensor, "row col dim"]) -> Bool[Tensor, ""]:
+        """Say whether tokens are finite; raise `InputError` for another shape and, on a CPU, if not."""
         if tuple(tokens.shape) != self._shape:
             wanted, found = (" x ".join(map(str, shape)) for shape in (self._shape, tokens.shape))
             raise InputError(
                 f"the tokens of frame {self._n_seen} have another shape", wanted=wanted, found=found
             )
         finite = torch.isfinite(tokens).all()
-        if self._deferred:
-            self._are_finite.append(finite)
-        elif not finite:
+        if self._device.type == "cpu" and not finite:
             raise _not_finite(self._n_seen)
-        columns = unit_tokens(tokens.to(self._device)).transpose(0, 1).contiguous()
-        flat = columns.flatten(0, 1)
-        if self._ranker.rough:
-            self._rounding_error = max(self._rounding_error, float(rounding_error(flat).max()))
-        if self._first is None:
-            rough = RoughKeys(flat[:, None].bfloat16(), self._rounding_error) if self._ranker.rough else None
-            self._first, neighbors = (flat[:, None], rough), None
-        else:
-            neighbors = self._neighbors(columns, *self._first)
-            self._queue.append(flat, self._n_seen)
-            self._rough_queue.append(flat, self._n_seen)
-        self._n_seen += 1
-        return neighbors
+        return finite
 
-    def _neighbors(self, queries: Columns, first: Keys, rough: RoughKeys | None) -> Neighbors:
-        protocol, cols = self._protocol, self._grid.cols
-        similarity, position, slot = self._rank(queries, first, rough, self._first_slabs)
-        # The first frame also stands in the queue while that is not full of later frames.
-        n_copies = max(0, protocol.n_context + 1 - self._n_seen) if protocol.first_frame_copies else 0
-        query = torch.arange(self._grid.n_tokens, device=self._device)[:, None]
-        row, col = position // cols - query // cols, position % cols - query % cols
-        count = 1 + n_copies * in_window(row, col, protocol.window, protocol.radius, protocol.rim).int()
-        lists = [Neighbors(slot, position, similarity, count.masked_fill(similarity.isneginf(), 0))]
-        if len(self._queue.frames):
-            rough = RoughKeys(self._rough_queue.keys, self._rounding_error) if self._ranker.rough else None
-            similarity, position, slot = self._rank(queries, self._queue.keys, rough, self._slabs)
-            count = similarity.isfinite().int()
-            lists.append(Neighbors(self._queue.frames[slot], position, similarity, count))
-        return _merge(lists, protocol.top_k, keep_ties=protocol.keep_ties, cut=not self._deferred)
-
-    def _rank(
-        self, queries: Columns, keys: Keys, rough: RoughKeys | None, slabs: list[Slab]
-    ) -> tuple[Similarities, Int32[Tensor, "query k"], Int32[Tensor, "query k"]]:
-        """Return similarity, position and slot of the nearest keys, queries and positions row by row."""
-        ranked = list(self._ranker.map(partial(self._rank_slab, queries, keys, rough), slabs))
-        width = max(self._protocol.top_k, *(values.shape[1] for values, _ in ranked))
+    def _neighbors(self, found: Sequence[Found], frame: int) -> Neighbors:
+        """Return what the slabs of a frame found, queries and positions row by row."""
+        width = max(self._protocol.top_k, *(slab.similarity.shape[1] for slab in found))
         rows, cols = self._grid.rows, self._grid.cols
-        similarity, index = (
+        similarity, of_frame, place = (
             torch.cat([pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
             .view(cols, rows, -1)
             .transpose(0, 1)
             .flatten(0, 1)
-            for parts, fill in zip(zip(*ranked, strict=True), (-torch.inf, 0), strict=True)
+            for parts, fill in zip(
+                ([slab[i] for slab in found] for i in range(3)), (-torch.inf, 0, 0), strict=True
+            )
         )
-        n_slots = keys.shape[1]
-        place = (index // n_slots).int()
-        return similarity, place % rows * cols + place // rows, (index % n_slots).int()
+        position = (place % rows * cols + place // rows).int()
+        # The first frame also stands in the queue while that is not full of later frames.
+        n_copies = max(0, self._protocol.n_context + 1 - frame) if self._protocol.first_frame_copies else 0
+        query = torch.arange(self._grid.n_tokens, device=self._device)[:, None]
+        row, col = position // cols - query // cols, position % cols - query % cols
+        protocol = self._protocol
+        near = in_window(row, col, protocol.window, protocol.radius, protocol.rim) & (of_frame == 0)
+        count = (1 + n_copies * near.int()).masked_fill(similarity.isneginf(), 0).int()
+        neighbors = Neighbors(of_frame.int(), position, similarity, count)
+        return _best(neighbors, self._protocol.top_k, keep_ties=self._protocol.keep_ties)
 
-    def _rank_slab(self, queries: Columns, keys: Keys, rough: RoughKeys | None, slab: Slab) -> Ranked:
+
+class _RoughContext:
+    """First frame and queue in exact and in rough tokens, and what `RoughRanker` finds in them."""
+
+    def __init__(
+        self,
+        protocol: EvalProtocol,
+        windows: Sequence[tuple[Slab, Slab]],
+        ranker: RoughRanker,
+        keys: FrameKeys,
+    ) -> None:
+        self._protocol, self._windows, self._ranker, self._keys = protocol, windows, ranker, keys
+        # A still scene repeats every token in every frame.
+        self._k = protocol.top_k + (2 + protocol.n_context if protocol.keep_ties else 0)
+
+    def take(self, columns: Columns, frame: int) -> list[Found]:
+        """Take the next frame into the context and return what its slabs find; nothing for the first.
+
+        On a GPU some queries may be uncertain, and `correct` is to be called before frames are overwritten.
+        """
+        self._keys.put(columns, frame)
+        return list(self._ranker.map(partial(self._find, frame), self._windows)) if frame else []
+
+    def correct(self, found: list[Found], certain: Sequence[Tensor], frame: int) -> list[Found]:
+        """Return what the slabs of a frame found, all of it certain; `certain` is that on the host."""
+        if all(flags.all() for flags in certain):
+            return found
+        rows = [upload((~flags).nonzero()[:, 0], self._keys.exact.device) for flags in certain]
+        looks = [self._look(frame, window) for window in self._windows]
+        return [
+            self._correct(*parts) if len(parts[2]) else parts[1]
+            for parts in zip(looks, found, rows, strict=True)
+        ]
+
+    def _look(self, frame: int, window: tuple[Slab, Slab]) -> Look:
+        return Look(self._keys, frame, max(1, frame - self._protocol.n_context), *window)
+
+    def _find(self, frame: int, window: tuple[Slab, Slab]) -> Found:
+        look = self._look(frame, window)
+        if look.keys.exact.device.type == "cpu":
+            found = self._ranker.find(look, self._k)
+            open_rows = (~self._are_ties_in(look, found)).nonzero()[:, 0]
+            return self._correct(look, found, open_rows) if len(open_rows) else self._alike(look, found)
+        found = self._ranker.name(look, self._k)
+        certain = found.certain & self._are_ties_in(look, found)
+        return self._alike(look, found._replace(certain=certain))
+
+    def _correct(self, look: Look, found: Found, rows: Int64[Tensor, " query"]) -> Found:
+        """Look queries `rows` up by exact products; with `keep_ties` more and more until all ties are in."""
+        while True:
+            k = found.similarity.shape[1]
+            self._ranker.correct(look, k, found, rows)
+            if not self._protocol.keep_ties:
+                return found
+            rows = rows[~self._are_ties_in(look, found)[rows]]
+            if not len(rows):
+                return self._alike(look, found)
+            more = (0, min(k, look.n_elements - k))
+            found = Found(
+                pad(found.similarity, more, value=-torch.inf),
+                pad(found.frame, more),
+                pad(found.position, more),
+                found.certain,
+            )
+
+    def _are_ties_in(self, look: Look, found: Found) -> Bool[Tensor, " query"]:
+        """Say for which queries whatever may be as similar as the last neighbour was found."""
+        values = found.similarity
+        if not self._protocol.keep_ties or values.shape[1] == look.n_elements:
+            return torch.ones_like(found.certain)
+        return _are_ties_in(values, self._protocol.top_k)
+
+    def _alike(self, look: Look, found: Found) -> Found:
+        """Where ties are kept, give equal tokens equal similarities, to the last bit."""
+        if not self._protocol.keep_ties:
+            return found
+        exact = look.keys.products(look.queries(look.keys.exact), found.frame, found.position, alike=True)
+        return found._replace(similarity=exact.masked_fill(found.similarity.isneginf(), -torch.inf))
+
+
+class _KeyContext:
+    """First frame and queue for `KeyRanker`, and what it finds in them; on a CPU."""
+
+    def __init__(
+        self, protocol: EvalProtocol, windows: Sequence[tuple[Slab, Slab]], ranker: KeyRanker, queue: Queue
+    ) -> None:
+        self._protocol, self._windows, self._ranker, self._queue = protocol, windows, ranker, queue
+        self._first: Keys | None = None
+
+    def take(self, columns: Columns, frame: int) -> list[Found]:
+        """Take the next frame into the context and return what its slabs find; nothing for the first."""
+        if self._first is None:
+            self._first = columns[:, None]
+            return []
+        found = list(self._ranker.map(partial(self._find, columns, self._first), self._windows))
+        self._queue.append(columns, frame)
+        return found
+
+    def correct(self, found: list[Found], certain: Sequence[Tensor], frame: int) -> list[Found]:
+        """Return what was found: it is certain."""
+        return found
+
+    def _find(self, columns: Columns, first: Keys, window: tuple[Slab, Slab]) -> Found:
+        queries, numbers = columns[window[0].queries], self._queue.frames
+        contexts = [(first, numbers.new_zeros(1), window[1])]
+        if len(numbers):
+            contexts.append((self._queue.keys, numbers, window[0]))
+        parts = [self._rank(queries, *context) for context in contexts]
+        similarity, frame, position = (torch.cat(items, dim=1) for items in zip(*parts, strict=True))
+        return Found(similarity, frame, position, torch.ones(len(queries), dtype=torch.bool))
+
+    def _rank(
+        self, queries: Queries, keys: Keys, numbers: Int32[Tensor, " slot"], slab: Slab
+    ) -> tuple[Similarities, Int64[Tensor, "query k"], Int64[Tensor, "query k"]]:
         """Return the top k keys of a slab's queries; with `keep_ties` also all that equal the last of them.
 
         For those more and more keys are fetched until the last one is clearly below the k-th of every query.
         """
-        chosen, window = queries[slab.query_cols].flatten(0, 1), keys[slab.positions]
-        rough = rough and RoughKeys(rough.keys[slab.positions], rough.error)
+        window = keys[slab.positions]
         n_slots, n_keys = window.shape[1], window.shape[0] * window.shape[1]
         top_k, keep_ties = self._protocol.top_k, self._protocol.keep_ties
         # A still scene repeats every token in every frame of the queue.
         k = min(top_k + 1 + n_slots if keep_ties else top_k, n_keys)
-        values, index = self._ranker.rank(chosen, window, slab.blocked, k, rough)
+        values, index = self._ranker.rank(queries, window, slab.blocked, k)
         if keep_ties:
-            if self._deferred and k < n_keys:
-                self._are_ties_in.append(_are_ties_in(values, top_k))
-            while not self._deferred and k < n_keys and not _are_ties_in(values, top_k):
+            while k < n_keys and not _are_ties_in(values, top_k).all():
                 k = min(2 * k, n_keys)
-                values, index = self._ranker.rank(chosen, window, slab.blocked, k, rough)
-            exact = exact_products(chosen, window.flatten(0, 1), index, alike=True)
+                values, index = self._ranker.rank(queries, window, slab.blocked, k)
+            exact = exact_products(queries, window.flatten(0, 1), index, alike=True)
             values = exact.masked_fill(values.isneginf(), -torch.inf)
-        return values, index + slab.positions.start * n_slots
+        return values, numbers[index % n_slots].long(), slab.positions.start + index // n_slots
 
 
 def check_candidates(grid: Grid, protocol: EvalProtocol) -> None:
@@ -273,6 +379,6 @@ def _not_finite(frame: int) -> InputError:
     return InputError(f"the tokens of frame {frame} are not finite", wanted="numbers", found="nan or inf")
 
 
-def _are_ties_in(values: Similarities, top_k: int) -> Bool[Tensor, ""]:
+def _are_ties_in(values: Similarities, top_k: int) -> Bool[Tensor, " query"]:
     last = values[:, -1]
-    return (last.isneginf() | (last < values[:, top_k - 1] - _ROUNDING)).all()
+    return last.isneginf() | (last < values[:, top_k - 1] - _ROUNDING)

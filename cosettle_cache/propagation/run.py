@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 import torch
 
 from cosettle_cache.core.console import SILENT, Progress, human_bytes
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
 from cosettle_cache.core.files import own_folder
-from cosettle_cache.core.parallel import Run
+from cosettle_cache.core.parallel import Run, map_ahead, share_of_cores
 from cosettle_cache.core.settings import LINEAR, PropagateSettings, replace_red_std
 from cosettle_cache.core.types import EvalProtocol, Score
 from cosettle_cache.heads.kinds import make_kinds
@@ -45,9 +46,13 @@ from cosettle_cache.propagation.video import (
     propagate_video,
     store_patch,
 )
-from cosettle_cache.search.masked import Ranker, SearchSize, make_ranker
+from cosettle_cache.search.choose import make_ranker
+from cosettle_cache.search.masked import Ranker, SearchSize, limit_on
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import resolve_size
+
+#: Videos that are under way at once for a GPU, one of them on it.
+_VIDEOS_AT_ONCE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,8 @@ def propagate_store(
     here = "cpu" if runner or device is None else device
     kinds = tuple(make_kinds(projections, store.arrays[0].n_channels, device=here, reserved=RESERVED))
     ranker = make_ranker(settings.search, torch.device(device or "cpu"))
-    _check_memory(store, protocol, settings.memory_limit, n_kinds=len(kinds), ranker=ranker)
+    limit = limit_on(torch.device(here), settings.memory_limit)
+    _check_memory(store, protocol, limit, n_kinds=len(kinds), ranker=ranker)
     folder = RunFolder(out.absolute())
     work = VideoWork(store, data_root.absolute(), protocol, folder, settings, row, kinds, device)
     started, reports, n_before, error = time.perf_counter(), dict[int, VideoReport](), 0, None
@@ -210,9 +216,7 @@ def _check_memory(
     most_classes = 1 + max((video.n_objects for video in store.manifest), default=0)
     for layout in store.arrays:
         labels = torch.float32.itemsize * (1 + protocol.n_context) * layout.grid.n_tokens * most_classes
-        size = SearchSize(
-            layout.grid, layout.n_channels, protocol, ranker.n_parallel, labels, rough=ranker.rough
-        )
+        size = SearchSize(layout.grid, layout.n_channels, protocol, ranker.n_parallel, labels, ranker.dtype)
         needed = n_kinds * size.needed_bytes(1)
         if needed > limit:
             raise UsageError(
@@ -248,15 +252,26 @@ def _write_scores(
 def _propagate_here(
     work: VideoWork, reports: dict[int, VideoReport], progress: Progress, stop: Event
 ) -> None:
-    """Add the reports of the videos that have none; pictures are drawn beside, from what is on disk."""
+    """Add the reports of the videos that have none; pictures are drawn beside, from what is on disk.
+
+    For a GPU some videos are under way at once: one is searched, others are read, written and scored.
+    """
     drawings: dict[int, Future[str | None]] = {}
-    painter = ThreadPoolExecutor(1, "overlays")
+    painter, telling = ThreadPoolExecutor(1, "overlays"), Lock()
+
+    def advance() -> None:
+        with telling:
+            progress.advance()
+
+    def do(number: int) -> tuple[int, VideoReport]:
+        return number, reports.get(number) or propagate_video(work, number, advance)
+
+    numbers = takewhile(lambda _: not stop.is_set(), range(len(work.videos)))
+    on_cpu = work.torch_device().type == "cpu"
+    n_videos = min(_VIDEOS_AT_ONCE, share_of_cores(1))
     try:
-        for number in range(len(work.videos)):
-            if stop.is_set():
-                break
-            if number not in reports:
-                reports[number] = propagate_video(work, number, progress.advance)
+        for number, report in map(do, numbers) if on_cpu else map_ahead(do, numbers, n_videos):
+            reports[number] = report
             if _is_to_be_drawn(work, reports, number):
                 drawings[number] = painter.submit(draw_video, work, number)
     finally:

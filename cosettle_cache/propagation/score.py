@@ -26,14 +26,12 @@ from cosettle_cache.core.types import Grid, Manifest, Provenance, Score, Video
 from cosettle_cache.metrics import DavisScorer, count_pixels, no_pixels
 from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row, video_row
 from cosettle_cache.propagation.tasks import TASKS, Task, load
-from cosettle_cache.videos.datasets import DATASETS
 from cosettle_cache.videos.frames import open_image
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
 from cosettle_cache.videos.manifest import manifest_digest
 from cosettle_cache.videos.masks import (
     MIN_SCORED_FRAMES,
     PARTS,
-    DavisSequence,
     Mask,
     open_parts,
     open_sequence,
@@ -170,7 +168,7 @@ def check_masks(case: Case) -> list[str]:
 
     The benchmark scores neither the first nor the last frame, so their masks may be missing.
     """
-    sequence = _open_masks(case)
+    sequence = open_sequence(case.video, case.data_root)
     if not sequence.scorable:
         found = f"{len(sequence.labelled)} of {case.video.n_frames} frames annotated"
         return [f"cannot be scored: {found}, at least {MIN_SCORED_FRAMES} and all needed"]
@@ -182,7 +180,7 @@ def check_masks(case: Case) -> list[str]:
 
 def score_masks(case: Case, row: Score) -> list[Score]:
     """Return one row per object that the first annotation shows; raise `InputError` for unknown objects."""
-    sequence = _open_masks(case)
+    sequence = open_sequence(case.video, case.data_root)
     video, labelled = case.video, sorted(sequence.labelled)
     scorer = DavisScorer(sequence.n_objects, video.height, video.width, sequence.starts)
     for index in labelled:
@@ -192,12 +190,6 @@ def score_masks(case: Case, row: Score) -> list[Score]:
         path = case.folder / f"{sequence.frame_names[index]}.png"
         scorer.add(truth, sequence.known(read_mask(path)) if scored else truth)
     return object_rows(row, scorer, sequence.begins)
-
-
-def _open_masks(case: Case) -> DavisSequence:
-    """Return the truth of a video; of a sparse data set objects that appear later count from there on."""
-    row = DATASETS.get(case.video.dataset)
-    return open_sequence(case.video, case.data_root, "inject" if row and row.sparse else "fail")
 
 
 def check_parts(case: Case) -> list[str]:

@@ -10,15 +10,20 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from cosettle_cache.core.errors import CosettleError, DamagedStoreError, InputError
@@ -29,7 +34,7 @@ from cosettle_cache.core.settings import PropagateSettings, digest, make_provena
 from cosettle_cache.core.types import EvalProtocol, Score, Video
 from cosettle_cache.heads.kinds import TokenKind
 from cosettle_cache.metrics.rows import video_row
-from cosettle_cache.propagation.context import FRAMES_AT_ONCE, ContextSearch, Neighbors, TiesError
+from cosettle_cache.propagation.context import FRAMES_AT_ONCE, ContextSearch, Neighbors
 from cosettle_cache.propagation.folder import RunFolder
 from cosettle_cache.propagation.neighbor_files import (
     load_neighbors,
@@ -40,10 +45,18 @@ from cosettle_cache.propagation.neighbor_files import (
 from cosettle_cache.propagation.propagator import LabelCarrier, check_length
 from cosettle_cache.propagation.tasks import Task, load
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
+from cosettle_cache.search.masked import limit_on
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import resolve_size
 
 Tokens = Float[Tensor, "row col dim"]
+#: Of some frames and all kinds of tokens, what label maps stand for.
+Decoded = Shaped[np.ndarray, "frame kind ..."]
+
+#: Held while a GPU is searched on: by one video at a time.
+_searching = Lock()
+#: Stretches of a video's frames that wait to be written, at most.
+_N_WAITING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +130,7 @@ def propagate_video(
         work.folder.reopen(video.video_id)
         check_length(video.n_frames)
         subject: Subject = load(work.task.open)(video, work.data_root, work.setting(number))
-        try:
-            tracks = _carry(work, number, subject, advance, deferred=True)
-        except TiesError:
-            tracks = _carry(work, number, subject, lambda: None, deferred=False)
+        tracks = _carry(work, number, subject, advance)
         n_reused = sum(track.kept for track in tracks)
         scores: list[Score] = []
         for kind, track in zip(work.kinds, tracks, strict=True):
@@ -136,41 +146,59 @@ def propagate_video(
     return VideoReport(video.n_frames, tuple(scores), None, n_reused, peak_memory_bytes())
 
 
-def _carry(
-    work: VideoWork, number: int, subject: Subject, advance: Callable[[], object], *, deferred: bool
+def _carry(work: VideoWork, number: int, subject: Subject, advance: Callable[[], object]) -> list[_Track]:
+    """Carry the labels of a video through its frames; write and score what each stands for.
+
+    A GPU searches one video at a time, and a thread writes it, beside the search of what comes next.
+    """
+    if work.torch_device().type == "cpu":
+        return _search(work, number, subject, partial(_write, subject, advance))
+    waiting = deque[Future[None]]()
+    with ThreadPoolExecutor(1, "writing") as writer:
+
+        def hand_over(tracks: list[_Track], start: int, decoded: Decoded) -> None:
+            waiting.append(writer.submit(_write, subject, advance, tracks, start, decoded))
+            if len(waiting) > _N_WAITING:
+                waiting.popleft().result()
+
+        with _searching:
+            tracks = _search(work, number, subject, hand_over)
+        for job in waiting:
+            job.result()
+    return tracks
+
+
+def _search(
+    work: VideoWork, number: int, subject: Subject, write: Callable[[list[_Track], int, Decoded], object]
 ) -> list[_Track]:
-    """Carry the labels of a video through its frames; write and score what each stands for."""
+    """Search a video and decode its label maps; `write` takes those of some frames, from a first one on."""
     video, device = work.videos[number], work.torch_device()
-    n_at_once = 1 if device.type == "cpu" else FRAMES_AT_ONCE
     kinds = [kind.on(device) for kind in work.kinds]
     with torch.inference_mode(), exact_float32(device.type), ExitStack() as open_files:
         content = "" if work.settings.neighbors is None else work.store.content_digest(video.video_id)
-        tracks = [_open_track(work, kind, number, subject, open_files, content, deferred) for kind in kinds]
-        stream = work.store.stream_tokens(video.video_id) if not all(track.kept for track in tracks) else None
-        decoded: list[Tensor] = []
-        for index in range(video.n_frames):
-            tokens = None if stream is None else upload(torch.from_numpy(next(stream)), device)
-            for track in tracks:
-                found = track.find(tokens)
-                labels = track.carrier.first if found is None else track.carrier.step(found)
-                decoded.append(subject.decode(labels))
-            if len(decoded) == n_at_once * len(tracks) or index == video.n_frames - 1:
-                _write(subject, tracks, index + 1, decoded, advance)
-                decoded = []
-        for track in tracks:
-            track.check()
+        tracks = [_open_track(work, kind, number, subject, open_files, content) for kind in kinds]
+        stream = None if all(track.kept for track in tracks) else work.store.stream_tokens(video.video_id)
+        n_at_once = min(track.n_at_once for track in tracks)
+        for start in range(0, video.n_frames, n_at_once):
+            n_frames = min(n_at_once, video.n_frames - start)
+            coming = islice(stream or (), n_frames)
+            tokens = [upload(torch.from_numpy(frame), device) for frame in coming]
+            labels = [track.carrier.steps(track.find(tokens, n_frames)) for track in tracks]
+            decoded = [[subject.decode(label_map) for label_map in maps] for maps in labels]
+            # One copy, for which the host waits.
+            by_frame = torch.stack(list(chain.from_iterable(zip(*decoded, strict=True)))).cpu()
+            write(tracks, start, by_frame.view(n_frames, len(tracks), *by_frame.shape[1:]).numpy())
     return tracks
 
 
 def _write(
-    subject: Subject, tracks: list[_Track], stop: int, decoded: list[Tensor], advance: Callable[[], object]
+    subject: Subject, advance: Callable[[], object], tracks: list[_Track], start: int, decoded: Decoded
 ) -> None:
-    """Bring what was decoded, of the frames up to `stop`, to the host in one copy; write and score it."""
-    found = iter(torch.stack(decoded).cpu().numpy())
-    for index in range(stop - len(decoded) // len(tracks), stop):
+    """Write and score what was decoded of frames from `start` on."""
+    for index, of_frame in enumerate(decoded, start=start):
         truth = subject.truth(index)
-        for track in tracks:
-            prediction = subject.finish(next(found))
+        for track, found in zip(tracks, of_frame, strict=True):
+            prediction = subject.correct(index, subject.finish(found))
             track.predictions.write(index, prediction)
             if truth is not None and track.predictions.score is not None:
                 track.predictions.score(truth, prediction)
@@ -203,15 +231,15 @@ def peak_memory_bytes() -> int:
 class _Track(NamedTuple):
     """One kind of tokens in one video.
 
-    `find` returns the neighbours of the next frame; lists that were `kept` need no tokens. `check` raises, in
-    the end, what `find` left open.
+    `find` returns the neighbours of the next frames, of which it is given the tokens and the number, at most
+    `n_at_once`; lists that were `kept` need no tokens.
     """
 
-    find: Callable[[Tokens | None], Neighbors | None]
+    find: Callable[[Sequence[Tokens], int], Iterator[Neighbors | None]]
+    n_at_once: int
     kept: bool
     carrier: LabelCarrier
     predictions: Predictions
-    check: Callable[[], None] = lambda: None
 
 
 def _open_track(
@@ -221,14 +249,13 @@ def _open_track(
     subject: Subject,
     open_files: ExitStack,
     content: str,
-    deferred: bool,
 ) -> _Track:
     """Begin one kind of tokens; neighbour lists that are to be kept are written to a file in `open_files`.
 
     `content` is the digest of the video's stored tokens, which those lists name.
     """
     setting, video, device = work.setting(number), work.videos[number], work.torch_device()
-    carrier = LabelCarrier(subject.label_map, work.protocol, device=device)
+    carrier = LabelCarrier(subject.label_map, work.protocol, device=device, given=subject.given)
     predictions = subject.begin(work.folder.path / kind.name)
     write: Callable[[Neighbors], None] | None = None
     if work.settings.neighbors is not None:
@@ -243,10 +270,11 @@ def _open_track(
         path = neighbors_path(work.settings.neighbors, key)
         try:
             lists = chain([None], load_neighbors(path, key))
-            return _Track(lambda tokens: next(lists), True, carrier, predictions)
+            n_at_once = 1 if device.type == "cpu" else FRAMES_AT_ONCE
+            return _Track(lambda _, n_frames: islice(lists, n_frames), n_at_once, True, carrier, predictions)
         except InputError:  # none, or none that can be used: made anew
             write = open_files.enter_context(neighbor_writer(path, key))
-    limit = work.settings.memory_limit
+    limit = limit_on(device, work.settings.memory_limit)
     search = ContextSearch(
         setting.grid,
         work.store.arrays[0].n_channels,
@@ -255,14 +283,13 @@ def _open_track(
         search=work.settings.search,
         memory_limit=None if limit is None else limit // len(work.kinds),
         labels_bytes=carrier.nbytes,
-        deferred=deferred,
+        n_at_once=min(FRAMES_AT_ONCE, video.n_frames),
     )
 
-    def find(tokens: Tokens | None) -> Neighbors | None:
-        assert tokens is not None
-        found = search.step(kind.apply(tokens))
-        if found is not None and write is not None:
-            write(found)
-        return found
+    def find(tokens: Sequence[Tokens], n_frames: int) -> Iterator[Neighbors | None]:
+        for found in search.steps(map(kind.apply, tokens)):
+            if found is not None and write is not None:
+                write(found)
+            yield found
 
-    return _Track(find, False, carrier, predictions, search.check)
+    return _Track(find, search.n_at_once, False, carrier, predictions)

@@ -26,7 +26,7 @@ from cosettle_cache.heads.kinds import TokenKind, make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.report.page import Media, data_element, data_uri, element, section, slider
 from cosettle_cache.report.runs import ScoreRun
-from cosettle_cache.search.masked import make_ranker, unit_tokens
+from cosettle_cache.search.masked import TorchRanker, unit_tokens
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.masks import VOID, read_mask
@@ -109,7 +109,7 @@ def explore(store: FeatureStore, video_id: str, kinds: Sequence[TokenKind], max_
 
 def _explore_kind(name: str, tokens: Float[Tensor, "frame patch dim"]) -> ExploredKind:
     unit = unit_tokens(tokens)
-    ranker = make_ranker("auto", unit.device)
+    ranker = TorchRanker()
     k = min(TOP_K, unit.shape[1])
     ranked = [ranker.rank(unit[0], later[:, None], None, k) for later in unit[1:]]
     position = np.array([index.numpy() for _, index in ranked], np.uint16).reshape(-1, unit.shape[1], k)

@@ -1,29 +1,33 @@
-"""Exact ranking: the keys nearest to each query inside a spatial window, by FAISS, torch, or bfloat16 first.
+"""Exact ranking: the keys nearest to each query inside a spatial window, by FAISS, torch, or 16 bits first.
 
 Slabs of queries (neighbouring columns of a frame) and the block of keys that their windows reach come in; the
-k largest dot products and where they are come out. No affinity matrix of a whole frame exists at any time.
-The only door to FAISS.
+k largest dot products and where they are come out. No affinity matrix of a whole frame exists on a CPU at any
+time. The only door to FAISS.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from threading import Barrier
+from typing import TypeVar
 
 import torch
-from jaxtyping import BFloat16, Bool, Float, Float32, Int, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.settings import SEARCHES, package_versions
+from cosettle_cache.core.parallel import upload
+from cosettle_cache.core.settings import package_versions
 from cosettle_cache.core.types import EvalProtocol, Grid
+from cosettle_cache.search.faiss_gpu import MOST_ON_GPU, nearest_on_gpu
 
 #: Packages that bring the module `faiss`. It is always imported after torch (above): the other way round the
 #: two may load different copies of CUDA's and OpenMP's libraries.
@@ -66,8 +70,8 @@ def in_window(
 
 
 def transition(
-    similarity: Float[Tensor, "query k"], count: Int[Tensor, "query k"], temperature: float
-) -> Float[Tensor, "query k"]:
+    similarity: Float[Tensor, "*query k"], count: Int[Tensor, "*query k"], temperature: float
+) -> Float[Tensor, "*query k"]:
     """Return weights that sum to one over k: a softmax in which every neighbour stands `count` times.
 
     Entries of count 0 get weight 0 whatever their similarity.
@@ -78,13 +82,17 @@ def transition(
 
 #: Query columns that are ranked together: few enough that their common window stays narrow, many enough for
 #: a fast matrix product (at 30x55 tokens 4 to 9 are equally fast, 2 and 14 slower).
-SLAB_COLS = 5
+SLAB_COLS = 4
 
 _FLOAT_BYTES = 4
+#: Of a GPU's free memory that a search takes at most: labels, masks and the encoder's leftovers need some.
+_FREE_SHARE = 0.8
+#: Floats of keys that are gathered at a time on a GPU.
+_PAIR_FLOATS = 2**26
 #: Of similarity and index of a neighbour, over-fetched, sorted and merged.
 _NEIGHBOR_BYTES = 200
-#: Of candidates that are multiplied exactly at a time.
-_GATHERED_BYTES = 2**22
+#: Per query and position: the largest product in float32, its turned copy, the products of candidates.
+_NAMED_BYTES = 32
 
 Blocked = Bool[Tensor, "query position"] | None
 
@@ -94,6 +102,7 @@ class Slab:
     """Neighbouring query columns and the key positions, column by column, that their windows reach."""
 
     query_cols: slice
+    queries: slice
     positions: slice
     blocked: Blocked
 
@@ -102,7 +111,8 @@ class Slab:
 class SearchSize:
     """What decides the memory of a search.
 
-    `n_parallel` slabs are ranked side by side; labels are kept beside, and keys in bfloat16 where `rough`.
+    `n_parallel` slabs are ranked side by side; labels are kept beside; `rough` is the data type of
+    `RoughRanker`, on a CPU or a GPU, and None for others.
     """
 
     grid: Grid
@@ -110,32 +120,42 @@ class SearchSize:
     protocol: EvalProtocol
     n_parallel: int
     labels_bytes: int = 0
-    rough: bool = False
+    rough: torch.dtype | None = None
 
-    def needed_bytes(self, slab_cols: int) -> int:
-        """Return the most bytes of tensors that a search with slabs of so many columns holds.
+    @property
+    def _on_gpu(self) -> bool:
+        return self.rough not in (None, torch.bfloat16)
 
-        First frame and queue; the frame in hand, three times while it is normalised and turned; of every
-        slab that is ranked similarities and mask; the neighbours; the labels.
+    def needed_bytes(self, slab_cols: int, n_at_once: int = 1) -> int:
+        """Return the most bytes of tensors that a search holds, by columns of a slab and frames at once.
+
+        First frame and queue; the frames in hand, one of them three times while it is normalised and turned;
+        of every slab that is ranked similarities and mask; the neighbours; the labels.
         """
         frame = _FLOAT_BYTES * self.grid.n_tokens * self.dim
         reach = 2 * _reach(self.protocol)
         reached = self.grid.rows * min(slab_cols + reach, self.grid.cols)
-        keys = max(reached * self.protocol.n_context, self.grid.n_tokens)
         queries = self.grid.rows * min(slab_cols, self.grid.cols)
         masks = self.grid.n_tokens * reached
-        found = _NEIGHBOR_BYTES * self.grid.n_tokens * self.protocol.top_k
-        slabs = self.n_parallel * _FLOAT_BYTES * queries * keys
-        kept = (self.protocol.n_context + 4) * frame
-        if self.rough:
-            kept += (self.protocol.n_context + 2) * frame // 2 + self.n_parallel * _GATHERED_BYTES
+        found = n_at_once * _NEIGHBOR_BYTES * self.grid.n_tokens * self.protocol.top_k
+        kept = (self.protocol.n_context + 3 + n_at_once) * frame
+        keys = max(reached * self.protocol.n_context, self.grid.n_tokens)
+        if self.rough is not None:
+            # Roundings; products once more in float32 where they are looked at again; what is named.
+            kept += (self.protocol.n_context + 1 + n_at_once) * frame // 2
+            keys = reached * self.protocol.n_context + self.grid.n_tokens
+            kept += self.n_parallel * _NAMED_BYTES * queries * (reached + self.grid.n_tokens)
+        if self._on_gpu:
+            kept += n_at_once * frame + _FLOAT_BYTES * min(_PAIR_FLOATS, 8 * queries * keys)
+        slabs = self.n_parallel * (2 if self._on_gpu else 1) * _FLOAT_BYTES * queries * keys
         return kept + slabs + masks + found + self.labels_bytes
 
     def slab_cols(self, memory_limit: int | None) -> int:
         """Return the widest slabs that fit; raise `UsageError` with the least limit when none do."""
+        most = self.grid.cols if self._on_gpu else SLAB_COLS
         if memory_limit is None:
-            return SLAB_COLS
-        for cols in range(SLAB_COLS, 0, -1):
+            return most
+        for cols in range(most, 0, -1):
             if self.needed_bytes(cols) <= memory_limit:
                 return cols
         raise UsageError(
@@ -145,6 +165,22 @@ class SearchSize:
             hint="a larger --memory-limit, or a smaller n_context",
         )
 
+    def n_at_once(self, memory_limit: int | None, most: int) -> int:
+        """Return how many frames at once fit beside the widest slabs that fit, at most `most`."""
+        if memory_limit is None:
+            return most
+        cols = self.slab_cols(memory_limit)
+        one = self.needed_bytes(cols)
+        return max(1, min(most, 1 + (memory_limit - one) // (self.needed_bytes(cols, 2) - one)))
+
+
+def limit_on(device: torch.device, memory_limit: int | None) -> int | None:
+    """Return how many bytes a search may take: those given and, on a GPU, no more than most of the free."""
+    if device.type != "cuda":
+        return memory_limit
+    free = int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
+    return free if memory_limit is None else min(free, memory_limit)
+
 
 @lru_cache(maxsize=8)
 def make_slabs(
@@ -152,21 +188,22 @@ def make_slabs(
 ) -> list[Slab]:
     """Return slabs that cover every query once, with the window of a protocol; without, they reach all.
 
-    They are kept, because the host waits for the device to know which windows hide something.
+    Masks are made on the host, which is to know which windows hide something, and kept.
     """
     slabs = []
     reach = grid.cols if protocol is None else _reach(protocol)
     for start in range(0, grid.cols, slab_cols):
         stop = min(start + slab_cols, grid.cols)
+        queries = slice(start * grid.rows, stop * grid.rows)
         positions = slice(max(start - reach, 0) * grid.rows, min(stop + reach, grid.cols) * grid.rows)
         blocked = None
         if protocol is not None:
-            query = torch.arange(start * grid.rows, stop * grid.rows, device=device)[:, None]
-            key = torch.arange(positions.start, positions.stop, device=device)
+            query = torch.arange(queries.start, queries.stop)[:, None]
+            key = torch.arange(positions.start, positions.stop)
             row, col = key % grid.rows - query % grid.rows, key // grid.rows - query // grid.rows
             blocked = ~in_window(row, col, protocol.window, protocol.radius, protocol.rim)
-            blocked = blocked if blocked.any() else None
-        slabs.append(Slab(slice(start, stop), positions, blocked))
+            blocked = upload(blocked, device) if blocked.any() else None
+        slabs.append(Slab(slice(start, stop), queries, positions, blocked))
     return slabs
 
 
@@ -174,8 +211,6 @@ def make_slabs(
 _CPU_KEYS = 2048
 #: What numbers of keys per product are rounded up to.
 _KEY_STEP = 256
-#: Floats of keys that are gathered at a time.
-_PAIR_FLOATS = 2**19
 
 Queries = Float32[Tensor, "query dim"]
 Keys = Float32[Tensor, "position frame dim"]
@@ -183,15 +218,9 @@ Similarities = Float32[Tensor, "query k"]
 KeyIndex = Int64[Tensor, "query k"]
 
 
-@dataclass(frozen=True, slots=True)
-class RoughKeys:
-    """Unit keys rounded to bfloat16, for rankers that are `rough`: no key was moved farther than `error`."""
-
-    keys: BFloat16[Tensor, "position frame dim"]
-    error: float
-
-
 Ranked = tuple[Similarities, KeyIndex]
+_Slab = TypeVar("_Slab")
+_Result = TypeVar("_Result")
 
 
 @cache
@@ -207,7 +236,7 @@ def _faiss_threads(n_threads: int) -> ThreadPoolExecutor:
 
 
 @cache
-def _torch_threads(n_threads: int) -> ThreadPoolExecutor:
+def one_core_threads(n_threads: int) -> ThreadPoolExecutor:
     """Return the threads that rank slabs, each with torch on one core; see `_faiss_threads`."""
     started = Barrier(n_threads + 1)
     before = torch.get_num_threads()
@@ -228,11 +257,11 @@ def _torch_threads(n_threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-class Ranker(ABC):
-    """Ranks keys for queries: what every search can do."""
+class Ranker:
+    """Ranks what slabs of queries look at: what every search can do."""
 
-    #: Whether keys in bfloat16 are wanted as well.
-    rough = False
+    #: What candidates are named in, where they are.
+    dtype: torch.dtype | None = None
     #: What makes the threads that rank slabs side by side; without, one slab comes after the other.
     threads: Callable[[int], ThreadPoolExecutor] | None = None
 
@@ -241,14 +270,16 @@ class Ranker(ABC):
         """Slabs that are ranked side by side: as many as torch has threads, if there are `threads`."""
         return 1 if self.threads is None else torch.get_num_threads()
 
-    def map(self, job: Callable[[Slab], Ranked], slabs: list[Slab]) -> Iterator[Ranked]:
+    def map(self, job: Callable[[_Slab], _Result], slabs: Sequence[_Slab]) -> Iterator[_Result]:
         """Return `job(slab)` of every slab in order, `n_parallel` at a time."""
         return map(job, slabs) if self.threads is None else self.threads(self.n_parallel).map(job, slabs)
 
+
+class KeyRanker(Ranker, ABC):
+    """Ranks one block of keys for a slab of queries, on a CPU."""
+
     @abstractmethod
-    def rank(
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
-    ) -> Ranked:
+    def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> Ranked:
         """Return the k largest dot products with keys that are not blocked, and each key's flat index.
 
         Rows with fewer than k such keys end in minus infinity. `k` is at most the number of keys.
@@ -256,14 +287,14 @@ class Ranker(ABC):
         """
 
 
-class TorchRanker(Ranker):
+class TorchRanker(KeyRanker):
     """Matrix product, mask, top-k, in one scratch buffer that every call uses again."""
 
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
 
     def rank(  # noqa: D102
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int
     ) -> Ranked:
         size = len(queries) * keys.shape[0] * keys.shape[1]
         if self._scratch.numel() < size or self._scratch.device != queries.device:
@@ -272,7 +303,7 @@ class TorchRanker(Ranker):
         return values, index
 
 
-class FaissRanker(Ranker):
+class FaissRanker(KeyRanker):
     """FAISS without a mask over more than k keys, then certified: k survivors of the mask are the exact k.
 
     FAISS knows no cheap selector per query. Queries with fewer than k survivors are ranked by `TorchRanker`.
@@ -290,8 +321,10 @@ class FaissRanker(Ranker):
         faiss.cvar.distance_compute_blas_threshold = 20
 
     def rank(  # noqa: D102
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
+        self, queries: Queries, keys: Keys, blocked: Blocked, k: int
     ) -> Ranked:
+        if queries.device.type == "cuda":
+            return self._rank_on_gpu(queries, keys, k)
         import faiss
 
         n_keys = keys.shape[0] * keys.shape[1]
@@ -310,53 +343,11 @@ class FaissRanker(Ranker):
             values[uncertain], index[uncertain] = again
         return values, index
 
-
-#: Half a unit in the last place of bfloat16: what rounding to it moves a number by at most, in shares.
-_ROUGH = 2.0**-8
-#: Twice what a number gains or loses at most when another is added to it in float32, in shares.
-_ADDITION = 2.0**-23
-
-
-class RoughRanker(Ranker):
-    """Products in bfloat16 name more than k candidates, exact ones rank them, a bound certifies the rest.
-
-    A product of unit tokens in bfloat16 is off by at most both roundings and that of the result (sums are in
-    float32). A key that is no candidate has at most the last candidate's product and that bound; where the
-    k-th exact product is above, nothing is missed. Other queries look at all keys that may reach it. On CPUs
-    only: a GPU may add up parts in bfloat16, which the bound does not cover.
-    """
-
-    #: Candidates per neighbour wanted: few more queries are certified with twice as many.
-    overfetch = 5
-    rough = True
-    threads = staticmethod(_torch_threads)
-
-    def rank(  # noqa: D102
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int, rough: RoughKeys | None = None
-    ) -> Ranked:
-        flat, n_candidates = keys.flatten(0, 1), self.overfetch * k
-        if rough is None or 4 * n_candidates > len(flat):
-            return TorchRanker().rank(queries, keys, blocked, k)
-        rounded = queries.bfloat16()
-        products = _products(rounded, rough.keys, blocked, rounded.new_empty(len(queries) * len(flat)))
-        candidates, index = products.topk(n_candidates)
-        values = exact_products(queries, flat, index).masked_fill(candidates.isneginf(), -torch.inf)
-        values, order = values.topk(k)
-        index = index.gather(1, order)
-        # Of a key that is no candidate the rough product is at most the last candidate's.
-        last = candidates[:, -1].float()
-        error = _rough_error(queries, rough.error)
-        uncertain = (values[:, -1] < last + error + _ROUGH * last.abs()).nonzero()[:, 0]
-        if len(uncertain) > len(queries) // 4:
-            hidden = None if blocked is None else blocked[uncertain]
-            values[uncertain], index[uncertain] = TorchRanker().rank(queries[uncertain], keys, hidden, k)
-        else:
-            least = values[:, -1] - error - _ROUGH
-            for row in uncertain.tolist():
-                near = (products[row] >= least[row]).nonzero()[:, 0]
-                best = (flat[near] @ queries[row]).topk(k)
-                values[row], index[row] = best.values, near[best.indices]
-        return values, index
+    @staticmethod
+    def _rank_on_gpu(queries: Queries, keys: Keys, k: int) -> Ranked:
+        if k > MOST_ON_GPU:
+            return TorchRanker().rank(queries, keys, None, k)
+        return nearest_on_gpu(queries, keys.flatten(0, 1), k)
 
 
 def _products(queries: Tensor, keys: Tensor, blocked: Blocked, out: Tensor) -> Tensor:
@@ -375,34 +366,47 @@ def _products(queries: Tensor, keys: Tensor, blocked: Blocked, out: Tensor) -> T
     return out
 
 
-def rounding_error(tokens: Float32[Tensor, "*shape dim"]) -> Float32[Tensor, "*shape"]:
-    """Return how far tokens lie from their roundings to bfloat16."""
-    distance: Tensor = torch.linalg.vector_norm(tokens - tokens.bfloat16().float(), dim=-1)
-    return distance
-
-
-def _rough_error(queries: Queries, of_keys: float) -> Float32[Tensor, " query"]:
-    """Return how far the sum of rounded products may lie from the exact one, before it is rounded itself."""
-    of_queries = rounding_error(queries)
-    return of_queries + of_keys * (1 + of_queries) + queries.shape[1] * _ADDITION
-
-
 def exact_products(
     queries: Queries, keys: Float32[Tensor, "key dim"], index: KeyIndex, *, alike: bool = False
 ) -> Similarities:
     """Return the dot products with the keys at `index`; with `alike`, equal to the last bit for equal keys.
 
-    A matrix product adds up in an order that depends on where a key lies; `alike` adds up every pair alike.
+    A matrix product adds up in an order that depends on where a key lies; `alike` adds up every pair alike,
+    which on a CPU is done anyway.
     """
+    if queries.device.type == "cpu":
+        return _sampled_products(queries, keys, index)
     at_once = max(1, _PAIR_FLOATS // (index.shape[1] * keys.shape[1]))
     parts = []
     for start in range(0, len(queries), at_once):
-        query, gathered = queries[start : start + at_once], keys[index[start : start + at_once]]
+        query, places = queries[start : start + at_once], index[start : start + at_once]
+        gathered = keys.index_select(0, places.flatten()).view(*places.shape, keys.shape[1])
         if alike:
             parts.append((query[:, None] * gathered).sum(dim=-1))
         else:
             parts.append(torch.bmm(gathered, query[:, :, None])[..., 0])
     return torch.cat(parts)
+
+
+def _sampled_products(queries: Queries, keys: Float32[Tensor, "key dim"], index: KeyIndex) -> Similarities:
+    """Return the products at some places of a matrix: no key is copied, each pair is added up alike."""
+    _expect_sparse()
+    n_queries, k = index.shape
+    rows = torch.arange(0, n_queries * k + 1, k)
+    size = (n_queries, len(keys))
+    places = torch.sparse_csr_tensor(
+        rows, index.flatten(), keys.new_zeros(n_queries * k), size, check_invariants=False
+    )
+    products: Tensor = torch.sparse.sampled_addmm(places, queries, keys.T, beta=0.0).values()
+    return products.view(n_queries, k)
+
+
+@cache
+def _expect_sparse() -> None:
+    """Let torch say once, to nobody, that such matrices are new to it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def faiss_packages() -> list[str]:
@@ -431,30 +435,3 @@ def describe_faiss() -> dict[str, str]:
     needed = [need for name in packages for need in metadata.requires(name) or ()]
     cuda = [need for need in needed if need.startswith(("nvidia-", "cuda-", "libcuvs"))]
     return said | {"CUDA of faiss": ", ".join(cuda) or "none"}
-
-
-def make_ranker(search: str, device: torch.device) -> Ranker:
-    """Return the ranker named `auto`, `bf16`, `faiss` or `torch`; all give the same neighbours.
-
-    `auto` is bfloat16 first on a CPU that has it, else FAISS on a CPU where it is installed, because it fuses
-    the product with the ranking (ratios in docs/benchmarks), and torch otherwise. Raises `UsageError` for a
-    search that cannot run here.
-    """
-    if search not in SEARCHES:
-        raise UsageError(f"there is no search {search!r}", wanted=", ".join(SEARCHES), found=search)
-    has_faiss, on_cpu = importlib.util.find_spec("faiss") is not None, device.type == "cpu"
-    if search == "faiss" and not has_faiss:
-        raise UsageError(
-            "faiss is not installed", hint="pip install 'cosettle-cache[cpu]', or --search torch"
-        )
-    if search in ("bf16", "faiss") and not on_cpu:
-        raise UsageError(f"{search} searches on the CPU only", found=str(device), hint="--search torch")
-    # Without hardware for bfloat16 its products are slower than exact ones.
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    if search == "bf16" or (search == "auto" and on_cpu and native):
-        return RoughRanker()
-    if search == "faiss" or (search == "auto" and has_faiss and on_cpu):
-        faiss_packages()
-        return FaissRanker()
-    return TorchRanker()

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 
 from cosettle_cache.core.errors import UsageError
-from cosettle_cache.search.masked import make_ranker
+from cosettle_cache.core.precision import exact_float32
+from cosettle_cache.search.choose import make_ranker
+from cosettle_cache.search.masked import FaissRanker, TorchRanker
 
 #: Keys fetched beyond those wanted, so that close ones can be put in order in float64.
 _SPARE_KEYS = 8
@@ -42,6 +44,7 @@ def nearest(
     *,
     own: Int64[np.ndarray, " query"] | None = None,
     search: str = "auto",
+    device: str = "cpu",
 ) -> Nearest:
     """Return the k keys with the largest dot products, exactly; all vectors have length one.
 
@@ -56,9 +59,13 @@ def nearest(
     left_out = np.full(len(queries), -1, np.int64) if own is None else own
     if search == "bf16":
         raise UsageError("bf16 ranks tokens, not vectors", wanted="auto, faiss or torch", found=search)
+    place = torch.device(device)
     if search == "auto":
-        search = "torch" if importlib.util.find_spec("faiss") is None else "faiss"
-    ranker = make_ranker(search, torch.device("cpu"))
+        on_gpu = place.type != "cpu"
+        search = "torch" if on_gpu or importlib.util.find_spec("faiss") is None else "faiss"
+    make_ranker(search, place)  # refuses what cannot run here
+    ranker = FaissRanker() if search == "faiss" else TorchRanker()
+    among = torch.from_numpy(keys).to(place)[:, None]
     found = Nearest(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
     todo, n_fetched = np.arange(len(queries)), min(k + 1 + _SPARE_KEYS, len(keys))
     while len(todo):
@@ -66,9 +73,10 @@ def nearest(
         for start in range(0, len(todo), _QUERIES_AT_ONCE):
             part = slice(start, start + _QUERIES_AT_ONCE)
             rows = todo[part]
-            asked, among = torch.from_numpy(queries[rows]), torch.from_numpy(keys)[:, None]
-            values, index = ranker.rank(asked, among, None, n_fetched)
-            candidates = (values.numpy(), index.numpy())
+            asked = torch.from_numpy(queries[rows]).to(place)
+            with exact_float32(place.type):
+                values, index = ranker.rank(asked, among, None, n_fetched)
+            candidates = (values.cpu().numpy(), index.cpu().numpy())
             ordered, certain[part] = _in_order(candidates, queries[rows], keys, left_out[rows], k)
             found.index[rows], found.similarity[rows] = ordered.index, ordered.similarity
         todo, n_fetched = todo[~certain], min(4 * n_fetched, len(keys))

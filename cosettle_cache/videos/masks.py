@@ -159,19 +159,20 @@ class DavisSequence(MaskFiles):
                 f"{self.path_of(index)} has objects that the first annotation lacks",
                 wanted=f"indices 0 to {self.n_objects}",
                 found=", ".join(map(str, unknown)),
-                hint="annotations of DAVIS's unsupervised task have objects that come later: take the others, "
-                "or --set later_objects=ignore or inject",
+                hint="annotations of DAVIS's unsupervised task have objects that come later: take the others"
+                ", or --set later_objects=ignore or inject",
             )
         return mask
 
 
-def open_sequence(video: Video, data_root: str | Path, later: str = "fail") -> DavisSequence:
+def open_sequence(video: Video, data_root: str | Path, later: str | None = None) -> DavisSequence:
     """Return the objects of one manifest row; `open_mask_files` says what raises `MediaError`.
 
-    So does a first annotation without an object. `later` is the protocol's `later_objects`; of a sparse data
-    set every annotation is read where they are to inject.
+    So does a first annotation without an object. `later` is the protocol's `later_objects`, by default
+    `inject` for a sparse data set and `fail` for others; to inject, every annotation is read.
     """
     files = open_mask_files(video, data_root)
+    later = later or ("inject" if files.data_set is not None and files.data_set.sparse else "fail")
     begins = dict.fromkeys(_objects(files.read(0)), 0)
     n_objects = max(begins, default=0)
     for index in sorted(files.labelled) if later == "inject" and n_objects else ():

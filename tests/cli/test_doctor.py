@@ -11,7 +11,7 @@ import torch
 
 from cosettle_cache.cli import doctor, run_command
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.search.masked import make_ranker
+from cosettle_cache.search.choose import make_ranker
 
 VERSION = metadata.version
 

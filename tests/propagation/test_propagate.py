@@ -183,20 +183,28 @@ def test_half_precision_arrays_are_taken_as_they_are():
         assert isinstance(found, np.ndarray) and np.array_equal(found, maps.numpy())
 
 
-def test_what_a_propagator_keeps_does_not_depend_on_the_length():
-    propagator = Propagator(torch.rand(3, 5, 2), make_protocol(n_context=4))
+@pytest.mark.parametrize("search", ["bf16", "torch"])
+def test_what_a_propagator_keeps_does_not_depend_on_the_length(search):
+    propagator = Propagator(torch.rand(3, 5, 2), make_protocol(n_context=4), search=search)
+
+    def holders() -> list[object]:
+        context = propagator._search._context
+        return [propagator._carrier, context._keys if search == "bf16" else context._queue]
 
     def kept() -> int:
-        holders = [propagator._carrier, propagator._search, propagator._search._queue]
-        tensors = [item for holder in holders for item in vars(holder).values() if torch.is_tensor(item)]
-        return sum(item.untyped_storage().nbytes() for item in tensors)
+        tensors = [item for holder in holders() for item in vars(holder).values() if torch.is_tensor(item)]
+        return sum(
+            {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in tensors}.values()
+        )
 
     sizes = []
     for _ in range(30):
         propagator.step(torch.randn(3, 5, 8))
         sizes.append(kept())
     assert len(set(sizes[5:])) == 1
-    assert propagator._search._queue.keys.untyped_storage().nbytes() == 4 * 4 * 15 * 8
+    # Labels of five frames; tokens of four, and their numbers, or of six: exact, rounded, and how far apart.
+    labels, tokens = 4 * 5 * 15 * 2, {"torch": 4 * 4 * (15 * 8 + 1), "bf16": 6 * 15 * (8 * (4 + 2) + 4)}
+    assert sizes[-1] == labels + tokens[search]
 
 
 def test_labels_and_tokens_must_share_a_grid():

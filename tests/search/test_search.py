@@ -15,18 +15,16 @@ from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.propagation.context import ContextSearch, Queue
 from cosettle_cache.propagation.protocols import make_protocol
+from cosettle_cache.search.choose import make_ranker
 from cosettle_cache.search.masked import (
     SLAB_COLS,
     FaissRanker,
-    RoughKeys,
-    RoughRanker,
     SearchSize,
+    Slab,
     TorchRanker,
-    _rough_error,
-    make_ranker,
     make_slabs,
-    rounding_error,
 )
+from cosettle_cache.search.rough import FrameKeys, Look, RoughRanker
 
 CPU = torch.device("cpu")
 
@@ -125,6 +123,18 @@ def test_the_certificate_sends_queries_to_the_dense_search(k):
     assert (index // 2 < 8).all()
 
 
+def rough_look(queries, keys, blocked=None):
+    """Return `queries` as the last frame of a video that look at `keys` [position frame dim]."""
+    n_positions, n_frames, dim = keys.shape
+    frames = FrameKeys(n_frames + 1, n_positions, dim, CPU, torch.bfloat16)
+    for frame, tokens in enumerate(keys.transpose(0, 1), start=1):
+        frames.put(tokens, frame)
+    frames.put(torch.nn.functional.pad(queries, (0, 0, 0, n_positions - len(queries))), n_frames + 1)
+    asked, nothing = slice(0, len(queries)), slice(0, 0)
+    slab = Slab(nothing, asked, slice(0, n_positions), blocked)
+    return Look(frames, n_frames + 1, 1, slab, Slab(nothing, asked, nothing, None))
+
+
 @pytest.mark.parametrize("spread", [1e-6, 1e-3, 0.05, 1.0])
 @pytest.mark.parametrize("hidden", [0.0, 0.5])
 def test_bfloat16_products_miss_nothing(spread, hidden):
@@ -135,13 +145,13 @@ def test_bfloat16_products_miss_nothing(spread, hidden):
     keys, queries = (torch.nn.functional.normalize(part, dim=-1) for part in (keys, queries))
     keys = keys.view(150, 20, 24)
     blocked = torch.rand(20, 150, generator=generator) < hidden if hidden else None
-    values, index = RoughRanker().rank(queries, keys, blocked, 7, rounded(keys))
+    found = RoughRanker().find(rough_look(queries, keys, blocked), 7)
     expected, _ = TorchRanker().rank(queries, keys, blocked, 7)
-    torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
-    found = (queries[:, None] * keys.flatten(0, 1)[index]).sum(-1)
-    torch.testing.assert_close(found, values, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.similarity, expected, atol=1e-6, rtol=0)
+    cosine = (queries[:, None] * keys[found.position, found.frame - 1]).sum(-1)
+    torch.testing.assert_close(cosine, found.similarity, atol=1e-6, rtol=0)
     if blocked is not None:
-        assert not blocked.gather(1, index // 20).any()
+        assert not blocked.gather(1, found.position).any()
 
 
 def test_a_few_uncertain_queries_look_at_all_keys_that_may_reach():
@@ -154,10 +164,12 @@ def test_a_few_uncertain_queries_look_at_all_keys_that_may_reach():
     queries = torch.cat(
         [keys[:1], torch.nn.functional.normalize(torch.randn(9, 24, generator=generator), dim=-1)]
     )
-    values, index = RoughRanker().rank(queries, keys[:, None], None, 7, rounded(keys[:, None]))
+    look = rough_look(queries, keys[:, None])
+    assert not RoughRanker().name(look, 7).certain[0]
+    found = RoughRanker().find(look, 7)
     expected, expected_index = TorchRanker().rank(queries, keys[:, None], None, 7)
-    torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
-    assert set(index[0].tolist()) == set(expected_index[0].tolist())
+    torch.testing.assert_close(found.similarity, expected, atol=1e-6, rtol=0)
+    assert set(found.position[0].tolist()) == set(expected_index[0].tolist())
 
 
 def test_threads_of_the_search_leave_torch_its_own():
@@ -171,16 +183,12 @@ def test_threads_of_the_search_leave_torch_its_own():
         def job(slab):
             return number + torch.get_num_threads(), torch.zeros(1, 1, dtype=torch.long)
 
-        assert [float(values) for values, _ in ranker.map(job, slabs)] == [1.0] * 6
+        assert [float(values) for values, _ in ranker.map(job, slabs)] == [1.0] * len(slabs)
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(torch.get_num_threads).result() == 3
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
-
-
-def rounded(keys):
-    return RoughKeys(keys.bfloat16(), float(rounding_error(keys).max()))
 
 
 def test_bfloat16_products_lie_within_the_bound():
@@ -192,11 +200,11 @@ def test_bfloat16_products_lie_within_the_bound():
         [query, torch.nn.functional.normalize(torch.randn(200, 64, generator=generator), dim=-1)]
     )
     keys = torch.cat([key, queries + 0.02 * torch.randn(201, 64, generator=generator)])
-    keys = torch.nn.functional.normalize(keys, dim=-1)[:, None]
-    rough = rounded(keys)
-    product = (queries.bfloat16() @ rough.keys[:, 0].T).float()
-    error = _rough_error(queries, rough.error)[:, None] + 2.0**-8 * product.abs()
-    assert ((product - queries @ keys[:, 0].T).abs() <= error).all()
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    look = rough_look(queries, keys[:, None])
+    product = (queries.bfloat16() @ keys.bfloat16().T).float()
+    error = torch.stack([RoughRanker()._error(look, column) for column in product.T], dim=1)
+    assert ((product - queries @ keys.T).abs() <= error).all()
     assert error.max() < 0.013
 
 
@@ -223,7 +231,7 @@ def test_a_queue_fills_in_one_storage():
 def test_a_memory_limit_changes_nothing_but_memory(clip, search):
     grid, dim = clip.grid, clip.tokens.shape[-1]
     ranker = make_ranker(search, CPU)
-    size = SearchSize(grid, dim, clip.protocol, ranker.n_parallel, rough=ranker.rough)
+    size = SearchSize(grid, dim, clip.protocol, ranker.n_parallel, rough=ranker.dtype)
     least = size.needed_bytes(1)
     narrow = ContextSearch(grid, dim, clip.protocol, device=CPU, search=search, memory_limit=least)
     wide = ContextSearch(grid, dim, clip.protocol, device=CPU, search=search)
@@ -262,14 +270,9 @@ def test_tokens_that_cannot_be_are_refused(search):
         context.step(torch.full((3, 4, 8), torch.nan))
 
 
-@needs_faiss
 def test_searches_that_cannot_run_are_refused():
     with pytest.raises(UsageError, match="no search"):
         make_ranker("annoy", CPU)
-    for search in ("bf16", "faiss"):
-        with pytest.raises(UsageError, match="CPU only"):
-            make_ranker(search, torch.device("cuda"))
-    assert isinstance(make_ranker("auto", torch.device("cuda")), TorchRanker)
 
 
 @pytest.mark.parametrize("search", SEARCHES)

@@ -213,7 +213,9 @@ def _run(on: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         on.kernels[name] += 1
     kwargs = kwargs | ({"device": CPU} if _is_cuda(wanted) else {})
     pinned = kwargs.pop("pin_memory", None)
-    out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    out = (_mm_float32 if name == "mm" and len(args) > 2 else func)(
+        *tree_map(_held, args), **tree_map(_held, kwargs)
+    )
     if pinned:
         on.pin(out)
     if not to_device:
@@ -227,6 +229,12 @@ def _run(on: Device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return known.get(id(item)) if id(item) in known else CudaTensor(item, on)
 
     return tree_map(wrapped, out)
+
+
+def _mm_float32(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
+    """Multiply float16 matrices with float32 sums and results, which no CPU has."""
+    assert dtype == out.dtype == torch.float32
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def _check_devices(on: Device, name: str, args: tuple[Any, ...], tensors: list[torch.Tensor]) -> None:

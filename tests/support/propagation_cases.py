@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,12 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def dense_oracle(tokens: Tensor, first_labels: Tensor, protocol: EvalProtocol) -> tuple[Tensor, bool]:
+def dense_oracle(
+    tokens: Tensor,
+    first_labels: Tensor,
+    protocol: EvalProtocol,
+    given: Mapping[int, Tensor] = MappingProxyType({}),
+) -> tuple[Tensor, bool]:
     """Return the label maps the plain way, in float64, and whether a tie leaves them open.
 
     Every frame of the context stands side by side, copies of the first one included (PROTOCOLS 1.1, 1.2).
@@ -103,6 +109,9 @@ def dense_oracle(tokens: Tensor, first_labels: Tensor, protocol: EvalProtocol) -
             open_tie |= bool((near & (identity != chosen)).any())
         known = torch.cat([labels[s] for s, _ in context])
         labels.append((torch.softmax(best / protocol.temperature, 1)[..., None] * known[index]).sum(1))
+        if t in given:  # of objects that appear in this frame
+            new = given[t].double().flatten(0, 1)
+            labels[-1] = labels[-1] * (1 - new.sum(1, keepdim=True)) + new
     return torch.stack(labels).view(n_frames, rows, cols, -1).float(), open_tie
 
 

@@ -206,7 +206,8 @@ def run_probe(
     dataset = "; ".join(dict.fromkeys(video.dataset for video in store.manifest if video.dataset))
     packages = ("scikit-learn", "faiss-cpu")
     measured = []
-    for name, source in plan.sources.items():
+    for name, planned in plan.sources.items():
+        source = replace(planned, device=device) if isinstance(planned, Labelled) else planned
         vectors = kept[TASKS[name].needs]
         for number, kind in enumerate(kinds):
             of_kind: Any = {video_id: vectors[video_id][number] for video_id in source.video_ids}

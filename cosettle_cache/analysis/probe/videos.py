@@ -49,7 +49,7 @@ class Labelled:
     """Videos with a class, in manifest order, and what they are asked with; by id why others are left out.
 
     `missing` are videos that would take part if the store had their tokens; `n_stored` has the stored frames
-    of each video.
+    of each video; `device` is where they are searched.
     """
 
     videos: tuple[Video, ...]
@@ -57,6 +57,7 @@ class Labelled:
     left_out: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     n_stored: Mapping[str, int] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def video_ids(self) -> tuple[str, ...]:
@@ -227,7 +228,8 @@ def retrieve(labelled: Labelled, means: Means) -> Outcome:
     precision = average_precisions(vectors, classes)
     queries = np.flatnonzero(~np.isnan(precision))
     n_found = min(max(_RECALLS), len(vectors) - 1)
-    found = nearest(vectors[queries], vectors, n_found, own=queries, search=labelled.settings.search)
+    options = {"search": labelled.settings.search, "device": labelled.device}
+    found = nearest(vectors[queries], vectors, n_found, own=queries, **options)
     hits = classes[found.index] == classes[queries, None]
     recalls = (Figure(f"recall_at_{k}", float(hits[:, :k].any(1).mean()), len(queries)) for k in _RECALLS)
     figures = (Figure("map", float(precision[queries].mean()), len(queries)), *recalls)
@@ -248,7 +250,7 @@ def vote(labelled: Labelled, means: Means) -> Outcome:
     keys = fold.train if fold else asked
     k = min(settings.neighbors, len(keys) - (fold is None))
     own = None if fold else asked
-    found = nearest(vectors[asked], vectors[keys], k, own=own, search=settings.search)
+    found = nearest(vectors[asked], vectors[keys], k, own=own, search=settings.search, device=labelled.device)
     votes = np.zeros((len(asked), len(labelled.names)))
     # Relative to the nearest one: the weights of far neighbours would underflow together.
     weights = np.exp((found.similarity - found.similarity[:, :1]) / settings.temperature)

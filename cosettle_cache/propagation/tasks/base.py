@@ -53,7 +53,8 @@ class Subject:
     `label_map` holds the first frame's labels on the grid. `truth` returns what is annotated of a frame (None
     where nothing is), `begin` empty predictions that go below a folder. `decode` returns what a label map
     stands for, on the map's device and without a wait for it; `finish` makes the prediction of that, on the
-    host.
+    host. `given` returns the label map of objects that are given in a frame after the first, None where none
+    are, and `correct` a frame's prediction with these objects as given.
     """
 
     label_map: LabelMap
@@ -61,6 +62,8 @@ class Subject:
     decode: Callable[[LabelMap], Tensor]
     begin: Callable[[Path], Predictions]
     finish: Callable[[Any], Any] = lambda decoded: decoded
+    given: Callable[[int], LabelMap | None] = lambda frame: None
+    correct: Callable[[int, Any], Any] = lambda frame, prediction: prediction
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -45,7 +46,26 @@ def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
     """Return a video with objects; raise `MediaError` for annotations that cannot be used."""
     sequence = open_sequence(video, data_root, setting.protocol.later_objects)
     first_mask = sequence.first_mask()
-    first, size = encode_index_map(first_mask, setting), first_mask.shape
+    size, numbers = first_mask.shape, {n for n, begin in sequence.begins.items() if begin > 0}
+    first = with_objects(encode_index_map(first_mask, setting), numbers)
+
+    def given(frame: int) -> LabelMap | None:
+        mask = objects_given(frame)
+        if mask is None:
+            return None
+        found = with_objects(encode_index_map(mask, setting), set(first.object_ids))
+        # Of other objects nothing is given, the background included.
+        is_new = torch.tensor([sequence.begins.get(number) == frame for number in first.object_ids])
+        return found.label_map * is_new
+
+    def correct(frame: int, prediction: Mask) -> Mask:
+        mask = objects_given(frame)
+        return prediction if mask is None else np.where(mask > 0, mask, prediction)
+
+    def objects_given(frame: int) -> Mask | None:
+        new = [number for number, begin in sequence.begins.items() if begin == frame > 0]
+        mask = sequence.mask(frame) if new else None
+        return None if mask is None else np.where(np.isin(mask, new), mask, np.uint8(0))
 
     decode, finish = decode_index_map(first, setting, size, out=size)
 
@@ -58,12 +78,22 @@ def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
         rows = partial(object_rows, scorer=scorer, shown=sequence.begins)
         return replace(predictions, score=scorer.add, rows=rows)
 
-    return Subject(first.label_map, sequence.mask, decode, begin, finish)
+    return Subject(first.label_map, sequence.mask, decode, begin, finish, given, correct)
+
+
+def with_objects(labels: FirstLabels, numbers: set[int]) -> FirstLabels:
+    """Return the labels with an empty map for every object of `numbers` that they lack."""
+    ids = sorted({*labels.object_ids, *numbers})
+    if len(ids) == len(labels.object_ids):
+        return labels
+    label_map = torch.zeros(*labels.label_map.shape[:2], len(ids))
+    label_map[..., [ids.index(number) for number in labels.object_ids]] = labels.label_map
+    return FirstLabels(tuple(ids), label_map)
 
 
 def draw_masks(drawing: Drawing) -> None:
     """Lay the masks of every kind over the frames."""
-    sequence = open_sequence(drawing.video, drawing.data_root)
+    sequence = open_sequence(drawing.video, drawing.data_root, drawing.setting.protocol.later_objects)
     draw_index_maps(drawing, "{}.png", map(sequence.mask, range(drawing.video.n_frames)))
 
 
