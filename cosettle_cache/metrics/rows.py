@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -85,16 +86,27 @@ def video_row(
     )
 
 
-def object_rows(row: Score, scorer: DavisScorer, shown: Collection[int]) -> list[Score]:
+def object_rows(
+    row: Score,
+    scorer: DavisScorer,
+    shown: Collection[int],
+    kinds: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
+) -> list[Score]:
     """Return `row` with J and F once per object, of those `shown` in the first true mask.
 
     Where its numbers have gaps, the official tool also counts the numbers between, as objects that are never
-    there and so always right; they get no row here.
+    there and so always right; they get no row here. `kinds` says of what `category` an object is, and whether
+    that is `seen` among those trained on.
     """
     row = replace(row, boundary_tolerance_px=scorer.tolerance)
     found = {item.object_id: item for item in scorer.finish() if item.object_id in shown}
     return [
-        replace(row, object_id=number, figures={name: getattr(item, name) for name in J_AND_F_FIGURES})
+        replace(
+            row,
+            object_id=number,
+            figures={name: getattr(item, name) for name in J_AND_F_FIGURES},
+            counts_json=_compact(kinds[number]) if number in kinds else "",
+        )
         for number, item in found.items()
     ]
 
@@ -200,7 +212,23 @@ def sequence_means(scores: Sequence[Score]) -> list[tuple[str, list[Mean]]]:
 
 def _pool_objects(rows: Sequence[Score]) -> Figures:
     means = {name: sum(row.figures[name] for row in rows) / len(rows) for name in J_AND_F_FIGURES}
-    return {"n_objects": len(rows), **means}
+    return {"n_objects": len(rows), **means, **_seen_and_unseen(rows)}
+
+
+def _seen_and_unseen(rows: Sequence[Score]) -> Figures:
+    """Return J and F of objects of categories seen in training and of others, and the mean of the four.
+
+    Only YouTube-VOS says which are: without its categories there are none of these figures.
+    """
+    known = [(row, json.loads(row.counts_json).get("seen")) for row in rows if row.counts_json]
+    figures: dict[str, float] = {}
+    for side, is_seen in (("seen", True), ("unseen", False)):
+        of_side = [row for row, seen in known if seen is is_seen]
+        for letter in "jf" if of_side else "":
+            of_letter = [row.figures[f"{letter}_mean"] for row in of_side]
+            figures[f"{letter}_{side}"] = sum(of_letter) / len(of_side)
+    overall = {"overall": sum(figures.values()) / 4} if len(figures) == 4 else {}
+    return {**figures, **overall}
 
 
 def _pool_parts(rows: Sequence[Score]) -> Figures:

@@ -28,6 +28,7 @@ from cosettle_cache.metrics.rows import clip_row, object_rows, parts_row, video_
 from cosettle_cache.propagation.tasks import TASKS, Task, load
 from cosettle_cache.videos.frames import open_image
 from cosettle_cache.videos.jhmdb import cells_to_pixels, open_joints, read_predicted_joints
+from cosettle_cache.videos.layouts import object_kinds
 from cosettle_cache.videos.manifest import manifest_digest
 from cosettle_cache.videos.masks import (
     MIN_SCORED_FRAMES,
@@ -189,7 +190,7 @@ def score_masks(case: Case, row: Score) -> list[Score]:
         scored = labelled[0] < index < labelled[-1]
         path = case.folder / f"{sequence.frame_names[index]}.png"
         scorer.add(truth, sequence.known(read_mask(path)) if scored else truth)
-    return object_rows(row, scorer, sequence.begins)
+    return object_rows(row, scorer, sequence.begins, object_kinds(video, case.data_root))
 
 
 def check_parts(case: Case) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -178,19 +178,34 @@ build_mose = partial(build_vos, dataset="mose")
 build_lvos = partial(build_vos, dataset="lvos")
 
 
+def object_kinds(video: Video, data_root: Path) -> dict[int, dict[str, Any]]:
+    """Return by object its `category`, and with the training videos beside whether it is `seen` there."""
+    folder = (data_root / (video.labels or "")).parent.parent
+    trained = read_meta(folder.parent / "train") if folder.name != "train" else {}
+    seen = {item["category"] for objects in trained.values() for item in objects.values()}
+    found = {}
+    for number, item in read_meta(folder).get(video.video_id, {}).items():
+        category = item["category"]
+        found[int(number)] = {"category": category, **({"seen": category in seen} if seen else {})}
+    return found
+
+
 def read_meta(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Return by video and object what `meta.json` says: `category` and `frames`; nothing without the file.
 
     Raises `InputError` for a file of another kind.
     """
     path = folder / META
-    if not path.is_file():
-        return {}
+    return _parse_meta(path, path.stat().st_mtime_ns) if path.is_file() else {}
+
+
+@lru_cache(maxsize=4)  # every video asks for it
+def _parse_meta(path: Path, _changed: int) -> dict[str, dict[str, dict[str, Any]]]:
     document = read_json(path)
     try:
         return {
             name: {
-                number: {
+                str(int(number)): {
                     "category": str(item["category"]),
                     "frames": [str(frame) for frame in item["frames"]],
                 }
@@ -198,7 +213,7 @@ def read_meta(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
             }
             for name, video in document["videos"].items()
         }
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         wanted = "videos: objects: category and frames"
         raise InputError(f"{path} is no list of objects", wanted=wanted, found=repr(error)) from error
 

@@ -103,6 +103,7 @@ def test_objects_that_appear_later(run, tmp_path: Path, later: str) -> None:
     if later == "inject":  # scored after the frame in which it is given
         assert rows[1].figures["jf_mean"] == pytest.approx(by_object(true[1:], masks[1:])[1])
     assert json.loads(rows[2].protocol_json)["later_objects"] == later
+    assert json.loads(rows[2].counts_json) == {"category": "cat"}
     line = ["score", "--task", "davis", "--manifest", "m.parquet", "--data-root", "data", "-q"]
     if later == "inject":
         assert run_command([*line, "--predictions", "run/raw", "--out", "again.parquet"]) == 0
@@ -169,3 +170,20 @@ def test_davis_2016_has_one_object(run, tmp_path: Path, lists: str) -> None:
     rows = read_scores(Path("run/scores.parquet"))
     assert [(row.video_id, row.object_id) for row in rows] == [("cat", 1), ("dog", 1)][: 1 if lists else 2]
     assert set(np.unique(read_mask("run/raw/cat/00002.png"))) <= {0, 1}
+
+
+def test_categories_that_were_trained_on_are_a_figure_of_their_own(run, tmp_path: Path) -> None:
+    write_vos(tmp_path / "data/YouTube-VOS/valid", list(range(N_FRAMES)))
+    meta = tmp_path / "data/YouTube-VOS/valid/meta.json"
+    document = json.loads(meta.read_text())
+    document["videos"]["cat"]["objects"]["1"]["category"] = "ape"
+    meta.write_text(json.dumps(document))
+    document["videos"]["cat"]["objects"].pop("1")
+    (tmp_path / "data/YouTube-VOS/train").mkdir()
+    (tmp_path / "data/YouTube-VOS/train/meta.json").write_text(json.dumps(document))
+    assert run("youtube-vos", "YouTube-VOS", "--set", "later_objects=inject") == 0
+    rows = {row.object_id: row.figures for row in read_scores(Path("run/scores.parquet"))}
+    figures = json.loads(Path("run/summary.json").read_text())["means"]["raw"]
+    four = [rows[number][f"{letter}_mean"] for number in (2, 1) for letter in "jf"]
+    assert [figures[name] for name in ("j_seen", "f_seen", "j_unseen", "f_unseen")] == pytest.approx(four)
+    assert figures["overall"] == pytest.approx(sum(four) / 4)

@@ -33,6 +33,7 @@ from cosettle_cache.propagation.labels import (
 )
 from cosettle_cache.propagation.tasks.base import Drawing, Predictions, Setting, Subject
 from cosettle_cache.videos.frames import iter_frames
+from cosettle_cache.videos.layouts import object_kinds
 from cosettle_cache.videos.masks import (
     frame_stems,
     open_sequence,
@@ -75,7 +76,8 @@ def open_masks(video: Video, data_root: Path, setting: Setting) -> Subject:
         if not sequence.scorable:
             return predictions
         scorer = DavisScorer(sequence.n_objects, video.height, video.width, sequence.starts)
-        rows = partial(object_rows, scorer=scorer, shown=sequence.begins)
+        kinds = object_kinds(video, data_root)
+        rows = partial(object_rows, scorer=scorer, shown=sequence.begins, kinds=kinds)
         return replace(predictions, score=scorer.add, rows=rows)
 
     return Subject(first.label_map, sequence.mask, decode, begin, finish, given, correct)
