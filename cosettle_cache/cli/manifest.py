@@ -42,6 +42,13 @@ def build(
         Path | None, typer.Option("--list", help="Only the videos of this list or manifest, in its order.")
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="First mask of a single clip, for masks.")] = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="Of DAVIS: the folder of frames; default 480p, or the only one.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Of youtube-vos, mose, lvos: so many videos, by --seed.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of --sample; default 0.")] = None,
 ) -> int:
     """Build a manifest from a dataset folder.
 
@@ -56,7 +63,8 @@ def build(
     path = out or Path(f"{dataset}.parquet")
     check_manifest_file(path, [listed, mask])
     names = tuple(item.name for item in read_list(listed)) if listed else None
-    options = {"split": split, "names": names, "mask": mask}
+    options: dict[str, Any] = {"split": split, "names": names, "mask": mask, "resolution": resolution}
+    options |= {"sample": sample, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
     result = build_manifest(dataset, base, root, **given)
     if not mode.dry_run:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ def build_manifest(name: str, root: str | Path, data_root: str | Path, **options
         raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
     options = {"split": DATASETS[name].split} | options
     builder = DATASETS[name].builder() or partial(_build_row, name)
+    useless = [key for key in options if key not in signature(builder).parameters]
+    if useless:
+        raise UsageError(f"the layout {name} has no {useless[0]}", wanted=f"no --{useless[0]}", found=useless)
     result: BuildResult = builder(Path(root), Path(data_root), **options)
     return result
 

@@ -5,6 +5,7 @@ In comes a folder, out goes its manifest; a clip without labels becomes a row wi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -137,12 +138,19 @@ def _all_of(root: Path) -> tuple[str, ...]:
 
 
 def build_vos(
-    root: Path, data_root: Path, split: str = "valid", names: Sequence[str] = (), dataset: str = "youtube-vos"
+    root: Path,
+    data_root: Path,
+    split: str = "valid",
+    names: Sequence[str] = (),
+    dataset: str = "youtube-vos",
+    sample: int | None = None,
+    seed: int = 0,
 ) -> BuildResult:
     """Return the videos `names`, or those of `meta.json`, or all folders, of a data set like YouTube-VOS.
 
     Frames are `JPEGImages/NAME`, masks `Annotations/NAME`, of some frames or of all, in the folder `SPLIT` or
-    in `root` itself. A video begins at its first mask. One of which `meta.json` names a frame that is not
+    in `root` itself; of `sample` videos, those whose SHA-256 with the seed is smallest, whatever else is
+    there. A video begins at its first mask. One of which `meta.json` names a frame that is not
     there is a named failure.
     """
     folder = root / split if (root / split / "JPEGImages").is_dir() else root
@@ -151,6 +159,9 @@ def build_vos(
     meta = read_meta(folder)
     source = Source(dataset, split, folder, data_root)
     found = names or list(meta) or [path.name for path in subfolders(folder / "JPEGImages")]
+    if sample is not None:
+        drawn = sorted(found, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())[:sample]
+        found = [name for name in found if name in set(drawn)]
 
     def row(clip: Clip) -> Video:
         video = replace(source.video(replace(clip, labels=None)), label_kind=LabelKind.MASKS)

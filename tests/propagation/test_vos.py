@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -187,3 +188,23 @@ def test_categories_that_were_trained_on_are_a_figure_of_their_own(run, tmp_path
     four = [rows[number][f"{letter}_mean"] for number in (2, 1) for letter in "jf"]
     assert [figures[name] for name in ("j_seen", "f_seen", "j_unseen", "f_unseen")] == pytest.approx(four)
     assert figures["overall"] == pytest.approx(sum(four) / 4)
+
+
+def test_a_sample_is_drawn_by_the_names_alone(tmp_path: Path, capsys) -> None:
+    for number in range(6):
+        write_vos(tmp_path / f"{number}", [0])
+        (tmp_path / f"{number}/JPEGImages/cat").rename(folder(tmp_path, "JPEGImages") / f"cat{number}")
+        (tmp_path / f"{number}/Annotations/cat").rename(folder(tmp_path, "Annotations") / f"cat{number}")
+    drawn = build_manifest("mose", tmp_path, tmp_path, sample=3).manifest
+    marks = {f"cat{n}": hashlib.sha256(f"0\0cat{n}".encode()).digest() for n in range(6)}
+    assert {video.video_id for video in drawn} == set(sorted(marks, key=marks.__getitem__)[:3])
+    (tmp_path / "train/JPEGImages/cat0").rename(tmp_path / "away")
+    left = build_manifest("mose", tmp_path, tmp_path, sample=6).manifest
+    assert [video.video_id for video in left] == [f"cat{n}" for n in range(1, 6)]
+    assert run_command(["manifest", "build", "folder", str(tmp_path), "--sample", "3"]) == 2
+    assert "the layout folder has no sample" in capsys.readouterr().err
+
+
+def folder(root: Path, name: str) -> Path:
+    (root / "train" / name).mkdir(parents=True, exist_ok=True)
+    return root / "train" / name
