@@ -29,6 +29,7 @@ from cosettle_cache.store.check import (
     check_slot,
     find_committed,
     inspect_metadata,
+    planned_rows,
     verify_storage,
 )
 from cosettle_cache.store.create import create_store
@@ -43,7 +44,7 @@ from cosettle_cache.store.format import (
     part_folder,
 )
 from cosettle_cache.store.header import check_same, read_header, repair_hint
-from cosettle_cache.store.index import Damage, Part, decode_part
+from cosettle_cache.store.index import Damage, Part, check_rows, decode_part
 from cosettle_cache.store.reader import FeatureStore
 from cosettle_cache.store.remote import Storage, is_store, open_storage
 from cosettle_cache.store.writer import StoreWriter
@@ -81,10 +82,11 @@ def copy_store(
     if not is_store(there):
         files = {name: reader.read(name) for name in [*metadata.files, MANIFEST]}
         create_store(there, metadata.header.arrays, files)
-        check_same(metadata.header, read_header(there), there.path)  # a rival may have been faster
+    theirs = read_header(there)
+    check_same(metadata.header, theirs, there.path, hint="copy to another place", exact=True)
     outcomes: Counter[str] = Counter()
     n_bytes, damages = 0, list[Damage]()
-    with closing(StoreWriter(there, metadata.header.arrays)) as writer:
+    with closing(StoreWriter(there, theirs)) as writer:
         committed, _ = find_committed(reader, writer.slots)
         progress.start(len(committed), "slots")
         try:
@@ -141,7 +143,8 @@ def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage
             hint=repair_hint(reader.path),
         )
     if is_store(writer):
-        check_same(metadata.header, read_header(writer), writer.path, hint="copy to another place")
+        hint = "copy to another place"
+        check_same(metadata.header, read_header(writer), writer.path, hint=hint, exact=True)
     return reader, writer, metadata
 
 
@@ -154,7 +157,7 @@ def _copy_slot(
     try:
         while True:
             try:
-                n_bytes = _try_copy(source, target, writer, place)
+                n_bytes = _try_copy(source, target, metadata, writer, place)
                 return ("copied" if n_bytes else "there"), n_bytes, []
             except BytesError:
                 report = check_slot(source, metadata, place)
@@ -166,13 +169,16 @@ def _copy_slot(
         writer.release(place.index)
 
 
-def _try_copy(source: Storage, target: Storage, writer: StoreWriter, place: SlotPlace) -> int:
+def _try_copy(
+    source: Storage, target: Storage, metadata: Metadata, writer: StoreWriter, place: SlotPlace
+) -> int:
     """Return the bytes copied, 0 where they are there; raise `BytesError` before a wrong one is committed."""
     try:
         data = source.read(place.part_name)
     except OSError as error:
         raise BytesError("the index part cannot be read") from error
-    part = decode_part(data, place)
+    part = decode_part(data, place, metadata.header)
+    check_rows(part, planned_rows(metadata, place))
     if target.exists(place.part_name):
         if target.read(place.part_name) == data:
             return 0

@@ -51,11 +51,12 @@ class Shard:
 class StoreWriter:
     """A store open for writing; made by `create_or_resume`. Threads may share it."""
 
-    def __init__(self, storage: Storage, arrays: tuple[ArrayLayout, ...]) -> None:
+    def __init__(self, storage: Storage, header: Header) -> None:
+        arrays = header.arrays
         self.slots = SlotTable(arrays)
         self.n_slots = len(self.slots)
         self.path = storage.path
-        self._storage = storage
+        self._storage, self._header = storage, header
         self._lock: WriterLock | None = None
         self._claims: SlotClaims | None = None
         folder = storage.local
@@ -93,7 +94,7 @@ class StoreWriter:
         check_same(wanted, header, storage.path)
         if not storage.exists(MANIFEST):  # the store has lost it
             storage.write(MANIFEST, [manifest_file(header, manifest)])
-        return cls(storage, wanted.arrays)
+        return cls(storage, header)
 
     def todo(self, *, retry_failed: bool = False) -> list[int]:
         """Return the slots without a commit mark, and with `retry_failed` those that list failures too."""
@@ -149,7 +150,7 @@ class StoreWriter:
             encoder = ShardEncoder(place.layout, shard.tokens, present)
 
             def part() -> bytes:
-                return encode_part(slot, errors, encoder.n_bytes, encoder.chunks_checksum)
+                return encode_part(slot, errors, encoder, self._header.identity)
 
             self._put(place, encoder, part)
         self.release(place.index)
@@ -178,7 +179,7 @@ class StoreWriter:
 
     def _has_failures(self, place: SlotPlace) -> bool:
         try:
-            return read_part(self._storage, place).n_failed > 0
+            return read_part(self._storage, place, self._header).n_failed > 0
         except BytesError as fault:
             raise DamagedStoreError(
                 f"the index part of slot {place.index} is damaged: {fault}",

@@ -367,6 +367,11 @@ def test_requests_of_samples(url: str, proxy: Proxy) -> None:
     assert len(proxy.requests) <= 4
     proxy.clear()
     store.samples([3])
+    assert len(proxy.requests) == 3, "the shard's index, its index part, then the sample"
+    store = open_store(url)
+    assert len(store.sample_ids) == 16, "from here on the index parts are known, as in training"
+    proxy.clear()
+    store.samples([3])
     assert len(proxy.requests) == 2, "the shard's index, then the sample"
     proxy.clear()
     store.samples([5])
@@ -387,6 +392,7 @@ def test_requests_of_samples(url: str, proxy: Proxy) -> None:
 def test_many_requests_at_once(url: str, proxy: Proxy) -> None:
     case = pairs_case(64, n_views=1, slot_encodings=6)
     store = open_store(case.write(url))
+    assert len(store.sample_ids) == 64
     proxy.clear()
     proxy.latency_s = 0.05
     started = time.perf_counter()
