@@ -277,13 +277,15 @@ def verify_storage(
     slots = SlotTable(metadata.header.arrays)
     committed, folder_damages = find_committed(storage, slots)
     damages = [*metadata.damages, *folder_damages]
-    n_verified = n_withdrawn = n_bytes = 0
+    n_verified = n_bytes = 0
+    withdrawn = list[SlotPlace]()
     progress.start(len(committed), "slots")
     try:
         task = partial(check_slot, storage, metadata)
-        for report in map_ahead(task, committed, storage.n_readers, stop=stop):
+        reports = map_ahead(task, committed, storage.n_readers, stop=stop)
+        for place, report in zip(committed, reports, strict=False):
             if report is None:
-                n_withdrawn += 1
+                withdrawn.append(place)
             else:
                 n_verified += 1
                 n_bytes += report[0]
@@ -294,19 +296,23 @@ def verify_storage(
     known = {*metadata.files, MANIFEST}
     for place in map(slots.place, range(len(slots))):
         known |= {place.shard_name, place.part_name}
-    strange = {name: "not part of the store" for name, _ in storage.walk() if name not in known}
+    listed = dict(storage.walk())
+    for place in withdrawn:
+        if place.part_name in listed and check_slot(storage, metadata, place) is None:
+            damages.append(_part_damage(metadata, place, "it is listed, and not found"))
+    strange = {name: "not part of the store" for name in listed if name not in known}
     for name in strange:
         if TEMPORARY.fullmatch(name.rpartition("/")[2]):
-            strange[name] = "unfinished; removed by the next extraction that is alone"
+            strange[name] = "unfinished or set aside; on a disk the next extraction that is alone removes it"
     return VerifyReport(
         path=storage.path,
         n_slots=len(slots),
-        n_todo=len(slots) - len(committed) + n_withdrawn,
+        n_todo=len(slots) - len(committed) + len(withdrawn),
         n_verified=n_verified,
         n_bytes=n_bytes,
         damages=tuple(damages),
         notes=tuple(f"{name}: {why}" for name, why in strange.items()),
-        interrupted=n_verified + n_withdrawn < len(committed),
+        interrupted=n_verified + len(withdrawn) < len(committed),
     )
 
 

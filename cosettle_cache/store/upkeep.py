@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +19,13 @@ from typing import Any
 import pyarrow.compute as pc
 
 from cosettle_cache.core.console import SILENT, Progress
-from cosettle_cache.core.errors import DamagedStoreError, UsageError
+from cosettle_cache.core.errors import DamagedStoreError, InputError, RemoteError, UsageError
 from cosettle_cache.core.files import Buffer, is_url, make_folder, overwrite_durably
 from cosettle_cache.core.parallel import map_ahead
-from cosettle_cache.store._local import sole_writer
+from cosettle_cache.store._local import LocalFile, LocalStorage, sole_writer
 from cosettle_cache.store.check import (
     Metadata,
+    VerifyReport,
     audit_shard,
     check_slot,
     find_committed,
@@ -46,7 +47,7 @@ from cosettle_cache.store.format import (
 from cosettle_cache.store.header import check_same, read_header, repair_hint
 from cosettle_cache.store.index import Damage, Part, check_rows, decode_part
 from cosettle_cache.store.reader import FeatureStore
-from cosettle_cache.store.remote import Storage, is_store, open_storage
+from cosettle_cache.store.remote import Storage, fill, is_store, open_storage
 from cosettle_cache.store.writer import StoreWriter
 
 #: A slot in hand may take its shard's bytes of memory where it goes to an object store.
@@ -213,8 +214,11 @@ def repair_store(
     """Verify the store at `path` and mend what is damaged; with `dry_run` only say what would be done.
 
     Damaged slots lose index part and shard. A damaged manifest is removed; the same extract command writes it
-    again. Raises `OutputError` while another process of this machine writes, `DamagedStoreError` when neither
-    header can be trusted. `stop` ends the search for damage; what was found is mended.
+    again. What is removed is set aside (see `set_aside` of the storages), and only after it was read whole
+    twice more and found bad. When that is impossible, nothing is changed, and this raises `InputError`, or
+    `RemoteError` behind a URL. Raises `OutputError` while another process of this machine writes,
+    `DamagedStoreError` when neither header can be trusted. `stop` ends the search for damage; what was found
+    is mended.
     """
     storage = open_storage(path)
     local = None if dry_run else storage.local
@@ -222,6 +226,7 @@ def repair_store(
         metadata = inspect_metadata(storage)
         found = verify_storage(storage, metadata, progress, stop)
         damaged = {damage.file for damage in found.damages}
+        listed = _confirm(storage, metadata, found)
         slots = SlotTable(metadata.header.arrays)
         places = map(slots.place, found.damaged_slots)
         # The index part first: without it the slot is to do, whatever happens next.
@@ -232,7 +237,7 @@ def repair_store(
             path=storage.path,
             damages=found.damages,
             restored=tuple(name for name in [*folders, *metadata.files] if name in damaged),
-            removed=tuple(name for name in names if storage.exists(name)),
+            removed=tuple(name for name in names if name in listed),
             slots=found.damaged_slots,
             interrupted=found.interrupted,
         )
@@ -240,8 +245,95 @@ def repair_store(
             for name in report.restored:
                 _restore(storage, name, metadata)
             for name in report.removed:
-                storage.delete(name)
+                storage.set_aside(name)
     return report
+
+
+def _confirm(storage: Storage, metadata: Metadata, found: VerifyReport) -> Mapping[str, int]:
+    """Read all that was found damaged again, whole; return what the storage lists, by name with its bytes.
+
+    Behind a lack of permission, a broken device or a proxy good bytes look absent, short or wrong. So this
+    raises unless both tries and the listing agree, and the bytes are as bad as they were.
+    """
+    listed = dict(storage.walk())
+    named = {damage.file: damage.reason for damage in metadata.damages}
+    faults = dict[str, str]()
+    for name in named:
+        _read_twice(storage, name, listed, faults)
+    again = {damage.file for damage in inspect_metadata(storage).damages}
+    for damage in found.damages:
+        is_folder = damage.slot is None and damage.file not in named
+        if is_folder and storage.local is not None and (storage.local / damage.file).exists():
+            faults[damage.file] = damage.reason
+    for place in map(SlotTable(metadata.header.arrays).place, found.damaged_slots):
+        names = (place.part_name, place.shard_name)
+        report = check_slot(
+            _Held({name: _read_twice(storage, name, listed, faults) for name in names}), metadata, place
+        )
+        if report is None or not report[1]:
+            faults.setdefault(place.shard_name, "it was read well at another try")
+    for name in named.keys() - again:
+        faults.setdefault(name, "it was read well at another try")
+    if faults:
+        raise (InputError if storage.local else RemoteError)(
+            f"nothing of {storage.path} is repaired: what seems damaged cannot be read whole",
+            details=[f"{name}: {reason}" for name, reason in faults.items()],
+            hint="mend permissions, device or server, or remove by hand what is lost; then repair again",
+        )
+    return listed
+
+
+def _read_twice(
+    storage: Storage, name: str, listed: Mapping[str, int], faults: dict[str, str]
+) -> bytes | None:
+    """Return a whole file, None where there is none; add to `faults` when that is not sure."""
+    tries = list[bytes | None]()
+    for _ in range(2):
+        try:
+            tries.append(storage.read(name))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            tries.append(None)
+        except OSError as error:
+            faults[name] = f"it cannot be read ({error.strerror or error})"
+            return None
+    data = tries[1]
+    if tries[0] != data or listed.get(name) != (None if data is None else len(data)):
+        sizes = [None if found is None else len(found) for found in tries]
+        faults[name] = (
+            f"it is listed with {listed.get(name)} bytes, and reading gave {sizes[0]} and {sizes[1]}"
+        )
+    return data
+
+
+class _Held(LocalStorage):
+    """Files in memory, for `check_slot`; None for one that is absent."""
+
+    def __init__(self, files: Mapping[str, bytes | None]) -> None:
+        super().__init__(Path())
+        self._files = files
+
+    def read(self, name: str) -> bytes:
+        data = self._files[name]
+        if data is None:
+            raise FileNotFoundError(name)
+        return data
+
+    def open(self, name: str) -> LocalFile:
+        return _HeldFile(self.read(name))
+
+
+class _HeldFile(LocalFile):
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+
+    def size(self) -> int:
+        return len(self._data)
+
+    def read_tail(self, length: int) -> bytes:
+        return bytes(self._data[-length:])
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        return fill(buffers, self._data[offset:])
 
 
 def _restore(storage: Storage, name: str, metadata: Metadata) -> None:

@@ -201,4 +201,5 @@ def _remove_leftovers(path: Path, arrays: Sequence[ArrayLayout]) -> None:
         folders += [path / array_folder(layout.grid), path / part_folder(layout.grid)]
     for folder in folders:
         for leftover in filter(is_temporary, folder.iterdir()):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_symlink() or not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
