@@ -512,7 +512,7 @@ def test_the_cache_is_bounded(cache: Cache, limit: int) -> None:
 def test_what_was_used_last_stays(cache: Cache, proxy: Proxy) -> None:
     store = cache.open(20_000)
     for sample in (0, 1, 2, 0, 3):
-        store.samples([sample])
+        store.samples([int(sample)])
         time.sleep(0.01)
     assert n_fetched(proxy) == 4
     store.samples([0])
@@ -592,7 +592,7 @@ def test_a_cache_touches_no_file_of_others(cache: Cache, tmp_path: Path) -> None
         path.write_bytes(bytes(30_000))
         os.utime(path, (0, 0))
     for sample in store.sample_ids:
-        store.samples([sample])
+        store.samples([int(sample)])
     assert [path.stat().st_size for path in theirs] == [30_000] * 4
     ours = {path.name for path in cache.copies} - set(names)
     assert len(ours) == 3, "as many as fit; theirs do not count"
