@@ -85,9 +85,7 @@ def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: 
     mood = "would be " if dry_run else ""
     slots = f"{len(report.slots)} slots {mood or 'are '}to do again"
     lines = [f"{mood}restored: {name}" for name in report.restored]
-    aside = (
-        "" if dry_run else ", set aside beside its place as a hidden .tmp that the next extraction deletes"
-    )
+    aside = "" if dry_run else ", set aside as a hidden .tmp file, which the next extraction deletes"
     lines += [f"{mood}removed: {name}{aside}" for name in report.removed]
     lines.append(f"{report.path}: {len(report.damages)} damages, {slots}{_AGAIN * report.interrupted}")
     if report.removed or any(damage.file == MANIFEST for damage in report.damages):

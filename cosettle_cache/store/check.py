@@ -20,10 +20,10 @@ from awscrt.checksums import crc32c
 from jaxtyping import Bool, UInt64
 
 from cosettle_cache.core.console import SILENT, Progress
-from cosettle_cache.core.errors import CosettleError, DamagedStoreError, FingerprintError, InputError
+from cosettle_cache.core.errors import CosettleError, DamagedStoreError, InputError
 from cosettle_cache.core.files import parse_json
 from cosettle_cache.core.parallel import map_ahead
-from cosettle_cache.core.settings import digest
+from cosettle_cache.core.settings import differing, digest, flat
 from cosettle_cache.core.tables import read_metadata
 from cosettle_cache.core.types import ArrayLayout, Manifest
 from cosettle_cache.store._local import TEMPORARY
@@ -41,7 +41,7 @@ from cosettle_cache.store.format import (
     chunks_per_shard,
     part_folder,
 )
-from cosettle_cache.store.header import Header, check_same, read_header
+from cosettle_cache.store.header import Header, read_header
 from cosettle_cache.store.index import (
     SCHEMA,
     Damage,
@@ -169,7 +169,10 @@ def inspect_metadata(storage: Storage) -> Metadata:
     header, header_fault = _find_header(storage, copy)
     if manifest is not None and manifest_digest(manifest) != header.fingerprint.manifest_digest:
         manifest, manifest_fault = None, "it lists other videos than the store was made from"
-    files = metadata_files(header)
+    try:
+        files = metadata_files(header)
+    except RecursionError as error:
+        raise DamagedStoreError(f"the header of {storage.path} is damaged: it is nested too deep") from error
     faults = {name: _document_fault(storage, name, json.loads(data)) for name, data in files.items()}
     if header_fault is not None:
         faults[ROOT_METADATA] = header_fault
@@ -212,17 +215,13 @@ def _find_header(storage: Storage, copy: Header | None) -> tuple[Header, str | N
             found=error.message,
             hint=f"put {ROOT_METADATA} back from a backup, or extract into a new store",
         ) from error
-    if copy is None:
+    if copy is None or copy.identity == header.identity:
         return header, None
-    try:
-        check_same(header, copy, f"{storage.path}/{MANIFEST}", exact=True)
-    except FingerprintError as error:
-        raise DamagedStoreError(
-            f"{ROOT_METADATA} and {MANIFEST} of {storage.path} belong to different stores",
-            details=error.details,
-            hint="put the right one back",
-        ) from error
-    return header, None
+    raise DamagedStoreError(
+        f"{ROOT_METADATA} and {MANIFEST} of {storage.path} belong to different stores",
+        details=differing(*(flat(found.to_json()["fingerprint"]) for found in (header, copy))),
+        hint="put the right one back",
+    )
 
 
 def _document_fault(storage: Storage, name: str, wanted: Mapping[str, Any]) -> str | None:
@@ -303,7 +302,7 @@ def verify_storage(
     strange = {name: "not part of the store" for name in listed if name not in known}
     for name in strange:
         if TEMPORARY.fullmatch(name.rpartition("/")[2]):
-            strange[name] = "unfinished or set aside; on a disk the next extraction that is alone removes it"
+            strange[name] = "unfinished or set aside; removed by the next extraction that is alone"
     return VerifyReport(
         path=storage.path,
         n_slots=len(slots),

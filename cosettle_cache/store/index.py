@@ -35,6 +35,9 @@ from cosettle_cache.store.format import (
 from cosettle_cache.store.header import Header
 from cosettle_cache.store.remote import Storage
 
+#: What is wrong with an index part that was written for another place.
+FOREIGN = "it is the index part of another store or slot"
+
 _SEAL_KEY = "seal"
 _MARK = b"file-crc32c="
 _DIGITS = 8
@@ -199,19 +202,18 @@ def decode_part(data: bytes, place: SlotPlace, header: Header, columns: Sequence
             raise BytesError("its rows are those of another slot")
     # Parts of version 0.1 do not say whose they are, and stores made since have none.
     owner = metadata.get("slot_sha256")
-    may_be_silent = owner is None and header.part_version < PART_VERSION
-    if not may_be_silent and owner != _slot_digest(header.identity, place.index):
-        raise BytesError("it is the index part of another store or slot")
+    is_old = owner is None and header.part_version < PART_VERSION
+    if not is_old and owner != _slot_digest(header.identity, place.index):
+        raise BytesError(FOREIGN)
     n_chunks = -(-len(place.rows) // place.layout.chunk_encodings)
     try:
-        checksums = metadata.get("chunk_checksums")
         checksum = metadata.get("chunks_crc32c")
         part = Part(
             table=table,
             shard_bytes=_number(metadata["shard_bytes"]),
             chunks_checksum=None if checksum is None else int.from_bytes(bytes.fromhex(checksum), "big"),
-            checksums=None if checksums is None else bytes.fromhex(checksums),
-            rows_digest=metadata.get("rows_sha256"),
+            checksums=None if is_old else bytes.fromhex(metadata["chunk_checksums"]),
+            rows_digest=None if is_old else metadata["rows_sha256"],
             n_failed=_number(metadata["n_failed"]),
         )
     except (KeyError, ValueError) as error:

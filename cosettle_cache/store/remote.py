@@ -21,7 +21,7 @@ from obstore.store import AzureStore, GCSStore, S3Store, from_url
 from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError, first_line
 from cosettle_cache.core.files import Buffer, is_url, temporary_name
 from cosettle_cache.store._local import LocalFile, LocalStorage
-from cosettle_cache.store.format import ROOT_METADATA
+from cosettle_cache.store.format import INDEX_GROUP, ROOT_METADATA
 
 
 def _retries(n: int, *, within_s: int, pause_s: int) -> dict[str, Any]:
@@ -151,10 +151,10 @@ class ObjectStorage:
             obstore.delete(self._client, name)
 
     def set_aside(self, name: str) -> None:
-        """Give an object a name that no reader looks at, beside its own; whoever is sure may delete it."""
-        folder, _, last = name.rpartition("/")
+        """Give an object a name in the index that no reader looks at; the next writer removes it."""
         with self._asking(name, to_write=True):
-            obstore.rename(self._client, name, f"{folder}/{temporary_name(Path(last)).name}")
+            aside = temporary_name(Path(name.replace("/", "-"))).name
+            obstore.rename(self._client, name, f"{INDEX_GROUP}/{aside}")
 
     def forget(self, name: str) -> None:
         """Drop what is kept of an object whose bytes turned out wrong."""

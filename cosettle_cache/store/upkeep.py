@@ -45,7 +45,7 @@ from cosettle_cache.store.format import (
     part_folder,
 )
 from cosettle_cache.store.header import check_same, read_header, repair_hint
-from cosettle_cache.store.index import Damage, Part, check_rows, decode_part
+from cosettle_cache.store.index import FOREIGN, Damage, Part, check_rows, decode_part
 from cosettle_cache.store.reader import FeatureStore
 from cosettle_cache.store.remote import Storage, fill, is_store, open_storage
 from cosettle_cache.store.writer import StoreWriter
@@ -225,6 +225,12 @@ def repair_store(
     with nullcontext() if local is None else sole_writer(local / INDEX_GROUP / ROOT_METADATA):
         metadata = inspect_metadata(storage)
         found = verify_storage(storage, metadata, progress, stop)
+        foreign = {damage.slot for damage in found.damages if damage.reason.startswith(FOREIGN)}
+        if foreign and len(foreign) == found.n_verified:
+            raise DamagedStoreError(
+                f"all index parts of {storage.path} are of another store than its {ROOT_METADATA}",
+                hint=f"put the right {ROOT_METADATA} and {MANIFEST} back",
+            )
         damaged = {damage.file for damage in found.damages}
         listed = _confirm(storage, metadata, found)
         slots = SlotTable(metadata.header.arrays)

@@ -18,7 +18,7 @@ from jaxtyping import Float16
 from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.core.files import Buffer, is_url, output_errors
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Manifest, Slot
-from cosettle_cache.store._local import SlotClaims, WriterLock, is_temporary
+from cosettle_cache.store._local import TEMPORARY, SlotClaims, WriterLock, is_temporary
 from cosettle_cache.store._shards import ShardEncoder
 from cosettle_cache.store.create import create_store, manifest_file, metadata_files, remove_dead_builds
 from cosettle_cache.store.format import (
@@ -61,6 +61,8 @@ class StoreWriter:
         self._claims: SlotClaims | None = None
         folder = storage.local
         if folder is None:
+            for name in filter(TEMPORARY.fullmatch, storage.names(INDEX_GROUP)):
+                storage.delete(f"{INDEX_GROUP}/{name}")  # set aside by a repair
             return
         with output_errors(folder):
             self._lock = WriterLock(folder / INDEX_GROUP / ROOT_METADATA)
