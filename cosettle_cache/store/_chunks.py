@@ -317,7 +317,7 @@ class ChunkSource:
         if isinstance(fault, ShardLostError):
             chunk = table.filter(pc.is_null(table["error"]))
         return DamagedStoreError(
-            f"{place.title} of {self._storage.path} is damaged: {fault}",
+            f"{self._storage.path}/{place.shard_name}, {place.title}, is damaged: {fault}",
             details=[str(video) for video in video_rows(chunk)],
             hint=self._repair_hint,
         )
