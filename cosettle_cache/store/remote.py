@@ -248,21 +248,16 @@ class ObjectFile:
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
-        span = (offset, offset + sum(map(len, buffers)))
-        return fill(buffers, self._storage.read_range(self._name, span))
+        data = self._storage.read_range(self._name, (offset, offset + sum(map(len, buffers))))
+        rest = data
+        for buffer in buffers:
+            n_bytes = min(len(buffer), len(rest))
+            buffer[:n_bytes] = rest[:n_bytes]
+            rest = rest[n_bytes:]
+        return len(data)
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
         """Do nothing: what is not asked for is not kept."""
-
-
-def fill(buffers: Sequence[memoryview], data: memoryview) -> int:
-    """Fill `buffers` one after the other with `data`; return the bytes that went there."""
-    rest = data
-    for buffer in buffers:
-        n_bytes = min(len(buffer), len(rest))
-        buffer[:n_bytes] = rest[:n_bytes]
-        rest = rest[n_bytes:]
-    return len(data) - len(rest)
 
 
 Storage = LocalStorage | ObjectStorage

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
 
@@ -22,7 +23,7 @@ from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import DamagedStoreError, InputError, RemoteError, UsageError
 from cosettle_cache.core.files import Buffer, is_url, make_folder, overwrite_durably
 from cosettle_cache.core.parallel import map_ahead
-from cosettle_cache.store._local import LocalFile, LocalStorage, sole_writer
+from cosettle_cache.store._local import LocalStorage, sole_writer
 from cosettle_cache.store.check import (
     Metadata,
     VerifyReport,
@@ -47,11 +48,13 @@ from cosettle_cache.store.format import (
 from cosettle_cache.store.header import check_same, read_header, repair_hint
 from cosettle_cache.store.index import FOREIGN, Damage, Part, check_rows, decode_part
 from cosettle_cache.store.reader import FeatureStore
-from cosettle_cache.store.remote import Storage, fill, is_store, open_storage
+from cosettle_cache.store.remote import Storage, is_store, open_storage
 from cosettle_cache.store.writer import StoreWriter
 
 #: A slot in hand may take its shard's bytes of memory where it goes to an object store.
 MAX_SLOTS_IN_HAND = 4
+
+_READ_WELL = "it was read well at another try"
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,25 +264,21 @@ def _confirm(storage: Storage, metadata: Metadata, found: VerifyReport) -> Mappi
     Behind a lack of permission, a broken device or a proxy good bytes look absent, short or wrong. So this
     raises unless both tries and the listing agree, and the bytes are as bad as they were.
     """
-    listed = dict(storage.walk())
-    named = {damage.file: damage.reason for damage in metadata.damages}
-    faults = dict[str, str]()
-    for name in named:
+    listed, faults = dict(storage.walk()), dict[str, str]()
+    files = {damage.file for damage in metadata.damages}
+    for name in files:
         _read_twice(storage, name, listed, faults)
-    again = {damage.file for damage in inspect_metadata(storage).damages}
+    for name in files - {damage.file for damage in inspect_metadata(storage).damages}:
+        faults.setdefault(name, _READ_WELL)
     for damage in found.damages:
-        is_folder = damage.slot is None and damage.file not in named
+        is_folder = damage.slot is None and damage.file not in files
         if is_folder and storage.local is not None and (storage.local / damage.file).exists():
             faults[damage.file] = damage.reason
     for place in map(SlotTable(metadata.header.arrays).place, found.damaged_slots):
-        names = (place.part_name, place.shard_name)
-        report = check_slot(
-            _Held({name: _read_twice(storage, name, listed, faults) for name in names}), metadata, place
-        )
-        if report is None or not report[1]:
-            faults.setdefault(place.shard_name, "it was read well at another try")
-    for name in named.keys() - again:
-        faults.setdefault(name, "it was read well at another try")
+        files_of_slot = (place.part_name, place.shard_name)
+        found_again = {name: _read_twice(storage, name, listed, faults) for name in files_of_slot}
+        if not _is_damaged(found_again, metadata, place):
+            faults.setdefault(place.shard_name, _READ_WELL)
     if faults:
         raise (InputError if storage.local else RemoteError)(
             f"nothing of {storage.path} is repaired: what seems damaged cannot be read whole",
@@ -287,6 +286,17 @@ def _confirm(storage: Storage, metadata: Metadata, found: VerifyReport) -> Mappi
             hint="mend permissions, device or server, or remove by hand what is lost; then repair again",
         )
     return listed
+
+
+def _is_damaged(files: Mapping[str, bytes | None], metadata: Metadata, place: SlotPlace) -> bool:
+    """Say whether the files of a slot, read whole (None: absent), are damaged."""
+    with TemporaryDirectory() as folder:
+        for name, data in files.items():
+            if data is not None:
+                make_folder((Path(folder) / name).parent)
+                (Path(folder) / name).write_bytes(data)
+        report = check_slot(LocalStorage(Path(folder)), metadata, place)
+    return report is not None and bool(report[1])
 
 
 def _read_twice(
@@ -309,37 +319,6 @@ def _read_twice(
             f"it is listed with {listed.get(name)} bytes, and reading gave {sizes[0]} and {sizes[1]}"
         )
     return data
-
-
-class _Held(LocalStorage):
-    """Files in memory, for `check_slot`; None for one that is absent."""
-
-    def __init__(self, files: Mapping[str, bytes | None]) -> None:
-        super().__init__(Path())
-        self._files = files
-
-    def read(self, name: str) -> bytes:
-        data = self._files[name]
-        if data is None:
-            raise FileNotFoundError(name)
-        return data
-
-    def open(self, name: str) -> LocalFile:
-        return _HeldFile(self.read(name))
-
-
-class _HeldFile(LocalFile):
-    def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
-
-    def size(self) -> int:
-        return len(self._data)
-
-    def read_tail(self, length: int) -> bytes:
-        return bytes(self._data[-length:])
-
-    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        return fill(buffers, self._data[offset:])
 
 
 def _restore(storage: Storage, name: str, metadata: Metadata) -> None:
