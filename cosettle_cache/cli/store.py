@@ -85,7 +85,8 @@ def repair(store: Store, dry_run: DryRun = False, as_json: Json = False, quiet: 
     mood = "would be " if dry_run else ""
     slots = f"{len(report.slots)} slots {mood or 'are '}to do again"
     lines = [f"{mood}restored: {name}" for name in report.restored]
-    lines += [f"{mood}removed: {name}" for name in report.removed]
+    aside = "" if dry_run else ", set aside as a hidden .tmp file, which the next extraction deletes"
+    lines += [f"{mood}removed: {name}{aside}" for name in report.removed]
     lines.append(f"{report.path}: {len(report.damages)} damages, {slots}{_AGAIN * report.interrupted}")
     if report.removed or any(damage.file == MANIFEST for damage in report.damages):
         lines.append("hint: the same extract command again brings back what is missing")

@@ -221,11 +221,6 @@ class Fingerprint:
         """Return plain JSON types."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Fingerprint:
-        """Rebuild from `to_json`; unknown keys are refused by the constructor."""
-        return cls(**document)
-
 
 @dataclass(frozen=True, slots=True)
 class EvalProtocol:

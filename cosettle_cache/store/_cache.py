@@ -8,13 +8,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
 from cosettle_cache.core.errors import OutputError
-from cosettle_cache.core.files import make_folder, output_errors, write_durably
+from cosettle_cache.core.files import output_errors, own_folder, write_durably
 from cosettle_cache.core.parallel import map_ahead
 from cosettle_cache.store._local import LocalFile, is_temporary
 from cosettle_cache.store.remote import ObjectFile, ObjectStorage
@@ -23,6 +24,9 @@ from cosettle_cache.store.remote import ObjectFile, ObjectStorage
 DEFAULT_CACHE_BYTES = 20 * 10**9
 
 _SUFFIX = ".shard"
+
+#: The names of copies, and of unfinished ones; whatever else is in the folder is not ours.
+_OURS = re.compile(r"[0-9a-f]{40}\.shard|\.[0-9a-f]{40}\.shard\.[0-9a-f]{32}\.tmp")
 
 #: How a shard is fetched: so many bytes per request, so many requests in flight.
 _PIECE_BYTES = 4 * 2**20
@@ -36,8 +40,9 @@ class CachedStorage(ObjectStorage):
     """An object storage for reading, its shards through at most `limit` bytes of files in `folder`.
 
     A file's name says which object in which state it copies, so a shard written again is fetched again.
-    The shards unused for longest are removed first; one shard always fits. Files are not kept open: what one
-    process removes is gone from the disk, whoever reads it fetches it again.
+    The shards unused for longest are removed first; one shard always fits. Other files in the folder stay and
+    do not count. Files are not kept open: what one process removes is gone from the disk, whoever reads it
+    fetches it again.
     """
 
     #: Each of them may be fetching a shard.
@@ -46,7 +51,8 @@ class CachedStorage(ObjectStorage):
 
     def __init__(self, url: str, folder: Path, limit: int = DEFAULT_CACHE_BYTES) -> None:
         super().__init__(url)
-        self.folder = make_folder(folder.absolute())
+        with own_folder(folder.absolute(), "cache", shared=True) as self.folder:
+            pass  # marked as ours from here on
         self.limit = self.room = limit
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -67,7 +73,7 @@ class CachedStorage(ObjectStorage):
         """Remove the copies unused for longest until `n_bytes` fit; others may do so at the same time."""
         files = []
         for path in self.folder.iterdir():
-            if path.suffix == _SUFFIX or is_temporary(path):
+            if _OURS.fullmatch(path.name):
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     files.append((status.st_mtime, status.st_size, path))

@@ -6,7 +6,7 @@ import math
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from hashlib import sha256
@@ -22,7 +22,6 @@ from jaxtyping import Float16, Int64, UInt8, UInt64
 from cosettle_cache.core.errors import DamagedStoreError, InputError
 from cosettle_cache.core.parallel import map_ahead
 from cosettle_cache.core.settings import digest
-from cosettle_cache.core.types import ArrayLayout
 from cosettle_cache.store._int8 import dequantize
 from cosettle_cache.store._shards import ChunkMissingError, ShardLostError, ShardReader
 from cosettle_cache.store.format import (
@@ -33,7 +32,7 @@ from cosettle_cache.store.format import (
     chunk_bytes,
     chunks_per_shard,
 )
-from cosettle_cache.store.header import repair_hint
+from cosettle_cache.store.header import Header, repair_hint
 from cosettle_cache.store.index import OUTLINE, SCHEMA, committed_shards, outline, read_part, video_rows
 from cosettle_cache.store.remote import Storage
 
@@ -56,9 +55,9 @@ Tokens = Float16[np.ndarray, " value"]
 class _OpenShards:
     """Shard readers by slot, memory and threads to read with; shared by the threads of one process."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, checksums: Callable[[SlotPlace], bytes | None]) -> None:
         self.process = os.getpid()
-        self._storage = storage
+        self._storage, self._checksums = storage, checksums
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._indexes: OrderedDict[int, UInt64[np.ndarray, "chunk 2"]] = OrderedDict()
         self._lock = Lock()
@@ -78,7 +77,8 @@ class _OpenShards:
             with self._lock:
                 reader, entries = _use(self._readers, index), _use(self._indexes, index)
             if reader is None:
-                reader = ShardReader(self._storage.open(place.shard_name), place.layout, entries)
+                file, checksums = self._storage.open(place.shard_name), self._checksums(place)
+                reader = ShardReader(file, place.layout, checksums, entries)
                 with self._lock:
                     _keep(self._readers, index, reader, MAX_OPEN_SHARDS)
                     _keep(self._indexes, index, reader.entries, _MAX_INDEXES)
@@ -116,14 +116,16 @@ def _keep(recent: OrderedDict[int, Value], key: int, value: Value, capacity: int
 class ChunkSource:
     """The chunks of the slots that were committed when it was made; any number of threads may share it."""
 
-    def __init__(self, storage: Storage, arrays: tuple[ArrayLayout, ...]) -> None:
+    def __init__(self, storage: Storage, header: Header) -> None:
+        arrays = header.arrays
         self.slots = SlotTable(arrays)
         self.committed = np.zeros(len(self.slots), bool)
-        self._storage = storage
+        self._storage, self._header = storage, header
         self._firsts = self.slots.firsts
         for first, layout in zip(self._firsts, arrays, strict=False):
             self.committed[first : first + layout.n_slots][committed_shards(storage, layout)] = True
-        self._open_shards = _OpenShards(storage)
+        self._checksums: dict[int, bytes | None] = {}  # of the slots whose index part was read
+        self._open_shards = _OpenShards(storage, self._committed_checksums)
         self._repair_hint = f"{repair_hint(storage.path)}: it makes the damaged slots anew"
 
     def read_many(
@@ -224,12 +226,20 @@ class ChunkSource:
     def _shards(self) -> _OpenShards:
         if self._open_shards.process != os.getpid():
             # The threads of the parent are not here, and its lock may have been held when it forked.
-            self._open_shards = _OpenShards(self._storage)
+            self._open_shards = _OpenShards(self._storage, self._committed_checksums)
         return self._open_shards
+
+    def _committed_checksums(self, place: SlotPlace) -> bytes | None:
+        """Return the checksums that the chunks of a slot must have; its index part is read unless it was."""
+        if place.index not in self._checksums:
+            self._read_part(place, ())
+        return self._checksums[place.index]
 
     def _read_part(self, place: SlotPlace, columns: Sequence[str] | None = None) -> pa.Table:
         try:
-            return read_part(self._storage, place, columns).table
+            part = read_part(self._storage, place, self._header, columns)
+            self._checksums[place.index] = part.checksums
+            return part.table
         except BytesError as fault:
             rows = f"rows {place.rows.start} to {place.rows.stop - 1}"
             raise DamagedStoreError(
@@ -257,6 +267,7 @@ class ChunkSource:
         except BytesError:
             # The slot may have been written again since its shard was opened, or a copy of it may be damaged.
             self._shards.forget(place)
+            self._checksums.pop(place.index, None)
             for offset, out in enumerate(outs):
                 try:
                     self._fetch(place, number + offset, [out])
@@ -306,7 +317,7 @@ class ChunkSource:
         if isinstance(fault, ShardLostError):
             chunk = table.filter(pc.is_null(table["error"]))
         return DamagedStoreError(
-            f"{place.title} of {self._storage.path} is damaged: {fault}",
+            f"{self._storage.path}/{place.shard_name}, {place.title}, is damaged: {fault}",
             details=[str(video) for video in video_rows(chunk)],
             hint=self._repair_hint,
         )

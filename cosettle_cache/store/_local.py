@@ -11,6 +11,7 @@ import fcntl
 import functools
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +20,15 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from cosettle_cache.core.errors import OutputError
-from cosettle_cache.core.files import Buffer, lock_alone, output_errors, sync, unfilled, write_durably
+from cosettle_cache.core.files import (
+    Buffer,
+    lock_alone,
+    output_errors,
+    sync,
+    temporary_name,
+    unfilled,
+    write_durably,
+)
 
 if TYPE_CHECKING:
     from functools import cached_property
@@ -78,7 +87,8 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         """Return a whole file."""
-        return (self.local / name).read_bytes()
+        with open(self.local / name, "rb", opener=_open_regular) as file:
+            return file.read()
 
     def open(self, name: str) -> LocalFile:
         """Open a file for reads at any offset."""
@@ -96,8 +106,10 @@ class LocalStorage:
     def walk(self) -> Iterator[tuple[str, int]]:
         """Yield name and bytes of every file below the folder."""
         for item in sorted(self.local.rglob("*")):
-            if item.is_file():
-                yield item.relative_to(self.local).as_posix(), item.stat().st_size
+            with suppress(OSError):  # it has gone meanwhile
+                status = item.stat()
+                if stat.S_ISREG(status.st_mode):
+                    yield item.relative_to(self.local).as_posix(), status.st_size
 
     def write(self, name: str, pieces: Iterable[Buffer]) -> None:
         """Write a file durably, whole or not at all; raise `OutputError` when that is impossible."""
@@ -111,8 +123,26 @@ class LocalStorage:
                 path.unlink(missing_ok=True)
                 sync(path.parent)
 
+    def set_aside(self, name: str) -> None:
+        """Give a file a name that only unfinished writes have: the next writer that is alone removes it."""
+        path = self.local / name
+        with output_errors(path):
+            path.rename(temporary_name(path))
+            sync(path.parent)
+
     def forget(self, name: str) -> None:
         """Do nothing: no copies are kept."""
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file at once; raise `OSError` for a pipe, a device or a folder of that name."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(number, os.strerror(number) if number == errno.EISDIR else "it is no file", path)
 
 
 class _OpenFile:
@@ -120,7 +150,7 @@ class _OpenFile:
 
     _descriptor = -1
 
-    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+    def __init__(self, path: Path, flags: int) -> None:
         self._descriptor = os.open(path, flags)
 
     def close(self) -> None:
@@ -136,13 +166,17 @@ class _OpenFile:
 class LocalFile(_OpenFile):
     """A file read at any offset, by any number of threads, straight into the caller's memory."""
 
+    def __init__(self, path: Path) -> None:
+        self._descriptor = _open_regular(str(path), os.O_RDONLY)
+
     def size(self) -> int:
         """Return the bytes of the file."""
         return os.fstat(self._descriptor).st_size
 
     def read_tail(self, length: int) -> bytes:
         """Return the last `length` bytes, or all where there are fewer."""
-        return os.pread(self._descriptor, length, max(0, self.size() - length))
+        length = min(length, self.size())
+        return os.pread(self._descriptor, length, self.size() - length)
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""

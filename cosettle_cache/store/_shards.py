@@ -20,6 +20,7 @@ from cosettle_cache.store.format import (
     ALIGNMENT,
     CHECKSUM_BYTES,
     MISSING,
+    MOST_SHARD_BYTES,
     BytesError,
     chunk_bytes,
     chunks_per_shard,
@@ -45,7 +46,8 @@ class ShardLostError(BytesError):
 class ShardEncoder:
     """The pieces of a shard file, made while they are asked for; chunks not `present` take no space.
 
-    `n_bytes` and `chunks_checksum` (CRC-32C of the chunks' checksums, in order) are known after the last.
+    `n_bytes`, the chunks' `checksums` (4 bytes each, zeros for one that is not there) and `chunks_checksum`
+    (CRC-32C of the checksums of those that are there) are known after the last.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ShardEncoder:
     ) -> None:
         self.n_bytes = 0
         self.chunks_checksum = 0
+        self.checksums = bytearray(CHECKSUM_BYTES * len(present))
         self._layout, self._tokens, self._present = layout, tokens, present
 
     def __iter__(self) -> Iterator[Buffer]:
@@ -66,6 +69,7 @@ class ShardEncoder:
             size = len(chunk) + CHECKSUM_BYTES
             entries[number] = self.n_bytes, size
             self.chunks_checksum = int(crc32c(checksum, self.chunks_checksum))
+            self.checksums[CHECKSUM_BYTES * number : CHECKSUM_BYTES * (number + 1)] = checksum
             self.n_bytes += size + padding_after(size)
             yield chunk
             yield checksum + bytes(padding_after(size))
@@ -87,19 +91,31 @@ class ShardEncoder:
 
 
 class ShardReader:
-    """One open shard; safe to use from several threads."""
+    """One open shard; safe to use from several threads.
+
+    `checksums` are those of the chunks that the index part commits; None where it does not say.
+    """
 
     def __init__(
-        self, file: RangeFile, layout: ArrayLayout, entries: UInt64[np.ndarray, "chunk 2"] | None = None
+        self,
+        file: RangeFile,
+        layout: ArrayLayout,
+        checksums: bytes | None,
+        entries: UInt64[np.ndarray, "chunk 2"] | None = None,
     ) -> None:
         self.entries = read_entries(file, layout) if entries is None else entries
-        self._file, self._layout = file, layout
+        self._file, self._layout, self._checksums = file, layout, checksums
+        size = chunk_bytes(layout)
+        # Compressed, a chunk grows by less than this (ZSTD_compressBound), whatever an index says.
+        self._sizes = (size, size) if layout.codec == "none" else (1, size + size // 128 + 1024)
 
     def check_present(self, number: int) -> tuple[int, int]:
         """Return offset and size (with checksum) of a chunk; raise `ChunkMissingError` if it is absent."""
         offset, size = self.entries[number].tolist()
         if offset == MISSING and size == MISSING:
             raise ChunkMissingError("a chunk is missing from its shard")
+        if not self._sizes[0] <= size - CHECKSUM_BYTES <= self._sizes[1] or offset >= MOST_SHARD_BYTES:
+            raise BytesError(f"a chunk has {size} bytes at {offset}")
         return offset, size
 
     def prefetch(self, first: int, n_chunks: int) -> None:
@@ -118,14 +134,10 @@ class ShardReader:
         Raises `ChunkMissingError`, another `BytesError` when one is damaged or they do not lie side by side.
         """
         is_raw = self._layout.codec == "none"
-        raw_size = chunk_bytes(self._layout) + CHECKSUM_BYTES
         start, _ = self.check_present(first)
         stop, buffers = start, list[memoryview]()
         for number, out in enumerate(outs, first):
             offset, size = self.check_present(number)
-            is_plausible = size == raw_size if is_raw else size > CHECKSUM_BYTES
-            if not is_plausible:
-                raise BytesError(f"a chunk has {size} bytes")
             if offset != stop:
                 raise BytesError("chunks do not lie side by side")
             chunk = out.data if is_raw else memoryview(bytearray(size - CHECKSUM_BYTES))
@@ -139,9 +151,14 @@ class ShardReader:
             raise BytesError(f"a chunk cannot be read ({error.strerror})") from error
         if n_read < sum(map(len, buffers)):
             raise BytesError("its shard ends too early")
+        wanted, place = self._checksums, CHECKSUM_BYTES * first
         for out, chunk, gap in zip(outs, buffers[::2], buffers[1::2], strict=True):
-            if checksum_bytes(chunk) != gap[:CHECKSUM_BYTES]:
+            checksum = checksum_bytes(chunk)
+            if checksum != gap[:CHECKSUM_BYTES]:
                 raise BytesError("the checksum of a chunk does not match")
+            if wanted is not None and checksum != wanted[place : place + CHECKSUM_BYTES]:
+                raise BytesError("a chunk is not the one that its index part commits")
+            place += CHECKSUM_BYTES
             if not is_raw:
                 out[:] = np.frombuffer(decoded(chunk, self._layout), np.uint8)
 
@@ -168,14 +185,25 @@ def checksum_bytes(data: Buffer) -> bytes:
     return int(crc32c(data)).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def decoded(chunk: Buffer, layout: ArrayLayout) -> bytes:
+def decoded(chunk: Buffer, layout: ArrayLayout) -> Buffer:
     """Return a compressed chunk as it was; raise `BytesError` when it cannot be decoded, or is no chunk."""
     from numcodecs import Zstd
 
+    n_bytes = _content_bytes(bytes(chunk[:18]))
+    if n_bytes != chunk_bytes(layout):
+        raise BytesError(f"a chunk decodes to {n_bytes} bytes")
+    raw = bytearray(n_bytes)  # the most that it may take, whatever comes after its first frame
     try:
-        raw: bytes = Zstd().decode(chunk)
+        Zstd().decode(chunk, raw)
     except (RuntimeError, ValueError) as error:
         raise BytesError(f"a chunk cannot be decoded ({error})") from error
-    if len(raw) != chunk_bytes(layout):
-        raise BytesError(f"a chunk decodes to {len(raw)} bytes")
     return raw
+
+
+def _content_bytes(start: bytes) -> int:
+    """Return the content size that a zstd frame begins with (RFC 8878, 3.1.1.1), 0 where it has none."""
+    flags = start[4] if len(start) > 4 else 0
+    is_single = flags >> 5 & 1
+    place, length = 6 - is_single + (0, 1, 2, 4)[flags & 3], (is_single, 2, 4, 8)[flags >> 6]
+    size = int.from_bytes(start[place : place + length], "little")
+    return size + 256 if length == 2 else size

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -20,14 +20,15 @@ from awscrt.checksums import crc32c
 from jaxtyping import Bool, UInt64
 
 from cosettle_cache.core.console import SILENT, Progress
-from cosettle_cache.core.errors import CosettleError, DamagedStoreError, FingerprintError, InputError
+from cosettle_cache.core.errors import CosettleError, DamagedStoreError, InputError
+from cosettle_cache.core.files import parse_json
 from cosettle_cache.core.parallel import map_ahead
-from cosettle_cache.core.settings import FramesSettings, PairsSettings, digest
+from cosettle_cache.core.settings import differing, digest, flat
 from cosettle_cache.core.tables import read_metadata
-from cosettle_cache.core.types import ArrayLayout, Manifest, PlanKind
+from cosettle_cache.core.types import ArrayLayout, Manifest
 from cosettle_cache.store._local import TEMPORARY
 from cosettle_cache.store._shards import ShardLostError, checksum_bytes, decoded, padding_after, read_entries
-from cosettle_cache.store.create import HEADER_COPY, metadata_bytes, metadata_files, plain_metadata
+from cosettle_cache.store.create import header_copy, metadata_bytes, metadata_files, plain_metadata
 from cosettle_cache.store.format import (
     CHECKSUM_BYTES,
     MANIFEST,
@@ -40,9 +41,18 @@ from cosettle_cache.store.format import (
     chunks_per_shard,
     part_folder,
 )
-from cosettle_cache.store.header import ATTRIBUTE, Header, check_same, parse_header, read_header
-from cosettle_cache.store.index import Damage, Part, committed_shards, decode_part, unseal, video_rows
-from cosettle_cache.store.plan import make_plan
+from cosettle_cache.store.header import Header, read_header
+from cosettle_cache.store.index import (
+    SCHEMA,
+    Damage,
+    Part,
+    check_rows,
+    committed_shards,
+    decode_part,
+    unseal,
+    video_rows,
+)
+from cosettle_cache.store.plan import Plan, plan_of_store
 from cosettle_cache.store.remote import RangeFile, Storage, open_storage
 from cosettle_cache.videos.manifest import manifest_digest, manifest_from_table
 
@@ -76,7 +86,7 @@ def _pieces(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]
     starts, sizes = entries[present].astype(np.int64).T
     stops = starts + sizes + padding_after(sizes)
     extents = list(zip(np.flatnonzero(present).tolist(), starts.tolist(), sizes.tolist(), strict=True))
-    first, checksum = 0, 0
+    first, checksum, found = 0, 0, bytearray(CHECKSUM_BYTES * (len(part.table) // layout.chunk_encodings))
     while first < len(extents):
         origin = extents[first][1]
         last = max(first + 1, int(np.searchsorted(stops, origin + PIECE_BYTES, "right")))
@@ -88,10 +98,12 @@ def _pieces(file: RangeFile, layout: ArrayLayout, part: Part) -> Iterator[Piece]
             view = data[start - origin : start - origin + size + padding_after(size)]
             if reason := _chunk_fault(layout, view, size):
                 faults.append((chunk, reason))
-            checksum = int(crc32c(view[size - CHECKSUM_BYTES : size], checksum))
+            stored = view[size - CHECKSUM_BYTES : size]
+            checksum = int(crc32c(stored, checksum))
+            found[CHECKSUM_BYTES * chunk : CHECKSUM_BYTES * (chunk + 1)] = stored
         yield data, faults
         first = last
-    if part.chunks_checksum not in (None, checksum):
+    if part.chunks_checksum not in (None, checksum) or part.checksums not in (None, bytes(found)):
         raise ShardLostError("its chunks are not those that its index part commits")
     index = entries.astype("<u8").tobytes()
     yield memoryview(index + checksum_bytes(index)), []
@@ -140,11 +152,11 @@ def _chunk_fault(layout: ArrayLayout, view: memoryview, size: int) -> str | None
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The header of a store, the metadata that follows from it, the manifest unless it is damaged, damage."""
+    """The header of a store, the metadata that follows from it, the plan unless that is unknown, damage."""
 
     header: Header
     files: Mapping[str, bytes]
-    manifest: Manifest | None
+    plan: Plan | None
     damages: tuple[Damage, ...]
 
 
@@ -157,17 +169,17 @@ def inspect_metadata(storage: Storage) -> Metadata:
     header, header_fault = _find_header(storage, copy)
     if manifest is not None and manifest_digest(manifest) != header.fingerprint.manifest_digest:
         manifest, manifest_fault = None, "it lists other videos than the store was made from"
-    files = metadata_files(header)
-    if header_fault is None:  # its digest is right, so it stays as it stands
-        root = json.loads(files[ROOT_METADATA])
-        root["attributes"][ATTRIBUTE] = json.loads(storage.read(ROOT_METADATA))["attributes"][ATTRIBUTE]
-        files[ROOT_METADATA] = metadata_bytes(root)
+    try:
+        files = metadata_files(header)
+    except RecursionError as error:
+        raise DamagedStoreError(f"the header of {storage.path} is damaged: it is nested too deep") from error
     faults = {name: _document_fault(storage, name, json.loads(data)) for name, data in files.items()}
     if header_fault is not None:
         faults[ROOT_METADATA] = header_fault
     faults[MANIFEST] = manifest_fault
     damages = tuple(Damage(name, fault) for name, fault in faults.items() if fault)
-    return Metadata(header, files, manifest, damages)
+    plan = None if manifest is None else plan_of_store(header, manifest)
+    return Metadata(header, files, plan, damages)
 
 
 def _read_manifest(storage: Storage) -> tuple[Header | None, Manifest | None, str | None]:
@@ -178,8 +190,10 @@ def _read_manifest(storage: Storage) -> tuple[Header | None, Manifest | None, st
         return None, None, "it is missing; the same extract command writes it again"
     except (BytesError, OSError) as error:
         return None, None, str(error)
-    text = read_metadata(table).get(HEADER_COPY)  # stores of the first release have none
-    copy = None if text is None else parse_header(json.loads(text), storage.path)
+    try:
+        copy = header_copy(read_metadata(table), storage.path)
+    except DamagedStoreError as error:
+        return None, None, error.summary
     try:
         return copy, manifest_from_table(table, MANIFEST), None
     except CosettleError as error:
@@ -201,26 +215,22 @@ def _find_header(storage: Storage, copy: Header | None) -> tuple[Header, str | N
             found=error.message,
             hint=f"put {ROOT_METADATA} back from a backup, or extract into a new store",
         ) from error
-    if copy is None:
+    if copy is None or copy.identity == header.identity:
         return header, None
-    try:
-        check_same(header, copy, f"{storage.path}/{MANIFEST}")
-    except FingerprintError as error:
-        raise DamagedStoreError(
-            f"{ROOT_METADATA} and {MANIFEST} of {storage.path} belong to different stores",
-            details=error.details,
-            hint="put the right one back",
-        ) from error
-    return header, None
+    raise DamagedStoreError(
+        f"{ROOT_METADATA} and {MANIFEST} of {storage.path} belong to different stores",
+        details=differing(*(flat(found.to_json()["fingerprint"]) for found in (header, copy))),
+        hint="put the right one back",
+    )
 
 
 def _document_fault(storage: Storage, name: str, wanted: Mapping[str, Any]) -> str | None:
     try:
         data = storage.read(name)
-        found = json.loads(data)
+        found = parse_json(data, name)
     except FileNotFoundError:
         return "it is missing"
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         return str(error)
     # Digests differ whenever two documents do: as Python objects, 1 and true are equal.
     if not isinstance(found, dict) or digest(plain_metadata(found)) != digest(wanted):
@@ -266,13 +276,15 @@ def verify_storage(
     slots = SlotTable(metadata.header.arrays)
     committed, folder_damages = find_committed(storage, slots)
     damages = [*metadata.damages, *folder_damages]
-    n_verified = n_withdrawn = n_bytes = 0
+    n_verified = n_bytes = 0
+    withdrawn = list[SlotPlace]()
     progress.start(len(committed), "slots")
     try:
         task = partial(check_slot, storage, metadata)
-        for report in map_ahead(task, committed, storage.n_readers, stop=stop):
+        reports = map_ahead(task, committed, storage.n_readers, stop=stop)
+        for place, report in zip(committed, reports, strict=False):
             if report is None:
-                n_withdrawn += 1
+                withdrawn.append(place)
             else:
                 n_verified += 1
                 n_bytes += report[0]
@@ -283,19 +295,23 @@ def verify_storage(
     known = {*metadata.files, MANIFEST}
     for place in map(slots.place, range(len(slots))):
         known |= {place.shard_name, place.part_name}
-    strange = {name: "not part of the store" for name, _ in storage.walk() if name not in known}
+    listed = dict(storage.walk())
+    for place in withdrawn:
+        if place.part_name in listed and check_slot(storage, metadata, place) is None:
+            damages.append(_part_damage(metadata, place, "it is listed, and not found"))
+    strange = {name: "not part of the store" for name in listed if name not in known}
     for name in strange:
         if TEMPORARY.fullmatch(name.rpartition("/")[2]):
-            strange[name] = "unfinished; removed by the next extraction that is alone"
+            strange[name] = "unfinished or set aside; removed by the next extraction that is alone"
     return VerifyReport(
         path=storage.path,
         n_slots=len(slots),
-        n_todo=len(slots) - len(committed) + n_withdrawn,
+        n_todo=len(slots) - len(committed) + len(withdrawn),
         n_verified=n_verified,
         n_bytes=n_bytes,
         damages=tuple(damages),
         notes=tuple(f"{name}: {why}" for name, why in strange.items()),
-        interrupted=n_verified + n_withdrawn < len(committed),
+        interrupted=n_verified + len(withdrawn) < len(committed),
     )
 
 
@@ -328,7 +344,8 @@ def check_slot(storage: Storage, metadata: Metadata, place: SlotPlace) -> SlotRe
 
 def _check_files(storage: Storage, metadata: Metadata, place: SlotPlace, data: bytes) -> SlotReport:
     try:
-        part = decode_part(data, place)
+        part = decode_part(data, place, metadata.header)
+        check_rows(part, planned_rows(metadata, place))
     except BytesError as error:
         return 0, [_part_damage(metadata, place, str(error))]
     n_bytes, faults = 0, dict[str, list[int]]()
@@ -348,27 +365,18 @@ def _check_files(storage: Storage, metadata: Metadata, place: SlotPlace, data: b
 
 def _part_damage(metadata: Metadata, place: SlotPlace, reason: str) -> Damage:
     rows = f"rows {place.rows.start} to {place.rows.stop - 1} of {place.layout.grid}"
-    planned = _planned_rows(metadata, place)
+    planned = planned_rows(metadata, place)
     encodings = () if planned is None else video_rows(planned)
     return Damage(place.part_name, f"{reason} ({rows})", place.index, encodings)
 
 
-def _planned_rows(metadata: Metadata, place: SlotPlace) -> pa.Table | None:
+def planned_rows(metadata: Metadata, place: SlotPlace) -> pa.Table | None:
     """Return the encodings planned for a slot; None where the plan cannot be made again."""
-    header, patch = metadata.header, metadata.header.encoder.get("patch")
-    if metadata.manifest is None or not isinstance(patch, int):
+    if metadata.plan is None:
         return None
-    values = header.fingerprint.plan
-    try:
-        kind = PairsSettings if PlanKind(values["kind"]) is PlanKind.PAIRS else FramesSettings
-        settings = kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
-        plan = make_plan(metadata.manifest, settings, patch=patch, dim=header.arrays[0].n_channels)
-    except (CosettleError, TypeError, ValueError):
-        return None
-    # The rows of videos are the same with any size of slots.
-    planned, stored = ([(a.grid, a.n_encodings) for a in arrays] for arrays in (plan.arrays, header.arrays))
-    if planned != stored:
-        return None
-    encodings = replace(plan, arrays=header.arrays).slot(place.index).encodings
-    videos, frames = [item.video_id for item in encodings], [item.frame for item in encodings]
-    return pa.table({"video_id": videos, "row": list(place.rows), "frame": frames})
+    names = ("row", "video_id", "frame", "view", "role", "flip")
+    rows = [
+        {"row": row} | {name: getattr(encoding, name) for name in names[1:]} | {"role": str(encoding.role)}
+        for row, encoding in zip(place.rows, metadata.plan.slot(place.index).encodings, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=pa.schema([SCHEMA.field(name) for name in names]))

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cosettle_cache.core.errors import CosettleError, InputError
-from cosettle_cache.core.files import make_folder, output_errors, sync, temporary_name, write_durably
+from cosettle_cache.core.files import (
+    make_folder,
+    output_errors,
+    parse_json,
+    sync,
+    temporary_name,
+    write_durably,
+)
 from cosettle_cache.core.tables import read_metadata, with_metadata
 from cosettle_cache.core.types import ArrayLayout, Manifest
 from cosettle_cache.store._local import WriterLock, is_temporary
@@ -29,7 +36,7 @@ from cosettle_cache.store.format import (
     TOKENS_GROUP,
     part_folder,
 )
-from cosettle_cache.store.header import ATTRIBUTE, AXES, FILL_VALUES, Header, lost_header
+from cosettle_cache.store.header import ATTRIBUTE, AXES, FILL_VALUES, Header, lost_header, parse_header
 from cosettle_cache.store.index import seal
 from cosettle_cache.store.remote import ObjectStorage, Storage, is_store
 from cosettle_cache.videos.manifest import manifest_table
@@ -108,6 +115,20 @@ def manifest_file(header: Header, manifest: Manifest) -> bytes:
     """Return the sealed manifest, with a copy of the header."""
     table = manifest_table(manifest)
     return seal(with_metadata(table, {**read_metadata(table), HEADER_COPY: json.dumps(header.to_json())}))
+
+
+def header_copy(metadata: Mapping[str, str], path: str) -> Header | None:
+    """Return the header in the metadata of a manifest; None where there is none, as in the first release.
+
+    Raises what `parse_header` does.
+    """
+    if HEADER_COPY not in metadata:
+        return None
+    try:
+        document = parse_json(metadata[HEADER_COPY], MANIFEST)
+    except InputError:
+        document = None
+    return parse_header(document if isinstance(document, dict) else {}, f"{path}/{MANIFEST}")
 
 
 def _create_objects(storage: ObjectStorage, files: Mapping[str, bytes]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import StrEnum
 from itertools import accumulate
 from typing import Any
@@ -16,6 +16,14 @@ from cosettle_cache.core.types import ArrayLayout, Grid
 
 #: The newest version that this package reads and writes.
 SPEC_VERSION = 2
+
+#: The newest version of index parts: from 2 on they name their store and slot, rows and chunks.
+PART_VERSION = 2
+
+#: Most slots and videos of a store, and bytes of a shard: more is not believed, whatever a file says.
+MOST_SLOTS = 2**28
+MOST_VIDEOS = 2**24
+MOST_SHARD_BYTES = 2**40
 
 #: How tokens can lie in an array; the first of each is spec version 1, the others need version 2.
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "int8": np.dtype("i1")}
@@ -103,13 +111,23 @@ class SlotTable:
 
 
 def check_arrays(arrays: Sequence[ArrayLayout]) -> None:
-    """Raise `ValueError` when the layouts cannot make a store: repeated grids, or slots that split chunks."""
-    if len({layout.grid for layout in arrays}) < len(arrays):
-        raise ValueError("two arrays of a store have the same grid")
+    """Raise `ValueError` when the layouts cannot make a store: grids, numbers, or slots that split chunks.
+
+    Raises `UsageError` for an unknown dtype or codec.
+    """
+    if not arrays or len({layout.grid for layout in arrays}) < len(arrays):
+        raise ValueError("a store has arrays, each of another grid")
     for layout in arrays:
         spec_version(layout.dtype, layout.codec)
+        numbers = (layout.n_encodings, layout.slot_encodings, layout.chunk_encodings, layout.n_channels)
+        if any(type(number) is not int or number < 1 for number in (*numbers, *astuple(layout.grid))):
+            raise ValueError(f"array {layout.grid}: a number is not positive and whole")
         if layout.slot_encodings % layout.chunk_encodings or layout.n_encodings % layout.chunk_encodings:
             raise ValueError(f"array {layout.grid}: slots and array must hold whole chunks")
+        if layout.slot_encodings * layout.encoding_bytes > MOST_SHARD_BYTES:
+            raise ValueError(f"array {layout.grid}: a shard has more than {MOST_SHARD_BYTES} bytes")
+    if sum(layout.n_slots for layout in arrays) > MOST_SLOTS:
+        raise ValueError(f"it has more than {MOST_SLOTS} slots")
 
 
 def chunk_bytes(layout: ArrayLayout) -> int:

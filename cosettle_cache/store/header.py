@@ -5,14 +5,31 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache.core.errors import DamagedStoreError, FingerprintError, InputError, UsageError
+from cosettle_cache.core.errors import (
+    CosettleError,
+    DamagedStoreError,
+    FingerprintError,
+    InputError,
+    UsageError,
+    first_line,
+)
+from cosettle_cache.core.files import parse_json
 from cosettle_cache.core.settings import differing, digest, flat
-from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid
-from cosettle_cache.store.format import MANIFEST, ROOT_METADATA, SPEC_VERSION, array_folder, spec_version
+from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, PlanKind
+from cosettle_cache.store._local import cached_property
+from cosettle_cache.store.format import (
+    MANIFEST,
+    PART_VERSION,
+    ROOT_METADATA,
+    SPEC_VERSION,
+    array_folder,
+    check_arrays,
+    spec_version,
+)
 from cosettle_cache.store.remote import Storage, is_store
 
 ATTRIBUTE = "cosettle_cache"
@@ -26,16 +43,22 @@ _DEVICE = "versions.device"
 _ELSEWHERE = "write to another folder with --out, or repeat the settings of this store"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Header:
-    """Fingerprint, array layouts, and free notes on the encoder (where its weights came from, its size)."""
+    """Fingerprint, array layouts, and free notes on the encoder (where its weights came from, its size).
+
+    `stored` is the document that it was read from, with whatever keys a newer version put there.
+    """
 
     fingerprint: Fingerprint
     arrays: tuple[ArrayLayout, ...]
     encoder: Mapping[str, Any]
+    stored: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return the group's attribute; its `digest` covers everything beside it."""
+        if self.stored is not None:
+            return dict(self.stored)
         arrays = [asdict(layout) | {"grid": str(layout.grid)} for layout in self.arrays]
         versions = [spec_version(layout.dtype, layout.codec) for layout in self.arrays]
         for document, version in zip(arrays, versions, strict=True):
@@ -44,6 +67,7 @@ class Header:
         document = {
             # The oldest version of the format that can say all this.
             "spec_version": max(versions, default=1),
+            "part_version": PART_VERSION,
             "fingerprint": self.fingerprint.to_json(),
             "arrays": arrays,
             "encoder": dict(self.encoder),
@@ -53,10 +77,38 @@ class Header:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Header:
-        """Rebuild from `to_json`."""
-        items = document["arrays"]
+        """Rebuild from `to_json`; keys that are not known do not matter.
+
+        Raises `KeyError`, `TypeError`, `ValueError`, `AttributeError` or `CosettleError` for other documents.
+        """
+        items = [_known(ArrayLayout, item) for item in document["arrays"]]
         arrays = tuple(ArrayLayout(**{**item, "grid": Grid.parse(item["grid"])}) for item in items)
-        return cls(Fingerprint.from_json(document["fingerprint"]), arrays, document["encoder"])
+        if [str(layout.grid) for layout in arrays] != [item["grid"] for item in items]:
+            raise ValueError("a grid is not written as rows x columns")
+        check_arrays(arrays)
+        values = _known(Fingerprint, document["fingerprint"])
+        for item in fields(Fingerprint):
+            if not isinstance(values[item.name], {"int": int, "str": str}.get(str(item.type), dict)):
+                raise TypeError(f"{item.name} is {values[item.name]!r}")
+        plan, version = values["plan"], document.get("part_version", 1)
+        for name, number in (("n_views", 1), ("every", 1), ("n_shifted", 0)):
+            if type(found := plan.get(name, number)) is not int or found < number:
+                raise ValueError(f"{name} is {found!r}")
+        if type(version) is not int or not isinstance(document["encoder"], dict):
+            raise TypeError("part_version or encoder is of another type")
+        PlanKind(plan["kind"])
+        return cls(Fingerprint(**values), arrays, document["encoder"], document)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of all that decides the tokens and where they lie: what index parts are tied to."""
+        document = self.to_json()
+        return digest([document["fingerprint"], document["arrays"]])
+
+    @property
+    def part_version(self) -> int:
+        """The oldest version that an index part of the store may have; 1 where version 0.1 made it."""
+        return int(self.to_json().get("part_version", 1))
 
 
 def read_header(storage: Storage) -> Header:
@@ -67,13 +119,13 @@ def read_header(storage: Storage) -> Header:
     if not is_store(storage):
         raise lost_header(path) if has_manifest else _no_store(storage)
     try:
-        document = json.loads(storage.read(ROOT_METADATA))
+        document = parse_json(storage.read(ROOT_METADATA), ROOT_METADATA)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        hint = repair_hint(path)
-        raise DamagedStoreError(f"the header of {path} is damaged: {error}", hint=hint) from error
-    attribute = document.get("attributes", {}).get(ATTRIBUTE) if isinstance(document, dict) else None
+    except InputError as error:
+        raise _damaged(path, error.summary) from error
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    attribute = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     if not isinstance(attribute, dict):
         raise InputError(f"{path} is a Zarr node, but not a store", wanted=f"the attribute {ATTRIBUTE}")
     return parse_header(attribute, path)
@@ -82,26 +134,37 @@ def read_header(storage: Storage) -> Header:
 def parse_header(document: Mapping[str, Any], path: str) -> Header:
     """Return the header of the store at `path` from the group's attribute; raises as `read_header` does."""
     version = document.get("spec_version")
-    if isinstance(version, int) and version > SPEC_VERSION:
+    if type(version) is int and version > SPEC_VERSION:
         raise InputError(
             f"{path} was made by a newer cosettle-cache",
             wanted=f"spec version {SPEC_VERSION} or older",
             found=f"spec version {version}",
             hint="pip install --upgrade cosettle-cache",
         )
-    stored = {key: value for key, value in document.items() if key != "digest"}
-    if digest(stored) != document.get("digest"):
-        raise DamagedStoreError(
-            f"the header of {path} is damaged: its digest does not match", hint=repair_hint(path)
-        )
-    header = Header.from_json(stored)
     try:
-        for layout in header.arrays:
-            spec_version(layout.dtype, layout.codec)
+        if digest({key: value for key, value in document.items() if key != "digest"}) != document.get(
+            "digest"
+        ):
+            raise ValueError("its digest does not match")
+        if type(version) is not int or version < 1:
+            raise ValueError(f"its spec version is {version!r}")
+        return Header.from_json(document)
+    except KeyError as error:
+        raise _damaged(path, f"it lacks {error}") from error
     except UsageError as error:
-        message = f"the header of {path} names a dtype or codec that it cannot have"
-        raise DamagedStoreError(message) from error
-    return header
+        raise _damaged(path, "it names a dtype or codec that it cannot have") from error
+    except (CosettleError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(path, first_line(error)) from error
+
+
+def _damaged(path: str, reason: str) -> DamagedStoreError:
+    return DamagedStoreError(f"the header of {path} is damaged: {reason}", hint=repair_hint(path))
+
+
+def _known(kind: type[Any], document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a document that are fields of `kind`; those without a default must be there."""
+    names = {item.name: item.default is MISSING for item in fields(kind)}
+    return {name: document[name] for name, needed in names.items() if needed or name in document}
 
 
 def repair_hint(path: str) -> str:
@@ -115,19 +178,25 @@ def check_array(storage: Storage, layout: ArrayLayout) -> None:
     damage = f"the array metadata {name} of {storage.path} is damaged"
     hint = repair_hint(storage.path)
     try:
-        facts = _array_facts(json.loads(storage.read(name)), layout)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        facts = _array_facts(parse_json(storage.read(name), name), layout)
+    except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedStoreError(damage, found=error, hint=hint) from error
     wanted, found = ({fact: pair[side] for fact, pair in facts.items()} for side in (0, 1))
     if found != wanted:
         raise DamagedStoreError(damage, wanted=wanted, found=found, hint=hint)
 
 
-def check_same(wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHERE) -> None:
-    """Raise `FingerprintError` listing every difference that makes the tokens of the two stores differ."""
-    wanted = Header.from_json(wanted.to_json())
-    settings, theirs = (flat(header.fingerprint.to_json()) for header in (wanted, found))
-    if _DEVICE not in theirs:
+def check_same(
+    wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHERE, exact: bool = False
+) -> None:
+    """Raise `FingerprintError` listing every difference that makes the tokens of the two stores differ.
+
+    With `exact` they must agree in what stores of version 0.1 do not say, too.
+    """
+    settings, theirs = (flat(header.to_json()["fingerprint"]) for header in (wanted, found))
+    if exact:
+        settings["part_version"], theirs["part_version"] = wanted.part_version, found.part_version
+    elif _DEVICE not in theirs:
         settings.pop(_DEVICE, None)
     details = differing(settings, theirs)
     if wanted.arrays != found.arrays:

@@ -6,8 +6,10 @@ hex digits are the CRC-32C of the whole file computed with these digits as zeros
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import groupby
 
 import numpy as np
@@ -16,11 +18,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 from awscrt.checksums import crc32c
 
-from cosettle_cache.core.errors import DamagedStoreError
+from cosettle_cache.core.errors import DamagedStoreError, first_line
+from cosettle_cache.core.settings import digest
 from cosettle_cache.core.tables import encode_parquet, make_table, read_metadata, with_metadata
 from cosettle_cache.core.types import ArrayLayout, Role, Slot
-from cosettle_cache.store.format import PART_SUFFIX, BytesError, SlotPlace, part_folder
+from cosettle_cache.store._shards import ShardEncoder
+from cosettle_cache.store.format import (
+    CHECKSUM_BYTES,
+    MOST_VIDEOS,
+    PART_SUFFIX,
+    PART_VERSION,
+    BytesError,
+    SlotPlace,
+    part_folder,
+)
+from cosettle_cache.store.header import Header
 from cosettle_cache.store.remote import Storage
+
+#: What is wrong with an index part that was written for another place.
+FOREIGN = "it is the index part of another store or slot"
 
 _SEAL_KEY = "seal"
 _MARK = b"file-crc32c="
@@ -35,8 +51,12 @@ def seal(table: pa.Table) -> bytes:
     return blank[:start] + b"%08x" % crc32c(blank) + blank[start + _DIGITS :]
 
 
-def unseal(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the table of a sealed file, or some columns; raise `BytesError` when any byte has changed."""
+def unseal(data: bytes, columns: Sequence[str] | None = None, most_rows: int = MOST_VIDEOS) -> pa.Table:
+    """Return the table of a sealed file, or some columns; raise `BytesError` when any byte has changed.
+
+    So it does for more than `most_rows` rows, before it reads them: a few bytes can say billions of rows.
+    Without columns (an empty sequence) nothing but the metadata is read.
+    """
     start = _digits_start(data)
     blank = data[:start] + b"0" * _DIGITS + data[start + _DIGITS :]
     if data[start : start + _DIGITS] != b"%08x" % crc32c(blank):
@@ -44,10 +64,16 @@ def unseal(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         # Thrice as fast as `read_table`, which looks for data sets: a store has thousands of small parts.
         file = pa.parquet.ParquetFile(pa.BufferReader(data))
-        table = file.read(columns=None if columns is None else list(columns), use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise BytesError(f"it is not Parquet ({error})") from error
-    return with_metadata(table, {k: v for k, v in read_metadata(table).items() if k != _SEAL_KEY})
+        if file.metadata.num_rows > most_rows:
+            raise BytesError(f"it has {file.metadata.num_rows} rows")
+        if columns is not None and not columns:
+            table = file.schema_arrow.empty_table()
+        else:
+            table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+            table.validate(full=True)  # texts of other bytes than UTF-8 among others
+        return with_metadata(table, {k: v for k, v in read_metadata(table).items() if k != _SEAL_KEY})
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise BytesError(f"it is not Parquet ({first_line(error)})") from error
 
 
 def _digits_start(data: bytes) -> int:
@@ -88,14 +114,17 @@ _OUTLINED_ROLES = pa.array([str(Role.A), str(Role.PLAIN)])
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One index part: its rows, bytes and checksum of the shard it commits, and how many encodings failed.
+    """One index part: its rows, bytes and checksums of the shard it commits, and how many encodings failed.
 
-    `chunks_checksum` is None in the oldest stores.
+    `checksums` are those of all chunks, zeros for those that failed, and `rows_digest` is that of the planned
+    rows: None in parts of version 0.1, as `chunks_checksum` (that of the checksums) is in the oldest.
     """
 
     table: pa.Table
     shard_bytes: int
     chunks_checksum: int | None
+    checksums: bytes | None
+    rows_digest: str | None
     n_failed: int
 
 
@@ -111,8 +140,11 @@ class VideoRows:
         return f"{self.video_id}: frames {_spans(self.frames)} (rows {_spans(self.rows)})"
 
 
-def encode_part(slot: Slot, errors: Sequence[str | None], shard_bytes: int, chunks_checksum: int) -> bytes:
-    """Return the index part of `slot`; `errors` has one entry per encoding, None where it is present."""
+def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardEncoder, identity: str) -> bytes:
+    """Return the index part of `slot`, whose shard was encoded, in the store of that `Header.identity`.
+
+    `errors` has one entry per encoding, None where it is present.
+    """
     rows = [
         {"array": str(slot.grid), "row": slot.start + number, "slot": slot.index, "error": error}
         | {name: getattr(encoding, name) for name in ("video_id", "frame", "view", "flip")}
@@ -121,40 +153,94 @@ def encode_part(slot: Slot, errors: Sequence[str | None], shard_bytes: int, chun
         | {f"shift_{name}": getattr(encoding.shift, name, None) for name in ("ratio", "row", "col")}
         for number, (encoding, error) in enumerate(zip(slot.encodings, errors, strict=True))
     ]
+    table = make_table(rows, SCHEMA)
     metadata = {
-        "spec_version": "1",  # parts are the same in both versions of the format
-        "shard_bytes": str(shard_bytes),
-        "chunks_crc32c": f"{chunks_checksum:08x}",
+        "spec_version": str(PART_VERSION),
+        "slot_sha256": _slot_digest(identity, slot.index),
+        "rows_sha256": rows_digest(table),
+        "shard_bytes": str(shard.n_bytes),
+        "chunks_crc32c": f"{shard.chunks_checksum:08x}",
+        "chunk_checksums": shard.checksums.hex(),
         "n_failed": str(sum(error is not None for error in errors)),
     }
-    return seal(with_metadata(make_table(rows, SCHEMA), metadata))
+    return seal(with_metadata(table, metadata))
 
 
-def read_part(storage: Storage, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
-    """Read an index part; raise `BytesError` when it is unreadable, damaged, or another slot's."""
+def rows_digest(table: pa.Table) -> str:
+    """Return the digest of what was planned for the rows of an index part."""
+    return digest(table.drop_columns(["error"]).to_pylist())
+
+
+def _slot_digest(identity: str, index: int) -> str:
+    return sha256(f"{identity} {index}".encode()).hexdigest()
+
+
+def read_part(
+    storage: Storage, place: SlotPlace, header: Header, columns: Sequence[str] | None = None
+) -> Part:
+    """Read an index part; raise `BytesError` when it is unreadable, damaged, or of another slot or store."""
     try:
         data = storage.read(place.part_name)
     except OSError as error:
         raise BytesError(f"it cannot be read ({error.strerror or 'absent'})") from error
-    return decode_part(data, place, columns)
+    return decode_part(data, place, header, columns)
 
 
-def decode_part(data: bytes, place: SlotPlace, columns: Sequence[str] | None = None) -> Part:
-    """Return the part of `place`, or columns with `row` and `slot`; raise `BytesError` if it is none."""
-    table = unseal(data, columns)
+def decode_part(data: bytes, place: SlotPlace, header: Header, columns: Sequence[str] | None = None) -> Part:
+    """Return the part of `place` in the store of `header`; raise `BytesError` if it is none.
+
+    `columns` are `array`, `row`, `slot` and others, or none at all: then only the metadata is compared.
+    """
+    table = unseal(data, columns, len(place.rows))
     metadata = read_metadata(table)
-    wanted = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
-    if not table.schema.equals(wanted) or not {"shard_bytes", "n_failed"} <= metadata.keys():
+    wanted = pa.schema([SCHEMA.field(name) for name in columns]) if columns else SCHEMA
+    if not table.schema.equals(wanted):
         raise BytesError("its columns are not those of an index part")
-    if not np.array_equal(table["row"], place.rows) or (table["slot"].to_numpy() != place.index).any():
-        raise BytesError("its rows are those of another slot")
-    checksum = metadata.get("chunks_crc32c")
-    return Part(
-        table=table,
-        shard_bytes=int(metadata["shard_bytes"]),
-        chunks_checksum=None if checksum is None else int(checksum, 16),
-        n_failed=int(metadata["n_failed"]),
-    )
+    if columns is None or columns:
+        is_here = np.array_equal(table["row"], place.rows) and (table["slot"].to_numpy() == place.index).all()
+        if not is_here or not pc.all(pc.equal(table["array"], str(place.layout.grid))).as_py():
+            raise BytesError("its rows are those of another slot")
+    # Parts of version 0.1 do not say whose they are, and stores made since have none.
+    owner = metadata.get("slot_sha256")
+    is_old = owner is None and header.part_version < PART_VERSION
+    if not is_old and owner != _slot_digest(header.identity, place.index):
+        raise BytesError(FOREIGN)
+    n_chunks = -(-len(place.rows) // place.layout.chunk_encodings)
+    try:
+        checksum = metadata.get("chunks_crc32c")
+        part = Part(
+            table=table,
+            shard_bytes=_number(metadata["shard_bytes"]),
+            chunks_checksum=None if checksum is None else int.from_bytes(bytes.fromhex(checksum), "big"),
+            checksums=None if is_old else bytes.fromhex(metadata["chunk_checksums"]),
+            rows_digest=None if is_old else metadata["rows_sha256"],
+            n_failed=_number(metadata["n_failed"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise BytesError(f"its metadata is not that of an index part ({error})") from error
+    if part.checksums is not None and len(part.checksums) != CHECKSUM_BYTES * n_chunks:
+        raise BytesError("it has checksums of another number of chunks")
+    return part
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ValueError(f"{text[:20]!r} is no number")
+    return int(text)
+
+
+def check_rows(part: Part, planned: pa.Table | None) -> None:
+    """Raise `BytesError` unless a whole part lists what its slot has by the plan, as far as that is known.
+
+    `planned` has some of its columns. Crops are not compared: other machines may round them otherwise.
+    """
+    table = part.table
+    if part.rows_digest not in (None, rows_digest(table)):
+        raise BytesError("its rows are not those that it was made with")
+    if part.n_failed != len(table) - table["error"].null_count:
+        raise BytesError("it does not say how many of its rows failed")
+    if planned is not None and not table.select(planned.column_names).equals(planned):
+        raise BytesError("its rows are not what the plan says")
 
 
 def outline(table: pa.Table) -> pa.Table:
@@ -166,13 +252,17 @@ def committed_shards(storage: Storage, layout: ArrayLayout) -> list[int]:
     """Return the shards of an array that have an index part, in order: one folder listing."""
     folder = part_folder(layout.grid)
     try:
-        names = set(storage.names(folder))
+        names = storage.names(folder)
     except OSError as error:
         raise DamagedStoreError(
             f"the index folder {folder} of {storage.path} cannot be read: {error.strerror}"
         ) from error
     # Exactly as `SlotPlace.part_name` writes it: other names are not part of the store.
-    return [shard for shard in range(layout.n_slots) if f"{shard:06d}{PART_SUFFIX}" in names]
+    stems = [name.removesuffix(PART_SUFFIX) for name in names if name.endswith(PART_SUFFIX)]
+    numbers = [
+        int(stem) for stem in stems if stem.isdecimal() and len(stem) < 16 and f"{int(stem):06d}" == stem
+    ]
+    return sorted(shard for shard in numbers if shard < layout.n_slots)
 
 
 def video_rows(table: pa.Table) -> tuple[VideoRows, ...]:

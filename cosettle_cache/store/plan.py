@@ -10,10 +10,15 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+
+from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.core.settings import LINEAR, FramesSettings, PairsSettings
 from cosettle_cache.core.types import (
     ArrayLayout,
@@ -28,6 +33,7 @@ from cosettle_cache.core.types import (
     Video,
 )
 from cosettle_cache.store.format import SlotTable
+from cosettle_cache.store.header import Header
 from cosettle_cache.videos.frames import check_grid, resolve_size
 
 #: A shard of this size is large enough to read at disk speed and small enough to lose; see docs/store.md.
@@ -160,6 +166,19 @@ class Plan:
             encodings.append(self.recipe.encoding(videos[number], row - starts[number]))
         return Slot(index, place.layout.grid, place.shard, place.rows.start, tuple(encodings))
 
+    def frame_columns(self, array: int, rows: Int64[np.ndarray, " row"]) -> dict[str, pa.Array]:
+        """Return columns of the index for rows of array number `array` of a frames plan."""
+        assert isinstance(self.recipe, FramesRecipe)
+        starts, videos = np.array(self._starts[array]), self._videos[array]
+        numbers = np.searchsorted(starts, rows, "right") - 1
+        n_kept = np.array([self.recipe._n_kept(video) for video in videos])[numbers]
+        views, kept = np.divmod(rows - starts[numbers], n_kept)
+        return {
+            "video_id": pa.array([video.video_id for video in videos]).take(pa.array(numbers)),
+            "frame": pa.array(kept * self.recipe.settings.every),
+            "view": pa.array(views.astype(np.int32)),
+        }
+
     def slot_length(self, index: int) -> int:
         """Return how many encodings slot `index` holds."""
         return len(SlotTable(self.arrays).place(index).rows)
@@ -209,6 +228,22 @@ def make_plan(
         all_starts.append(tuple(starts))
     by_array = tuple(tuple(videos) for _, videos in sorted(by_grid.items()))
     return Plan(recipe, tuple(arrays), by_array, tuple(all_starts))
+
+
+def plan_of_store(header: Header, manifest: Manifest) -> Plan | None:
+    """Return the plan that a store was made by; None where its notes on the encoder do not say enough."""
+    values, patch = header.fingerprint.plan, header.encoder.get("patch")
+    if type(patch) is not int or patch < 1:
+        return None
+    try:
+        kind = PairsSettings if PlanKind(values["kind"]) is PlanKind.PAIRS else FramesSettings
+        settings = kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
+        plan = make_plan(manifest, settings, patch=patch, dim=header.arrays[0].n_channels)
+    except (CosettleError, ArithmeticError, TypeError, ValueError):
+        return None
+    # The rows of videos are the same with any size of slots.
+    planned, stored = ([(a.grid, a.n_encodings) for a in arrays] for arrays in (plan.arrays, header.arrays))
+    return replace(plan, arrays=header.arrays) if planned == stored else None
 
 
 def choose_pair(n_frames: int, gap: float, first: float, second: float) -> tuple[int, int]:

@@ -20,13 +20,13 @@ from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, Manifest, 
 from cosettle_cache.store._cache import DEFAULT_CACHE_BYTES, CachedStorage
 from cosettle_cache.store._chunks import ChunkSource
 from cosettle_cache.store._local import cached_property
-from cosettle_cache.store.create import HEADER_COPY
-from cosettle_cache.store.format import MANIFEST, BytesError, SlotState
+from cosettle_cache.store.create import HEADER_COPY, header_copy
+from cosettle_cache.store.format import MANIFEST, ROOT_METADATA, BytesError, SlotState
 from cosettle_cache.store.header import check_array, read_header, repair_hint
 from cosettle_cache.store.index import unseal
-from cosettle_cache.store.plan import ENCODINGS_PER_SAMPLE
+from cosettle_cache.store.plan import ENCODINGS_PER_SAMPLE, plan_of_store
 from cosettle_cache.store.remote import ObjectStorage, Storage, open_storage
-from cosettle_cache.videos.manifest import manifest_from_table
+from cosettle_cache.videos.manifest import manifest_digest, manifest_from_table
 
 SampleIds = Sequence[int] | Int[np.ndarray, " n"]
 
@@ -62,7 +62,8 @@ class FeatureStore:
         self.encoder: Mapping[str, Any] = header.encoder
         self.arrays: tuple[ArrayLayout, ...] = header.arrays
         self.plan_kind = PlanKind(header.fingerprint.plan["kind"])
-        self._chunks = ChunkSource(storage, header.arrays)
+        self._header = header
+        self._chunks = ChunkSource(storage, header)
         self.n_slots = len(self._chunks.slots)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -74,6 +75,11 @@ class FeatureStore:
         name = f"{self.path}/{MANIFEST}"
         try:
             manifest = manifest_from_table(unseal(self._storage.read(MANIFEST)), name)
+            copy = header_copy(manifest.provenance, self.path)
+            is_ours = copy is not None and copy.identity == self._header.identity
+            # Stores of the first release have no copy.
+            if not is_ours and (copy or manifest_digest(manifest) != self.fingerprint.manifest_digest):
+                raise BytesError(f"it is of another store than {ROOT_METADATA}")
         except (BytesError, OSError) as error:
             raise DamagedStoreError(
                 f"the manifest {name} is damaged: {error}", hint=repair_hint(self.path)
@@ -228,8 +234,30 @@ class FeatureStore:
     def _outlined(self) -> tuple[pa.Table, pa.Table]:
         """What is present and what failed, of the index's outline."""
         table = self._chunks.read_index(outlined=True)
+        if self.plan_kind is PlanKind.FRAMES:
+            self._check_rows(table)
         is_present = pc.is_null(table["error"])
         return table.filter(is_present), table.filter(pc.invert(is_present))
+
+    def _check_rows(self, table: pa.Table) -> None:
+        """Raise `DamagedStoreError` for an index part that gives a frame to another video, or another number.
+
+        The rows of pairs only name samples, which lie where their number says; `verify` compares them.
+        """
+        plan = plan_of_store(self._header, self.manifest)
+        if plan is None:
+            return
+        for number, layout in enumerate(self.arrays):
+            rows = table.filter(pc.equal(table["array"], str(layout.grid)))
+            planned = plan.frame_columns(number, rows["row"].to_numpy())
+            wrong = [pc.not_equal(rows[name], column).to_numpy() for name, column in planned.items()]
+            for row in np.flatnonzero(np.logical_or.reduce(wrong))[:1]:
+                place = self._chunks.slots.place(rows["slot"][int(row)].as_py())
+                raise DamagedStoreError(
+                    f"the index part {place.part_name} of {self.path} is damaged: its rows are not what the "
+                    f"plan says",
+                    hint=repair_hint(self.path),
+                )
 
     @cached_property
     def _n_present(self) -> dict[str, int]:

@@ -19,9 +19,9 @@ from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
 from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError, first_line
-from cosettle_cache.core.files import Buffer, is_url
+from cosettle_cache.core.files import Buffer, is_url, temporary_name
 from cosettle_cache.store._local import LocalFile, LocalStorage
-from cosettle_cache.store.format import ROOT_METADATA
+from cosettle_cache.store.format import INDEX_GROUP, ROOT_METADATA
 
 
 def _retries(n: int, *, within_s: int, pause_s: int) -> dict[str, Any]:
@@ -84,11 +84,21 @@ class ObjectStorage:
         options: Any = {"range": span} | ({"if_match": tag} if tag else {})
         with self._asking(name):
             try:
-                return memoryview(obstore.get(self._client, name, options=options).bytes())
+                found = obstore.get(self._client, name, options=options)
+                data = memoryview(found.bytes())
             except (exceptions.NotSupportedError, exceptions.GenericError) as error:
                 if not _is_about_the_range(error):
                     raise
+                if "non-partial" in _line(error) and self.state(name)[0]:
+                    raise self._unlike(name, "the whole object, where a part was asked for") from error
                 return memoryview(b"")
+        if len(data) != found.range[1] - found.range[0]:
+            raise self._unlike(name, f"{len(data)} bytes of {found.range[0]} to {found.range[1]}")
+        return data
+
+    def _unlike(self, name: str, what: str) -> RemoteError:
+        hint = "check the server, and any proxy before it"
+        return RemoteError(f"{self.path}/{name} cannot be read: the answer is {what}", hint=hint)
 
     def open(self, name: str) -> ObjectFile:
         """Return an object, nothing of it asked for yet."""
@@ -139,6 +149,12 @@ class ObjectStorage:
         """Remove an object, if it is there."""
         with self._asking(name, to_write=True), suppress(FileNotFoundError):
             obstore.delete(self._client, name)
+
+    def set_aside(self, name: str) -> None:
+        """Give an object a name in the index that no reader looks at; the next writer removes it."""
+        with self._asking(name, to_write=True):
+            aside = temporary_name(Path(name.replace("/", "-"))).name
+            obstore.rename(self._client, name, f"{INDEX_GROUP}/{aside}")
 
     def forget(self, name: str) -> None:
         """Drop what is kept of an object whose bytes turned out wrong."""

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
 
 import pyarrow.compute as pc
 
 from cosettle_cache.core.console import SILENT, Progress
-from cosettle_cache.core.errors import DamagedStoreError, UsageError
+from cosettle_cache.core.errors import DamagedStoreError, InputError, RemoteError, UsageError
 from cosettle_cache.core.files import Buffer, is_url, make_folder, overwrite_durably
 from cosettle_cache.core.parallel import map_ahead
-from cosettle_cache.store._local import sole_writer
+from cosettle_cache.store._local import LocalStorage, sole_writer
 from cosettle_cache.store.check import (
     Metadata,
+    VerifyReport,
     audit_shard,
     check_slot,
     find_committed,
     inspect_metadata,
+    planned_rows,
     verify_storage,
 )
 from cosettle_cache.store.create import create_store
@@ -43,13 +46,15 @@ from cosettle_cache.store.format import (
     part_folder,
 )
 from cosettle_cache.store.header import check_same, read_header, repair_hint
-from cosettle_cache.store.index import Damage, Part, decode_part
+from cosettle_cache.store.index import FOREIGN, Damage, Part, check_rows, decode_part
 from cosettle_cache.store.reader import FeatureStore
 from cosettle_cache.store.remote import Storage, is_store, open_storage
 from cosettle_cache.store.writer import StoreWriter
 
 #: A slot in hand may take its shard's bytes of memory where it goes to an object store.
 MAX_SLOTS_IN_HAND = 4
+
+_READ_WELL = "it was read well at another try"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +86,11 @@ def copy_store(
     if not is_store(there):
         files = {name: reader.read(name) for name in [*metadata.files, MANIFEST]}
         create_store(there, metadata.header.arrays, files)
-        check_same(metadata.header, read_header(there), there.path)  # a rival may have been faster
+    theirs = read_header(there)
+    check_same(metadata.header, theirs, there.path, hint="copy to another place", exact=True)
     outcomes: Counter[str] = Counter()
     n_bytes, damages = 0, list[Damage]()
-    with closing(StoreWriter(there, metadata.header.arrays)) as writer:
+    with closing(StoreWriter(there, theirs)) as writer:
         committed, _ = find_committed(reader, writer.slots)
         progress.start(len(committed), "slots")
         try:
@@ -141,7 +147,8 @@ def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage
             hint=repair_hint(reader.path),
         )
     if is_store(writer):
-        check_same(metadata.header, read_header(writer), writer.path, hint="copy to another place")
+        hint = "copy to another place"
+        check_same(metadata.header, read_header(writer), writer.path, hint=hint, exact=True)
     return reader, writer, metadata
 
 
@@ -154,7 +161,7 @@ def _copy_slot(
     try:
         while True:
             try:
-                n_bytes = _try_copy(source, target, writer, place)
+                n_bytes = _try_copy(source, target, metadata, writer, place)
                 return ("copied" if n_bytes else "there"), n_bytes, []
             except BytesError:
                 report = check_slot(source, metadata, place)
@@ -166,13 +173,16 @@ def _copy_slot(
         writer.release(place.index)
 
 
-def _try_copy(source: Storage, target: Storage, writer: StoreWriter, place: SlotPlace) -> int:
+def _try_copy(
+    source: Storage, target: Storage, metadata: Metadata, writer: StoreWriter, place: SlotPlace
+) -> int:
     """Return the bytes copied, 0 where they are there; raise `BytesError` before a wrong one is committed."""
     try:
         data = source.read(place.part_name)
     except OSError as error:
         raise BytesError("the index part cannot be read") from error
-    part = decode_part(data, place)
+    part = decode_part(data, place, metadata.header)
+    check_rows(part, planned_rows(metadata, place))
     if target.exists(place.part_name):
         if target.read(place.part_name) == data:
             return 0
@@ -207,15 +217,25 @@ def repair_store(
     """Verify the store at `path` and mend what is damaged; with `dry_run` only say what would be done.
 
     Damaged slots lose index part and shard. A damaged manifest is removed; the same extract command writes it
-    again. Raises `OutputError` while another process of this machine writes, `DamagedStoreError` when neither
-    header can be trusted. `stop` ends the search for damage; what was found is mended.
+    again. What is removed is set aside (see `set_aside` of the storages), and only after it was read whole
+    twice more and found bad. When that is impossible, nothing is changed, and this raises `InputError`, or
+    `RemoteError` behind a URL. Raises `OutputError` while another process of this machine writes,
+    `DamagedStoreError` when neither header can be trusted. `stop` ends the search for damage; what was found
+    is mended.
     """
     storage = open_storage(path)
     local = None if dry_run else storage.local
     with nullcontext() if local is None else sole_writer(local / INDEX_GROUP / ROOT_METADATA):
         metadata = inspect_metadata(storage)
         found = verify_storage(storage, metadata, progress, stop)
+        foreign = {damage.slot for damage in found.damages if damage.reason.startswith(FOREIGN)}
+        if foreign and len(foreign) == found.n_verified:
+            raise DamagedStoreError(
+                f"all index parts of {storage.path} are of another store than its {ROOT_METADATA}",
+                hint=f"put the right {ROOT_METADATA} and {MANIFEST} back",
+            )
         damaged = {damage.file for damage in found.damages}
+        listed = _confirm(storage, metadata, found)
         slots = SlotTable(metadata.header.arrays)
         places = map(slots.place, found.damaged_slots)
         # The index part first: without it the slot is to do, whatever happens next.
@@ -226,7 +246,7 @@ def repair_store(
             path=storage.path,
             damages=found.damages,
             restored=tuple(name for name in [*folders, *metadata.files] if name in damaged),
-            removed=tuple(name for name in names if storage.exists(name)),
+            removed=tuple(name for name in names if name in listed),
             slots=found.damaged_slots,
             interrupted=found.interrupted,
         )
@@ -234,8 +254,71 @@ def repair_store(
             for name in report.restored:
                 _restore(storage, name, metadata)
             for name in report.removed:
-                storage.delete(name)
+                storage.set_aside(name)
     return report
+
+
+def _confirm(storage: Storage, metadata: Metadata, found: VerifyReport) -> Mapping[str, int]:
+    """Read all that was found damaged again, whole; return what the storage lists, by name with its bytes.
+
+    Behind a lack of permission, a broken device or a proxy good bytes look absent, short or wrong. So this
+    raises unless both tries and the listing agree, and the bytes are as bad as they were.
+    """
+    listed, faults = dict(storage.walk()), dict[str, str]()
+    files = {damage.file for damage in metadata.damages}
+    for name in files:
+        _read_twice(storage, name, listed, faults)
+    for name in files - {damage.file for damage in inspect_metadata(storage).damages}:
+        faults.setdefault(name, _READ_WELL)
+    for damage in found.damages:
+        is_folder = damage.slot is None and damage.file not in files
+        if is_folder and storage.local is not None and (storage.local / damage.file).exists():
+            faults[damage.file] = damage.reason
+    for place in map(SlotTable(metadata.header.arrays).place, found.damaged_slots):
+        files_of_slot = (place.part_name, place.shard_name)
+        found_again = {name: _read_twice(storage, name, listed, faults) for name in files_of_slot}
+        if not _is_damaged(found_again, metadata, place):
+            faults.setdefault(place.shard_name, _READ_WELL)
+    if faults:
+        raise (InputError if storage.local else RemoteError)(
+            f"nothing of {storage.path} is repaired: what seems damaged cannot be read whole",
+            details=[f"{name}: {reason}" for name, reason in faults.items()],
+            hint="mend permissions, device or server, or remove by hand what is lost; then repair again",
+        )
+    return listed
+
+
+def _is_damaged(files: Mapping[str, bytes | None], metadata: Metadata, place: SlotPlace) -> bool:
+    """Say whether the files of a slot, read whole (None: absent), are damaged."""
+    with TemporaryDirectory() as folder:
+        for name, data in files.items():
+            if data is not None:
+                make_folder((Path(folder) / name).parent)
+                (Path(folder) / name).write_bytes(data)
+        report = check_slot(LocalStorage(Path(folder)), metadata, place)
+    return report is not None and bool(report[1])
+
+
+def _read_twice(
+    storage: Storage, name: str, listed: Mapping[str, int], faults: dict[str, str]
+) -> bytes | None:
+    """Return a whole file, None where there is none; add to `faults` when that is not sure."""
+    tries = list[bytes | None]()
+    for _ in range(2):
+        try:
+            tries.append(storage.read(name))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            tries.append(None)
+        except OSError as error:
+            faults[name] = f"it cannot be read ({error.strerror or error})"
+            return None
+    data = tries[1]
+    if tries[0] != data or listed.get(name) != (None if data is None else len(data)):
+        sizes = [None if found is None else len(found) for found in tries]
+        faults[name] = (
+            f"it is listed with {listed.get(name)} bytes, and reading gave {sizes[0]} and {sizes[1]}"
+        )
+    return data
 
 
 def _restore(storage: Storage, name: str, metadata: Metadata) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float16
 from cosettle_cache.core.errors import DamagedStoreError
 from cosettle_cache.core.files import Buffer, is_url, output_errors
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Manifest, Slot
-from cosettle_cache.store._local import SlotClaims, WriterLock, is_temporary
+from cosettle_cache.store._local import TEMPORARY, SlotClaims, WriterLock, is_temporary
 from cosettle_cache.store._shards import ShardEncoder
 from cosettle_cache.store.create import create_store, manifest_file, metadata_files, remove_dead_builds
 from cosettle_cache.store.format import (
@@ -51,15 +51,18 @@ class Shard:
 class StoreWriter:
     """A store open for writing; made by `create_or_resume`. Threads may share it."""
 
-    def __init__(self, storage: Storage, arrays: tuple[ArrayLayout, ...]) -> None:
+    def __init__(self, storage: Storage, header: Header) -> None:
+        arrays = header.arrays
         self.slots = SlotTable(arrays)
         self.n_slots = len(self.slots)
         self.path = storage.path
-        self._storage = storage
+        self._storage, self._header = storage, header
         self._lock: WriterLock | None = None
         self._claims: SlotClaims | None = None
         folder = storage.local
         if folder is None:
+            for name in filter(TEMPORARY.fullmatch, storage.names(INDEX_GROUP)):
+                storage.delete(f"{INDEX_GROUP}/{name}")  # set aside by a repair
             return
         with output_errors(folder):
             self._lock = WriterLock(folder / INDEX_GROUP / ROOT_METADATA)
@@ -93,7 +96,7 @@ class StoreWriter:
         check_same(wanted, header, storage.path)
         if not storage.exists(MANIFEST):  # the store has lost it
             storage.write(MANIFEST, [manifest_file(header, manifest)])
-        return cls(storage, wanted.arrays)
+        return cls(storage, header)
 
     def todo(self, *, retry_failed: bool = False) -> list[int]:
         """Return the slots without a commit mark, and with `retry_failed` those that list failures too."""
@@ -149,7 +152,7 @@ class StoreWriter:
             encoder = ShardEncoder(place.layout, shard.tokens, present)
 
             def part() -> bytes:
-                return encode_part(slot, errors, encoder.n_bytes, encoder.chunks_checksum)
+                return encode_part(slot, errors, encoder, self._header.identity)
 
             self._put(place, encoder, part)
         self.release(place.index)
@@ -182,7 +185,7 @@ class StoreWriter:
 
     def _has_failures(self, place: SlotPlace) -> bool:
         try:
-            return read_part(self._storage, place).n_failed > 0
+            return read_part(self._storage, place, self._header).n_failed > 0
         except BytesError as fault:
             raise DamagedStoreError(
                 f"the index part of slot {place.index} is damaged: {fault}",
@@ -204,4 +207,5 @@ def _remove_leftovers(path: Path, arrays: Sequence[ArrayLayout]) -> None:
         folders += [path / array_folder(layout.grid), path / part_folder(layout.grid)]
     for folder in folders:
         for leftover in filter(is_temporary, folder.iterdir()):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_symlink() or not leftover.is_dir():
+                leftover.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ from cosettle_cache.encoders import load_backbone
 from cosettle_cache.extraction.run import extract, make_fingerprint
 from cosettle_cache.propagation import propagate_store
 from cosettle_cache.propagation.protocols import make_protocol
-from cosettle_cache.store import StoreWriter, copy_store, open_store, verify_store
+from cosettle_cache.store import StoreWriter, copy_store, open_store, repair_store, verify_store
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.store.reader import FeatureStore
 from cosettle_cache.store.remote import open_storage
@@ -358,6 +358,44 @@ def test_a_server_that_dies_in_mid_read_and_comes_back(url: str, proxy: Proxy) -
     thread.join()
 
 
+@pytest.mark.parametrize(
+    ("fault", "faulty"),
+    [
+        ("answers 404", "c.1.0.0.0"),
+        ("answers 404", "000001.parquet"),
+        ("answers 404", "manifest.parquet"),
+        ("ignores ranges", "c.1.0.0.0"),
+        ("truncates bodies", "c.1.0.0.0"),
+        ("truncates bodies", "000001.parquet"),
+    ],
+)
+def test_a_repair_deletes_nothing_behind_a_broken_proxy(
+    url: str, proxy: Proxy, capsys: pytest.CaptureFixture[str], fault: str, faulty: str
+) -> None:
+    case = pairs_case()
+    before = object_bytes(case.write(url))
+    proxy.fault, proxy.faulty = fault, faulty
+    assert run_command(["store", "repair", url]) == 3
+    assert faulty in capsys.readouterr().err
+    with pytest.raises(RemoteError):
+        repair_store(url)
+    proxy.fault = ""
+    assert object_bytes(url) == before
+    assert verify_store(url).damages == ()
+
+
+def test_a_repair_sets_aside_what_is_damaged(url: str) -> None:
+    storage = open_storage(pairs_case().write(url))
+    whole, shard = object_bytes(url), "tokens/2x2/c.1.0.0.0"
+    storage.write(shard, [whole[shard][:-1]])
+    assert repair_store(url).removed == ("index/2x2/000001.parquet", shard)
+    aside = {name: data for name, data in object_bytes(url).items() if name.endswith(".tmp")}
+    assert set(aside.values()) == {whole["index/2x2/000001.parquet"], whole[shard][:-1]}
+    assert open_store(url).slot_states()["todo"] == 1
+    pairs_case().write(url)
+    assert object_bytes(url) == whole
+
+
 # -- requests, counted and timed
 
 
@@ -367,6 +405,11 @@ def test_requests_of_samples(url: str, proxy: Proxy) -> None:
     proxy.clear()
     store = open_store(url)
     assert len(proxy.requests) <= 4
+    proxy.clear()
+    store.samples([3])
+    assert len(proxy.requests) == 3, "the shard's index, its index part, then the sample"
+    store = open_store(url)
+    assert len(store.sample_ids) == 16, "from here on the index parts are known, as in training"
     proxy.clear()
     store.samples([3])
     assert len(proxy.requests) == 2, "the shard's index, then the sample"
@@ -389,6 +432,7 @@ def test_requests_of_samples(url: str, proxy: Proxy) -> None:
 def test_many_requests_at_once(url: str, proxy: Proxy) -> None:
     case = pairs_case(64, n_views=1, slot_encodings=6)
     store = open_store(case.write(url))
+    assert len(store.sample_ids) == 64
     proxy.clear()
     proxy.latency_s = 0.05
     started = time.perf_counter()
@@ -470,7 +514,7 @@ def test_the_cache_is_bounded(cache: Cache, limit: int) -> None:
 def test_what_was_used_last_stays(cache: Cache, proxy: Proxy) -> None:
     store = cache.open(20_000)
     for sample in (0, 1, 2, 0, 3):
-        store.samples([sample])
+        store.samples([int(sample)])
         time.sleep(0.01)
     assert n_fetched(proxy) == 4
     store.samples([0])
@@ -534,12 +578,30 @@ def test_a_process_killed_while_it_fetches(cache: Cache, proxy: Proxy) -> None:
     process.kill()
     process.join()
     proxy.latency_s = 0
-    leftover = cache.folder / f".x.shard.{'0' * 32}.tmp"
+    leftover = cache.folder / f".{'0' * 40}.shard.{'0' * 32}.tmp"
     leftover.write_bytes(bytes(30_000))
     os.utime(leftover, (0, 0))
     check_samples(CACHED, cache.open(20_000))
     assert not leftover.exists()
     assert {path.stat().st_size for path in cache.copies} == {6144 + 64 + 20}
+
+
+def test_a_cache_touches_no_file_of_others(cache: Cache, tmp_path: Path) -> None:
+    store = cache.open(20_000)
+    names = ["mine.shard", f".notes.{'0' * 32}.tmp", f"{'A' * 40}.shard", f"{'0' * 40}.shard.txt"]
+    theirs = [cache.folder / name for name in names]
+    for path in theirs:
+        path.write_bytes(bytes(30_000))
+        os.utime(path, (0, 0))
+    for sample in store.sample_ids:
+        store.samples([int(sample)])
+    assert [path.stat().st_size for path in theirs] == [30_000] * 4
+    ours = {path.name for path in cache.copies} - set(names)
+    assert len(ours) == 3, "as many as fit; theirs do not count"
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames/1.png").write_bytes(b"")
+    with pytest.raises(UsageError, match="holds something else"):
+        Cache(tmp_path / "frames", cache.url).open()
 
 
 def test_a_cache_on_a_full_disk(cache: Cache, small_disk: Path) -> None:  # noqa: F811

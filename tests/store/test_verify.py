@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from store_cases import Case, folder_bytes, frames_case, pairs_case
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import DamagedStoreError, InputError, OutputError
-from cosettle_cache.store import Damage, open_store, repair_store, verify_store
+from cosettle_cache.store import Damage, _local, open_store, repair_store, verify_store
 from cosettle_cache.store.format import SPEC_VERSION
 
 N_FLIPS_PER_FILE = 9
@@ -201,6 +202,50 @@ def test_a_shard_of_another_slot_is_found_by_its_chunks(pairs: tuple[Case, Path]
     (damage,) = damages_of(path)
     assert "not those that its index part commits" in damage.reason
     assert {row for video in damage.encodings for row in video.rows} == set(range(12, 24))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(
+    "name",
+    ["tokens/2x2/c.1.0.0.0", "index/2x2/000001.parquet", MANIFEST, "zarr.json", "tokens/2x2/zarr.json"],
+)
+def test_a_repair_leaves_what_it_cannot_read(
+    pairs: tuple[Case, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    number: int,
+) -> None:
+    _, path = pairs
+    whole, open_regular = folder_bytes(path), _local._open_regular
+
+    def refuse(file: str, flags: int) -> int:
+        if str(file) == str(path / name):
+            raise OSError(number, os.strerror(number), file)
+        return open_regular(file, flags)
+
+    monkeypatch.setattr(_local, "_open_regular", refuse)
+    assert run_command(["store", "repair", str(path)]) == 3
+    text = capsys.readouterr().err
+    assert name in text
+    assert os.strerror(number) in text
+    assert folder_bytes(path) == whole
+
+
+def test_a_repair_sets_aside_what_it_removes(
+    pairs: tuple[Case, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, path = pairs
+    whole, shard = folder_bytes(path), "tokens/2x2/c.1.0.0.0"
+    damaged = b"x" + whole[shard][1:]
+    (path / shard).write_bytes(damaged)
+    assert run_command(["store", "repair", str(path)]) == 0
+    assert f"removed: {shard}, set aside" in capsys.readouterr().out
+    aside = {name: data for name, data in folder_bytes(path).items() if name.endswith(".tmp")}
+    assert set(aside.values()) == {damaged, whole["index/2x2/000001.parquet"]}
+    assert len(verify_store(path).notes) == 2
+    case.write(path)
+    assert folder_bytes(path) == whole
 
 
 def test_a_folder_in_place_of_a_shard(pairs: tuple[Case, Path]) -> None:

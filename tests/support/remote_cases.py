@@ -153,6 +153,9 @@ class Proxy:
     n_refused: int = 0
     refusal: int = 503
     n_broken: int = 0
+    #: What it does to every object whose name ends in `faulty`.
+    fault: str = ""
+    faulty: str = ""
     n_at_once: int = 0
     most_at_once: int = 0
     listener: ThreadingHTTPServer | None = None
@@ -231,6 +234,16 @@ class _Handler(BaseHTTPRequestHandler):
             proxy.n_at_once -= 1
 
     def answer(self, body: bytes) -> None:
+        fault = (
+            self.proxy.fault
+            if self.command in ("GET", "HEAD") and self.path.endswith(self.proxy.faulty)
+            else ""
+        )
+        if fault == "answers 404":
+            self.send_error(404)
+            return
+        if fault == "ignores ranges":
+            del self.headers["Range"]
         self.upstream.request(self.command, self.path, body, dict(self.headers))
         response = self.upstream.getresponse()
         data = response.read()
@@ -238,6 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in response.getheaders():
             if name.lower() not in ("connection", "content-length", "transfer-encoding", "date", "server"):
                 self.send_header(name, value)
+        if fault == "truncates bodies":
+            data = data[: len(data) // 2]
         length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
         self.send_header("Content-Length", length or "0")
         self.end_headers()
