@@ -24,6 +24,8 @@ from jaxtyping import Float16
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cosettle_cache.core.errors import CosettleError
+
 Ids = NDArray[np.int64]
 
 #: One buffer in use, one ready, one being filled.
@@ -266,6 +268,20 @@ class Replicas:
         total = torch.tensor([float(flag)], device=device)
         self.add_up([total])
         return bool(total.item())
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave once all processes are here; a known error of one of them is raised in all."""
+        error: CosettleError | None = None
+        try:
+            yield
+        except CosettleError as caught:
+            error = caught
+        errors = [error] * self.count
+        if self.count > 1:
+            dist.all_gather_object(errors, error)
+        if found := next(filter(None, errors), None):
+            raise found
 
     def wait(self) -> None:
         """Return once all processes are here."""
