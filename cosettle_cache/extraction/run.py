@@ -178,7 +178,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
             closing(job.open_writer(plan, manifest, backbone)) as writer,
             interruptible(talk, "slot") as stop,
         ):
-            _check_store(job, manifest, writer)
+            _check_store(job, plan, manifest, writer)
             report = extract(
                 plan,
                 manifest,
@@ -317,7 +317,7 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
         backbone = job.load_encoder("cpu")
         _name_passed_over(backbone, weights, talk)
         with closing(job.open_writer(plan, manifest, backbone, devices[0])) as writer:
-            _check_store(job, manifest, writer)
+            _check_store(job, plan, manifest, writer)
             # Absolute paths: workers may have been started anywhere.
             if weights is not None and weights_file(weights)[0].is_file():
                 weights = str(Path(weights).absolute())
@@ -334,10 +334,11 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             return extract_across(run, job, plan, writer, progress=progress, stop=stop, note=talk.note)
 
 
-def _check_store(job: StoreJob, manifest: Manifest, writer: StoreWriter) -> None:
+def _check_store(job: StoreJob, plan: Plan, manifest: Manifest, writer: StoreWriter) -> None:
     """Raise `FingerprintError` when the tokens of a video were made from other media than the manifest's.
 
-    A video that failed has no tokens: those of a retry are of the media there are.
+    Of a video without tokens (not encoded yet, or failed and to be tried again) the store learns what there
+    is now.
     """
     store = open_store(job.out)
     if store.manifest.videos == manifest.videos:
@@ -347,12 +348,16 @@ def _check_store(job: StoreJob, manifest: Manifest, writer: StoreWriter) -> None
         for old, new in zip(store.manifest, manifest, strict=True)
     ]
     changed = {new.video_id: new for old, new in rows if is_other(old, new)}
-    if others := [video_id for video_id in changed if video_id not in store.failures]:
+    if not changed:
+        return
+    committed = set(range(plan.n_slots)).difference(writer.todo())
+    encoded = {item.video_id for index in committed for item in plan.slot(index).encodings}
+    if others := [video_id for video_id in changed if video_id in encoded - store.failures.keys()]:
         hint = "bring them back, or write to another folder with --out"
         raise FingerprintError(name_changed(job.out, others), hint=hint)
-    if changed and job.settings.retry_failed:
-        videos = tuple(changed.get(old.video_id, old) for old in store.manifest)
-        writer.replace_manifest(replace(store.manifest, videos=videos))
+    failed = set[str]() if job.settings.retry_failed else store.failures.keys()
+    videos = [old if old.video_id in failed else changed.get(old.video_id, old) for old in store.manifest]
+    writer.replace_manifest(replace(store.manifest, videos=tuple(videos)))
 
 
 def _name_passed_over(backbone: Backbone, weights: str | None, talk: Talk) -> None:
