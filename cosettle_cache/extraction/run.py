@@ -353,7 +353,7 @@ def _check_store(job: StoreJob, plan: Plan, manifest: Manifest, writer: StoreWri
     committed = set(range(plan.n_slots)).difference(writer.todo())
     encoded = {item.video_id for index in committed for item in plan.slot(index).encodings}
     if others := [video_id for video_id in changed if video_id in encoded - store.failures.keys()]:
-        hint = "bring them back, or write to another folder with --out"
+        hint = "bring them back, remove the store, or write to another one with --out"
         raise FingerprintError(name_changed(job.out, others), hint=hint)
     failed = set[str]() if job.settings.retry_failed else store.failures.keys()
     videos = [old if old.video_id in failed else changed.get(old.video_id, old) for old in store.manifest]
