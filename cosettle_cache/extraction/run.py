@@ -166,7 +166,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     progress = talk.progress("compare media")
     manifest, changed = look_again(manifest, job.data_root, read=settings.verify_media, progress=progress)
     if changed:
-        talk.warn(f"{name_changed('the manifest', changed)}; these are encoded")
+        talk.warn(name_changed("the manifest", changed))
     if settings.workers or settings.scheduler:
         report = _extract_with_workers(job, plan, manifest, talk)
     else:
