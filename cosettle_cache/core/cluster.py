@@ -51,6 +51,8 @@ POLL_S = 0.01
 #: How often the scheduler is asked who its workers are.
 CENSUS_S = 1.0
 CONNECT_TIMEOUT_S = 10
+#: A scheduler at an address has this long to say that it is one, in so many bytes.
+ANSWER_TIMEOUT_S, _MOST_GREETING = 3, 2**20
 #: A worker that computes gets this long to leave when the cluster closes.
 CLOSE_TIMEOUT_S = 5
 #: Local workers that may die over one item before it is set aside; a running scheduler has its own setting.
@@ -292,7 +294,11 @@ def _knock(address: str) -> None:
     if scheme == "tls" and Security().get_connection_args("client")["ssl_context"] is None:
         raise ValueError("no certificate is configured (distributed.comm.tls in dask's settings)")
     if scheme in ("tcp", "tls"):
-        socket.create_connection(parse_host_port(place), CONNECT_TIMEOUT_S).close()
+        with socket.create_connection(parse_host_port(place), ANSWER_TIMEOUT_S) as line:
+            # A scheduler greets whoever connects, with the length of its greeting first.
+            length = b"" if scheme == "tls" else line.recv(8, socket.MSG_WAITALL)
+        if scheme == "tcp" and not 0 < int.from_bytes(length, "little") < _MOST_GREETING:
+            raise ValueError("what listens there is no dask scheduler")
 
 
 @contextmanager

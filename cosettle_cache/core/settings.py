@@ -322,7 +322,7 @@ class TrackSettings(Settings):
     )
     query_stride: int = setting(5, "Frames between, if strided.", min=1)
     radius: float = setting(2.0, "Of the soft-argmax, in tokens.", min=0)
-    temperature: float = setting(0.05, "Of the soft-argmax.", positive=True, min=LEAST_TEMPERATURE)
+    temperature: float = setting(0.05, "Of the soft-argmax.", positive=True)
     occlusion: str = setting(
         "cycle",
         "Visible: if the way back ends near, by cosine, always.",

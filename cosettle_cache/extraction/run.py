@@ -228,7 +228,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     progress = talk.progress("compare media")
     manifest, changed = look_again(manifest, job.data_root, read=settings.verify_media, progress=progress)
     if changed:
-        talk.warn(f"{name_changed('the manifest', changed)}; these are encoded")
+        talk.warn(name_changed("the manifest", changed))
     if settings.workers or settings.scheduler:
         report = _extract_with_workers(job, plan, manifest, talk)
     else:
@@ -240,7 +240,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
             closing(job.open_writer(plan, manifest, backbone)) as writer,
             interruptible(talk, "slot") as stop,
         ):
-            _check_store(job, manifest, writer)
+            _check_store(job, plan, manifest, writer)
             report = extract(
                 plan,
                 manifest,
@@ -390,7 +390,7 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
         backbone = job.load_encoder("cpu")
         _name_passed_over(backbone, weights, talk)
         with closing(job.open_writer(plan, manifest, backbone, devices[0])) as writer:
-            _check_store(job, manifest, writer)
+            _check_store(job, plan, manifest, writer)
             # Absolute paths: workers may have been started anywhere.
             if weights is not None and weights_file(weights)[0].is_file():
                 weights = str(Path(weights).absolute())
@@ -407,10 +407,11 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             return extract_across(run, job, plan, writer, progress=progress, stop=stop, note=talk.note)
 
 
-def _check_store(job: StoreJob, manifest: Manifest, writer: SlotWriter) -> None:
+def _check_store(job: StoreJob, plan: Plan, manifest: Manifest, writer: SlotWriter) -> None:
     """Raise `FingerprintError` when the tokens of a video were made from other media than the manifest's.
 
-    A video that failed has no tokens: those of a retry are of the media there are.
+    Of a video without tokens (not encoded yet, or failed and to be tried again) the store learns what there
+    is now.
     """
     store = open_store(job.stores[0])
     if store.manifest.videos == manifest.videos:
@@ -420,12 +421,16 @@ def _check_store(job: StoreJob, manifest: Manifest, writer: SlotWriter) -> None:
         for old, new in zip(store.manifest, manifest, strict=True)
     ]
     changed = {new.video_id: new for old, new in rows if is_other(old, new)}
-    if others := [video_id for video_id in changed if video_id not in store.failures]:
-        hint = "bring them back, or write to another folder with --out"
+    if not changed:
+        return
+    committed = set(range(plan.n_slots)).difference(writer.todo())
+    encoded = {item.video_id for index in committed for item in plan.slot(index).encodings}
+    if others := [video_id for video_id in changed if video_id in encoded - store.failures.keys()]:
+        hint = "bring them back, remove the store, or write to another one with --out"
         raise FingerprintError(name_changed(store.path, others), hint=hint)
-    if changed and job.settings.retry_failed:
-        videos = tuple(changed.get(old.video_id, old) for old in store.manifest)
-        writer.replace_manifest(replace(store.manifest, videos=videos))
+    failed = set[str]() if job.settings.retry_failed else store.failures.keys()
+    videos = [old if old.video_id in failed else changed.get(old.video_id, old) for old in store.manifest]
+    writer.replace_manifest(replace(store.manifest, videos=tuple(videos)))
 
 
 def _name_passed_over(backbone: Backbone, weights: str | None, talk: Talk) -> None:

@@ -25,7 +25,7 @@ from jaxtyping import Float16
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.errors import CosettleError, UsageError
 from cosettle_cache.core.parallel import host_memory
 
 Ids = NDArray[np.int64]
@@ -290,6 +290,20 @@ class Replicas:
         pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, piece in zip(tensors, pieces, strict=True):
             tensor.copy_(piece.view_as(tensor))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave once all processes are here; a known error of one of them is raised in all."""
+        error: CosettleError | None = None
+        try:
+            yield
+        except CosettleError as caught:
+            error = caught
+        errors = [error] * self.count
+        if self.count > 1:
+            dist.all_gather_object(errors, error)
+        if found := next(filter(None, errors), None):
+            raise found
 
     def wait(self) -> None:
         """Return once all processes are here."""

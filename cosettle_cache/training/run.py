@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
@@ -90,19 +90,17 @@ def train(
     stream, members = make_stream(stores, settings), make_members(settings, sweep)
     plan, origin = plan_stream(stream, members), stream.origin(members)
     check_precision(settings.precision, torch.device(device))
-    with own_folder(out, "train") if replicas.is_first else nullcontext():
+    with ExitStack() as stack:
         files = RunFiles(out)
         folders = [files.member(member.name) for member in members]
         learners = []
         for item in (member.settings for member in members):
             head = Projection(plan.sample_shape[-1], item.head, init=plan.init, seed=item.seed)
             learners.append(Learner(head.to(device), item))
-        if replicas.is_first and not (resume and files.checkpoint.exists()):
-            if resume:
-                _check_unfinished([files, *folders])
-            for folder in (files, *folders):
-                folder.clear()
-        replicas.wait()
+        with replicas.together():  # the others would wait for a first one that has failed
+            if replicas.is_first:
+                stack.enter_context(own_folder(out, "train"))
+                _begin([files, *folders], resume)
         before = _restore(files.checkpoint, learners, origin)
         trainer, started = Trainer(learners, replicas), time.perf_counter()
         steps, samples, waited_s = _learn(
@@ -133,15 +131,22 @@ def train(
         return report
 
 
-def _check_unfinished(folders: Sequence[RunFiles]) -> None:
-    """Raise `InputError` when a projection stands where no checkpoint says which run it is the end of."""
+def _begin(folders: Sequence[RunFiles], resume: bool) -> None:
+    """Remove what an earlier run left, unless it is gone on with; the first folder is the run's.
+
+    Raises `InputError` when a projection stands where no checkpoint says which run it is the end of.
+    """
+    if resume and folders[0].checkpoint.exists():
+        return
     for folder in folders:
-        if folder.projection.exists():
+        if resume and folder.projection.exists():
             raise InputError(
                 f"{folder.projection} is finished, but the checkpoint of its run is gone",
                 wanted=folders[0].checkpoint,
                 hint=START_OVER,
             )
+    for folder in folders:
+        folder.clear()
 
 
 def _restore(path: Path, learners: Sequence[Learner], origin: dict[str, str]) -> Checkpoint:

@@ -20,6 +20,7 @@ from cosettle_cache.videos.build import (
     build,
     choose,
     entries,
+    is_video_file,
     media_in,
     name_clips,
     subfolders,
@@ -58,12 +59,18 @@ def _find_media(folder: Path) -> Iterator[Path]:
 def build_kinetics(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
     """Return the clips `class/video/*.jpg` and `class/video.mp4` in natural order or as `names`.
 
-    `names` are ids (`class/video`) or videos alone. Without them a class folder without clips counts as a
-    failure, so that a half-copied dataset shows.
+    `names` are ids (`class/video`) or videos alone. Without them a class folder without clips, and a video
+    outside class folders, count as failures, so that a half-copied dataset shows.
     """
-    found = name_clips([path for folder in subfolders(root) for path in media_in(folder)], root)
-    clips = [replace(clip, class_name=clip.path.relative_to(root).parts[0]) for clip in found]
-    return build(choose(clips, names, root), Source("kinetics", split, root, data_root))
+    source, loose = Source("kinetics", split, root, data_root), filter(is_video_file, entries(root))
+    found = name_clips([*loose, *(path for folder in subfolders(root) for path in media_in(folder))], root)
+    clips = [
+        clip
+        if clip.path.parent == root and is_video_file(clip.path)
+        else replace(clip, class_name=clip.path.relative_to(root).parts[0])
+        for clip in found
+    ]
+    return build(choose(clips, names, root), source, lambda clip: _class_video(clip, source))
 
 
 def build_classes(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:

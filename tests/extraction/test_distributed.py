@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -113,6 +115,13 @@ def test_a_missing_scheduler_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     for address in ("nonsense", "http://127.0.0.1:9", "tls://127.0.0.1:9", *map("tcp://{}".format, places)):
         with pytest.raises(ClusterError, match="no scheduler answers"), connect(scheduler=address):
             pass
+    monkeypatch.setattr(distributed, "ANSWER_TIMEOUT_S", 0.2)
+    for greeting in (b"", b"SSH-2.0-OpenSSH_9.2"):  # nothing, and no dask
+        with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: server.accept()[0].sendall(greeting))  # noqa: B023
+            address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+            with pytest.raises(ClusterError, match="no scheduler answers"), connect(scheduler=address):
+                pass
     assert time.monotonic() - began < 30  # at once, not when the time is over
     with pytest.raises(UsageError), connect():
         pass

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_train import SMALL, make_store
 
+from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.heads.projection import load_projection
 from cosettle_cache.store import open_store
 from cosettle_cache.training.batches import join_replicas
@@ -61,3 +62,27 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert (tensor - found.state_dict()[name]).abs().max() <= 1e-5, name
         lines = zip(*(read_figures(folder / "metrics.jsonl") for folder in (one, two)), strict=True)
         assert all(abs(a.total - b.total) <= 1e-4 * abs(a.total) for a, b in lines)
+
+
+def refused_as(variables: dict[str, str], folder: Path, told: Path) -> None:
+    try:
+        train_as(variables, folder)
+    except CosettleError as error:
+        told.write_text("\n".join(error.lines()))
+
+
+def test_a_refusal_of_the_first_process_ends_all(tmp_path: Path) -> None:
+    make_store(tmp_path, n_videos=4)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/mine.txt").touch()
+    port, spawn = free_port(), get_context("spawn").Process
+    told = [tmp_path / "first", tmp_path / "second"]
+    ranks = [spawn(target=refused_as, args=(environment(n, port), tmp_path, told[n])) for n in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    first, second = (path.read_text() for path in told)
+    assert first == second
+    assert first.startswith(f"error: {tmp_path}/two holds something else")

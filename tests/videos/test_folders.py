@@ -61,6 +61,10 @@ def test_kinetics_class_without_clips_is_a_failure(tmp_path):
     result = build_kinetics(tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["yoga/a"]
     assert "holds no frames" in result.failures["archery"]
+    make_file(tmp_path / "loose.mp4")
+    result = build_kinetics(tmp_path, tmp_path)
+    assert [v.video_id for v in result.manifest] == ["yoga/a"]
+    assert "loose.mp4 lies in no class folder" in result.failures["loose.mp4"]
 
 
 def test_folder_finds_clips_at_any_depth(tmp_path):

@@ -106,6 +106,34 @@ def test_frames_are_those_that_the_decoder_gives(tmp_path, name, codec, shift, s
     assert len(list(iter_frames(video, tmp_path))) == wanted
 
 
+def test_hidden_frames_of_vp8_are_not_counted(tmp_path: Path) -> None:
+    whole = encode(tmp_path / "whole.webm", "libvpx")
+    path = tmp_path / "clip.webm"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as container:
+        (stream,) = source.streams.video
+        copy = container.add_stream_from_template(stream)
+        for number, packet in enumerate(item for item in source.demux(stream) if item.size):
+            data = bytearray(bytes(packet))
+            if number in (9, 19):
+                data[0] &= ~0x10  # show_frame of the frame's header
+            other = av.Packet(bytes(data))
+            other.pts, other.dts, other.time_base = packet.pts, packet.dts, packet.time_base
+            other.is_keyframe, other.stream = packet.is_keyframe, copy
+            container.mux(other)
+    video = video_of(path)
+    assert (video.n_frames, probe(path, exact=False).n_frames) == (28, 30)
+    assert len(list(iter_frames(video, tmp_path))) == 28
+
+
+@pytest.mark.parametrize("suffix", [".tiff", ".TIF", ".avif", ".webp", ".bmp"])
+def test_formats_of_frames(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "clip").mkdir()
+    for number in range(2):
+        Image.fromarray(picture(number)).save(tmp_path / "clip" / f"{number}{suffix}")
+    frames = list(iter_frames(video_of(tmp_path / "clip"), tmp_path))
+    assert np.abs(frames[1].astype(int) - picture(1)).mean() < 8  # two of them are lossy
+
+
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_damage_that_a_decoder_conceals_is_an_error(tmp_path: Path, codec: str) -> None:
     path = encode(tmp_path / "clip.mp4", codec)
