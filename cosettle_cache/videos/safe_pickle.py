@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,11 +52,37 @@ class _Part:
         self.state = state
 
 
+_LOADS = pickle._Unpickler.dispatch
+
+
+def _plain_keys(load: Callable[[Any], None], first: int) -> Callable[[Any], None]:
+    """Refuse keys, every other item of the stack, that are tuples: in some the hash takes for ever."""
+
+    def load_plain(unpickler: Any) -> None:
+        if any(isinstance(key, tuple) for key in unpickler.stack[first::2]):
+            raise pickle.UnpicklingError("it holds a key that is no name")
+        load(unpickler)
+
+    return load_plain
+
+
+def _refuse_set(_: Any) -> None:
+    raise pickle.UnpicklingError("it holds a set")
+
+
 class ArrayUnpickler(pickle._Unpickler):
     """Loads arrays, plain numbers, texts, bytes, lists, tuples, dictionaries, and nothing else.
 
     Written in Python, and so without the table that the faster one makes as long as a file says.
     """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **_LOADS,
+        **dict.fromkeys((pickle.EMPTY_SET[0], pickle.FROZENSET[0]), _refuse_set),
+        pickle.SETITEM[0]: _plain_keys(_LOADS[pickle.SETITEM[0]], -2),
+        pickle.SETITEMS[0]: _plain_keys(_LOADS[pickle.SETITEMS[0]], 0),
+        pickle.DICT[0]: _plain_keys(_LOADS[pickle.DICT[0]], 0),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a part of an array; refuse anything else."""
