@@ -61,7 +61,7 @@ _ORIENTATION = 0x0112
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 #: Pixels of a frame that are decoded: of images Pillow sees to it.
-_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+_MOST_PIXELS = 178_956_970
 
 Image8 = UInt8[np.ndarray, "height width 3"]
 

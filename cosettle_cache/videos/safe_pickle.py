@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -52,22 +52,18 @@ class _Part:
         self.state = state
 
 
-_LOADS = pickle._Unpickler.dispatch
+_LOADS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
 
 
-def _plain_keys(load: Callable[[Any], None], first: int) -> Callable[[Any], None]:
-    """Refuse keys, every other item of the stack, that are tuples: in some the hash takes for ever."""
+def _with_plain_keys(opcode: bytes, keys: slice) -> dict[int, Callable[[Any], None]]:
+    """Refuse keys on the stack that are tuples: of tuples within tuples the hash takes for ever."""
 
-    def load_plain(unpickler: Any) -> None:
-        if any(isinstance(key, tuple) for key in unpickler.stack[first::2]):
+    def load(unpickler: Any) -> None:
+        if any(isinstance(key, tuple) for key in unpickler.stack[keys]):
             raise pickle.UnpicklingError("it holds a key that is no name")
-        load(unpickler)
+        _LOADS[opcode[0]](unpickler)
 
-    return load_plain
-
-
-def _refuse_set(_: Any) -> None:
-    raise pickle.UnpicklingError("it holds a set")
+    return {opcode[0]: load}
 
 
 class ArrayUnpickler(pickle._Unpickler):
@@ -76,13 +72,14 @@ class ArrayUnpickler(pickle._Unpickler):
     Written in Python, and so without the table that the faster one makes as long as a file says.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **_LOADS,
-        **dict.fromkeys((pickle.EMPTY_SET[0], pickle.FROZENSET[0]), _refuse_set),
-        pickle.SETITEM[0]: _plain_keys(_LOADS[pickle.SETITEM[0]], -2),
-        pickle.SETITEMS[0]: _plain_keys(_LOADS[pickle.SETITEMS[0]], 0),
-        pickle.DICT[0]: _plain_keys(_LOADS[pickle.DICT[0]], 0),
-    }
+    dispatch = (
+        _LOADS
+        | _with_plain_keys(pickle.SETITEM, slice(-2, None, 2))
+        | _with_plain_keys(pickle.SETITEMS, slice(0, None, 2))
+        | _with_plain_keys(pickle.DICT, slice(0, None, 2))
+        | _with_plain_keys(pickle.ADDITEMS, slice(None))
+        | _with_plain_keys(pickle.FROZENSET, slice(None))
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a part of an array; refuse anything else."""

@@ -131,13 +131,13 @@ def _problem(name: str, clip: Any) -> str | None:
     if not isinstance(clip, dict) or not {"video", "points", "occluded"} <= clip.keys():
         return f"keys {', '.join(map(str, clip))}" if isinstance(clip, dict) else type(clip).__name__
     video, points, occluded = (clip[key] for key in ("video", "points", "occluded"))
-    if not all(isinstance(item, np.ndarray) for item in (points, occluded)):
-        return "points or occluded that are no arrays"
+    if fault := _shares_problem(points, occluded):
+        return fault
     if not _is_video(video):
         return f"a video of {getattr(video, 'dtype', type(video).__name__)} {getattr(video, 'shape', ())[:4]}"
     if len(video) != points.shape[1]:
         return f"{len(video)} frames and tracks of {points.shape[1]}"
-    return _shares_problem(points, occluded)
+    return None
 
 
 def _is_video(video: Any) -> bool:
