@@ -34,7 +34,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import fuzz_seeds as seeds
-import pyarrow.parquet as pq
 import torch
 from fuzz_damage import damaged
 from store_cases import folder_bytes
@@ -43,22 +42,13 @@ from cosettle_cache.cli import run_command
 from cosettle_cache.cli.propagate import _overrides
 from cosettle_cache.cli.recipes import check_expectations, read_recipe
 from cosettle_cache.core.errors import CosettleError
-from cosettle_cache.core.files import own_folder
-from cosettle_cache.core.settings import digest, parse_bytes
-from cosettle_cache.core.types import Video
+from cosettle_cache.core.settings import parse_bytes
 from cosettle_cache.encoders import load_backbone
-from cosettle_cache.heads.projection import describe_projection, load_projection
-from cosettle_cache.propagation.folder import RunFolder
 from cosettle_cache.propagation.neighbor_files import load_neighbors
 from cosettle_cache.propagation.protocols import make_protocol
-from cosettle_cache.report.page import chart
-from cosettle_cache.report.runs import read_runs
-from cosettle_cache.store import open_store, verify_store
-from cosettle_cache.store.index import seal
 from cosettle_cache.training.log import read_checkpoint
 from cosettle_cache.training.plan import parse_axis
-from cosettle_cache.videos.frame_labels import open_frame_labels
-from cosettle_cache.videos.frames import iter_frames, probe, resolve_size
+from cosettle_cache.videos.frames import resolve_size
 from cosettle_cache.videos.jhmdb import read_joints, read_predicted_joints
 from cosettle_cache.videos.lists import read_list
 from cosettle_cache.videos.manifest import read_manifest
@@ -125,67 +115,6 @@ def spoken(ask: Callable[[str], object]) -> Callable[[Path, Path], object]:
     return lambda folder, path: ask(path.read_bytes().decode("utf-8", "surrogateescape"))
 
 
-def read_media(folder: Path, path: Path) -> None:
-    media = path if path.suffix in (".mp4", ".mkv", ".avi", ".gif", ".webm", ".ts") else path.parent
-    info = probe(media)
-    video = Video("v", str(media.relative_to(folder)), info.kind, info.n_frames, info.height, info.width)
-    for _ in iter_frames(video, folder):
-        pass
-
-
-def read_projection(folder: Path, path: Path) -> None:
-    describe_projection(path)
-    load_projection(path, dim=8)(torch.zeros(2, 8))
-
-
-def read_run(folder: Path, path: Path) -> None:
-    if path.suffix == ".svg":
-        chart(path, lambda _: None, "chart", "a chart")
-    read_runs({"run": folder / "run"})
-
-
-def read_marks(folder: Path, path: Path) -> None:
-    run = RunFolder(folder)
-    run.settings()
-    run.finished(seeds.CLIP, folder)
-
-
-def read_owned(folder: Path, path: Path) -> None:
-    with own_folder(folder / "run", "train"):
-        pass
-
-
-def read_labels(folder: Path, path: Path) -> None:
-    labels = open_frame_labels(folder / "labels")
-    labels.read("clip")
-    labels.bundle("train", "split1")
-
-
-def forge_store(path: Path) -> None:
-    """Make digest and seals of damaged metadata right again, so that its content is looked at."""
-    with suppress(Exception):
-        if path.suffix == ".parquet":
-            path.write_bytes(seal(pq.read_table(path)))
-        elif path.parent.suffix == ".zarr":
-            document = json.loads(path.read_bytes())
-            header = document["attributes"]["cosettle_cache"]
-            header["digest"] = digest({key: value for key, value in header.items() if key != "digest"})
-            path.write_text(json.dumps(document))
-
-
-def read_store(folder: Path, path: Path) -> None:
-    where = folder / path.relative_to(folder).parts[0]
-    with suppress(CosettleError):
-        store = open_store(where)
-        _ = store.manifest, store.index, store.failures, store.complete, store.n_bytes
-        for video_id in store.video_ids if store.plan_kind == "frames" else ():
-            store.tokens(video_id)
-            store.content_digest(video_id)
-        if store.plan_kind == "pairs":
-            store.samples(store.sample_ids)
-    verify_store(where)
-
-
 READERS: dict[str, Reader] = {
     "recipe": Reader(seeds.make_recipe, lambda folder, path: read_recipe(path, folder), "*.toml"),
     "expectations": Reader(
@@ -213,26 +142,26 @@ READERS: dict[str, Reader] = {
     "tracks": Reader(seeds.make_shares, lambda _, path: read_shares(path, seeds.CLIP)),
     "joints": Reader(seeds.make_joint_files, lambda _, path: read_joints(path)),
     "predicted joints": Reader(seeds.make_predictions, lambda _, path: read_predicted_joints(path)),
-    "mp4": Reader(seeds.make_film("libx264", "a.mp4"), read_media, share=6),
-    "mp4 of MPEG-4": Reader(seeds.make_film("mpeg4", "a.mp4"), read_media, share=6),
-    "mkv": Reader(seeds.make_film("libvpx-vp9", "a.mkv"), read_media, share=6),
-    "webm": Reader(seeds.make_film("libvpx", "a.webm"), read_media, share=6),
-    "avi": Reader(seeds.make_film("mjpeg", "a.avi", "yuvj420p"), read_media, share=6),
-    "ts": Reader(seeds.make_film("libx264", "a.ts"), read_media, share=6),
-    "gif": Reader(seeds.make_film("gif", "a.gif", "rgb8"), read_media, share=6),
-    "images": Reader(seeds.make_images, read_media, share=60),
+    "mp4": Reader(seeds.make_film("libx264", "a.mp4"), seeds.read_media, share=6),
+    "mp4 of MPEG-4": Reader(seeds.make_film("mpeg4", "a.mp4"), seeds.read_media, share=6),
+    "mkv": Reader(seeds.make_film("libvpx-vp9", "a.mkv"), seeds.read_media, share=6),
+    "webm": Reader(seeds.make_film("libvpx", "a.webm"), seeds.read_media, share=6),
+    "avi": Reader(seeds.make_film("mjpeg", "a.avi", "yuvj420p"), seeds.read_media, share=6),
+    "ts": Reader(seeds.make_film("libx264", "a.ts"), seeds.read_media, share=6),
+    "gif": Reader(seeds.make_film("gif", "a.gif", "rgb8"), seeds.read_media, share=6),
+    "images": Reader(seeds.make_images, seeds.read_media, share=60),
     "mask": Reader(seeds.make_images, lambda _, path: read_mask(path), "palette/*"),
     "weights": Reader(seeds.make_weights, lambda _, path: load_backbone("dino", weights=path), share=10),
-    "projection": Reader(seeds.make_projections, read_projection),
+    "projection": Reader(seeds.make_projections, seeds.read_projection),
     "training checkpoint": Reader(seeds.make_training, lambda _, path: read_checkpoint(path)),
-    "run of scores, training, analysis": Reader(seeds.make_run, read_run, share=60),
-    "settings and marks of a run": Reader(seeds.make_marks, read_marks, "*.json"),
+    "run of scores, training, analysis": Reader(seeds.make_run, seeds.read_run, share=60),
+    "settings and marks of a run": Reader(seeds.make_marks, seeds.read_marks, "*.json"),
     "neighbour lists": Reader(seeds.make_neighbors, lambda _, path: list(load_neighbors(path, seeds.KEY))),
-    "mark of a folder": Reader(seeds.make_owned, read_owned),
-    "frame labels": Reader(seeds.make_labels, read_labels),
+    "mark of a folder": Reader(seeds.make_owned, seeds.read_owned),
+    "frame labels": Reader(seeds.make_labels, seeds.read_labels),
     "settings of the sprites": Reader(seeds.make_sprites, lambda folder, _: read_settings(folder)),
-    "store": Reader(seeds.make_store, read_store, writes=True),
-    "store, forged": Reader(seeds.make_store, read_store, forge=forge_store, writes=True),
+    "store": Reader(seeds.make_store, seeds.read_store, writes=True),
+    "store, forged": Reader(seeds.make_store, seeds.read_store, forge=seeds.forge_store, writes=True),
 }
 
 #: (name, valid files, which of them are damaged, the command line)
@@ -288,7 +217,9 @@ COMMANDS: tuple[tuple[str, Callable[[Path], object], str, str], ...] = (
     ("store repair", seeds.make_store, "*", "store repair @/pairs.zarr"),
 )
 READERS |= {
-    name: Reader(make, typed(line), aim, 1, forge_store if name.startswith("store") else leave, writes=True)
+    name: Reader(
+        make, typed(line), aim, 1, seeds.forge_store if name.startswith("store") else leave, writes=True
+    )
     for name, make, aim, line in COMMANDS
 }
 

@@ -1,4 +1,4 @@
-"""Valid files of every kind that is read, by the project's own writers: what the fuzz harness damages."""
+"""Valid files of every kind that is read, by the project's own writers, and longer ways of reading them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from benchmark_cases import (
     make_joints,
@@ -33,20 +35,33 @@ from scipy.io import savemat
 from store_cases import frames_case, make_manifest, pairs_case
 
 from cosettle_cache.cli import run_command
+from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.core.files import own_folder
-from cosettle_cache.core.settings import SpritesSettings
+from cosettle_cache.core.settings import SpritesSettings, digest
 from cosettle_cache.core.tables import encode_parquet
 from cosettle_cache.core.types import Grid, MediaKind, Video
 from cosettle_cache.encoders.load import make_vit
 from cosettle_cache.encoders.registry import FAMILIES, Architecture
-from cosettle_cache.heads.projection import Projection, export_projection, save_projection
+from cosettle_cache.heads.projection import (
+    Projection,
+    describe_projection,
+    export_projection,
+    load_projection,
+    save_projection,
+)
 from cosettle_cache.metrics.rows import J_AND_F_FIGURES, write_rows, write_scores
 from cosettle_cache.propagation.context import ContextSearch
 from cosettle_cache.propagation.folder import RunFolder
 from cosettle_cache.propagation.neighbor_files import neighbor_writer, neighbors_key
 from cosettle_cache.propagation.protocols import make_protocol
+from cosettle_cache.report.page import chart
+from cosettle_cache.report.runs import read_runs
+from cosettle_cache.store import open_store, verify_store
+from cosettle_cache.store.index import seal
 from cosettle_cache.training.log import Checkpoint, write_checkpoint
 from cosettle_cache.videos import build_manifest
+from cosettle_cache.videos.frame_labels import open_frame_labels
+from cosettle_cache.videos.frames import iter_frames, probe
 from cosettle_cache.videos.jhmdb import write_predicted_joints
 from cosettle_cache.videos.manifest import write_manifest
 from cosettle_cache.videos.masks import write_mask
@@ -308,3 +323,64 @@ def make_extraction(folder: Path) -> None:
 
 def make_sprites(folder: Path) -> None:
     (folder / "sprites.json").write_text(json.dumps({"version": 1, **asdict(SpritesSettings())}))
+
+
+def read_media(folder: Path, path: Path) -> None:
+    media = path if path.suffix in (".mp4", ".mkv", ".avi", ".gif", ".webm", ".ts") else path.parent
+    info = probe(media)
+    video = Video("v", str(media.relative_to(folder)), info.kind, info.n_frames, info.height, info.width)
+    for _ in iter_frames(video, folder):
+        pass
+
+
+def read_projection(folder: Path, path: Path) -> None:
+    describe_projection(path)
+    load_projection(path, dim=8)(torch.zeros(2, 8))
+
+
+def read_run(folder: Path, path: Path) -> None:
+    if path.suffix == ".svg":
+        chart(path, lambda _: None, "chart", "a chart")
+    read_runs({"run": folder / "run"})
+
+
+def read_marks(folder: Path, path: Path) -> None:
+    run = RunFolder(folder)
+    run.settings()
+    run.finished(CLIP, folder)
+
+
+def read_owned(folder: Path, path: Path) -> None:
+    with own_folder(folder / "run", "train"):
+        pass
+
+
+def read_labels(folder: Path, path: Path) -> None:
+    labels = open_frame_labels(folder / "labels")
+    labels.read("clip")
+    labels.bundle("train", "split1")
+
+
+def forge_store(path: Path) -> None:
+    """Make digest and seals of damaged metadata right again, so that its content is looked at."""
+    with suppress(Exception):
+        if path.suffix == ".parquet":
+            path.write_bytes(seal(pq.read_table(path)))
+        elif path.parent.suffix == ".zarr":
+            document = json.loads(path.read_bytes())
+            header = document["attributes"]["cosettle_cache"]
+            header["digest"] = digest({key: value for key, value in header.items() if key != "digest"})
+            path.write_text(json.dumps(document))
+
+
+def read_store(folder: Path, path: Path) -> None:
+    where = folder / path.relative_to(folder).parts[0]
+    with suppress(CosettleError):
+        store = open_store(where)
+        _ = store.manifest, store.index, store.failures, store.complete, store.n_bytes
+        for video_id in store.video_ids if store.plan_kind == "frames" else ():
+            store.tokens(video_id)
+            store.content_digest(video_id)
+        if store.plan_kind == "pairs":
+            store.samples(store.sample_ids)
+    verify_store(where)
