@@ -25,6 +25,8 @@ from cosettle_cache.core.files import read_json, read_text
 
 #: The recipe of the demo, in a checkout; an installed package has no recipes.
 DEMO = Path(__file__).parents[2] / "pipelines" / "sprites.toml"
+#: Most letters of a recipe: time and memory of reading TOML grow with the square of the parts of a key.
+_MOST_LETTERS = 2**14
 #: Commands that take `--data-root`.
 _TAKES_DATA_ROOT = ("manifest build", "manifest check", "extract", "propagate")
 
@@ -181,7 +183,9 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
 def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
     """Read a recipe; raise `InputError` when it is missing, malformed or has unknown keys."""
     try:
-        document = tomllib.loads(read_text(path))
+        if len(text := read_text(path)) > _MOST_LETTERS:
+            raise ValueError(f"{len(text)} letters, more than {_MOST_LETTERS}")
+        document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML", found=str(error)) from error
     steps: Any = document.get("step")

@@ -95,7 +95,7 @@ def _number_fault(kind: str, limits: Mapping[str, Any], value: Any) -> str:
     word = (value is None and "None" in kinds) or (value == "auto" and len(kinds) > 1)
     if word or not {"int", "float"}.intersection(kinds):
         return ""
-    if isinstance(value, Integral) and abs(value) >= 2**63:
+    if isinstance(value, Integral) and abs(int(value)) >= 2**63:
         return "a number of 64 bits"
     whole, positive = "int" in kinds, limits.get("positive", False)
     least, most = limits.get("min", -math.inf), limits.get("max", _MOST_WHOLE if whole else math.inf)

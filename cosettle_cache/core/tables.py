@@ -21,6 +21,9 @@ from cosettle_cache.core.files import make_folder, replacing, sync, write_durabl
 
 Row = Mapping[str, Any]
 
+#: Most rows of a Parquet file that is read as a whole; a few bytes of it can claim billions.
+_MOST_ROWS = 2**22
+
 
 def make_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     """Return `rows` as a table of exactly `schema`."""
@@ -89,6 +92,8 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
             types = {} if schema is None else {field.name: field.type for field in schema}
             options = pa.csv.ConvertOptions(strings_can_be_null=True, null_values=[""], column_types=types)
             table = pa.csv.read_csv(path, convert_options=options)
+        elif (n_rows := pa.parquet.read_metadata(path).num_rows) > _MOST_ROWS:
+            raise ValueError(f"{n_rows} rows, more than {_MOST_ROWS}")
         else:
             table = pa.parquet.read_table(path, partitioning=None)
         table.validate(full=True)  # texts of other bytes than UTF-8 among others

@@ -17,8 +17,7 @@ from jaxtyping import Int64
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.videos.lists import read_lines
 
-#: Digits of the number of a class.
-_MOST_DIGITS = 9
+_NUMBER = re.compile(r"\d{1,9}")
 _STEREO = re.compile(r"(.*)_stereo_(.*)_ch0")
 
 
@@ -92,12 +91,7 @@ def open_frame_labels(root: str | Path) -> FrameLabels:
     numbers: dict[str, int] = {}
     for line in read_lines(path):
         number, _, name = line.partition(" ")
-        if (
-            not number.isdecimal()
-            or len(number) > _MOST_DIGITS
-            or not name.strip()
-            or name.strip() in numbers
-        ):
+        if not _NUMBER.fullmatch(number) or not name.strip() or name.strip() in numbers:
             raise InputError(f"{path} is malformed", wanted="NUMBER NAME a line, no name twice", found=line)
         numbers[name.strip()] = int(number)
     return FrameLabels(root, numbers)

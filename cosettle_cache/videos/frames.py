@@ -61,6 +61,9 @@ _ORIENTATION = 0x0112
 #: TIFF's tags of how many columns and rows are stored.
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
+#: Pixels of a frame that are decoded: of images Pillow sees to it.
+_MOST_PIXELS = 178_956_970
+
 Image8 = UInt8[np.ndarray, "height width 3"]
 
 
@@ -390,6 +393,7 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
         # file has one thread, and many files have many.
         is_concealing = stream.codec_context.name not in ("hevc", "vp8", "vp9", "av1")
         stream.thread_type = "NONE" if is_concealing else "AUTO"
+        stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}
         yield container, stream
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,34 @@ class _Part:
         self.state = state
 
 
+_LOADS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+
+
+def _with_plain_keys(opcode: bytes, keys: slice) -> dict[int, Callable[[Any], None]]:
+    """Refuse keys on the stack that are tuples: of tuples within tuples the hash takes for ever."""
+
+    def load(unpickler: Any) -> None:
+        if any(isinstance(key, tuple) for key in unpickler.stack[keys]):
+            raise pickle.UnpicklingError("it holds a key that is no name")
+        _LOADS[opcode[0]](unpickler)
+
+    return {opcode[0]: load}
+
+
 class ArrayUnpickler(pickle._Unpickler):
     """Loads arrays, plain numbers, texts, bytes, lists, tuples, dictionaries, and nothing else.
 
     Written in Python, and so without the table that the faster one makes as long as a file says.
     """
+
+    dispatch = (
+        _LOADS
+        | _with_plain_keys(pickle.SETITEM, slice(-2, None, 2))
+        | _with_plain_keys(pickle.SETITEMS, slice(0, None, 2))
+        | _with_plain_keys(pickle.DICT, slice(0, None, 2))
+        | _with_plain_keys(pickle.ADDITEMS, slice(None))
+        | _with_plain_keys(pickle.FROZENSET, slice(None))
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a part of an array; refuse anything else."""

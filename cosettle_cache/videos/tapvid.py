@@ -27,6 +27,8 @@ from cosettle_cache.videos.safe_pickle import ArrayUnpickler
 
 #: A visible point may lie this share of the image outside it: annotators click on rims.
 _SLACK = 0.05
+#: Most bytes of the tracks of a video.
+_MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +56,9 @@ def read_shares(path: Path, video: Video) -> PointTracks:
     """
     errors = decode_errors(path, "holds no tracks", "points and occluded")
     with errors, np.load(path, allow_pickle=False) as content:
+        n_bytes = sum(member.file_size for member in content.zip.infolist())
+        if n_bytes > _MOST_BYTES:
+            raise ValueError(f"{n_bytes} bytes, more than {_MOST_BYTES}")
         points, occluded = content["points"], content["occluded"]
     problem = _shares_problem(points, occluded)
     if problem:
@@ -126,13 +131,13 @@ def _problem(name: str, clip: Any) -> str | None:
     if not isinstance(clip, dict) or not {"video", "points", "occluded"} <= clip.keys():
         return f"keys {', '.join(map(str, clip))}" if isinstance(clip, dict) else type(clip).__name__
     video, points, occluded = (clip[key] for key in ("video", "points", "occluded"))
-    if not all(isinstance(item, np.ndarray) for item in (points, occluded)):
-        return "points or occluded that are no arrays"
+    if fault := _shares_problem(points, occluded):
+        return fault
     if not _is_video(video):
-        return f"a video of {getattr(video, 'dtype', type(video).__name__)} {np.shape(video)[:4]}"
+        return f"a video of {getattr(video, 'dtype', type(video).__name__)} {getattr(video, 'shape', ())[:4]}"
     if len(video) != points.shape[1]:
         return f"{len(video)} frames and tracks of {points.shape[1]}"
-    return _shares_problem(points, occluded)
+    return None
 
 
 def _is_video(video: Any) -> bool:

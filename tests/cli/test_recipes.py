@@ -123,6 +123,7 @@ ODD_EXPECTATIONS = [
         ("step = ['train']", "is not a recipe"),
         ("a = " + "[" * 50_000, "is not TOML"),
         ("a = " + "9" * 5_000, "is not TOML"),
+        ("a" + ".a" * 50_000 + " = 1", "is not TOML"),  # minutes and gigabytes
         *((f"{STEP}{text}", "the step train of .* is malformed") for text in ODD_STEPS),
         *((f"expect{text}\n{STEP}", "expect") for text in ODD_EXPECTATIONS),
     ],

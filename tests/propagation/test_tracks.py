@@ -184,6 +184,31 @@ def test_no_clips_and_unsafe_names_are_refused(tmp_path: Path, content: object) 
         read_tapvid(dump(tmp_path / "other.pkl", content))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"})" + b"2\x86" * 60 + b"K\x01s.",  # tuples within tuples as a key, whose hash takes 2**60 steps
+        b"}()" + b"2\x86" * 60 + b"K\x01u.",
+        b"()" + b"2\x86" * 60 + b"K\x01d.",
+        b"\x8f()" + b"2\x86" * 60 + b"\x90.",
+        b"()" + b"2\x86" * 60 + b"\x91.",
+    ],
+)
+def test_pickles_that_would_take_for_ever_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.pkl").write_bytes(b"\x80\x04" + content)
+    with pytest.raises(MediaError, match=r"t\.pkl is no pickle of TAP-Vid"):
+        read_tapvid(tmp_path / "t.pkl")
+
+
+def test_a_video_of_lists_within_lists_is_no_video(tmp_path: Path) -> None:
+    video: list[object] = []
+    for _ in range(60):
+        video = [video, video]
+    with pytest.raises(MediaError, match="clip goat") as caught:
+        read_tapvid(dump(tmp_path / "t.pkl", {"goat": {**clip(), "video": video}}))
+    assert "a video of list" in str(caught.value.found)
+
+
 def test_one_bad_clip_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = dump(tmp_path / "t.pkl", {"goat": clip(), "bad": {**clip(), "occluded": np.ones((3, 4), bool)}})
     assert run("manifest", "unpack", path, tmp_path / "data") == 4

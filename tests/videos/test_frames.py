@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from collections.abc import Callable
@@ -300,6 +301,11 @@ def test_mixed_sizes_are_found_when_probing(folder: Path) -> None:
     assert "5.png" in str(caught.value.found)
 
 
+def claiming_gif(side: int) -> bytes:
+    Image.new("P", (8, 8)).save(buffer := io.BytesIO(), "GIF")
+    return buffer.getvalue()[:6] + struct.pack("<HH", side, side) + buffer.getvalue()[10:]
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -307,7 +313,8 @@ def test_mixed_sizes_are_found_when_probing(folder: Path) -> None:
         (lambda p: p.write_bytes(b"not a video" * 50), "cannot be decoded"),
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "holds no frames"),
-        # A film of a codec that nobody knows.
+        # A few bytes that claim 16000 x 16000 pixels, and a film of a codec that nobody knows.
+        (lambda p: p.write_bytes(claiming_gif(16000)), "cannot be decoded"),
         (
             lambda p: p.write_bytes(encode(p, "libx264").read_bytes().replace(b"avc1", b"zzzz")),
             "no video stream",
