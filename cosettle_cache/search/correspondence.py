@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.core.types import Grid
 
 Frames = Float[Tensor, "pair token dim"]
@@ -27,7 +28,8 @@ def match_nearest(first: Frames, second: Frames) -> Matched:
     """
     # |a - b|^2 = |a|^2 + |b|^2 - 2 ab; the first term does not decide which b is nearest to a.
     first_square, second_square = (torch.linalg.vector_norm(x, dim=-1).square() for x in (first, second))
-    distance, partner = torch.baddbmm(second_square[:, None], first, second.mT, alpha=-2).min(dim=-1)
+    with exact_float32(first.device.type):
+        distance, partner = torch.baddbmm(second_square[:, None], first, second.mT, alpha=-2).min(dim=-1)
     distance += first_square
     n_kept = max(1, first.shape[1] // 2)
     kept = distance.topk(n_kept, dim=-1, largest=False).indices
