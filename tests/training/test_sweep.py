@@ -20,8 +20,10 @@ from PIL import Image
 from pretend_cuda import Device
 from test_train import SMALL, After, make_store
 
+import cosettle_cache.training.learner as learner_module
 import cosettle_cache.training.run as run_module
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError, UsageError
+from cosettle_cache.heads import projection
 from cosettle_cache.heads.projection import Projection, load_projection
 from cosettle_cache.store import open_store
 from cosettle_cache.training.batches import Batch, Portion, Step
@@ -193,6 +195,27 @@ def test_on_a_gpu_the_host_waits_once_a_step(
     assert stopped.interrupted and stopped.steps == 3  # the second step's figures came with the third
     resumed = train(store, run, tmp_path / "2", sweep=AXES, device="cuda")
     assert [m.projection_sha256 for m in resumed.members] == [m.projection_sha256 for m in whole.members]
+
+
+def test_on_a_gpu_the_heads_of_a_sweep_share_a_product(cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner_module, "WIDE_HEADS", 2)
+    members = [("linear", 0.02), ("mlp2", "auto"), ("affine", 1.0)]
+    settings = [replace(SMALL, head=head, separability_weight=weight) for head, weight in members]
+    here, there = (
+        [Learner(Projection(8, a.head, seed=1).to(d), a) for a in settings] for d in ("cpu", "cuda")
+    )
+    wanted = [Trainer([learner]).feed(make_batch())[0].figures[0] for learner in here]
+    alone, one_map = list[Any](), projection._map
+    monkeypatch.setattr(projection, "_map", lambda *args: alone.append(args) or one_map(*args))
+    trainer = Trainer(there)
+    trainer.feed(make_batch())
+    assert len(alone) == 1  # the second map of mlp2
+    for a, b in zip(wanted, trainer.flush()[0].figures, strict=True):
+        assert b.total == pytest.approx(a.total, rel=1e-5)
+        assert b.gradient_norm == pytest.approx(a.gradient_norm, rel=1e-5)
+    for a, b in zip(here, there, strict=True):
+        for p, q in zip(a.projection.parameters(), b.projection.parameters(), strict=True):
+            assert (p.grad - q.grad.cpu()).abs().max() <= 1e-5 * p.grad.abs().max()
 
 
 @pytest.mark.parametrize("precision", ["float32", "fp16"])
