@@ -40,9 +40,10 @@ PART_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 WIDE_HEADS = 8
 
 #: Options of glibc's `mallopt` (malloc.h) and what training sets them to, once in a process: blocks up to 32
-#: MiB (its limit) come from the heap, and the heap keeps 256 MiB that are free. Otherwise every array of
-#: every part goes back to the system and is faulted in anew: 150,000 pages and a sixth of a step's time.
-_MALLOC_OPTIONS = {"M_MMAP_THRESHOLD": (-3, 32 * 2**20), "M_TRIM_THRESHOLD": (-1, 256 * 2**20)}
+#: MiB (its limit) come from the heap, and the heap keeps 1 GiB that are free, validation's too. Otherwise
+#: every array of every part goes back to the system and is faulted in anew: 150,000 pages and a sixth of a
+#: step's time.
+_MALLOC_OPTIONS = {"M_MMAP_THRESHOLD": (-3, 32 * 2**20), "M_TRIM_THRESHOLD": (-1, 2**30)}
 
 #: Clips that validation reads and compares with each other at a time; distances are of pairs among them.
 GROUP_CLIPS = 16
@@ -258,7 +259,7 @@ class _WideMap:
         weights, biases = ([getattr(item, name) for item in maps] for name in ("weight", "bias"))
         with torch.no_grad(), self._arithmetic():
             mapped = F.linear(tokens, torch.cat(weights), torch.cat(biases))
-        parts = [part.detach().requires_grad_() for part in mapped.split(tokens.shape[-1], -1)]
+        parts = [part.detach().requires_grad_() for part in torch.split(mapped, tokens.shape[-1], -1)]
         self.outputs = dict(zip(learners, parts, strict=True))
         self._given: list[tuple[Tensor, Sequence[Tensor]]] = []
 
@@ -274,7 +275,7 @@ class _WideMap:
             products = wide.T @ self._tokens.flatten(0, -2)
         sums = wide.sum(0, dtype=torch.float32)
         for (_, (weight, bias, *_)), product, total in zip(
-            self._given, products.split(dim), sums.split(dim), strict=True
+            self._given, torch.split(products, dim), torch.split(sums, dim), strict=True
         ):
             weight.add_(product)
             bias.add_(total)
@@ -386,8 +387,9 @@ class Trainer:
             with exact_float32(self._device.type):
                 originals = Originals(upload(torch.from_numpy(tokens), self._device).float())
                 for learner, row in zip(active, rows[number], strict=True):
-                    terms = transfer_loss(learner.project, originals, **learner.objective(originals))
-                    distances = token_distances(learner.project(originals.tokens))
+                    projected = learner.project(originals.tokens)
+                    terms = transfer_loss(lambda _, p=projected: p, originals, **learner.objective(originals))
+                    distances = token_distances(projected)
                     parts = (terms.cycle, terms.separability, terms.cycle_accuracy, *distances)
                     row.copy_(torch.stack(parts))
         self.replicas.add_up([rows])
