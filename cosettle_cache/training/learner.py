@@ -168,6 +168,13 @@ class Learner:
         values[_COSINE] = (values[_RETURN] / values[_COSINE]).nan_to_num(0.0).square()
         self._means += share * values
 
+    def measure(self, originals: Originals) -> Float[Tensor, " figure"]:
+        """Return cycle loss, separability loss, cycle accuracy, and distances between and within clips."""
+        projected = self.project(originals.tokens)
+        terms = transfer_loss(lambda _: projected, originals, **self.objective(originals))
+        distances = token_distances(projected)
+        return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, *distances])
+
     def sums(self) -> list[Tensor]:
         """Return what processes add up before the step ends."""
         return [*self._gradients(), *self._cycle_gradients, self._means]
@@ -387,11 +394,7 @@ class Trainer:
             with exact_float32(self._device.type):
                 originals = Originals(upload(torch.from_numpy(tokens), self._device).float())
                 for learner, row in zip(active, rows[number], strict=True):
-                    projected = learner.project(originals.tokens)
-                    terms = transfer_loss(lambda _, p=projected: p, originals, **learner.objective(originals))
-                    distances = token_distances(projected)
-                    parts = (terms.cycle, terms.separability, terms.cycle_accuracy, *distances)
-                    row.copy_(torch.stack(parts))
+                    row.copy_(learner.measure(originals))
         self.replicas.add_up([rows])
         means = torch.zeros_like(rows[0])
         for group, row in zip(groups, rows, strict=True):
