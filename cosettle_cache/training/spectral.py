@@ -95,7 +95,7 @@ class GatherUnit:
         _check_finite(finite)
 
 
-def _check_finite(found: Sequence[tuple[FramePairs, Bool[Tensor, "_"]]]) -> None:
+def _check_finite(found: Sequence[tuple[FramePairs, Bool[Tensor, " _"]]]) -> None:
     """Raise `InputError` for the first pairs that hold tokens which are not finite; asks a device once."""
     flags = iter(torch.cat([flags for _, flags in found]).cpu().numpy())
     for part, _ in found:
