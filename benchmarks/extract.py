@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import tempfile
@@ -28,7 +27,13 @@ from cosettle_cache.core.settings import FramesSettings, PairsSettings
 from cosettle_cache.core.types import Encoding, Manifest
 from cosettle_cache.encoders import Backbone, load_backbone
 from cosettle_cache.extraction.images import View, Views
-from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
+from cosettle_cache.extraction.run import (
+    ExtractReport,
+    decode_threads,
+    default_batch,
+    extract,
+    make_fingerprint,
+)
 from cosettle_cache.store import StoreWriter
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.find import manifest_data, sprites_data
@@ -44,8 +49,11 @@ def main() -> None:
         if options.plan == "frames"
         else PairsSettings(n_views=options.views)
     )
-    backbone = load_backbone(options.backbone, weights=options.weights, device=options.device)
+    backbone = load_backbone(
+        options.backbone, weights=options.weights, device=options.device, precision=options.precision
+    )
     plan = make_plan(manifest, settings, patch=backbone.patch, dim=backbone.dim)
+    options.batch = options.batch or default_batch(plan, options.device)
     batches = _prepared_batches(plan, manifest, data.root, backbone, options.batch)
     _bare(backbone, batches[:2])
     model = _timm_model(options)
@@ -100,7 +108,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", default="480x880", help="of a frames plan")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--views", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, help="default: as extract chooses")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--threads", type=int, help="decode threads; default: as extract chooses")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     return parser.parse_args()
@@ -109,7 +119,7 @@ def _options() -> argparse.Namespace:
 def _prepared_batches(
     plan: Plan, manifest: Manifest, root: Path, backbone: Backbone, batch: int
 ) -> list[list[tuple[View, Encoding]]]:
-    """Return the plan's images, prepared, in batches that do not cross slots, as extraction forms them."""
+    """Return the plan's images, prepared, in even batches within a slot, as extraction forms them."""
     videos = {video.video_id: video for video in manifest}
     batches = []
     for index in range(plan.n_slots):
@@ -119,7 +129,8 @@ def _prepared_batches(
             views = Views(plan.kind, *plan.recipe.image_size(video), backbone.mean, backbone.std)
             (image,) = iter_frames(video, root, [encoding.frame])
             items.append((views.prepare(image, [encoding])[0], encoding))
-        batches += [items[start : start + batch] for start in range(0, len(items), batch)]
+        size = -(-len(items) // -(-len(items) // batch))
+        batches += [items[start : start + size] for start in range(0, len(items), size)]
     return batches
 
 
@@ -141,7 +152,7 @@ def _extract(
     try:
         fingerprint = make_fingerprint(backbone, plan, manifest)
         writer = StoreWriter.create_or_resume(folder / "s.zarr", plan.arrays, fingerprint, manifest, {})
-        threads = min(4, os.cpu_count() or 1)
+        threads = options.threads or decode_threads()
         return extract(
             plan, manifest, root, backbone, writer, batch_size=options.batch, decode_threads=threads
         )
@@ -158,6 +169,7 @@ def _report(options: argparse.Namespace, plan: Plan, rows: list[Row]) -> None:
     figures = {
         "backbone": options.backbone,
         "device": options.device,
+        "precision": options.precision,
         "plan": options.plan,
         "batch": options.batch,
         "images": plan.n_encodings,

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--backbone", default="timm/vit_base_patch16_224")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", default="float32", help="of the head: float32, tf32, bf16, fp16")
     parser.add_argument("--slow-factor", type=float, default=12.0, help="throttled reading over one step")
     parser.add_argument("--folder", type=Path, help="where the store is written; default: the system's")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
@@ -143,23 +146,24 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, float | int
     source = make_samples([store], TrainSettings())
     ids = source.epoch_ids(0)
     few = ids[: options.sweep_samples]
-    in_memory = torch.from_numpy(store.samples(ids))
+    in_memory = torch.from_numpy(store.samples(ids)).to(options.device)
     images = torch.randn(3 * options.released_samples, 3, 224, 224)
-    encoder = load_backbone(options.backbone, weights="random")
+    encoder = load_backbone(options.backbone, weights="random", device=options.device)
+    learners = partial(make_learners, device=options.device, precision=options.precision)
     sides: dict[str, Callable[[], Timing]] = {
-        "store": lambda: run(source, ids, options.batch),
-        "memory": lambda: run_memory(in_memory, options.batch),
-        "released": lambda: run_released(encoder.encode, images, options.released_samples),
-        "one": lambda: run(source, few, options.batch),
-        "sweep": lambda: run(source, few, options.batch, options.heads),
+        "store": lambda: run(source, ids, options.batch, learners(1)),
+        "memory": lambda: run_memory(in_memory, options.batch, learners(1)),
+        "released": lambda: run_released(encoder.encode, images, options.released_samples, learners(1)),
+        "one": lambda: run(source, few, options.batch, learners(1)),
+        "sweep": lambda: run(source, few, options.batch, learners(options.heads)),
     }
-    run(source, ids, options.batch)
+    run(source, ids, options.batch, learners(1))
     rows = _interleave(sides, options.repeats)
     slow = SlowSource(source, options.slow_factor / statistics.median(t.rate for t in rows["one"]))
     slow_rows = _interleave(
         {
-            "one": lambda: run(slow, few, options.batch // 4),
-            "sweep": lambda: run(slow, few, options.batch // 4, options.heads),
+            "one": lambda: run(slow, few, options.batch // 4, learners(1)),
+            "sweep": lambda: run(slow, few, options.batch // 4, learners(options.heads)),
         },
         options.repeats,
     )
@@ -203,40 +207,48 @@ def _figures(
     }
 
 
-def run(source: SampleSource, ids: Ids, batch: int, n_heads: int = 1) -> Timing:
+def run(source: SampleSource, ids: Ids, batch: int, learners: Sequence[Learner]) -> Timing:
     """Train on every sample once, as `train` does."""
-    trainer = Trainer(make_learners(n_heads))
-    with BatchRing(source, portions(ids, batch), SHAPE, batch) as ring:
+    trainer = Trainer(learners)
+    with BatchRing(source, portions(ids, batch), SHAPE, batch, device=learners[0].device) as ring:
         started = time.perf_counter()
         for item in ring:
             trainer.feed(item)
+        trainer.flush()
         return Timing(len(ids), time.perf_counter() - started, ring.waited_s)
 
 
-def run_memory(samples: torch.Tensor, batch: int) -> Timing:
+def run_memory(samples: torch.Tensor, batch: int, learners: Sequence[Learner]) -> Timing:
     """Do the same steps on tensors that lie in memory already."""
-    trainer = Trainer(make_learners(1))
+    trainer = Trainer(learners)
     started = time.perf_counter()
     for portion in portions(np.arange(len(samples)), batch):
         trainer.feed(Batch(portion, samples[portion.ids[0] : portion.ids[-1] + 1]))
+    trainer.flush()
     return Timing(len(samples), time.perf_counter() - started, 0.0)
 
 
-def run_released(encode: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, n: int) -> Timing:
+def run_released(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    n: int,
+    learners: Sequence[Learner],
+) -> Timing:
     """Encode three images per sample and take the same step, for one batch."""
-    trainer = Trainer(make_learners(1))
+    trainer = Trainer(learners)
     (portion,) = portions(np.arange(n), n)
     started = time.perf_counter()
     tokens = torch.cat([encode(part) for part in images.split(24)])
     trainer.feed(Batch(portion, tokens.half().reshape(n, *SHAPE)))
+    trainer.flush()
     return Timing(n, time.perf_counter() - started, 0.0)
 
 
-def make_learners(n: int) -> list[Learner]:
+def make_learners(n: int, device: str = "cpu", precision: str = "float32") -> list[Learner]:
     """Return learners that differ in temperature and weight."""
-    base = TrainSettings()
+    base = TrainSettings(precision=precision)
     settings = [replace(base, temperature=0.02 + 0.01 * i, separability_weight=1.0 + i) for i in range(n)]
-    return [Learner(Projection(SHAPE[-1]), item) for item in settings]
+    return [Learner(Projection(SHAPE[-1]).to(device), item) for item in settings]
 
 
 def portions(ids: Ids, batch: int) -> list[Portion]:

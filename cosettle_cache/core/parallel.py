@@ -159,7 +159,8 @@ def one_core_threads(n_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
 
 def share_of_cores(workers: int) -> int:
     """Return how many of this process's cores each of `workers` processes gets, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, n_cores // workers)
 
 
 def pick_device(device: str | None) -> str:

@@ -47,24 +47,24 @@ class Views:
         """Return one normalised view per encoding; encodings with the same crop and flip share memory."""
         looks = [(encoding.crop, encoding.flip) for encoding in encodings]
         views = {look: torch.empty(3, self.height, self.width) for look in looks}
-        self.write(image, {look: [view] for look, view in views.items()})
+        self.write(self.resize(image), views)
         return [views[look] for look in looks]
 
-    def write(self, image: Image8, outs: Mapping[Look, Sequence[View]]) -> None:
-        """Fill, for every crop and flip, one or several normalised views of a frame."""
+    def resize(self, image: Image8) -> View:
+        """Return a frame at the encoder's size, in 0 to 1, which all its views are made of."""
         if self.kind is PlanKind.PAIRS or self.resampling != LINEAR:
             rule = "BILINEAR" if self.kind is PlanKind.PAIRS else "BICUBIC"
             square = Image.fromarray(image).resize((self.width, self.height), Image.Resampling[rule])
-            pixels = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float().div_(255)
-        else:
-            scaled = image.astype(np.float32) / 255
-            resized = cv2.resize(scaled, (self.width, self.height), interpolation=cv2.INTER_LINEAR)
-            pixels = torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+            return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float().div_(255)
+        scaled = image.astype(np.float32) / 255
+        resized = cv2.resize(scaled, (self.width, self.height), interpolation=cv2.INTER_LINEAR)
+        return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
+
+    def write(self, pixels: View, outs: Mapping[Look, View]) -> None:
+        """Fill the normalised view of every crop and flip of a resized frame."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        for look, (first, *others) in outs.items():
-            torch.sub(self._crop(pixels, *look), mean, out=first).div_(std)
-            for other in others:
-                other.copy_(first)
+        for look, out in outs.items():
+            torch.sub(self._crop(pixels, *look), mean, out=out).div_(std)
 
     def _crop(self, pixels: View, crop: Crop | None, flip: bool) -> View:
         if crop is not None:

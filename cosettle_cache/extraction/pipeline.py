@@ -107,15 +107,10 @@ class _Image:
 
 @dataclass(eq=False, slots=True)
 class _Frame:
-    """A frame to decode: the images made of it, and the rows of batches where each of its views goes."""
+    """A frame to decode: the images made of it, and by batch, in order, the row of each of its views."""
 
     images: list[_Image] = field(default_factory=list)
-    rows: dict[Look, list[tuple[_Batch, int]]] = field(default_factory=dict)
-
-    @property
-    def batches(self) -> set[_Batch]:
-        """The batches that hold a view of it."""
-        return {batch for places in self.rows.values() for batch, _ in places}
+    rows: dict[_Batch, dict[Look, int]] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -207,27 +202,17 @@ class _Ring:
         if self._fault is not None:
             raise self._fault
 
-    def wait_for_rows(self, frame: _Frame) -> dict[Look, list[Tensor]] | None:
-        """Return where the views of a frame go, once its batches have buffers; None when all is over."""
+    def wait_for_pixels(self, batch: _Batch) -> Tensor | None:
+        """Return where the views of a batch go, once it has a buffer; None when all is over."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or all(batch.pixels is not None for batch in frame.batches)
-            )
-        if self._closed:
-            return None
-        return {
-            look: [batch.pixels[row] for batch, row in places if batch.pixels is not None]
-            for look, places in frame.rows.items()
-        }
+            self._changed.wait_for(lambda: self._closed or batch.pixels is not None)
+        return None if self._closed else batch.pixels
 
-    def finish(self, frames: Iterable[_Frame], reason: str | None = None) -> None:
-        """Note that the views of frames are there, or why they are not."""
+    def finish(self, batches: Iterable[_Batch]) -> None:
+        """Note for each of these batches that the views of one more frame are there, or will not come."""
         with self._changed:
-            for frame in frames:
-                for image in frame.images:
-                    image.fault = reason
-                for batch in frame.batches:
-                    batch.missing -= 1
+            for batch in batches:
+                batch.missing -= 1
             self._changed.notify_all()
 
     def close(self, fault: BaseException | None = None) -> None:
@@ -510,16 +495,20 @@ class Filler:
             decoded = task.reader.read(list(task.frames))
             while left:
                 with self.clock.stage("decode"):
-                    image = next(decoded)
-                rows = ring.wait_for_rows(left[0])
-                if rows is None:
-                    return
-                with self.clock.stage("decode"):
-                    task.views.write(image, rows)
-                ring.finish([left.pop(0)])
+                    resized = task.views.resize(next(decoded))
+                # Batch by batch: a frame may be in more of them than there are buffers.
+                for batch, rows in left.pop(0).rows.items():
+                    if (pixels := ring.wait_for_pixels(batch)) is None:
+                        return
+                    with self.clock.stage("decode"):
+                        task.views.write(resized, {look: pixels[row] for look, row in rows.items()})
+                    ring.finish([batch])
         except MediaError as error:
-            # Without the data root: it is not the same everywhere, and the reason is kept.
-            ring.finish(left, error.summary.removeprefix(f"{self.data_root}/"))
+            for frame in left:
+                for image in frame.images:
+                    # Without the data root: it is not the same everywhere, and the reason is kept.
+                    image.fault = error.summary.removeprefix(f"{self.data_root}/")
+                ring.finish(frame.rows)
         except BaseException as fault:
             ring.close(fault)  # raised again where the images are waited for
         finally:
@@ -528,13 +517,12 @@ class Filler:
 
 def _place(frame: _Frame, batch: _Batch, position: int, encoding: Encoding) -> None:
     """Give an encoding a row of its batch, the one of its frame's encodings with equal crop and flip."""
-    if batch not in frame.batches:
+    if batch not in frame.rows:
+        frame.rows[batch] = {}
         batch.missing += 1
-    places = frame.rows.setdefault((encoding.crop, encoding.flip), [])
-    if not places or places[-1][0] is not batch:
-        places.append((batch, batch.n_rows))
-        batch.n_rows += 1
-    image = _Image(position, places[-1][1], encoding)
+    row = frame.rows[batch].setdefault((encoding.crop, encoding.flip), batch.n_rows)
+    batch.n_rows = max(batch.n_rows, row + 1)
+    image = _Image(position, row, encoding)
     frame.images.append(image)
     batch.images.append(image)
 

@@ -248,7 +248,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
                 backbone,
                 writer,
                 batch_size=settings.batch or default_batch(plan, device),
-                decode_threads=settings.decode_threads or _decode_threads(),
+                decode_threads=settings.decode_threads or decode_threads(),
                 retry_failed=settings.retry_failed,
                 progress=talk.progress("extract"),
                 stop=stop,
@@ -371,7 +371,8 @@ def default_batch(plan: Plan, device: str) -> int:
     return max(1, BATCH_TOKENS[device.partition(":")[0]] // tokens)
 
 
-def _decode_threads(n_processes: int = 1) -> int:
+def decode_threads(n_processes: int = 1) -> int:
+    """Return how many threads prepare images in each of so many processes here."""
     return max(1, share_of_cores(n_processes) - OTHER_CORES)
 
 
@@ -395,7 +396,7 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
             if weights is not None and weights_file(weights)[0].is_file():
                 weights = str(Path(weights).absolute())
             if settings.workers and settings.decode_threads is None:
-                settings = replace(settings, decode_threads=_decode_threads(settings.workers))
+                settings = replace(settings, decode_threads=decode_threads(settings.workers))
             job = replace(
                 job,
                 out=job.out if is_url(job.out) else str(Path(job.out).absolute()),
@@ -512,5 +513,5 @@ def _open(job: StoreJob) -> Filler:
         backbone,
         job.open_writer(plan, manifest, backbone),
         job.settings.batch or default_batch(plan, device),
-        job.settings.decode_threads or _decode_threads(),
+        job.settings.decode_threads or decode_threads(),
     )

@@ -64,12 +64,14 @@ class Projection(nn.Module):
         for linear in self.linears:
             _start(linear, "identity" if row.closed_form else init, generator)
 
-    def forward(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
-        """Project every token on its own."""
+    def forward(
+        self, tokens: Float[Tensor, "*token dim"], first: Float[Tensor, "*token dim"] | None = None
+    ) -> Float[Tensor, "*token dim"]:
+        """Project every token on its own; `first` is what the first linear map gives, if that is known."""
         last = len(self.linears) - 1
         for number, linear in enumerate(self.linears):
             assert isinstance(linear, nn.Linear)
-            tokens = _map(linear, tokens)
+            tokens = first if first is not None and number == 0 else _map(linear, tokens)
             if number < last or self._final_tanh:
                 tokens = tokens.tanh()
         normed: Tensor = self.norm(tokens)

@@ -29,6 +29,7 @@ from cosettle_cache.core.files import (
     unfilled,
     write_durably,
 )
+from cosettle_cache.core.parallel import share_of_cores
 
 if TYPE_CHECKING:
     from functools import cached_property
@@ -73,8 +74,9 @@ class LocalStorage:
     (0 where a read costs nothing of its own), and how many bytes of what was read stay at hand (`room`).
     """
 
-    #: A local disk serves this many readers at once without getting slower.
-    n_readers = min(4, os.cpu_count() or 1)
+    #: A local disk serves four readers at once without getting slower. What lies in memory comes faster with
+    #: more, as checksums take a core each: all but four, which are left to whoever wants the tokens.
+    n_readers = max(min(4, share_of_cores(1)), share_of_cores(1) - 4)
     stretch_bytes = 0
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 

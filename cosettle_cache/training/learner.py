@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -36,10 +36,14 @@ from cosettle_cache.training.samples import JoinedSamples, walk_of
 #: batch. Bounds the memory, and on a CPU keeps the half dozen arrays of a part within reach of its caches.
 PART_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
+#: Heads of a sweep whose first linear maps are one product on a GPU, at most; bounds the memory.
+WIDE_HEADS = 8
+
 #: Options of glibc's `mallopt` (malloc.h) and what training sets them to, once in a process: blocks up to 32
-#: MiB (its limit) come from the heap, and the heap keeps 256 MiB that are free. Otherwise every array of
-#: every part goes back to the system and is faulted in anew: 150,000 pages and a sixth of a step's time.
-_MALLOC_OPTIONS = {"M_MMAP_THRESHOLD": (-3, 32 * 2**20), "M_TRIM_THRESHOLD": (-1, 256 * 2**20)}
+#: MiB (its limit) come from the heap, and the heap keeps 1 GiB that are free, validation's too. Otherwise
+#: every array of every part goes back to the system and is faulted in anew: 150,000 pages and a sixth of a
+#: step's time.
+_MALLOC_OPTIONS = {"M_MMAP_THRESHOLD": (-3, 32 * 2**20), "M_TRIM_THRESHOLD": (-1, 2**30)}
 
 #: Clips that validation reads and compares with each other at a time; distances are of pairs among them.
 GROUP_CLIPS = 16
@@ -137,22 +141,39 @@ class Learner:
         weight = 1.0 if self._auto else self.settings.separability_weight
         return options | {"separability_weight": weight, "walk": walk_of(originals.tokens.shape[1])}
 
-    def add(self, originals: Originals, share: float) -> None:
-        """Add the gradients and figures of a part that is `share` of the step's samples."""
-        terms = transfer_loss(self.project, originals, **self.objective(originals))
+    def add(self, originals: Originals, share: float, wide: _WideMap | None = None) -> None:
+        """Add the gradients and figures of a part that is `share` of the step's samples.
+
+        Those of a first linear map that `wide` computes are left to it.
+        """
+        first = None if wide is None else wide.outputs[self]
+        leaves, n_wide = (self._parameters, 0) if first is None else ([first, *self._parameters[2:]], 2)
+        project = partial(self.project, first=first)
+        terms = transfer_loss(project, originals, **self.objective(originals))
         if self._auto:
             cycle = self._scaler.scale(terms.cycle * share)
             with self._products():
-                found = torch.autograd.grad(cycle, self._parameters, retain_graph=True)
-            torch._foreach_add_(self._cycle_gradients, found)
+                found = list(torch.autograd.grad(cycle, leaves, retain_graph=True))
+            if wide is not None:
+                wide.give(found.pop(0), self._cycle_gradients)
+            torch._foreach_add_(self._cycle_gradients[n_wide:], found)
         objective = terms.separability if self._auto else terms.total
         with self._products():
             torch.autograd.backward(self._scaler.scale(objective * share))
+        if wide is not None and first is not None and first.grad is not None:
+            wide.give(first.grad, self._gradients())
         values = torch.stack([getattr(terms, name).detach() for name in _TERMS])
         # Means of parts add up to those of the step, but cosines do not: their squared lengths do. Where no
         # walk of a part returns at all, both are 0, and its length is not known.
         values[_COSINE] = (values[_RETURN] / values[_COSINE]).nan_to_num(0.0).square()
         self._means += share * values
+
+    def measure(self, originals: Originals) -> Float[Tensor, " figure"]:
+        """Return cycle loss, separability loss, cycle accuracy, and distances between and within clips."""
+        projected = self.project(originals.tokens)
+        terms = transfer_loss(lambda _: projected, originals, **self.objective(originals))
+        distances = token_distances(projected)
+        return torch.stack([terms.cycle, terms.separability, terms.cycle_accuracy, *distances])
 
     def sums(self) -> list[Tensor]:
         """Return what processes add up before the step ends."""
@@ -173,7 +194,7 @@ class Learner:
                 gradient.mul_(weight).add_(cycle)
             means[_TOTAL] = means[_CYCLE] + weight * means[_SEPARABILITY]
         else:
-            weight = means.new_full((), self.settings.separability_weight)
+            weight = means.new_full((), float(self.settings.separability_weight))
         if self.is_late and self._scaler.is_enabled():
             self._stop_unless_finite(means[_CYCLE : _SEPARABILITY + 1])
             # What is not finite the scaler leaves out.
@@ -210,18 +231,61 @@ class Learner:
             return None
         return StepFigures(step.number, step.epoch, learning_rate(self.settings, step.position), *values)
 
-    def project(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
-        """Project tokens in the precision of the settings; the result is float32."""
+    def project(
+        self, tokens: Float[Tensor, "*token dim"], first: Float[Tensor, "*token dim"] | None = None
+    ) -> Float[Tensor, "*token dim"]:
+        """Project tokens in the precision of the settings; the result is float32. `first` as in the head."""
+        with self.arithmetic():
+            projected: Tensor = self.projection(tokens, first)
+        return projected.float()
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Compute products in the precision of the settings inside."""
         dtype = PRECISIONS[self.settings.precision]
         with self._products(), torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
-            projected: Tensor = self.projection(tokens)
-        return projected.float()
+            yield
 
     def _products(self) -> AbstractContextManager[None]:
         return tf32_products() if self.settings.precision == "tf32" else nullcontext()
 
     def _gradients(self) -> list[Tensor]:
         return [item.grad for item in self._parameters if item.grad is not None]
+
+
+class _WideMap:
+    """The first linear maps of several heads as one product, [token dim] x [dim head*dim], and back.
+
+    The tokens are read once for all heads. `outputs` are what each head goes on with; the gradients in them
+    that `give` collects reach the gradients of weights and biases, the first two of a head, in `backward`.
+    """
+
+    def __init__(self, tokens: Float[Tensor, "*token dim"], learners: Sequence[Learner]) -> None:
+        self._tokens, self._arithmetic = tokens, learners[0].arithmetic
+        maps: list[Any] = [learner.projection.linears[0] for learner in learners]
+        weights, biases = ([getattr(item, name) for item in maps] for name in ("weight", "bias"))
+        with torch.no_grad(), self._arithmetic():
+            mapped = F.linear(tokens, torch.cat(weights), torch.cat(biases))
+        parts = [part.detach().requires_grad_() for part in torch.split(mapped, tokens.shape[-1], -1)]
+        self.outputs = dict(zip(learners, parts, strict=True))
+        self._given: list[tuple[Tensor, Sequence[Tensor]]] = []
+
+    def give(self, gradient: Float[Tensor, "*token dim"], to: Sequence[Tensor]) -> None:
+        """Keep the gradient in an output for the gradients that begin with those of weight and bias."""
+        self._given.append((gradient, to))
+
+    def backward(self) -> None:
+        """Add up the gradients of all weights and biases, by one product."""
+        dim = self._tokens.shape[-1]
+        wide = torch.cat([gradient for gradient, _ in self._given], -1).flatten(0, -2)
+        with self._arithmetic():
+            products = wide.T @ self._tokens.flatten(0, -2)
+        sums = wide.sum(0, dtype=torch.float32)
+        for (_, (weight, bias, *_)), product, total in zip(
+            self._given, torch.split(products, dim), torch.split(sums, dim), strict=True
+        ):
+            weight.add_(product)
+            bias.add_(total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +329,18 @@ class Trainer:
                 for learner in active:
                     learner.start_step()
             for part in torch.split(samples, n_part) if len(samples) else ():
-                originals = Originals(part.float())
-                for learner in active:
-                    learner.add(originals, len(part) / len(step.ids))
+                originals, share = Originals(part.float()), len(part) / len(step.ids)
+                if len(active) == 1 or self._device.type != "cuda":
+                    # On a CPU one product for all gains nothing, and moves the last bits.
+                    for learner in active:
+                        learner.add(originals, share)
+                    continue
+                for start in range(0, len(active), WIDE_HEADS):
+                    some = active[start : start + WIDE_HEADS]
+                    wide = _WideMap(originals.tokens, some)
+                    for learner in some:
+                        learner.add(originals, share, wide)
+                    wide.backward()
             self._started = not batch.portion.ends_step
             return [] if self._started else self._finish(step, active, stop)
 
@@ -321,10 +394,7 @@ class Trainer:
             with exact_float32(self._device.type):
                 originals = Originals(upload(torch.from_numpy(tokens), self._device).float())
                 for learner, row in zip(active, rows[number], strict=True):
-                    terms = transfer_loss(learner.project, originals, **learner.objective(originals))
-                    distances = token_distances(learner.project(originals.tokens))
-                    parts = (terms.cycle, terms.separability, terms.cycle_accuracy, *distances)
-                    row.copy_(torch.stack(parts))
+                    row.copy_(learner.measure(originals))
         self.replicas.add_up([rows])
         means = torch.zeros_like(rows[0])
         for group, row in zip(groups, rows, strict=True):

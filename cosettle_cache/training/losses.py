@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.precision import exact_float32
 from cosettle_cache.metrics.cycle import (
     RELEASED_WALK,
     cycle_accuracy,
@@ -102,10 +103,12 @@ def transfer_loss(
     # The gradient by hand is that in the projected tokens, and torch.func (vmap, grad) cannot go through it.
     by_torch = originals.tokens.requires_grad or torch._C._are_functorch_transforms_active()
     losses = _losses if by_torch else _Losses.apply
-    cycle, separability, transition = losses(projection(originals.tokens), originals, settings)
-    total = cycle + separability_weight * separability
-    with torch.no_grad():
-        monitored = [f(transition) for f in (cycle_accuracy, identity_cosine, return_probability)]
+    projected = projection(originals.tokens)
+    with exact_float32(projected.device.type):
+        cycle, separability, transition = losses(projected, originals, settings)
+        total = cycle + separability_weight * separability
+        with torch.no_grad():
+            monitored = [f(transition) for f in (cycle_accuracy, identity_cosine, return_probability)]
     return LossTerms(total, cycle, separability, *monitored)
 
 

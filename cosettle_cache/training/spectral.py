@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import own_folder
-from cosettle_cache.core.parallel import Run, in_order, one_by_one
+from cosettle_cache.core.parallel import Run, in_order, one_by_one, upload
 from cosettle_cache.core.settings import SpectralSettings, flat
 from cosettle_cache.core.tables import write_json, write_table
 from cosettle_cache.core.types import Grid
@@ -33,7 +33,7 @@ from cosettle_cache.heads.projection import Projection, projection_sha256, save_
 from cosettle_cache.search.correspondence import choose_places, find_correspondence, place_index
 from cosettle_cache.search.masked import unit_tokens
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.training.frame_pairs import FramePairs, Frames, PairList, list_pairs, read_pairs
+from cosettle_cache.training.frame_pairs import FramePairs, PairList, list_pairs, read_pairs
 from cosettle_cache.training.log import projection_provenance
 from cosettle_cache.training.spectrum import (
     Margin,
@@ -61,17 +61,18 @@ class GatherUnit:
 
     def __call__(self, group: FramePairs) -> SpectralStatistics:
         """Return the sums over a group."""
-        total = SpectralStatistics.zero(self.store.arrays[0].n_channels, self.places.n_tokens)
+        zero = SpectralStatistics.zero(self.store.arrays[0].n_channels, self.places.n_tokens)
+        arrays = (zero.differences, zero.products, zero.places)
+        sums = [torch.zeros(array.shape, dtype=torch.float64, device=self.device) for array in arrays]
+        n_differences = n_videos = 0
         for _, first, second, representatives in self.batches(group):
             differences, tokens = (first - second).flatten(0, 1), representatives.flatten(0, 1)
-            total += SpectralStatistics(
-                n_differences=len(differences),
-                differences=(differences.T @ differences).cpu().numpy(),
-                n_videos=len(representatives),
-                products=(tokens.T @ tokens).cpu().numpy(),
-                places=representatives.sum(0).cpu().numpy(),
-            )
-        return total
+            n_differences, n_videos = n_differences + len(differences), n_videos + len(representatives)
+            parts = (differences.T @ differences, tokens.T @ tokens, representatives.sum(0))
+            for total, part in zip(sums, parts, strict=True):
+                total.add_(part)
+        found = [total.cpu().numpy() for total in sums]
+        return SpectralStatistics(n_differences, found[0], n_videos, found[1], found[2])
 
     def batches(self, group: FramePairs) -> Iterator[tuple[FramePairs, Unit, Unit, Unit]]:
         """Yield the unit tokens of a group, a few pairs of frames at a time.
@@ -80,18 +81,25 @@ class GatherUnit:
         those that stand for videos, `[video place dim]`.
         """
         size = max(1, BATCH_TOKENS // group.grid.n_tokens)
-        match = find_correspondence(self.correspondence)
-        index = torch.from_numpy(place_index(group.grid, self.places)).to(self.device)
+        match, device = find_correspondence(self.correspondence), torch.device(self.device)
+        index = upload(torch.from_numpy(place_index(group.grid, self.places)), device)
+        finite: list[tuple[FramePairs, Tensor]] = []
         for part, *frames in read_pairs(self.store, group, size):
-            first, second = (self._load(tokens, part) for tokens in frames)
-            chosen = torch.from_numpy(part.representative).to(self.device)
+            loaded = [upload(torch.from_numpy(tokens), device).flatten(1, 2) for tokens in frames]
+            finite += [(part, tokens.isfinite().flatten(1).all(1)) for tokens in loaded]
+            first, second = map(unit_tokens, loaded)
+            chosen = upload(torch.from_numpy(np.flatnonzero(part.representative)), device)
             representatives = first[chosen][:, index].double()
             a, b = match(first, second)
             yield part, a.double(), b.double(), representatives
+        _check_finite(finite)
 
-    def _load(self, tokens: Frames, part: FramePairs) -> Float32[Tensor, "pair token dim"]:
-        loaded = torch.from_numpy(tokens).to(self.device).flatten(1, 2)
-        finite = loaded.isfinite().flatten(1).all(1).cpu().numpy()
+
+def _check_finite(found: Sequence[tuple[FramePairs, Bool[Tensor, " _"]]]) -> None:
+    """Raise `InputError` for the first pairs that hold tokens which are not finite; asks a device once."""
+    flags = iter(torch.cat([flags for _, flags in found]).cpu().numpy())
+    for part, _ in found:
+        finite = np.fromiter(flags, bool, len(part))
         if not finite.all():
             rows = ", ".join(map(str, part.first[~finite][:8].tolist()))
             raise InputError(
@@ -99,7 +107,6 @@ class GatherUnit:
                 details=[f"array {part.grid}, from rows {rows}"],
                 hint="extract these clips again into another store",
             )
-        return unit_tokens(loaded)
 
 
 def gather(

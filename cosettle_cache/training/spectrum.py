@@ -175,7 +175,7 @@ def inter_distances(
 ) -> Float64[Tensor, " gain"]:
     """Return the mean distance of projected unit tokens at one place over all pairs of videos and places."""
     rotated = (tokens @ basis).transpose(0, 1)
-    first, second = torch.triu_indices(len(tokens), len(tokens), 1).unbind()
+    first, second = torch.triu_indices(len(tokens), len(tokens), 1, device=tokens.device).unbind()
     means = []
     for gain in gains:
         scaled = rotated * gain.sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -31,6 +32,7 @@ from cosettle_cache.encoders.registry import BACKBONES, IMAGENET_MEAN, IMAGENET_
 from cosettle_cache.extraction import run as extraction
 from cosettle_cache.extraction.images import Views
 from cosettle_cache.extraction.jobs import PlanSummary, note_plan
+from cosettle_cache.extraction.pipeline import N_BUFFERS
 from cosettle_cache.extraction.run import ExtractReport, extract, make_fingerprint
 from cosettle_cache.store import FeatureStore, StoreWriter, open_store
 from cosettle_cache.store.plan import Plan, make_plan
@@ -357,6 +359,18 @@ def test_a_video_of_several_slots_and_batches_is_decoded_once(tmp_path: Path, ba
     store = open_store(tmp_path / "s.zarr")
     wanted = one_by_one(tmp_path, store, plan, backbone, 1)
     assert np.abs(store.tokens("v")[30:60] - wanted.numpy()).max() < 5e-3
+
+
+def test_a_frame_may_be_in_more_batches_than_there_are_buffers(
+    clips: Path, tmp_path: Path, backbone: Backbone
+) -> None:
+    manifest = manifest_of(clips)
+    plan = make_plan(manifest, PairsSettings(n_views=20, size=64), patch=16, dim=64, slot_encodings=60)
+    most = max(Counter(item.frame for item in plan.slot(0).encodings).values())
+    assert most > 2 * N_BUFFERS
+    with closing(writer_of(plan, manifest, tmp_path / "s.zarr", backbone)) as writer:
+        report = extract(plan, manifest, clips, backbone, writer, batch_size=2)
+    assert report.n_encodings == plan.n_encodings
 
 
 def command(clips: Path, out: Path) -> list[str]:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from test_train import SMALL, make_store
 
-from cosettle_cache.core.errors import CosettleError
+from cosettle_cache.core.errors import CosettleError, UsageError
 from cosettle_cache.heads.projection import load_projection
 from cosettle_cache.store import open_store
+from cosettle_cache.training import learner
 from cosettle_cache.training.batches import join_replicas
-from cosettle_cache.training.log import read_figures
+from cosettle_cache.training.log import read_figures, read_validation
 from cosettle_cache.training.plan import Axis
 from cosettle_cache.training.run import train
 
@@ -38,6 +39,7 @@ def environment(rank: int, port: int) -> dict[str, str]:
 
 def train_as(variables: dict[str, str], folder: Path) -> None:
     os.environ |= variables
+    learner.GROUP_CLIPS = 2
     torch.set_num_threads(1)
     with join_replicas("cpu") as (replicas, device):
         assert (replicas.rank, replicas.count) == (int(variables["RANK"]), 2)
@@ -49,6 +51,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     store, port = make_store(tmp_path, n_videos=23), free_port()
     second = get_context("spawn").Process(target=train_as, args=(environment(1, port), tmp_path))
     second.start()
+    monkeypatch.setattr(learner, "GROUP_CLIPS", 2)  # groups to share
     train(store, RUN, tmp_path / "one", sweep=AXES)
     for name, value in environment(0, port).items():
         monkeypatch.setenv(name, value)
@@ -62,6 +65,8 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert (tensor - found.state_dict()[name]).abs().max() <= 1e-5, name
         lines = zip(*(read_figures(folder / "metrics.jsonl") for folder in (one, two)), strict=True)
         assert all(abs(a.total - b.total) <= 1e-4 * abs(a.total) for a, b in lines)
+        epochs = zip(*(read_validation(folder / "validation.jsonl") for folder in (one, two)), strict=True)
+        assert all(a.margin == pytest.approx(b.margin, rel=1e-3) for a, b in epochs)
 
 
 def refused_as(variables: dict[str, str], folder: Path, told: Path) -> None:
@@ -86,3 +91,14 @@ def test_a_refusal_of_the_first_process_ends_all(tmp_path: Path) -> None:
     first, second = (path.read_text() for path in told)
     assert first == second
     assert first.startswith(f"error: {tmp_path}/two holds something else")
+
+
+@pytest.mark.parametrize(("device", "said"), [("cuda:0", "deals the GPUs"), ("cuda", "process 1 .* no GPU")])
+def test_processes_without_a_gpu_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, device: str, said: str
+) -> None:
+    for name, value in environment(1, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match=said), join_replicas(device):
+        pass

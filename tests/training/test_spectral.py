@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretend_cuda import Device
 from safetensors.torch import load_file
 from store_cases import Case, frames_case, pairs_case
 
@@ -91,6 +92,18 @@ CASES = {
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     path = tmp_path_factory.mktemp("stores") / f"{request.param}.zarr"
     return open_store(CASES[request.param]().write(path))
+
+
+def test_on_a_gpu_the_host_waits_once_a_group(tmp_path: Path, cuda: Device) -> None:
+    store = open_store(pairs_case(12, n_views=2, side=4, dim=16).write(tmp_path / "s.zarr"))
+    here = fit_spectral(store, SpectralSettings(), tmp_path / "cpu")
+    assert cuda.waits == 0
+    there = fit_spectral(store, SpectralSettings(), tmp_path / "cuda", device="cuda")
+    n_groups = len(list_pairs(store).groups)
+    # By group: three sums and whether all is finite, or that alone; at the end two lists of margins, and what
+    # they need of the spectrum.
+    assert cuda.waits <= 5 * n_groups + 4, cuda.report()
+    assert there.measured.margin == pytest.approx(here.measured.margin, rel=1e-9)
 
 
 @pytest.mark.parametrize("rule", ["nearest", "position"])

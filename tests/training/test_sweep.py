@@ -17,9 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pretend_cuda import Device
 from test_train import SMALL, After, make_store
 
+import cosettle_cache.training.learner as learner_module
+import cosettle_cache.training.run as run_module
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError, UsageError
+from cosettle_cache.heads import projection
 from cosettle_cache.heads.projection import Projection, load_projection
 from cosettle_cache.store import open_store
 from cosettle_cache.training.batches import Batch, Portion, Step
@@ -166,6 +170,87 @@ def test_a_member_that_diverges_leaves_the_others_alone(tmp_path: Path) -> None:
     assert rows[1][1].startswith("diverged at step")
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_on_a_gpu_the_host_waits_once_a_step(
+    tmp_path: Path, cuda: Device, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    for name in ("curves_chart", "save_chart"):  # they take longer than all the rest
+        monkeypatch.setattr(run_module, name, lambda *_: None)
+    store = make_store(tmp_path, n_videos=20)
+    run = replace(SMALL, validation=0.3, accumulate=2, epochs=2)
+    cpu = train(store, run, tmp_path / "cpu", sweep=AXES)
+    run, stop = replace(run, precision=precision), threading.Event()
+    whole = train(store, run, tmp_path / "cuda", sweep=AXES, device="cuda")
+    # One wait for figures a step, and one an epoch for those of the clips held out.
+    assert sum(cuda.at("training/learner.py").values()) == whole.steps + run.epochs, cuda.report()
+    # The thread that reads waits until a buffer was copied, and nobody else there.
+    assert sum(cuda.at("training/batches.py").values()) <= 2 * whole.steps
+    for here, there in zip(cpu.members, whole.members, strict=True):
+        assert there.last.total == pytest.approx(here.last.total, rel=1e-4 if precision != "bf16" else 1e-2)
+        assert there.last_validation.margin == pytest.approx(here.last_validation.margin, rel=2e-2)
+        assert there.first.step == 0 and there.last.step == whole.steps - 1
+    stopped = train(
+        store, run, tmp_path / "2", sweep=AXES, device="cuda", progress=After(2, stop.set), stop=stop
+    )
+    assert stopped.interrupted and stopped.steps == 3  # the second step's figures came with the third
+    resumed = train(store, run, tmp_path / "2", sweep=AXES, device="cuda")
+    assert [m.projection_sha256 for m in resumed.members] == [m.projection_sha256 for m in whole.members]
+
+
+def test_on_a_gpu_the_heads_of_a_sweep_share_a_product(cuda: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner_module, "WIDE_HEADS", 2)
+    members = [("linear", 0.02), ("mlp2", "auto"), ("affine", 1.0)]
+    settings = [replace(SMALL, head=head, separability_weight=weight) for head, weight in members]
+    here, there = (
+        [Learner(Projection(8, a.head, seed=1).to(d), a) for a in settings] for d in ("cpu", "cuda")
+    )
+    wanted = [Trainer([learner]).feed(make_batch())[0].figures[0] for learner in here]
+    alone, one_map = list[Any](), projection._map
+    monkeypatch.setattr(projection, "_map", lambda *args: alone.append(args) or one_map(*args))
+    trainer = Trainer(there)
+    trainer.feed(make_batch())
+    assert len(alone) == 1  # the second map of mlp2
+    for a, b in zip(wanted, trainer.flush()[0].figures, strict=True):
+        assert b.total == pytest.approx(a.total, rel=1e-5)
+        assert b.gradient_norm == pytest.approx(a.gradient_norm, rel=1e-5)
+    for a, b in zip(here, there, strict=True):
+        for p, q in zip(a.projection.parameters(), b.projection.parameters(), strict=True):
+            assert (p.grad - q.grad.cpu()).abs().max() <= 1e-5 * p.grad.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+def test_a_gpu_stops_a_member_that_diverges_by_itself(cuda: Device, precision: str) -> None:
+    settings = replace(SMALL, precision=precision)
+    learners = [Learner(Projection(8, seed=seed).to("cuda"), settings) for seed in range(2)]
+    trainer, before = Trainer(learners), []
+    for number in range(4):
+        batch = make_batch(seed=number)
+        step = replace(batch.portion.step, number=number)
+        if number == 1:
+            batch.samples.fill_(math.nan)
+        before.append([item.cpu() for item in learners[0].projection.parameters()])
+        finished = trainer.feed(replace(batch, portion=replace(batch.portion, step=step)))
+        if number == 2:
+            break  # step 1 was read just now; until then step 2 was on its way
+    after = [item.cpu() for item in learners[0].projection.parameters()]
+    assert finished[0].step.number == 1 and finished[0].figures == [None, None]
+    assert [learner.diverged_at for learner in learners] == [1, 1]
+    # In fp16 the first steps lower the scale.
+    assert precision == "fp16" or not all(map(torch.equal, before[0], before[1]))
+    assert all(map(torch.equal, before[1], after))
+    assert trainer.flush()[0].figures == [None, None]
+
+
+def test_a_process_that_set_other_products_trains_the_same(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    wanted = train(store, SMALL, tmp_path / "run")
+    try:
+        torch.set_float32_matmul_precision("medium")  # bfloat16, where the CPU has it
+        assert train(store, SMALL, tmp_path / "medium").projection_sha256 == wanted.projection_sha256
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_auto_weight_keeps_the_ratio_of_gradients() -> None:
     batch = make_batch()
     run = replace(SMALL, separability_weight="auto", gradient_ratio=0.5)
@@ -278,6 +363,12 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path) -> None:
 def test_stream_settings_that_cannot_train(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         make_train_plan(make_store(tmp_path), replace(SMALL, **change))
+
+
+def test_a_cpu_has_no_tf32(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only GPUs have TF32"):
+        train(make_store(tmp_path), replace(SMALL, precision="tf32"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_clip_held_out(tmp_path: Path) -> None:
