@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class Sizes:
     backbone: str = "timm/vit_base_patch16_224"
     side: int = 224
     batches: tuple[int, ...] = (64, 128, 256)
-    grid: Grid = Grid(30, 55)
+    rows: int = 30
+    cols: int = 55
     dim: int = 768
     frames: int = 86
     clips: int = 400
@@ -89,9 +91,13 @@ class Sizes:
     @classmethod
     def tiny(cls, device: str) -> Sizes:
         return cls(
-            *(device, 64, 1, "timm/test_vit", 160, (2, 4), Grid(6, 9), 32, 26, 6, (64, 96), 4, 2),
+            *(device, 64, 1, "timm/test_vit", 160, (2, 4), 6, 9, 32, 26, 6, (64, 96), 4, 2),
             *(1, 6, (64, 96), "64x96"),
         )
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.rows, self.cols)
 
     @property
     def on_gpu(self) -> bool:
@@ -156,7 +162,7 @@ def _in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 [*command, *["--tiny"] * options.tiny],
                 stdout=stream,
                 stderr=stream,
-                timeout=SECTIONS[name],
+                timeout=None if options.tiny else SECTIONS[name],
                 check=False,
             )
             ended = done.returncode == 0
@@ -387,15 +393,16 @@ def train(sizes: Sizes) -> Figures:
 
 
 def search(sizes: Sizes) -> Figures:
-    """Milliseconds per frame of the search with a full queue, and what share of the product's rate that is."""
+    """Milliseconds per frame of the search with a full queue, and what share of the product's rate it is."""
     grid, n_full = sizes.grid, 22
     tokens = moving_tokens(n_full, grid, sizes.dim)
     tokens = torch.cat([tokens] * (sizes.frames // n_full + 1))[: sizes.frames].to(sizes.device)
     protocol, n_timed = make_protocol(), sizes.frames - n_full
-    for preset, kind in (("cosettle", "auto"), ("dino", "auto"), ("crw", "auto"), ("cosettle", "faiss")):
+    kinds = [("cosettle", name) for name in ("auto", "triton", "faiss")]
+    for preset, kind in (*kinds, ("dino", "auto"), ("crw", "auto")):
         try:
             milliseconds = _search_ms(sizes, make_protocol(preset), kind, tokens, n_full)
-        except Exception as error:  # FAISS is not there, or not for this GPU
+        except Exception as error:  # FAISS or Triton is not there, or not for this GPU
             yield f"{preset}_{kind}", f"{type(error).__name__}: {str(error)[:100]}"
             continue
         yield f"{preset}_{kind}_ms_per_frame", round(milliseconds, 3)
@@ -478,7 +485,7 @@ def metrics(sizes: Sizes) -> Figures:
 
     def score(_: int = 0) -> None:
         scorer = DavisScorer.from_first_mask(masks[0])
-        for truth, prediction in zip(masks[:-1], masks[1:], strict=True):
+        for truth, prediction in pairwise(masks):
             scorer.add(truth, prediction)
 
     cv2.setNumThreads(1)

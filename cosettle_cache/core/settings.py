@@ -41,7 +41,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 #: Which videos get pictures.
 OVERLAYS = ("none", "first", "all")
 #: Who ranks the context.
-SEARCHES = ("auto", "bf16", "faiss", "torch")
+SEARCHES = ("auto", "bf16", "faiss", "torch", "triton")
 
 #: Packages whose versions can move a number; recorded with every store and score.
 VERSIONED_PACKAGES = ("torch", "timm", "numpy", "opencv-python-headless", "pillow", "av")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from threading import Barrier
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
@@ -85,14 +85,26 @@ _NAMED_BYTES = 32
 Blocked = Bool[Tensor, "query position"] | None
 
 
+class Window(NamedTuple):
+    """Shape and radius of a window, and the rows of the grid that it lies on."""
+
+    shape: str
+    radius: float
+    n_rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Neighbouring query columns and the key positions, column by column, that their windows reach."""
+    """Neighbouring query columns and the key positions, column by column, that their windows reach.
+
+    `blocked` is what a `window` hides of these positions; both are None where it hides nothing.
+    """
 
     query_cols: slice
     queries: slice
     positions: slice
     blocked: Blocked
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +196,15 @@ def make_slabs(
         stop = min(start + slab_cols, grid.cols)
         queries = slice(start * grid.rows, stop * grid.rows)
         positions = slice(max(start - reach, 0) * grid.rows, min(stop + reach, grid.cols) * grid.rows)
-        blocked = None
+        blocked = window = None
         if protocol is not None:
             query = torch.arange(queries.start, queries.stop)[:, None]
             key = torch.arange(positions.start, positions.stop)
             row, col = key % grid.rows - query % grid.rows, key // grid.rows - query // grid.rows
             blocked = ~in_window(row, col, protocol.window, protocol.radius)
             blocked = upload(blocked, device) if blocked.any() else None
-        slabs.append(Slab(slice(start, stop), queries, positions, blocked))
+            window = Window(protocol.window, protocol.radius, grid.rows) if blocked is not None else None
+        slabs.append(Slab(slice(start, stop), queries, positions, blocked, window))
     return slabs
 
 
