@@ -79,6 +79,6 @@ def test_the_benchmark_runs_at_toy_size(section: str, tmp_path: Path, monkeypatc
     with single_thread():
         figures = gpu.run_section(section, gpu.Sizes.tiny("cpu"), tmp_path)
     assert all(figures["checks"].values()), figures
-    assert len(figures) > 3 and all(callable(getattr(gpu, name)) for name in gpu.SECTIONS)
+    assert len(figures) > 2 and all(callable(getattr(gpu, name)) for name in gpu.SECTIONS)
     assert sum(gpu.SECTIONS.values()) <= 480
     del sys.modules["gpu"]

@@ -162,7 +162,11 @@ def test_a_kernel_names_what_torch_names():
     # Its interpreter is chosen before Triton is imported, which torch may have done here.
     script = Path(__file__).parents[1] / "support/interpreted_kernel.py"
     done = subprocess.run(
-        [sys.executable, script], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, script],
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["cosettle", "dino", "crw"]
