@@ -87,7 +87,7 @@ class TritonRanker(RoughRanker):
         super().__init__("cuda")
 
     def _candidates(self, look: Look, k: int) -> tuple[Similarities, KeyIndex, Float32[Tensor, " query"]]:
-        n_wanted = triton.next_power_of_2(self.overfetch * k)
+        n_wanted = triton.next_power_of_2(self._n_wanted(k))
         device, n_queued = look.keys.rough.device, look.n_frames * look.n_positions
         frames = look.keys.place(torch.arange(look.start, look.frame, device=device))
         parts = [(torch.zeros(1, dtype=torch.int64, device=device), look.first, n_queued)]
