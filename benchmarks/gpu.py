@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.settings import TrainSettings
+from cosettle_cache.core.settings import PropagateSettings, TrainSettings
 from cosettle_cache.core.types import EvalProtocol, Grid, PositionShift
 from cosettle_cache.encoders import Backbone, load_backbone
 from cosettle_cache.heads.projection import Projection
@@ -43,7 +44,9 @@ from cosettle_cache.metrics import DavisScorer
 from cosettle_cache.propagation.context import ContextSearch
 from cosettle_cache.propagation.propagator import LabelCarrier, propagate
 from cosettle_cache.propagation.protocols import make_protocol
+from cosettle_cache.propagation.run import propagate_store
 from cosettle_cache.search.masked import in_window
+from cosettle_cache.store import open_store
 from cosettle_cache.training.batches import Batch, Portion, Step
 from cosettle_cache.training.learner import Learner, Trainer
 from cosettle_cache.videos.masks import read_mask, write_mask
@@ -74,7 +77,8 @@ class Sizes:
     backbone: str = "timm/vit_base_patch16_224"
     side: int = 224
     batches: tuple[int, ...] = (64, 128, 256)
-    grid: Grid = Grid(30, 55)
+    rows: int = 30
+    cols: int = 55
     dim: int = 768
     frames: int = 86
     clips: int = 400
@@ -89,9 +93,13 @@ class Sizes:
     @classmethod
     def tiny(cls, device: str) -> Sizes:
         return cls(
-            *(device, 64, 1, "timm/test_vit", 160, (2, 4), Grid(6, 9), 32, 26, 6, (64, 96), 4, 2),
+            *(device, 64, 1, "timm/test_vit", 160, (2, 4), 6, 9, 32, 26, 6, (64, 96), 4, 2),
             *(1, 6, (64, 96), "64x96"),
         )
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.rows, self.cols)
 
     @property
     def on_gpu(self) -> bool:
@@ -156,7 +164,7 @@ def _in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 [*command, *["--tiny"] * options.tiny],
                 stdout=stream,
                 stderr=stream,
-                timeout=SECTIONS[name],
+                timeout=None if options.tiny else SECTIONS[name],
                 check=False,
             )
             ended = done.returncode == 0
@@ -387,15 +395,16 @@ def train(sizes: Sizes) -> Figures:
 
 
 def search(sizes: Sizes) -> Figures:
-    """Milliseconds per frame of the search with a full queue, and what share of the product's rate that is."""
+    """Milliseconds per frame of the search with a full queue, and what share of the product's rate it is."""
     grid, n_full = sizes.grid, 22
     tokens = moving_tokens(n_full, grid, sizes.dim)
     tokens = torch.cat([tokens] * (sizes.frames // n_full + 1))[: sizes.frames].to(sizes.device)
     protocol, n_timed = make_protocol(), sizes.frames - n_full
-    for preset, kind in (("cosettle", "auto"), ("dino", "auto"), ("crw", "auto"), ("cosettle", "faiss")):
+    kinds = [("cosettle", name) for name in ("auto", "triton", "faiss")]
+    for preset, kind in (*kinds, ("dino", "auto"), ("crw", "auto")):
         try:
             milliseconds = _search_ms(sizes, make_protocol(preset), kind, tokens, n_full)
-        except Exception as error:  # FAISS is not there, or not for this GPU
+        except Exception as error:  # FAISS or Triton is not there, or not for this GPU
             yield f"{preset}_{kind}", f"{type(error).__name__}: {str(error)[:100]}"
             continue
         yield f"{preset}_{kind}_ms_per_frame", round(milliseconds, 3)
@@ -443,7 +452,7 @@ def _candidates(grid: Grid, protocol: EvalProtocol) -> int:
 
 
 def davis(sizes: Sizes) -> Figures:
-    """Clips in DAVIS's layout by the commands, scaled to the 1,999 frames of its validation split."""
+    """Clips in DAVIS's layout, from frames to scores, scaled to the 1,999 frames of its validation split."""
     with _folder() as root:
         data = root / "DAVIS"
         names = _write_clips(data / "JPEGImages/480p", sizes.davis_clips, sizes.davis_frames, sizes.picture)
@@ -461,15 +470,13 @@ def davis(sizes: Sizes) -> Figures:
         )
         yield "whole_extract_s", round(DAVIS_FRAMES / report["images_per_s"], 1)
         n_frames = sizes.davis_clips * sizes.davis_frames
-        for number, name in enumerate(("cold", "warm")):
-            report = _command(
-                *("propagate", "--task", "davis", "--features", root / "s.zarr", "--data-root", root),
-                *("--set", f"size={sizes.pixels}", "--overlays", "none", "--device", sizes.device),
-                *("--out", root / f"out{number}"),
-            )
-            yield f"{name}_ms_per_frame", round(1e3 * report["seconds"] / n_frames, 2)
-        yield "whole_propagate_s", round(DAVIS_FRAMES * report["seconds"] / n_frames, 1)
-        yield "every_video_is_scored", len(report["scores"]) == 2 * sizes.davis_clips
+        store, protocol = open_store(root / "s.zarr"), make_protocol(size=sizes.pixels)
+        settings = PropagateSettings(overlays="none")
+        for name in ("cold", "warm"):  # kernels loaded, tokens in the page cache
+            done = propagate_store(store, root, protocol, root / name, settings, device=sizes.device)
+            yield f"{name}_ms_per_frame", round(1e3 * done.seconds / n_frames, 2)
+        yield "whole_propagate_s", round(DAVIS_FRAMES * done.seconds / n_frames, 1)
+        yield "every_object_is_scored", len(done.scores) == 2 * sizes.davis_clips and done.complete
 
 
 def metrics(sizes: Sizes) -> Figures:
@@ -478,7 +485,7 @@ def metrics(sizes: Sizes) -> Figures:
 
     def score(_: int = 0) -> None:
         scorer = DavisScorer.from_first_mask(masks[0])
-        for truth, prediction in zip(masks[:-1], masks[1:], strict=True):
+        for truth, prediction in pairwise(masks):
             scorer.add(truth, prediction)
 
     cv2.setNumThreads(1)

@@ -41,7 +41,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 #: Which videos get pictures.
 OVERLAYS = ("none", "first", "all")
 #: Who ranks the context.
-SEARCHES = ("auto", "bf16", "faiss", "torch")
+SEARCHES = ("auto", "bf16", "faiss", "torch", "triton")
 
 #: Pixels of a side that anything is encoded at; more than any camera takes.
 MOST_PIXELS = 16_384

@@ -175,8 +175,9 @@ class ContextSearch:
         first, are_finite, found = self._n_seen, list[Tensor](), list[list[Found]]()
         with exact_float32(self._device.type):
             for tokens in frames:
-                are_finite.append(self._is_finite(tokens))
-                columns = unit_tokens(tokens.to(self._device)).transpose(0, 1).flatten(0, 1)
+                there = upload(tokens, self._device)
+                are_finite.append(self._is_finite(there))
+                columns = unit_tokens(there).transpose(0, 1).flatten(0, 1)
                 found.append(self._context.take(columns, self._n_seen))
                 self._n_seen += 1
             certain = [slab.certain for of_frame in found for slab in of_frame]

@@ -14,11 +14,12 @@ from cosettle_cache.search.rough import FaissRoughRanker, RoughRanker
 
 
 def make_ranker(search: str, device: torch.device) -> Ranker:
-    """Return the ranker named `auto`, `bf16`, `faiss` or `torch`; all give the same neighbours.
+    """Return the ranker named `auto`, `bf16`, `faiss`, `torch` or `triton`; all give the same neighbours.
 
     On a CPU `auto` is bfloat16 first where it is multiplied in hardware, else FAISS where it is installed,
     because it fuses the product with the ranking (ratios in docs/benchmarks), and torch otherwise. On a GPU
-    it is float16 first, as is `torch`. Raises `UsageError` for a search that cannot run here.
+    it is float16 first, as are `torch` and `triton`, whose candidates one kernel names. Raises `UsageError`
+    for a search that cannot run here.
     """
     if search not in SEARCHES:
         raise UsageError(f"there is no search {search!r}", wanted=", ".join(SEARCHES), found=search)
@@ -31,6 +32,8 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
         faiss_packages()
     if device.type != "cpu":
         return _on_gpu(search, device)
+    if search == "triton":
+        raise UsageError("triton searches on a GPU only", found=str(device), hint="--search auto")
     # Without hardware for bfloat16 its products are slower than exact ones.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -48,4 +51,10 @@ def _on_gpu(search: str, device: torch.device) -> Ranker:
     if search == "faiss":
         check_gpu_faiss()
         return FaissRoughRanker(device.type)
+    if search == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise UsageError("Triton is not installed", hint="--search torch")
+        from cosettle_cache.search.triton_names import TritonRanker
+
+        return TritonRanker()
     return RoughRanker(device.type)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from threading import Barrier
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
@@ -97,14 +97,26 @@ _NAMED_BYTES = 32
 Blocked = Bool[Tensor, "query position"] | None
 
 
+class Window(NamedTuple):
+    """Shape and radius of a window, and the rows of the grid that it lies on."""
+
+    shape: str
+    radius: float
+    n_rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Neighbouring query columns and the key positions, column by column, that their windows reach."""
+    """Neighbouring query columns and the key positions, column by column, that their windows reach.
+
+    `blocked` is what a `window` hides of these positions; both are None where it hides nothing.
+    """
 
     query_cols: slice
     queries: slice
     positions: slice
     blocked: Blocked
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +190,8 @@ def limit_on(device: torch.device, memory_limit: int | None) -> int | None:
     """Return how many bytes a search may take: those given and, on a GPU, no more than most of the free."""
     if device.type != "cuda":
         return memory_limit
-    free = int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = int(_FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
     return free if memory_limit is None else min(free, memory_limit)
 
 
@@ -196,21 +209,20 @@ def make_slabs(
         stop = min(start + slab_cols, grid.cols)
         queries = slice(start * grid.rows, stop * grid.rows)
         positions = slice(max(start - reach, 0) * grid.rows, min(stop + reach, grid.cols) * grid.rows)
-        blocked = None
+        blocked = window = None
         if protocol is not None:
             query = torch.arange(queries.start, queries.stop)[:, None]
             key = torch.arange(positions.start, positions.stop)
             row, col = key % grid.rows - query % grid.rows, key // grid.rows - query // grid.rows
             blocked = ~in_window(row, col, protocol.window, protocol.radius, protocol.rim)
             blocked = upload(blocked, device) if blocked.any() else None
-        slabs.append(Slab(slice(start, stop), queries, positions, blocked))
+            window = Window(protocol.window, protocol.radius, grid.rows) if blocked is not None else None
+        slabs.append(Slab(slice(start, stop), queries, positions, blocked, window))
     return slabs
 
 
 #: Keys per matrix product on a CPU: MKL runs 2,000 at a time a fifth faster than 30,000 at once.
 _CPU_KEYS = 2048
-#: What numbers of keys per product are rounded up to.
-_KEY_STEP = 256
 
 Queries = Float32[Tensor, "query dim"]
 Keys = Float32[Tensor, "position frame dim"]
@@ -358,9 +370,7 @@ def _products(queries: Tensor, keys: Tensor, blocked: Blocked, out: Tensor) -> T
     at_once = _CPU_KEYS if queries.device.type == "cpu" else len(flat)
     for start in range(0, len(flat), at_once):
         stop = min(start + at_once, len(flat))
-        # Shapes that recur: code for a product in bfloat16 is made, and kept, once per shape.
-        first = max(0, stop - -(-(stop - start) // _KEY_STEP) * _KEY_STEP)
-        torch.mm(queries, flat[first:stop].T, out=out[:, first:stop])
+        torch.mm(queries, flat[start:stop].T, out=out[:, start:stop])
     if blocked is not None:
         out.view(len(queries), *keys.shape[:2]).masked_fill_(blocked[:, :, None], -torch.inf)
     return out

@@ -140,6 +140,8 @@ class Found(NamedTuple):
 _ADDITION = 2.0**-23
 #: Half a unit in the last place of a bfloat16 whose mantissa lies between 1/2 and 1 is 2 ** (exponent - 9).
 _HALF_UNIT = -9
+#: Candidates of a query at least.
+_LEAST_CANDIDATES = 16
 #: One query in so many may be uncertain; with more, and so many at a time, all tokens are multiplied exactly.
 _UNCERTAIN = 4
 
@@ -202,7 +204,7 @@ class RoughRanker(Ranker):
         """Return the best elements by rough products, and the most that any other one has."""
         queries = look.queries(look.keys.rough)
         queued, first = self._multiply(look, look.keys.rough, queries, self._space(look))
-        n_wanted, n_queued = self.overfetch * k, look.n_frames * look.n_positions
+        n_wanted, n_queued = self._n_wanted(k), look.n_frames * look.n_positions
         products = first.T.float()
         if look.first.blocked is not None:
             products.masked_fill_(look.first.blocked, -torch.inf)
@@ -225,6 +227,9 @@ class RoughRanker(Ranker):
         of_queue = index // n_kept * look.n_positions + position.gather(1, index % n_kept)
         of_first = index - look.n_frames * n_kept + n_queued
         return rough, torch.where(index < look.n_frames * n_kept, of_queue, of_first), others
+
+    def _n_wanted(self, k: int) -> int:
+        return max(_LEAST_CANDIDATES, self.overfetch * k)
 
     def _multiply(
         self, look: Look, tokens: Float[Tensor, "place position dim"], queries: Tensor, out: Tensor
@@ -325,7 +330,7 @@ class FaissRoughRanker(RoughRanker):
         self, queries: Tensor, keys: Tensor, slab: Slab, before: int, k: int
     ) -> tuple[Similarities, KeyIndex, Float32[Tensor, " query"]]:
         """Return the best of one block of keys, whose elements have `before` others before them."""
-        n_wanted = min(self.overfetch * k, len(keys))
+        n_wanted = min(self._n_wanted(k), len(keys))
         if n_wanted > MOST_ON_GPU:
             raise UsageError(
                 "FAISS on a GPU finds fewer neighbours than that",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -89,7 +92,7 @@ def faiss_on_gpu(module: object) -> Iterator[Device]:
 
 
 @pytest.mark.parametrize("search", ["auto", "faiss"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(clip=clips(min_frames=3), n_at_once=st.sampled_from([1, 2, 8]))
 def test_a_gpu_finds_what_a_cpu_finds(search, clip, n_at_once):
     options = {"grid": clip.grid, "dim": clip.tokens.shape[-1], "protocol": clip.protocol}
@@ -107,7 +110,7 @@ def test_a_gpu_finds_what_a_cpu_finds(search, clip, n_at_once):
         assert torch.equal(count.sum(1), wanted.count.sum(1)) and not count[:, width:].any()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(clips())
 def test_labels_of_a_gpu_equal_the_dense_oracle(clip):
     expected, open_tie = dense_oracle(clip.tokens, clip.first_labels, clip.protocol)
@@ -152,6 +155,21 @@ def test_frames_at_once_are_what_fits(limit, cuda):
     with pytest.raises(UsageError, match="needs more memory"):
         at_once(least - 2)
     assert needed < 1.6e9
+
+
+def test_a_kernel_names_what_torch_names():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    # Its interpreter is chosen before Triton is imported, which torch may have done here.
+    script = Path(__file__).parents[1] / "support/interpreted_kernel.py"
+    done = subprocess.run(
+        [sys.executable, script],
+        check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cosettle", "dino", "crw"]
 
 
 def test_vectors_are_searched_on_a_gpu_too():
