@@ -63,7 +63,7 @@ def test_a_sweep_as_typed(
         ("--window 3", 2, "does not divide the grid"),
         ("--palindrome 3", 2, "too few for longer walks"),
         ("--order backwards", 2, "samples or shards"),
-        ("--precision int4", 2, "float32 or bf16 or fp16"),
+        ("--precision int4", 2, "float32 or tf32 or bf16 or fp16"),
         ("--head spectral --sweep window=1,2", 2, "without training"),
         ("--head spectral --window 4 --epochs 3", 2, "1 stores, 0 axes, window, epochs"),
         ("--batch 4096", 2, "larger than an epoch"),
