@@ -113,6 +113,29 @@ def map_ahead(
             pool.shutdown(cancel_futures=True)
 
 
+def start_one_core_threads(n_threads: int, name: str) -> ThreadPoolExecutor:
+    """Return a pool of threads that have all begun, each with torch on one core; others keep their number."""
+    import torch
+
+    started = Barrier(n_threads + 1)
+    before = torch.get_num_threads()
+
+    def start() -> None:
+        # A thread's first question sets its number to the common one, so it comes before.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(n_threads, name, initializer=start)
+    for _ in range(n_threads):
+        pool.submit(started.wait)
+    for _ in range(2):  # all have started; then none has two of these tasks
+        started.wait()
+    # The number is a thread's own; but the last one set is what threads to come begin with.
+    torch.set_num_threads(before)
+    return pool
+
+
 #: Pools of threads on one core each that are open, and the number of OpenCV's threads that the first found.
 _pools: list[int] = []
 _starting = Lock()
@@ -126,25 +149,9 @@ def one_core_threads(n_threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
     as it was; OpenCV's number is the process's and is put back when the last pool closes.
     """
     import cv2
-    import torch
-
-    started = Barrier(n_threads + 1)
-
-    def start() -> None:
-        # A thread's first question sets its number to the common one, so it comes before.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        started.wait()
 
     with _starting:
-        before = torch.get_num_threads()
-        pool = ThreadPoolExecutor(n_threads, name, initializer=start)
-        for _ in range(n_threads):
-            pool.submit(started.wait)
-        for _ in range(2):  # all have started; then none has two of these tasks
-            started.wait()
-        # The number is a thread's own; but the last one set is what threads to come begin with.
-        torch.set_num_threads(before)
+        pool = start_one_core_threads(n_threads, name)
         _pools.append(_pools[-1] if _pools else cv2.getNumThreads())
         cv2.setNumThreads(1)
     try:

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
-from threading import Barrier
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -24,7 +23,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.parallel import upload
+from cosettle_cache.core.parallel import start_one_core_threads, upload
 from cosettle_cache.core.settings import package_versions
 from cosettle_cache.core.types import EvalProtocol, Grid
 from cosettle_cache.search.faiss_gpu import MOST_ON_GPU, nearest_on_gpu
@@ -248,25 +247,9 @@ def _faiss_threads(n_threads: int) -> ThreadPoolExecutor:
 
 
 @cache
-def one_core_threads(n_threads: int) -> ThreadPoolExecutor:
+def search_threads(n_threads: int) -> ThreadPoolExecutor:
     """Return the threads that rank slabs, each with torch on one core; see `_faiss_threads`."""
-    started = Barrier(n_threads + 1)
-    before = torch.get_num_threads()
-
-    def start() -> None:
-        # A thread's first question sets its number to the common one, so it comes before.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(n_threads, "search", initializer=start)
-    for _ in range(n_threads):
-        pool.submit(started.wait)
-    started.wait()
-    started.wait()
-    # The number is a thread's own; but the last one set is what threads to come begin with.
-    torch.set_num_threads(before)
-    return pool
+    return start_one_core_threads(n_threads, "search")
 
 
 class Ranker:

@@ -23,7 +23,7 @@ from cosettle_cache.search.masked import (
     Similarities,
     Slab,
     exact_products,
-    one_core_threads,
+    search_threads,
 )
 
 _Frame = TypeVar("_Frame", int, Tensor)
@@ -162,7 +162,7 @@ class RoughRanker(Ranker):
         self.dtype: torch.dtype = torch.bfloat16 if self._on_cpu else _gpu_dtype()
         #: Candidates per neighbour wanted: with more, few more queries are certified.
         self.overfetch = 5 if self._on_cpu else 2
-        self.threads = one_core_threads if self._on_cpu else None
+        self.threads = search_threads if self._on_cpu else None
         self._local = local()
 
     def name(self, look: Look, k: int) -> Found:
