@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import torch
 
 from cosettle_cache.core.cluster import work_on
 from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
@@ -209,12 +210,16 @@ class LayerWriters:
 
 @dataclass(frozen=True, slots=True)
 class SlotReport:
-    """What a worker process says about a slot; `filled` is None when another writer has it, or had it."""
+    """What a worker process says about a slot; `filled` is None when another writer has it, or had it.
+
+    `model` is the card that it encodes on; empty for a CPU.
+    """
 
     process: str
     filled: FilledSlot | None
     seconds: Mapping[str, float]
     notes: Sequence[str] = ()
+    model: str = ""
 
 
 def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> ExtractReport:
@@ -312,7 +317,7 @@ def extract_across(
 
     `writer` is this process's own, of the job's store. Errors of a worker are raised here.
     """
-    clock, processes = Clock(), set[str]()
+    clock, processes, models = Clock(), set[str](), set[str]()
 
     def fill(slots: Sequence[int]) -> Iterator[FilledSlot]:
         for _, report in run(partial(fill_slot, job), slots):
@@ -321,6 +326,10 @@ def extract_across(
                 note(f"{report.process}: {line}")
             if report.filled is not None:
                 processes.add(report.process)
+                if models and report.model not in models:
+                    cards = " and ".join(sorted({*models, report.model}))
+                    note(f"slots are filled on {cards}: tokens may differ in their last bits")
+                models.add(report.model)
                 progress.advance(report.filled.n_encodings)
                 yield report.filled
 
@@ -344,7 +353,9 @@ def fill_slot(job: StoreJob, index: int) -> SlotReport:
         filled = replace(filler, clock=clock, note=notes.append).fill_one(index)
     finally:
         filler.writer.release(index)
-    return SlotReport(process, filled, dict(clock.seconds), notes)
+    device = filler.backbone.device
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return SlotReport(process, filled, dict(clock.seconds), notes, model)
 
 
 def make_fingerprint(backbone: Backbone, plan: Plan, manifest: Manifest) -> Fingerprint:

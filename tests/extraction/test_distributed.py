@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from threading import Event
 import pytest
 from cluster_units import die_at, die_once, environment, process, refuse, square
 from extract_cases import make_clips, manifest_of, tree
+from store_cases import frames_case
 
 from cosettle_cache.cli import run_command
 from cosettle_cache.core import cluster as distributed
@@ -27,7 +28,7 @@ from cosettle_cache.core.cluster import Cluster, connect
 from cosettle_cache.core.errors import ClusterError, InputError, UsageError
 from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, PairsSettings
 from cosettle_cache.core.types import Manifest
-from cosettle_cache.extraction.run import StoreJob, extract_across, fill_slot
+from cosettle_cache.extraction.run import FilledSlot, SlotReport, StoreJob, extract_across, fill_slot
 from cosettle_cache.store import StoreWriter, open_store
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.videos.manifest import read_manifest, write_manifest
@@ -286,3 +287,20 @@ def test_workers_and_a_scheduler_exclude_each_other(
     assert "exclude each other" in capsys.readouterr().err
     assert run_command([*words, "--device", "cuda:1"]) == 2
     assert "dealt their GPUs" in capsys.readouterr().err
+
+
+def test_cards_of_unlike_models_in_one_store_are_said(tmp_path: Path) -> None:
+    case = frames_case()
+    writer = case.writer(tmp_path / "s.zarr")
+    job = StoreJob(str(tmp_path / "s.zarr"), tmp_path, ENCODER, PairsSettings())
+
+    def run(_: object, slots: Sequence[int]) -> Iterator[tuple[int, SlotReport]]:
+        for index, card in zip(slots, ("H100", "H100", "A100"), strict=False):
+            case.commit(writer, index)
+            yield index, SlotReport(f"host:{index}", FilledSlot(index, 1, {}), {}, (), card)
+
+    notes: list[str] = []
+    with closing(writer):
+        extract_across(run, job, case.plan, writer, note=notes.append)
+    told = [note for note in notes if "filled on" in note]
+    assert told == ["slots are filled on A100 and H100: tokens may differ in their last bits"]
