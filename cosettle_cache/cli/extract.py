@@ -24,20 +24,20 @@ def extract(
     settings: ExtractSettings,
     mode: Mode,
     manifest: Annotated[
-        Path | None, typer.Option(help="Which videos; default: what the data root holds.")
+        Path | None, typer.Option(help="Which videos; default: all in the data root.")
     ] = None,
     data_root: DataRoot = None,
     out: Annotated[str, typer.Option(help="The store to write or resume: path or URL.")] = "store.zarr",
     plan: Annotated[PlanKind, typer.Option(help="Training samples, or every k-th frame.")] = PlanKind.PAIRS,
     size: Annotated[
         str | None,
-        typer.Option(help="Pixels: 224 (pairs); 480x880, short:480/64, dinov3-m (frames)."),
+        typer.Option(help="Pixels: 224; 480x880, short:480/64, dinov3-m."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of frame choice, crops and shifts.")] = 0,
     layers: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Blocks (from 0) whose tokens are kept, a store each.")
+        str | None, typer.Option(metavar="N,N", help="Blocks (from 0) to keep, a store each.")
     ] = None,
-    norm: Annotated[str, typer.Option(help="With --layers, the final norm on: last, each or none.")] = "last",
+    norm: Annotated[str, typer.Option(help="Final norm: last, each, none.")] = "last",
 ) -> int:
     """Encode videos once into a store. Run it again to resume; finished slots are kept.
 

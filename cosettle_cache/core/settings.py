@@ -95,12 +95,19 @@ def _number_fault(kind: str, limits: Mapping[str, Any], value: Any) -> str:
     word = (value is None and "None" in kinds) or (value == "auto" and len(kinds) > 1)
     if word or not {"int", "float"}.intersection(kinds):
         return ""
-    if isinstance(value, Integral) and abs(int(value)) >= 2**63:
-        return "a number of 64 bits"
     whole, positive = "int" in kinds, limits.get("positive", False)
+    is_huge = isinstance(value, Integral) and abs(int(value)) > _MOST_WHOLE
+    if is_huge and not whole:  # no floating-point number
+        return "a number of 64 bits"
     least, most = limits.get("min", -math.inf), limits.get("max", _MOST_WHOLE if whole else math.inf)
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if number and math.isfinite(value) and least <= value <= most and (value > 0 or not positive):
+    if (
+        number
+        and not is_huge
+        and math.isfinite(value)
+        and least <= value <= most
+        and (value > 0 or not positive)
+    ):
         return ""
     words = ["a whole number"] if whole else []
     words += ["positive"] if positive else []
@@ -155,9 +162,7 @@ class FramesSettings(Settings):
     )
     shift_ratio: float = 10.0
     seed: int = 0
-    resampling: str = setting(
-        LINEAR, "Of frames: linear, or bicubic as DINOv3 does.", choices=(LINEAR, "bicubic")
-    )
+    resampling: str = setting(LINEAR, "Bicubic as DINOv3 does.", choices=(LINEAR, "bicubic"))
 
 
 def parse_weight(text: str) -> float | Literal["auto"]:
@@ -199,11 +204,11 @@ class ExtractSettings(Settings):
     decode_threads: int | None = setting(None, "Threads that prepare images.", min=1, max=1000)
     slot_encodings: int | None = setting(None, "Encodings per slot (shard).", min=1, max=1_000_000)
     dtype: str = setting("float16", "Of stored tokens; int8 halves the bytes.", choices=("float16", "int8"))
-    codec: str = setting("none", "Compression of stored tokens.", choices=("none", "zstd"))
+    codec: str = setting("none", "Compression of tokens.", choices=("none", "zstd"))
     workers: int = setting(0, "Processes here, one per GPU; 0: this one.", min=0, max=1000)
     scheduler: str | None = setting(None, "A dask scheduler whose workers do it, as tcp://host:8786.")
     retry_failed: bool = setting(False, "Encode failed slots again.")
-    verify_media: bool = setting(False, "Compare every byte of the media, not only sizes and times.")
+    verify_media: bool = setting(False, "Compare every byte of the media.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,8 +244,8 @@ def _series(name: str, title: str, citation: str, *quirks: str) -> Family:
 
 #: Families that are computed by timm's model; only `dinov3` takes its sizes from a file.
 TIMM_FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
+    row.name: row
+    for row in (
         DINOV3,
         _series(
             "dinov2_giant",
