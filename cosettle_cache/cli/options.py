@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_o
 import typer
 
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import CosettleError, ExitCode, InputError, UncleanError, UsageError
+from cosettle_cache.core.errors import (
+    CosettleError,
+    ExitCode,
+    InputError,
+    UncleanError,
+    UsageError,
+    first_line,
+)
 from cosettle_cache.core.files import check_local
 from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, Settings, parse_bytes, setting
 
@@ -112,8 +119,10 @@ def exits(command: Callable[..., int | None]) -> Callable[..., None]:
         except CosettleError as error:
             Talk().error(error)
             code = int(error.exit_code)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             refusal = _refusal(error)
+            if refusal is None:
+                raise
             Talk().error(refusal)
             code = int(refusal.exit_code)
         except KeyboardInterrupt:
@@ -145,8 +154,14 @@ def _check_paths(name: str, values: Sequence[Any]) -> None:
             check_local(value)
 
 
-def _refusal(error: OSError | MemoryError) -> CosettleError:
-    """Return what the system refused as an error with one sentence."""
+def _refusal(error: OSError | MemoryError | RuntimeError) -> CosettleError | None:
+    """Return what the system refused as an error with one sentence; None for a bug of ours."""
+    if isinstance(error, RuntimeError):
+        # torch's, which is not imported for this: of a card, and of the host.
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+            return None
+        found = first_line(error)
+        return InputError("out of memory", found=found, hint="try a smaller --batch, or another --device")
     if isinstance(error, MemoryError):
         return InputError("out of memory", found=str(error) or None, hint="try a smaller --batch")
     place = f"{error.filename}: " if error.filename else ""

@@ -73,7 +73,7 @@ def _only_resolution(root: Path) -> str:
         f"{root} has no single resolution folder",
         wanted=f"JPEGImages/{_USUAL_RESOLUTION}, or one other",
         found=", ".join(found[:8]) or "none",
-        hint="videos without one, as in YouTube-VOS: move them into JPEGImages/480p and Annotations/480p"
+        hint=f"videos without one, as in YouTube-VOS: cosettle-cache manifest build youtube-vos {root}"
         if is_flat
         else None,
     )

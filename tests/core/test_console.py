@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from PIL import Image
 
@@ -136,6 +137,11 @@ def test_options_that_no_path_can_be(
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "xyz"), "xyz: File name too long"),
         (MemoryError(), "out of memory\nhint: try a smaller --batch"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n"),
+            "out of memory\n  found:  CUDA out of memory. Tried to allocate\n"
+            "hint: try a smaller --batch, or another --device",
+        ),
     ],
 )
 def test_what_the_system_refuses_is_one_sentence(
