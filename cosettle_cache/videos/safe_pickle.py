@@ -7,9 +7,11 @@ inert `_Part`; arrays are made when they have ended, from a plain dtype and exac
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable
+from io import BufferedIOBase
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,28 @@ def _with_plain_keys(opcode: bytes, keys: slice) -> dict[int, Callable[[Any], No
     return {opcode[0]: load}
 
 
+def _load_bytearray(unpickler: Any) -> None:
+    """Read before memory is taken for what a file says that it holds."""
+    length = int.from_bytes(unpickler.read(8), "little")
+    content = unpickler.read(length)
+    if len(content) < length:
+        raise pickle.UnpicklingError("it ends within bytes")
+    unpickler.append(bytearray(content))
+
+
+class _Bounded:
+    """A file of which no more is asked for than it holds: memory is taken before anything is read."""
+
+    def __init__(self, file: BufferedIOBase) -> None:
+        self.readline, self._file = file.readline, file
+        start = file.tell()
+        self._end = file.seek(0, os.SEEK_END)
+        file.seek(start)
+
+    def read(self, n_bytes: int) -> bytes:
+        return self._file.read(min(n_bytes, self._end - self._file.tell()))
+
+
 class ArrayUnpickler(pickle._Unpickler):
     """Loads arrays, plain numbers, texts, bytes, lists, tuples, dictionaries, and nothing else.
 
@@ -79,7 +103,11 @@ class ArrayUnpickler(pickle._Unpickler):
         | _with_plain_keys(pickle.DICT, slice(0, None, 2))
         | _with_plain_keys(pickle.ADDITEMS, slice(None))
         | _with_plain_keys(pickle.FROZENSET, slice(None))
+        | {pickle.BYTEARRAY8[0]: _load_bytearray}
     )
+
+    def __init__(self, file: BufferedIOBase) -> None:
+        super().__init__(_Bounded(file))
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a part of an array; refuse anything else."""

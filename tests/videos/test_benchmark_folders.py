@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -291,6 +292,19 @@ def test_pickled_arrays_are_read_as_they_are(protocol):
 def test_crafted_calls_are_refused(opcodes):
     with pytest.raises((pickle.UnpicklingError, TypeError)):
         ArrayUnpickler(io.BytesIO(b"\x80\x03" + opcodes + b".")).load()
+
+
+@pytest.mark.parametrize("opcode", [pickle.BINBYTES8, pickle.BYTEARRAY8, pickle.BINUNICODE8, pickle.FRAME])
+def test_bytes_that_a_pickle_only_claims_take_no_memory(tmp_path, opcode):
+    path = tmp_path / "claims.pkl"
+    path.write_bytes(b"\x80\x05" + opcode + (2**31).to_bytes(8, "little") + b"abc.")
+    tracemalloc.start()
+    try:
+        with path.open("rb") as file, pytest.raises((pickle.UnpicklingError, EOFError)):
+            ArrayUnpickler(file).load()
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
