@@ -300,7 +300,7 @@ def test_bytes_that_a_pickle_only_claims_take_no_memory(tmp_path, opcode):
     path.write_bytes(b"\x80\x05" + opcode + (2**31).to_bytes(8, "little") + b"abc.")
     tracemalloc.start()
     try:
-        with path.open("rb") as file, pytest.raises((pickle.UnpicklingError, EOFError)):
+        with path.open("rb") as file, pytest.raises((pickle.UnpicklingError, EOFError, IndexError)):
             ArrayUnpickler(file).load()
         assert tracemalloc.get_traced_memory()[1] < 10**6
     finally:
