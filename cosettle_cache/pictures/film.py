@@ -9,13 +9,17 @@ import io
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
 from cosettle_cache.core.errors import OutputError
 from cosettle_cache.core.files import output_errors, temporary_name, write_durably
-from cosettle_cache.videos.frames import Image8
+from cosettle_cache.videos.frames import Image8, check_av
+
+try:
+    import av
+except ImportError:  # `check_av` says so
+    av = None  # type: ignore[assignment]
 
 #: Frames per second where the source does not say; DAVIS was filmed at 24.
 _USUAL_FPS = 24.0
@@ -41,6 +45,7 @@ class Movie:
         self._stream: av.VideoStream | None = None
 
     def __enter__(self) -> Movie:
+        check_av(self._path)
         # A loop of 0 rounds never ends.
         layout, options = ("webp", {"loop": "0"}) if self._is_webp else ("mp4", {})
         with output_errors(self._path):

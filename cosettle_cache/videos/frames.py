@@ -20,10 +20,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from threading import Lock
 
-import av
 import numpy as np
-from av.sidedata.sidedata import Type
-from av.stream import Disposition
 from jaxtyping import UInt8
 from PIL import Image, ImageFile, ImageOps
 
@@ -31,6 +28,13 @@ from cosettle_cache.core.errors import CosettleError, InputError, MediaError, Us
 from cosettle_cache.core.files import name_fault
 from cosettle_cache.core.settings import MOST_PIXELS
 from cosettle_cache.core.types import Grid, MediaKind, Video
+
+try:
+    import av
+    from av.sidedata.sidedata import Type
+    from av.stream import Disposition
+except ImportError:  # folders of images, stores and all that works on these do without
+    av = None  # type: ignore[assignment]
 
 _FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".avif"})
 VIDEO_SUFFIXES = frozenset(
@@ -375,12 +379,19 @@ def _to_rgb(frame: av.VideoFrame) -> Image8:
     return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
+def check_av(path: Path) -> None:
+    """Raise `MediaError` where the package is missing that reads and writes films."""
+    if av is None:
+        raise MediaError(f"{path} is a film, and the package av is not installed", hint="pip install av")
+
+
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Open a video file and its stream: the default one, of several the largest, never a cover picture.
 
     Playlists and scripts, which would open further files, are none. `decode_errors` says what raises.
     """
+    check_av(path)
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(_CONTAINERS)}
     # The prefix keeps the part of a name before a colon from being a protocol.
     with decode_errors(path), av.open(f"file:{path}", options=options) as container:

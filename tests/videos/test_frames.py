@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -376,3 +378,26 @@ def test_every_shared_clip_decodes_to_its_probed_length(shared_data: Callable[[s
     for path in sorted(shared_data("clips/misc").iterdir())[::24]:
         video = video_of(path)
         assert sum(1 for _ in iter_frames(video, path.parent)) == video.n_frames
+
+
+def test_images_are_read_where_there_is_no_decoder_of_films(tmp_path):
+    Image.new("RGB", (32, 16)).save(tmp_path / "0.png")
+    code = """
+import sys
+from pathlib import Path
+sys.modules["av"] = None
+from cosettle_cache import cli
+from cosettle_cache.core.errors import MediaError
+from cosettle_cache.videos.frames import probe
+assert probe(Path(".")).n_frames == 1
+try:
+    probe(Path("a.mp4"))
+except MediaError as error:
+    assert "the package av is not installed" in error.summary, error.summary
+else:
+    raise AssertionError
+"""
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    folder = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": folder}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
