@@ -23,10 +23,10 @@ _SPARE_KEYS = 8
 _FLOAT32_ERROR = 1e-5
 #: Similarities that agree to so many decimals are equal, and the earlier key comes first.
 _DECIMALS = 12
-#: Queries ranked, and put in order, at a time; fewer where many equal keys have to be put in order.
+#: Queries ranked, and put in order, at a time.
 _QUERIES_AT_ONCE = 512
-#: Floats of candidates that are put in order at a time.
-_CANDIDATE_FLOATS = 2**25
+#: Products, and floats of candidates to be put in order, that are in memory at a time: fewer queries then.
+_PRODUCTS, _CANDIDATE_FLOATS = 2**28, 2**25
 
 Vectors = Float32[np.ndarray, "key dim"]
 
@@ -90,7 +90,8 @@ class VectorIndex:
         todo, n_fetched = np.arange(len(queries)), min(k + 1 + _SPARE_KEYS, len(keys))
         while len(todo):
             certain = np.zeros(len(todo), bool)
-            at_once = max(1, min(_QUERIES_AT_ONCE, _CANDIDATE_FLOATS // (n_fetched * keys.shape[1])))
+            fitting = min(_PRODUCTS // len(keys), _CANDIDATE_FLOATS // (n_fetched * keys.shape[1]))
+            at_once = max(1, min(_QUERIES_AT_ONCE, fitting))
             for start in range(0, len(todo), at_once):
                 part = slice(start, start + at_once)
                 rows = todo[part]

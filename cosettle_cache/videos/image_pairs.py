@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import read_json
+from cosettle_cache.core.files import printable, read_json
 from cosettle_cache.videos.lists import read_lines
 
 Points = Float64[np.ndarray, "point 2"]
@@ -50,7 +50,7 @@ def read_pairs(root: Path, split: str) -> tuple[list[ImagePair], dict[str, str]]
         try:
             pairs.append(_read_pair(folder / f"{name}.json", name))
         except InputError as error:
-            failures[name] = error.summary
+            failures[printable(name)] = error.summary
     return pairs, failures
 
 
@@ -58,7 +58,7 @@ def _read_pair(path: Path, name: str) -> ImagePair:
     document = read_json(path)
     try:
         category = str(document["category"])
-        source, target = (f"{category}/{document[key]}" for key in ("src_imname", "trg_imname"))
+        source, target = (printable(f"{category}/{document[key]}") for key in ("src_imname", "trg_imname"))
         points = [np.array(document[key], np.float64).reshape(-1, 2) for key in ("src_kps", "trg_kps")]
         left, top, right, bottom = map(float, document["trg_bndbox"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -70,4 +70,4 @@ def _read_pair(path: Path, name: str) -> ImagePair:
     side = max(right - left, bottom - top)
     if not (np.isfinite(points).all() and 0 < side < np.inf):
         raise InputError(f"the image pair {name} has points or a box that are none", found=f"a box of {side}")
-    return ImagePair(name, category, source, target, points[0], points[1], side)
+    return ImagePair(printable(name), category, source, target, points[0], points[1], side)
