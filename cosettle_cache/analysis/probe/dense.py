@@ -6,7 +6,7 @@ and an outcome per kind goes out. Of a video the first frame counts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -65,7 +65,7 @@ class SegmentationPlan:
         """Identifies which images with which masks took part."""
         return digest([[video.video_id, video.split, video.labels] for video in (*self.train, *self.test)])
 
-    def without(self, failed: Collection[str]) -> SegmentationPlan:
+    def without(self, failed: Mapping[str, str]) -> SegmentationPlan:
         """Return the plan without some images; raise `InputError` when a part is empty then."""
         parts = [[v for v in part if v.video_id not in failed] for part in (self.train, self.test)]
         if not all(parts):
@@ -73,6 +73,7 @@ class SegmentationPlan:
                 f"{self.store.path} lacks images with classes of pixels to learn from, or to be asked about",
                 wanted="images of the splits train and val (manifest build voc)",
                 found=f"{len(parts[0])} and {len(parts[1])}",
+                details=_some({**self.missing, **failed}),
             )
         return replace(self, train=tuple(parts[0]), test=tuple(parts[1]))
 
@@ -145,7 +146,7 @@ def segment_images(
             maps = torch.from_numpy(soft.reshape(1, n_classes, grid.rows, grid.cols))
             large = torch.nn.functional.interpolate(maps, size=mask.shape, mode="bilinear")
             said = large[0].argmax(0).numpy()[known]
-            pairs = np.bincount(mask[known] * n_classes + said, minlength=n_classes**2)
+            pairs = np.bincount(mask[known].astype(np.int64) * n_classes + said, minlength=n_classes**2)
             counts[number] += pairs.reshape(n_classes, n_classes)
             share = float((said == mask[known]).mean()) if known.any() else 0.0
             answers[number].append(VideoAnswer(video_id, "", "", share))
@@ -221,11 +222,11 @@ class PairsPlan:
         points = [[p.name, p.source_points.tolist(), p.target_points.tolist(), p.side] for p in self.pairs]
         return digest(points)
 
-    def without(self, failed: Collection[str]) -> PairsPlan:
+    def without(self, failed: Mapping[str, str]) -> PairsPlan:
         """Return the plan without the pairs of some images; raise `InputError` when none is left."""
-        pairs = tuple(pair for pair in self.pairs if not {pair.source, pair.target} & {*failed})
+        pairs = tuple(pair for pair in self.pairs if not failed.keys() & {pair.source, pair.target})
         if not pairs:
-            details = [f"{name}: {reason}" for name, reason in list(self.missing.items())[:8]]
+            details = _some({**self.missing, **failed})
             raise InputError(f"{self.store.path} holds no pair of images that can be used", details=details)
         return replace(self, pairs=pairs)
 
@@ -316,6 +317,10 @@ def _by(keys: Sequence[str], pairs: Sequence[ImagePair]) -> dict[str, list[Image
     for key, pair in zip(keys, pairs, strict=True):
         groups.setdefault(key, []).append(pair)
     return groups
+
+
+def _some(reasons: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in list(reasons.items())[:8]]
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ single tokens read their images themselves. The outcome of every task for every 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,7 @@ class ProbePlan:
             "settings": asdict(self.settings),
         }
 
-    def without(self, failed: Collection[str]) -> ProbePlan:
+    def without(self, failed: Mapping[str, str]) -> ProbePlan:
         """Return the plan without some videos; raise `InputError` where a task cannot use the others."""
         sources = {name: source.without(failed) for name, source in self.sources.items()}
         for name, source in sources.items():
@@ -205,7 +205,7 @@ def plan_probe(
             sources[name] = plan_pairs(store, settings, labels)
         else:
             sources[name] = plan_segments(store, open_frame_labels(labels), settings)
-    return ProbePlan(store, settings, sources).without(())
+    return ProbePlan(store, settings, sources).without({})
 
 
 def run_probe(
