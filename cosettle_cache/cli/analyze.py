@@ -104,14 +104,14 @@ def probe(
         list[TaskName] | None,
         typer.Option(
             help=", ".join(f"{name} ({row.help})" for name, row in TASKS.items())
-            + "; repeatable; default: all that need classes of videos, or segments with --labels."
+            + "; repeatable; default: the first four, or segments with --labels."
         ),
     ] = None,
     projection: Projections = None,
     manifest: Annotated[Path | None, typer.Option(help="Classes and splits; default: the store's.")] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Of segments: groundTruth/, mapping.txt, splits/; of spair: PairAnnotation/."),
+        typer.Option(help="Folder with groundTruth/ (segments) or PairAnnotation/ (spair)."),
     ] = None,
     data_root: DataRoot = None,
     settings: ProbeSettings,
@@ -120,7 +120,7 @@ def probe(
     cache: Cache,
     mode: Mode,
 ) -> None:
-    """Measure retrieval, k-NN, linear probes, order of frames, classes of pixels, key points, of all tokens.
+    """Measure what tokens of videos, frames and images are worth, raw and projected.
 
     Example: cosettle-cache probe --features frames.zarr --projection runs/store/projection.safetensors
     """

@@ -47,62 +47,46 @@ def nearest(
     own: Int64[np.ndarray, " query"] | None = None,
     search: str = "auto",
     device: str = "cpu",
+    there: Float32[torch.Tensor, "key dim"] | None = None,
 ) -> Nearest:
     """Return the k keys with the largest dot products, exactly; all vectors have length one.
 
-    `own` is each query's place among the keys, where it is left out. A float32 search finds candidates,
+    `own` is each query's place among the keys, where it is left out; `there` are the keys on the device, for
+    those who ask the same ones again and again. A float32 search finds candidates,
     float64 puts them in order, and a query whose last candidate comes close to its k-th is searched again
     with more: so every search gives the same answer. Among equal similarities the earlier key is nearer.
     Raises `UsageError` for a k beyond the number of keys.
     """
-    return VectorIndex(keys, search=search, device=device).nearest(queries, k, own=own)
-
-
-class VectorIndex:
-    """Keys that are asked again and again; on a GPU they stay there."""
-
-    def __init__(self, keys: Vectors, *, search: str = "auto", device: str = "cpu") -> None:
-        if search == "bf16":
-            raise UsageError("bf16 ranks tokens, not vectors", wanted="auto, faiss or torch", found=search)
-        self._keys, self._place = keys, torch.device(device)
-        if search == "auto":
-            on_gpu = self._place.type != "cpu"
-            search = "torch" if on_gpu or importlib.util.find_spec("faiss") is None else "faiss"
-        make_ranker(search, self._place)  # refuses what cannot run here
-        self._ranker = FaissRanker() if search == "faiss" else TorchRanker()
-        self._among = torch.from_numpy(keys).to(self._place)[:, None]
-
-    def nearest(
-        self,
-        queries: Float32[np.ndarray, "query dim"],
-        k: int,
-        *,
-        own: Int64[np.ndarray, " query"] | None = None,
-    ) -> Nearest:
-        """Return the k nearest keys; see the function `nearest`."""
-        keys, place = self._keys, self._place
-        n_others = len(keys) - (own is not None)
-        if not 1 <= k <= n_others:
-            wanted = f"1 to {n_others} neighbours"
-            raise UsageError(f"there are {n_others} other vectors", wanted=wanted, found=k)
-        left_out = np.full(len(queries), -1, np.int64) if own is None else own
-        found = Nearest(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
-        todo, n_fetched = np.arange(len(queries)), min(k + 1 + _SPARE_KEYS, len(keys))
-        while len(todo):
-            certain = np.zeros(len(todo), bool)
-            fitting = min(_PRODUCTS // len(keys), _CANDIDATE_FLOATS // (n_fetched * keys.shape[1]))
-            at_once = max(1, min(_QUERIES_AT_ONCE, fitting))
-            for start in range(0, len(todo), at_once):
-                part = slice(start, start + at_once)
-                rows = todo[part]
-                asked = torch.from_numpy(queries[rows]).to(place)
-                with exact_float32(place.type):
-                    values, index = self._ranker.rank(asked, self._among, None, n_fetched)
-                candidates = (values.cpu().numpy(), index.cpu().numpy())
-                ordered, certain[part] = _in_order(candidates, queries[rows], keys, left_out[rows], k)
-                found.index[rows], found.similarity[rows] = ordered.index, ordered.similarity
-            todo, n_fetched = todo[~certain], min(4 * n_fetched, len(keys))
-        return found
+    n_others = len(keys) - (own is not None)
+    if not 1 <= k <= n_others:
+        raise UsageError(f"there are {n_others} other vectors", wanted=f"1 to {n_others} neighbours", found=k)
+    left_out = np.full(len(queries), -1, np.int64) if own is None else own
+    if search == "bf16":
+        raise UsageError("bf16 ranks tokens, not vectors", wanted="auto, faiss or torch", found=search)
+    place = torch.device(device)
+    if search == "auto":
+        on_gpu = place.type != "cpu"
+        search = "torch" if on_gpu or importlib.util.find_spec("faiss") is None else "faiss"
+    make_ranker(search, place)  # refuses what cannot run here
+    ranker = FaissRanker() if search == "faiss" else TorchRanker()
+    among = (torch.from_numpy(keys).to(place) if there is None else there)[:, None]
+    found = Nearest(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
+    todo, n_fetched = np.arange(len(queries)), min(k + 1 + _SPARE_KEYS, len(keys))
+    while len(todo):
+        certain = np.zeros(len(todo), bool)
+        fitting = min(_PRODUCTS // len(keys), _CANDIDATE_FLOATS // (n_fetched * keys.shape[1]))
+        at_once = max(1, min(_QUERIES_AT_ONCE, fitting))
+        for start in range(0, len(todo), at_once):
+            part = slice(start, start + at_once)
+            rows = todo[part]
+            asked = torch.from_numpy(queries[rows]).to(place)
+            with exact_float32(place.type):
+                values, index = ranker.rank(asked, among, None, n_fetched)
+            candidates = (values.cpu().numpy(), index.cpu().numpy())
+            ordered, certain[part] = _in_order(candidates, queries[rows], keys, left_out[rows], k)
+            found.index[rows], found.similarity[rows] = ordered.index, ordered.similarity
+        todo, n_fetched = todo[~certain], min(4 * n_fetched, len(keys))
+    return found
 
 
 def _in_order(

@@ -187,14 +187,14 @@ def test_segmentation_needs_images_of_both_parts(capsys: pytest.CaptureFixture[s
     Path("VOC/SegmentationClass/2007_000002.png").unlink()
     extract("voc", "VOC")
     assert probe("--task", "segmentation", "--data-root", ".") == 4
-    assert "2007_000002: it has no mask" in capsys.readouterr().err
+    assert "2007_000002: no mask" in capsys.readouterr().err
     Path("VOC/ImageSets/Segmentation/train.txt").write_text("2007_000002\n")
     shutil.rmtree("s.zarr")
     extract("voc", "VOC")
     assert probe("--task", "segmentation", "--data-root", ".") == 3
     said = capsys.readouterr().err
-    assert "lacks images with classes of pixels to learn from" in said
-    assert "2007_000002: it has no mask" in said
+    assert "has no images with classes of pixels to learn from" in said
+    assert "2007_000002: no mask" in said
 
 
 def write_pair(root: Path, name: str, images: tuple[str, str], points: list[list[list[int]]]) -> None:

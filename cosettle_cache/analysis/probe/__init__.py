@@ -80,8 +80,8 @@ _ROWS = (
     ProbeTask("linear", "a hyperplane", _CLASSES, "mean"),
     ProbeTask("order", "frames in time", {"accuracy": "accuracy"}, "order"),
     ProbeTask("segments", "classes of frames", _SEGMENTS, "frames"),
-    ProbeTask("segmentation", "classes of pixels by near tokens", {"miou": "mIoU"}, "tokens", "images"),
-    ProbeTask("spair", "key points in other images", _POINTS, "tokens", "pairs of images"),
+    ProbeTask("segmentation", "classes of pixels", {"miou": "mIoU"}, "tokens", "images"),
+    ProbeTask("spair", "key points", _POINTS, "tokens", "pairs of images"),
 )
 #: Every task by name.
 TASKS: Mapping[str, ProbeTask] = {row.name: row for row in _ROWS}

@@ -8,7 +8,7 @@ single tokens read their images themselves. The outcome of every task for every 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,7 @@ from jaxtyping import Float32
 from cosettle_cache.analysis.pooling import check_frames_plan, each_video, pool_frames
 from cosettle_cache.analysis.probe import TASKS, Figure, Outcome
 from cosettle_cache.analysis.probe.dense import (
-    PairsPlan,
-    SegmentationPlan,
+    ImagePlan,
     match_key_points,
     plan_pairs,
     plan_segmentation,
@@ -44,7 +43,7 @@ from cosettle_cache.core.errors import UsageError
 from cosettle_cache.core.settings import ProbeSettings, make_provenance
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.core.types import Manifest, Provenance
-from cosettle_cache.heads.kinds import TokenKind, make_kinds
+from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.find import media_root
@@ -65,10 +64,8 @@ SCORES_SCHEMA = _schema(
     " manifest_digest backbone weights_sha256 projection_sha256 versions_json"
 )
 ANSWERS_SCHEMA = _schema("task tokens video_id class_name predicted value")
-#: What a task is asked with.
-Source = Labelled | SegmentPlan | SegmentationPlan | PairsPlan
-#: What measures a task, by its name: from its source and vectors to an `Outcome`; a task on tokens takes all
-#: kinds of them, failures and progress, and returns an outcome per kind.
+#: What measures a task, by its name: from `Labelled` (or a `SegmentPlan`) and vectors to an `Outcome`, or
+#: from an `ImagePlan`, kinds of tokens, failures and progress to an outcome per kind.
 MEASURES: Mapping[str, Callable[..., Any]] = {
     "retrieval": retrieve,
     "knn": vote,
@@ -86,7 +83,7 @@ class ProbePlan:
 
     store: FeatureStore
     settings: ProbeSettings
-    sources: Mapping[str, Source]
+    sources: Mapping[str, Labelled | SegmentPlan | ImagePlan]
 
     @property
     def labelled(self) -> Labelled | None:
@@ -96,18 +93,15 @@ class ProbePlan:
     @property
     def video_ids(self) -> tuple[str, ...]:
         """The videos that are read, in the order of the store."""
-        return self._in_order(self.sources.values())
+        wanted = {video_id for source in self.sources.values() for video_id in source.video_ids}
+        return tuple(video_id for video_id in self.store.video_ids if video_id in wanted)
 
     @property
     def pooled_ids(self) -> tuple[str, ...]:
-        """Those of them whose frames become vectors, in the order of the store."""
-        return self._in_order(
-            source for name, source in self.sources.items() if TASKS[name].needs != "tokens"
-        )
-
-    def _in_order(self, sources: Iterable[Source]) -> tuple[str, ...]:
+        """Those of them whose frames become vectors."""
+        sources = [source for source in self.sources.values() if not isinstance(source, ImagePlan)]
         wanted = {video_id for source in sources for video_id in source.video_ids}
-        return tuple(video_id for video_id in self.store.video_ids if video_id in wanted)
+        return tuple(video_id for video_id in self.video_ids if video_id in wanted)
 
     @property
     def incomplete(self) -> dict[str, str]:
@@ -188,14 +182,13 @@ def plan_probe(
             raise UsageError(f"there is no task {name}", wanted=", ".join(TASKS), found=name)
     check_frames_plan(store, "probe")
     usual = ("mean", "order") if labels is None else ("frames",)
-    sources: dict[str, Source] = {}
+    sources: dict[str, Labelled | SegmentPlan | ImagePlan] = {}
     labelled = None
     for name in list(tasks) or [name for name, task in TASKS.items() if task.needs in usual]:
         if TASKS[name].needs in ("mean", "order"):
             labelled = sources[name] = labelled or select_videos(store, settings, manifest)
         elif name == "segmentation":
-            root = media_root(store.manifest, data_root)
-            sources[name] = plan_segmentation(store, settings, root)
+            sources[name] = plan_segmentation(store, settings, media_root(store.manifest, data_root))
         elif labels is None:
             what, inside = (
                 ("pairs", "PairAnnotation/") if name == "spair" else ("frame labels", "groundTruth/")
@@ -241,10 +234,10 @@ def run_probe(
     measured = []
     for name, planned in plan.sources.items():
         source = planned if isinstance(planned, SegmentPlan) else replace(planned, device=device)
-        if isinstance(source, Labelled | SegmentPlan):
-            outcomes = _measure(name, source, kinds, kept[TASKS[name].needs])
+        if isinstance(source, ImagePlan):
+            outcomes = MEASURES[name](source, kinds, failures, progress)
         else:
-            outcomes = iter(MEASURES[name](source, kinds, failures, progress))
+            outcomes = _measure(name, source, kept[TASKS[name].needs], len(kinds))
         for kind, outcome in zip(kinds, outcomes, strict=True):
             provenance = make_provenance("probe", dataset, store.fingerprint, kind.sha256, packages)
             measured.append(Measured(name, kind.name, outcome, source.digest, provenance))
@@ -254,11 +247,11 @@ def run_probe(
 def _measure(
     task: str,
     source: Labelled | SegmentPlan,
-    kinds: Sequence[TokenKind],
     vectors: Mapping[str, Float32[np.ndarray, "kind *frame dim"]],
+    n_kinds: int,
 ) -> Iterator[Outcome]:
     """Yield the outcome of a task on vectors for each kind of tokens."""
-    for number in range(len(kinds)):
+    for number in range(n_kinds):
         of_kind: Any = {video_id: vectors[video_id][number] for video_id in source.video_ids}
         if isinstance(source, Labelled):
             of_kind = np.stack(list(of_kind.values()))

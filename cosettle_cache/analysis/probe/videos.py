@@ -230,7 +230,7 @@ def retrieve(labelled: Labelled, means: Means) -> Outcome:
     precision = average_precisions(vectors, classes)
     queries = np.flatnonzero(~np.isnan(precision))
     n_found = min(max(_RECALLS), len(vectors) - 1)
-    options = {"search": labelled.settings.search, "device": labelled.device}
+    options: dict[str, Any] = {"search": labelled.settings.search, "device": labelled.device}
     found = nearest(vectors[queries], vectors, n_found, own=queries, **options)
     hits = classes[found.index] == classes[queries, None]
     recalls = (Figure(f"recall_at_{k}", float(hits[:, :k].any(1).mean()), len(queries)) for k in _RECALLS)
