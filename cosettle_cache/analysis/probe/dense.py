@@ -109,13 +109,13 @@ def segment_images(
     asked about takes the mean of its neighbours' with weights softmax(cosine / 0.02); these maps go
     bilinearly to the size of encoding, where the largest is compared with the mask.
     """
-    settings, store = plan.settings, plan.store
-    n_classes = 1 + max(video.n_objects for video in plan.videos.values())
+    settings, store, train = plan.settings, plan.store, plan.part(True, failures)
+    n_classes = min(VOID, 1 + max(video.n_objects for video in plan.videos.values()))
 
     def read(name: str) -> tuple[UnitTokens, Mask]:
         return _read_tokens(store, kinds, plan.device, name), _read_mask(plan, name, n_classes)
 
-    train, keys, labels = plan.part(True, failures), list[UnitTokens](), list[Shares]()
+    keys, labels = list[UnitTokens](), list[Shares]()
     n_each = max(1, settings.memory // len(train)) if settings.memory else None
     draw = np.random.default_rng(settings.memory_seed)
     for name, (tokens, mask) in each_video(train, read, failures, progress):
@@ -143,9 +143,8 @@ def segment_images(
             said = large[0].argmax(0).numpy()[known]
             both = np.bincount(truth * n_classes + said, minlength=n_classes**2)
             counts[number] += both.reshape(n_classes, n_classes)
-            answers[number].append(
-                VideoAnswer(name, "", "", float((said == truth).sum() / max(len(truth), 1)))
-            )
+            share = float((said == truth).sum() / max(len(truth), 1))
+            answers[number].append(VideoAnswer(name, "", "", share))
     plan.part(False, failures)
     protocol = {"neighbors": k, "temperature": _TEMPERATURE, "similarity": "cosine", "void": VOID}
     protocol |= {"memory": len(remembered), "memory_images": len(labels)}
