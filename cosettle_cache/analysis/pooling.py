@@ -62,6 +62,8 @@ def each_video(
 
     Setting `stop` ends it after the video in hand.
     """
+    if not video_ids:
+        return
     progress.start(len(video_ids), "videos")
     try:
         for video_id in video_ids:

@@ -104,28 +104,29 @@ def probe(
         list[TaskName] | None,
         typer.Option(
             help=", ".join(f"{name} ({row.help})" for name, row in TASKS.items())
-            + "; repeatable; default: all that need classes, or segments with --labels."
+            + "; repeatable; default: the first four, or segments with --labels."
         ),
     ] = None,
     projection: Projections = None,
     manifest: Annotated[Path | None, typer.Option(help="Classes and splits; default: the store's.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Frame labels: groundTruth/, mapping.txt, splits/ (segments).")
+        Path | None,
+        typer.Option(help="Folder with groundTruth/ (segments) or PairAnnotation/ (spair)."),
     ] = None,
+    data_root: DataRoot = None,
     settings: ProbeSettings,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/probe-STORE.")] = None,
     device: Device = None,
     cache: Cache,
     mode: Mode,
 ) -> None:
-    """Measure retrieval, k-NN, linear probes and order of frames, raw and projected.
+    """Measure what tokens of videos, frames and images are worth, raw and projected.
 
     Example: cosettle-cache probe --features frames.zarr --projection runs/store/projection.safetensors
     """
     from cosettle_cache.analysis.probe import run as probes
     from cosettle_cache.core.parallel import pick_device
     from cosettle_cache.heads.kinds import load_heads
-    from cosettle_cache.videos.frame_labels import open_frame_labels
     from cosettle_cache.videos.manifest import read_manifest
 
     talk, store = Talk(quiet=mode.quiet), cache.open(features)
@@ -134,7 +135,8 @@ def probe(
         list(map(str, task or ())),
         settings,
         manifest=read_manifest(manifest, listed=True) if manifest else None,
-        frame_labels=open_frame_labels(labels) if labels else None,
+        labels=labels,
+        data_root=data_root,
     )
     folder, heads = out or _folder("probe", store), load_heads(projection or (), store)
     if mode.dry_run:
@@ -161,7 +163,7 @@ def probe(
             talk.result(title)
             talk.table("", header, rows)
         talk.result(f"rows, answers and summary: {folder}")
-    check_clean(report.failures, f"{len(report.failures)} videos could not be read")
+    check_clean(report.failures, f"{len(report.failures)} videos or pairs could not be used")
 
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write vectors for other programs.")

@@ -358,18 +358,23 @@ class ProbeSettings(Settings):
     """What the tasks of `probe` are measured with; docs/analysis.md says what each means.
 
     `official` learns from the split train and asks about test; otherwise there are `folds` stratified folds
-    for each of `seeds` seeds. Neighbours vote with weight exp(cosine / `temperature`) (DINO's k-NN). Without
-    `pairs` of classes the order of frames is that of videos forwards against reversed. The probe of single
-    frames learns from at most `max_frames`. Raises `UsageError` for a penalty that is not positive.
+    for each of `seeds` seeds. Neighbours vote with weight exp(cosine / `temperature`) (DINO's k-NN);
+    `neighbors` None are 20 of knn, 30 of segmentation, whose `memory` of tokens is drawn with `memory_seed`.
+    Without `pairs` of classes the order of frames is that of videos forwards against reversed. The probe of
+    single frames learns from at most `max_frames`. Raises `UsageError` for a penalty that is not positive.
     """
 
-    split: str = setting("", "Only the videos of this split.")
+    split: str = setting("", "Only the videos of this split; of spair its pairs, default test.")
     official: bool = setting(False, "Learn from split train, ask about test; no folds.")
     folds: int = setting(5, "Folds of linear and order.")
     seeds: int = setting(5, "Shuffles of the folds.")
     min_videos: int = setting(1, "Leave out classes with fewer videos.")
-    neighbors: int = setting(20, "Neighbours of knn.", names=("--k",), min=1)
+    neighbors: int | None = setting(
+        None, "Neighbours; default 20 of knn, 30 of segmentation.", names=("--k",), min=1
+    )
     temperature: float = 0.07
+    memory: int = setting(0, "Tokens in the memory of segmentation; 0: all.", min=0)
+    memory_seed: int = setting(0, "Which tokens these are.", min=0)
     penalties: tuple[float, ...] = setting(
         (1.0,), "Inverse L2 penalty; of several the best inside each fold.", names=("--c",)
     )

@@ -12,19 +12,21 @@ from typing import Any
 
 
 class MediaKind(StrEnum):
-    """How a video lies on disk: a folder of frame images, or one video file."""
+    """How a video lies on disk: a folder of frame images, one video file, or one image (a still)."""
 
     FRAMES = "frames"
     FILE = "file"
+    IMAGE = "image"
 
 
 class LabelKind(StrEnum):
-    """What a dataset annotates: object masks, body-part masks, key points, or tracks of any points."""
+    """What is annotated: masks of objects or body parts, key points, tracks of points, classes of pixels."""
 
     MASKS = "masks"
     PARTS = "parts"
     KEYPOINTS = "keypoints"
     TRACKS = "tracks"
+    CLASSES = "classes"
 
 
 class PlanKind(StrEnum):

@@ -25,6 +25,8 @@ _FLOAT32_ERROR = 1e-5
 _DECIMALS = 12
 #: Queries ranked, and put in order, at a time.
 _QUERIES_AT_ONCE = 512
+#: Products, and floats of candidates to be put in order, that are in memory at a time: fewer queries then.
+_PRODUCTS, _CANDIDATE_FLOATS = 2**28, 2**25
 
 Vectors = Float32[np.ndarray, "key dim"]
 
@@ -45,10 +47,12 @@ def nearest(
     own: Int64[np.ndarray, " query"] | None = None,
     search: str = "auto",
     device: str = "cpu",
+    there: Float32[torch.Tensor, "key dim"] | None = None,
 ) -> Nearest:
     """Return the k keys with the largest dot products, exactly; all vectors have length one.
 
-    `own` is each query's place among the keys, where it is left out. A float32 search finds candidates,
+    `own` is each query's place among the keys, where it is left out; `there` are the keys on the device, for
+    those who ask the same ones again and again. A float32 search finds candidates,
     float64 puts them in order, and a query whose last candidate comes close to its k-th is searched again
     with more: so every search gives the same answer. Among equal similarities the earlier key is nearer.
     Raises `UsageError` for a k beyond the number of keys.
@@ -65,13 +69,15 @@ def nearest(
         search = "torch" if on_gpu or importlib.util.find_spec("faiss") is None else "faiss"
     make_ranker(search, place)  # refuses what cannot run here
     ranker = FaissRanker() if search == "faiss" else TorchRanker()
-    among = torch.from_numpy(keys).to(place)[:, None]
+    among = (torch.from_numpy(keys).to(place) if there is None else there)[:, None]
     found = Nearest(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
     todo, n_fetched = np.arange(len(queries)), min(k + 1 + _SPARE_KEYS, len(keys))
     while len(todo):
         certain = np.zeros(len(todo), bool)
-        for start in range(0, len(todo), _QUERIES_AT_ONCE):
-            part = slice(start, start + _QUERIES_AT_ONCE)
+        fitting = min(_PRODUCTS // len(keys), _CANDIDATE_FLOATS // (n_fetched * keys.shape[1]))
+        at_once = max(1, min(_QUERIES_AT_ONCE, fitting))
+        for start in range(0, len(todo), at_once):
+            part = slice(start, start + at_once)
             rows = todo[part]
             asked = torch.from_numpy(queries[rows]).to(place)
             with exact_float32(place.type):

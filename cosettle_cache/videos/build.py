@@ -32,7 +32,7 @@ from cosettle_cache.videos.frames import (
 from cosettle_cache.videos.jhmdb import open_joints
 from cosettle_cache.videos.lists import Listed, locate
 from cosettle_cache.videos.manifest import path_fault
-from cosettle_cache.videos.masks import open_parts, open_sequence
+from cosettle_cache.videos.masks import VOID, open_parts, open_sequence, read_classes
 from cosettle_cache.videos.queries import open_tracks
 
 #: Objects of a first mask up to which nobody wonders; DAVIS has up to 10.
@@ -41,7 +41,7 @@ _MOST_OBJECTS = 20
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A video file or a folder of frames that a layout found, its annotations, and its row's id."""
+    """A video file, a folder of frames or an image that a layout found, its annotations, and its row's id."""
 
     video_id: str
     path: Path
@@ -179,7 +179,8 @@ def build(
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
     good = [clip.path for clip, row in zip(clips, rows, strict=True) if isinstance(row, Video)]
-    places = {path.parent for path in good if path != source.root and source.dataset != "masks"}
+    videos_of = [path for path in good if path != source.root and not is_image_name(path.name)]
+    places = {path.parent for path in videos_of if source.dataset != "masks"}
     notes = (*_passed_over(Path(os.path.commonpath(good))), *_beside(places), *_doubts(videos))
     return BuildResult(Manifest(videos, provenance), failures, notes)
 
@@ -228,7 +229,8 @@ def _passed_over(root: Path) -> tuple[str, ...]:
 def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:
     """Return how many objects a row's labels hold and how many frames are annotated.
 
-    With `decode` every mask is read. Raises `MediaError` for what cannot be read.
+    Of classes of pixels it is the largest number. With `decode` every mask is read. Raises `MediaError` for
+    what cannot be read.
     """
     if video.label_kind is LabelKind.KEYPOINTS:
         joints = open_joints(video, data_root).joints
@@ -236,6 +238,9 @@ def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tupl
     if video.label_kind is LabelKind.TRACKS:
         tracks = open_tracks(video, data_root)
         return len(tracks.points), tracks.n_frames
+    if video.label_kind is LabelKind.CLASSES:
+        mask = read_classes(video, data_root)
+        return int(mask[mask != VOID].max(initial=0)), 1
     opener = open_sequence if video.label_kind is LabelKind.MASKS else open_parts
     sequence = opener(video, data_root)
     for index in range(video.n_frames if decode else 0):
@@ -350,6 +355,22 @@ def media_in(folder: Path) -> list[Path]:
     return [path for path in media if path not in copies] or [folder]
 
 
+def images_in(folder: Path) -> list[Path]:
+    """Return the images at any depth under `folder` in natural order; of smaller copies see `media_in`."""
+    found, copies = [], _copies(folder)
+    for path in entries(folder):
+        if is_image_file(path):
+            found.append(path)
+        elif path.is_dir() and path not in copies:
+            found += images_in(path)
+    return found
+
+
+def is_image_file(path: Path) -> bool:
+    """Say whether the name is an image's, and no folder's."""
+    return is_image_name(path.name) and not path.is_dir()
+
+
 def _copies(folder: Path) -> list[Path]:
     """Return the folders in `folder` all of whose images have the names of images beside them."""
     inside = entries(folder)
@@ -378,7 +399,8 @@ def name_clips(paths: Iterable[Path], root: Path) -> list[Clip]:
     """Return clips named by their path under `root`, without suffix wherever that stays unique."""
     full = {path: path.relative_to(root).as_posix() if path != root else root.name for path in paths}
     short = {
-        path: name.removesuffix(path.suffix) if is_video_file(path) else name for path, name in full.items()
+        path: name.removesuffix(path.suffix) if is_video_file(path) or is_image_file(path) else name
+        for path, name in full.items()
     }
     uses = Counter(short.values())
     return [Clip(short[path] if uses[short[path]] == 1 else full[path], path) for path in full]

@@ -128,6 +128,9 @@ DATASETS: dict[str, DataSet] = {
     "ucf101": DataSet("UCF101 with its lists", "folders:build_ucf101", split=None),
     "hmdb51": DataSet("HMDB51 with its lists", "folders:build_hmdb51", split=None),
     "folder": DataSet("any folder of clips", "folders:build_folder", folders=("clips",)),
+    "images": DataSet("any folder of images", "folders:build_images"),
+    "voc": DataSet("classes of VOC's pixels", "layouts:build_voc", LabelKind.CLASSES, split="train,val"),
+    "spair": DataSet("images of SPair-71k", "folders:build_spair"),
     "sprites": DataSet("the built-in clips", "layouts:build_sprites", LabelKind.MASKS, split="val"),
     "tapvid": DataSet(
         "unpacked TAP-Vid tracks",

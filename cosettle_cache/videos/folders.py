@@ -1,7 +1,7 @@
-"""Folders of clips without annotations: any folder, class folders, Kinetics, UCF101 and HMDB51.
+"""Folders of clips or images without annotations: any folder, class folders, Kinetics, UCF101 and HMDB51.
 
 In comes the folder, out goes a manifest whose rows carry the class and, for UCF101 and HMDB51, the part of
-the official split. Clips are video files or folders of frames.
+the official split. Clips are video files or folders of frames; an image is a clip of one frame.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cosettle_cache.videos.build import (
     build,
     choose,
     entries,
+    images_in,
     is_video_file,
     media_in,
     name_clips,
@@ -81,6 +82,24 @@ def build_classes(root: Path, data_root: Path, split: str = "", names: Sequence[
     source = Source("classes", split, root, data_root)
     clips = [_with_class(clip, root) for clip in name_clips(_find_media(root), root)]
     return build(choose(clips, names, root), source, lambda clip: _class_video(clip, source))
+
+
+def build_images(
+    root: Path,
+    data_root: Path,
+    split: str = "",
+    names: Sequence[str] = (),
+    dataset: str = "images",
+    folder: str = "",
+) -> BuildResult:
+    """Return every image at any depth under `folder` of `root`; its class is the folder that it lies in."""
+    inside = root / folder
+    clips = [_with_class(clip, inside) for clip in name_clips(images_in(inside), inside)]
+    return build(choose(clips, names, inside), Source(dataset, split, root, data_root))
+
+
+#: SPair-71k: its images; the pairs are read where they are asked for (`videos.image_pairs`).
+build_spair = partial(build_images, dataset="spair", folder="JPEGImages")
 
 
 def _with_class(clip: Clip, root: Path) -> Clip:

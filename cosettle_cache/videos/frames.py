@@ -1,4 +1,4 @@
-"""Decoding to RGB uint8: frame folders through Pillow, video files through PyAV; and rules for image sizes.
+"""Decoding to RGB uint8: frame folders and images through Pillow, video files through PyAV; and size rules.
 
 A frame is addressed by its index in the manifest row's own range. Everything that cannot be decoded whole
 raises `MediaError` with the file's name; nothing is padded, repeated or skipped. Images are opened by
@@ -134,7 +134,7 @@ def probe(path: str | Path, *, exact: bool = True) -> MediaInfo:
     """
     path = Path(path)
     if not path.is_dir():
-        return _probe_file(path, exact)
+        return _probe_image(path) if is_image_name(path.name) else _probe_file(path, exact)
     sizes = {name: image_size(path / name) for name in frame_names(path)}
     first, (height, width) = next(iter(sizes.items()))
     for name, size in sizes.items():
@@ -145,6 +145,11 @@ def probe(path: str | Path, *, exact: bool = True) -> MediaInfo:
                 found=f"{size[0]}x{size[1]} in {name}",
             )
     return MediaInfo(MediaKind.FRAMES, len(sizes), height, width, None)
+
+
+def _probe_image(path: Path) -> MediaInfo:
+    height, width = image_size(path)
+    return MediaInfo(MediaKind.IMAGE, 1, height, width, None)
 
 
 def _probe_file(path: Path, exact: bool) -> MediaInfo:
@@ -224,7 +229,7 @@ class FrameReader:
                 found=str(max(indices)),
             )
         absolute = [video.first_frame + index for index in indices]
-        for image in _folder_frames(self._path, absolute) if self._file is None else self._decode(absolute):
+        for image in self._stills(absolute) if self._file is None else self._decode(absolute):
             if image.shape[:2] != (video.height, video.width):
                 raise MediaError(
                     f"{self._path} has a frame of another size",
@@ -234,21 +239,23 @@ class FrameReader:
                 )
             yield image
 
+    def _stills(self, indices: Sequence[int]) -> Iterator[Image8]:
+        """Yield images of a folder, which is listed, or the one image that the row is about."""
+        path = self._path
+        is_image = self.video.media_kind is MediaKind.IMAGE
+        folder, names = (path.parent, [path.name]) if is_image else (path, frame_names(path))
+        for index in indices:
+            if index >= len(names):
+                raise MediaError(f"{path} ends early", wanted=f"frame {index}", found=f"{len(names)} frames")
+            with open_image(folder / names[index]) as image:
+                frame = _read_rgb(image, names[index])
+            yield frame
+
     def _decode(self, indices: Sequence[int]) -> Iterator[Image8]:
         assert self._file is not None
         with self._lock:
             for index in indices:
                 yield self._file.read(index)
-
-
-def _folder_frames(folder: Path, indices: Sequence[int]) -> Iterator[Image8]:
-    names = frame_names(folder)
-    for index in indices:
-        if index >= len(names):
-            raise MediaError(f"{folder} ends early", wanted=f"frame {index}", found=f"{len(names)} frames")
-        with open_image(folder / names[index]) as image:
-            frame = _read_rgb(image, names[index])
-        yield frame
 
 
 def _read_rgb(image: Image.Image, name: str) -> Image8:

@@ -1,4 +1,4 @@
-"""Folders of annotated videos: DAVIS, VIP, JHMDB, TAP-Vid, the sprites, and own clips with a first mask.
+"""Folders of annotated videos and images: DAVIS, VIP, JHMDB, TAP-Vid, VOC, sprites, clips with a first mask.
 
 In comes a folder, out goes its manifest; a clip without labels becomes a row without, if not said otherwise.
 """
@@ -257,6 +257,30 @@ def build_tapvid(root: Path, data_root: Path, split: str = "", names: Sequence[s
         )
     source = Source("tapvid", split, root, data_root)
     return build_places(source, [Listed(name) for name in names], "frames/{name}", "tracks/{name}.npz")
+
+
+def build_voc(
+    root: Path, data_root: Path, split: str = "train,val", names: Sequence[str] = ()
+) -> BuildResult:
+    """Return the images of the lists `ImageSets/Segmentation/LIST.txt` that `split` names.
+
+    Images are `JPEGImages/NAME.jpg`, masks `SegmentationClass/NAME.png`, or those of `SegmentationClassAug`
+    for the list `trainaug`. Rows of the list val are of the split val, those of others of the split train.
+    """
+    lists = dict[str, str]()
+    for listed in split.split(","):
+        for name in read_lines(root / "ImageSets" / "Segmentation" / f"{listed}.txt"):
+            lists.setdefault(name, listed)
+    source, clips = Source("voc", split, root, data_root), []
+    for name in names or lists:
+        masks = "SegmentationClassAug" if lists.get(name) == "trainaug" else "SegmentationClass"
+        clips.append(Clip(name, root / "JPEGImages" / f"{name}.jpg", None, root / masks / f"{name}.png"))
+
+    def row(clip: Clip) -> Video:
+        part = lists.get(clip.video_id, "")
+        return replace(source.video(clip), split="train" if part not in ("", "val") else part)
+
+    return build(clips, source, row)
 
 
 def _listed(

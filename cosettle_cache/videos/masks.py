@@ -53,6 +53,19 @@ def read_mask(path: str | Path) -> Mask:
         return np.array(image, dtype=np.uint8)
 
 
+def read_classes(video: Video, data_root: str | Path) -> Mask:
+    """Return the class of every pixel of an image, `VOID` where nobody says; `MediaError` if it cannot."""
+    if video.labels is None:
+        raise MediaError(f"{video.video_id} has no mask of classes")
+    path = Path(data_root) / video.labels
+    mask = read_mask(path)
+    if mask.shape != (video.height, video.width):
+        found = f"{mask.shape[0]}x{mask.shape[1]}"
+        wanted = f"{video.height}x{video.width}"
+        raise MediaError(f"{path} has another size than its image", wanted=wanted, found=found)
+    return mask
+
+
 def sample_mask(mask: Mask, size: tuple[int, int]) -> UInt8[np.ndarray, "_ _"]:
     """Return `mask` at `size` by Pillow's nearest neighbour, which samples the middle of target pixels."""
     return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
@@ -296,6 +309,8 @@ def mask_file(folder: Path, name: str) -> Path:
 def frame_stems(video: Video, data_root: str | Path) -> tuple[str, ...]:
     """Return the names of a row's frames without suffix; those of a video file are numbers from `00000`."""
     used = range(video.first_frame, video.first_frame + video.n_frames)
+    if video.media_kind is MediaKind.IMAGE:
+        return (Path(video.media).stem,)
     if video.media_kind is MediaKind.FILE:
         return tuple(f"{index:05d}" for index in used)
     names = frame_names(Path(data_root) / video.media)

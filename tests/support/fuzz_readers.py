@@ -49,6 +49,7 @@ from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.training.log import read_checkpoint
 from cosettle_cache.training.plan import parse_axis
 from cosettle_cache.videos.frames import resolve_size
+from cosettle_cache.videos.image_pairs import read_pairs
 from cosettle_cache.videos.jhmdb import read_joints, read_predicted_joints
 from cosettle_cache.videos.lists import read_list
 from cosettle_cache.videos.manifest import read_manifest
@@ -159,6 +160,7 @@ READERS: dict[str, Reader] = {
     "neighbour lists": Reader(seeds.make_neighbors, lambda _, path: list(load_neighbors(path, seeds.KEY))),
     "mark of a folder": Reader(seeds.make_owned, seeds.read_owned),
     "frame labels": Reader(seeds.make_labels, seeds.read_labels),
+    "image pairs": Reader(seeds.make_pairs, lambda folder, _: read_pairs(folder, "test")),
     "settings of the sprites": Reader(seeds.make_sprites, lambda folder, _: read_settings(folder)),
     "store": Reader(seeds.make_store, seeds.read_store, writes=True),
     "store, forged": Reader(seeds.make_store, seeds.read_store, forge=seeds.forge_store, writes=True),

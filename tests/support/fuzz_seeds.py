@@ -258,6 +258,13 @@ def make_labels(folder: Path) -> None:
     write_frame_labels(folder / "labels", {"clip": ["a", "b"]}, ["clip"], ["clip"])
 
 
+def make_pairs(folder: Path) -> None:
+    points = {"src_kps": [[1, 2]], "trg_kps": [[3, 4]], "trg_bndbox": [1, 2, 30, 40]}
+    document = {"category": "cat", "src_imname": "1.jpg", "trg_imname": "2.jpg", **points}
+    (folder / "PairAnnotation/test").mkdir(parents=True)
+    (folder / "PairAnnotation/test/1.json").write_text(json.dumps(document))
+
+
 def make_store(folder: Path) -> None:
     frames_case(dim=4).write(folder / "frames.zarr")
     pairs_case(2, dim=4, dtype="int8", codec="zstd").write(folder / "pairs.zarr")

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cosettle_cache.core.console import SILENT
 from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import MediaKind
 from cosettle_cache.videos import build_manifest
+from cosettle_cache.videos.build import check_media
 from cosettle_cache.videos.folders import build_folder, build_kinetics
+from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.manifest import manifest_from_table, manifest_table
+from cosettle_cache.videos.masks import frame_stems
 
 
 def make_frames(folder: Path, n_frames: int = 3, size: tuple[int, int] = (8, 12)) -> None:
@@ -189,3 +193,42 @@ def test_real_clips(shared_data, tmp_path):
     result = build_folder(tmp_path, tmp_path)
     assert not result.failures
     assert all(v.n_frames > 1 and v.height > 1 for v in result.manifest)
+
+
+def test_images_are_videos_of_one_frame(tmp_path, monkeypatch):
+    root = tmp_path / "pictures"
+    make_frames(root / "cats", n_frames=2)
+    make_frames(root / "dogs" / "small", n_frames=1, size=(4, 6))
+    make_frames(root, n_frames=1)
+    (root / "cats" / "0.PNG").write_bytes((root / "cats" / "0.jpg").read_bytes())
+    (root / "cats" / "notes.txt").write_text("no image")
+    (root / "cats" / "10.jpg").write_bytes(b"no image either")
+    (root / "cats" / "thumbs").mkdir()
+    shutil.copy(root / "cats" / "1.jpg", root / "cats" / "thumbs" / "1.jpg")
+    result = build_manifest("images", root, tmp_path)
+    rows = [(v.video_id, v.media, v.class_name, v.n_frames, v.height, v.width) for v in result.manifest]
+    assert rows == [
+        ("0", "pictures/0.jpg", None, 1, 8, 12),
+        ("cats/0.PNG", "pictures/cats/0.PNG", "cats", 1, 8, 12),
+        ("cats/0.jpg", "pictures/cats/0.jpg", "cats", 1, 8, 12),
+        ("cats/1", "pictures/cats/1.jpg", "cats", 1, 8, 12),
+        ("dogs/small/0", "pictures/dogs/small/0.jpg", "small", 1, 4, 6),
+    ]
+    assert result.failures.keys() == {"pictures/cats/10.jpg"}
+    assert result.notes == ("passed over thumbs (1)",)
+    assert manifest_from_table(manifest_table(result.manifest)) == result.manifest
+    # No folder is listed for an image.
+    for module in ("frames", "content", "masks"):
+        monkeypatch.setattr(f"cosettle_cache.videos.{module}.frame_names", lambda _: 1 / 0)
+    video = result.manifest.videos[3]
+    (image,) = iter_frames(video, tmp_path)
+    assert image.shape == (8, 12, 3) and abs(int(image.mean()) - 1) <= 1
+    assert frame_stems(video, tmp_path) == ("1",)
+    assert not check_media(result.manifest, tmp_path, decode=True, progress=SILENT)
+    (root / "cats" / "1.jpg").write_bytes((root / "dogs/small/0.jpg").read_bytes())
+    (root / "0.jpg").unlink()
+    problems = check_media(result.manifest, tmp_path, decode=False, progress=SILENT)
+    assert {name: reason.partition("(")[0] for name, reason in problems.items()} == {
+        "0": f"{root}/0.jpg does not exist",
+        "cats/1": "pictures/cats/1.jpg has another size ",
+    }

@@ -1,13 +1,14 @@
 """Probes of a store: `plan_probe` says what will be measured without reading a token, `run_probe` measures.
 
-A frames store comes in; every video is read once, whatever the number of tasks and projections. The outcome
-of every task for every kind of tokens goes out, as `scores.parquet`, `answers.parquet` and `summary.json`.
+A frames store comes in; every video is read once, whatever the number of tasks and projections; tasks on
+single tokens read their images themselves. The outcome of every task for every kind of tokens goes out, as
+`scores.parquet`, `answers.parquet` and `summary.json`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,13 @@ from jaxtyping import Float32
 
 from cosettle_cache.analysis.pooling import check_frames_plan, each_video, pool_frames
 from cosettle_cache.analysis.probe import TASKS, Figure, Outcome
+from cosettle_cache.analysis.probe.dense import (
+    ImagePlan,
+    match_key_points,
+    plan_pairs,
+    plan_segmentation,
+    segment_images,
+)
 from cosettle_cache.analysis.probe.linear import SegmentPlan, plan_segments, segment
 from cosettle_cache.analysis.probe.videos import (
     Labelled,
@@ -38,7 +46,8 @@ from cosettle_cache.core.types import Manifest, Provenance
 from cosettle_cache.heads.kinds import make_kinds
 from cosettle_cache.heads.projection import Projection
 from cosettle_cache.store import FeatureStore
-from cosettle_cache.videos.frame_labels import FrameLabels
+from cosettle_cache.videos.find import media_root
+from cosettle_cache.videos.frame_labels import open_frame_labels
 
 SCORES_FILE, ANSWERS_FILE, SUMMARY_FILE = "scores.parquet", "answers.parquet", "summary.json"
 
@@ -55,13 +64,16 @@ SCORES_SCHEMA = _schema(
     " manifest_digest backbone weights_sha256 projection_sha256 versions_json"
 )
 ANSWERS_SCHEMA = _schema("task tokens video_id class_name predicted value")
-#: What measures a task, by its name: from `Labelled` (or a `SegmentPlan`) and vectors to an `Outcome`.
-MEASURES: Mapping[str, Callable[[Any, Any], Outcome]] = {
+#: What measures a task, by its name: from `Labelled` (or a `SegmentPlan`) and vectors to an `Outcome`, or
+#: from an `ImagePlan`, kinds of tokens, failures and progress to an outcome per kind.
+MEASURES: Mapping[str, Callable[..., Any]] = {
     "retrieval": retrieve,
     "knn": vote,
     "linear": fit_linear,
     "order": tell_order,
     "segments": segment,
+    "segmentation": segment_images,
+    "spair": match_key_points,
 }
 
 
@@ -71,7 +83,7 @@ class ProbePlan:
 
     store: FeatureStore
     settings: ProbeSettings
-    sources: Mapping[str, Labelled | SegmentPlan]
+    sources: Mapping[str, Labelled | SegmentPlan | ImagePlan]
 
     @property
     def labelled(self) -> Labelled | None:
@@ -83,6 +95,13 @@ class ProbePlan:
         """The videos that are read, in the order of the store."""
         wanted = {video_id for source in self.sources.values() for video_id in source.video_ids}
         return tuple(video_id for video_id in self.store.video_ids if video_id in wanted)
+
+    @property
+    def pooled_ids(self) -> tuple[str, ...]:
+        """Those of them whose frames become vectors."""
+        sources = [source for source in self.sources.values() if not isinstance(source, ImagePlan)]
+        wanted = {video_id for source in sources for video_id in source.video_ids}
+        return tuple(video_id for video_id in self.video_ids if video_id in wanted)
 
     @property
     def incomplete(self) -> dict[str, str]:
@@ -113,7 +132,7 @@ class ProbePlan:
             "settings": asdict(self.settings),
         }
 
-    def without(self, failed: Collection[str]) -> ProbePlan:
+    def without(self, failed: Mapping[str, str]) -> ProbePlan:
         """Return the plan without some videos; raise `InputError` where a task cannot use the others."""
         sources = {name: source.without(failed) for name, source in self.sources.items()}
         for name, source in sources.items():
@@ -148,31 +167,38 @@ def plan_probe(
     settings: ProbeSettings,
     *,
     manifest: Manifest | None = None,
-    frame_labels: FrameLabels | None = None,
+    labels: Path | None = None,
+    data_root: Path | None = None,
 ) -> ProbePlan:
     """Return what `run_probe` will do, after every check that needs no tokens.
 
-    Without `tasks` all are done that need classes, or with `frame_labels` those that need these. `manifest`
-    counts for classes and splits in place of the store's. Raises `InputError` for a store of another plan and
-    for videos that a task cannot use, `UsageError` for segments without frame labels.
+    Without `tasks` all are done that need classes, or with `labels`, a folder of frame labels, those that
+    need these; of spair it is that of the data set. `manifest` counts for classes and splits in place of the
+    store's; masks of segmentation lie under `data_root`. Raises `InputError` for a store of another plan and
+    for videos that a task cannot use, `UsageError` for segments and spair without labels.
     """
     for name in tasks:
         if name not in TASKS:
             raise UsageError(f"there is no task {name}", wanted=", ".join(TASKS), found=name)
     check_frames_plan(store, "probe")
-    on_frames = {name for name, task in TASKS.items() if task.needs == "frames"}
-    chosen = list(tasks) or [name for name in TASKS if (name in on_frames) == (frame_labels is not None)]
-    sources: dict[str, Labelled | SegmentPlan] = {}
+    usual = ("mean", "order") if labels is None else ("frames",)
+    sources: dict[str, Labelled | SegmentPlan | ImagePlan] = {}
     labelled = None
-    for name in chosen:
-        if name not in on_frames:
+    for name in list(tasks) or [name for name, task in TASKS.items() if task.needs in usual]:
+        if TASKS[name].needs in ("mean", "order"):
             labelled = sources[name] = labelled or select_videos(store, settings, manifest)
-        elif frame_labels is None:
-            hint = "--labels FOLDER with groundTruth/, mapping.txt"
-            raise UsageError(f"{name} needs frame labels", hint=hint)
+        elif name == "segmentation":
+            sources[name] = plan_segmentation(store, settings, media_root(store.manifest, data_root))
+        elif labels is None:
+            what, inside = (
+                ("pairs", "PairAnnotation/") if name == "spair" else ("frame labels", "groundTruth/")
+            )
+            raise UsageError(f"{name} needs {what}", hint=f"--labels FOLDER with {inside}")
+        elif name == "spair":
+            sources[name] = plan_pairs(store, settings, labels)
         else:
-            sources[name] = plan_segments(store, frame_labels, settings)
-    return ProbePlan(store, settings, sources).without(())
+            sources[name] = plan_segments(store, open_frame_labels(labels), settings)
+    return ProbePlan(store, settings, sources).without({})
 
 
 def run_probe(
@@ -189,13 +215,13 @@ def run_probe(
     store, failures = plan.store, plan.incomplete
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device)
     pool = partial(pool_frames, store, kinds, unit=plan.settings.unit, device=device)
-    needed: dict[str, set[str]] = {"mean": set(), "order": set(), "frames": set()}
+    needed: dict[str, set[str]] = {"mean": set(), "order": set(), "frames": set(), "tokens": set()}
     for name, source in plan.sources.items():
         needed[TASKS[name].needs].update(source.video_ids)
     # What tasks need of every video (see `ProbeTask.needs`), by id, one layer per kind of tokens.
     kept: dict[str, dict[str, Float32[np.ndarray, "kind *frame dim"]]] = {needs: {} for needs in needed}
     n_order = plan.order_frames
-    for video_id, frames in each_video(plan.video_ids, pool, failures, progress):
+    for video_id, frames in each_video(plan.pooled_ids, pool, failures, progress):
         if video_id in needed["mean"]:
             kept["mean"][video_id] = frames.mean(1)
         if video_id in needed["order"]:
@@ -207,16 +233,29 @@ def run_probe(
     packages = ("scikit-learn", "faiss-cpu")
     measured = []
     for name, planned in plan.sources.items():
-        source = replace(planned, device=device) if isinstance(planned, Labelled) else planned
-        vectors = kept[TASKS[name].needs]
-        for number, kind in enumerate(kinds):
-            of_kind: Any = {video_id: vectors[video_id][number] for video_id in source.video_ids}
-            if isinstance(source, Labelled):
-                of_kind = np.stack(list(of_kind.values()))
-            outcome = MEASURES[name](source, of_kind)
+        source = planned if isinstance(planned, SegmentPlan) else replace(planned, device=device)
+        if isinstance(source, ImagePlan):
+            outcomes = MEASURES[name](source, kinds, failures, progress)
+        else:
+            outcomes = _measure(name, source, kept[TASKS[name].needs], len(kinds))
+        for kind, outcome in zip(kinds, outcomes, strict=True):
             provenance = make_provenance("probe", dataset, store.fingerprint, kind.sha256, packages)
             measured.append(Measured(name, kind.name, outcome, source.digest, provenance))
     return ProbeReport(tuple(measured), failures, left_out)
+
+
+def _measure(
+    task: str,
+    source: Labelled | SegmentPlan,
+    vectors: Mapping[str, Float32[np.ndarray, "kind *frame dim"]],
+    n_kinds: int,
+) -> Iterator[Outcome]:
+    """Yield the outcome of a task on vectors for each kind of tokens."""
+    for number in range(n_kinds):
+        of_kind: Any = {video_id: vectors[video_id][number] for video_id in source.video_ids}
+        if isinstance(source, Labelled):
+            of_kind = np.stack(list(of_kind.values()))
+        yield MEASURES[task](source, of_kind)
 
 
 def write_probe(folder: Path, report: ProbeReport) -> None:
@@ -281,7 +320,8 @@ def _table(measured: Sequence[Measured]) -> tuple[str, list[str], list[list[str]
             if cells:
                 lines.append([case or "mean", item.tokens, *(cells[metric] for metric in metrics)])
     header = ["case", "tokens", *(task.metrics[name] for name in metrics)]
-    title = f"{task.name}: percent, {first.figures[0].n_videos} videos, {first.n_classes} classes"
+    counted = f"{first.figures[0].n_videos} {task.counted}"
+    title = f"{task.name}: percent, {counted}, {first.n_classes} classes"
     skipped = 0 if any(cases) else 1
     return title, header[skipped:], [line[skipped:] for line in lines]
 

@@ -40,6 +40,8 @@ Rows = Int64[np.ndarray, " row"]
 _TRAIN, _TEST = ("train",), ("test", "val")
 #: Ranks at which recall is reported.
 _RECALLS = (1, 5)
+#: Videos that vote where nobody says how many.
+_NEIGHBORS = 20
 #: Frames of a video at most whose order is told where nobody says how many.
 _DEFAULT_FRAMES = 8
 
@@ -228,7 +230,7 @@ def retrieve(labelled: Labelled, means: Means) -> Outcome:
     precision = average_precisions(vectors, classes)
     queries = np.flatnonzero(~np.isnan(precision))
     n_found = min(max(_RECALLS), len(vectors) - 1)
-    options = {"search": labelled.settings.search, "device": labelled.device}
+    options: dict[str, Any] = {"search": labelled.settings.search, "device": labelled.device}
     found = nearest(vectors[queries], vectors, n_found, own=queries, **options)
     hits = classes[found.index] == classes[queries, None]
     recalls = (Figure(f"recall_at_{k}", float(hits[:, :k].any(1).mean()), len(queries)) for k in _RECALLS)
@@ -248,7 +250,7 @@ def vote(labelled: Labelled, means: Means) -> Outcome:
     fold = labelled.official() if settings.official else None
     asked = fold.test if fold else np.arange(len(vectors))
     keys = fold.train if fold else asked
-    k = min(settings.neighbors, len(keys) - (fold is None))
+    k = min(settings.neighbors or _NEIGHBORS, len(keys) - (fold is None))
     own = None if fold else asked
     found = nearest(vectors[asked], vectors[keys], k, own=own, search=settings.search, device=labelled.device)
     votes = np.zeros((len(asked), len(labelled.names)))
