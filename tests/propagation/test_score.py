@@ -119,7 +119,7 @@ def test_a_place_that_cannot_be_written_is_told_before_scoring(davis, capsys):
 
 def test_files_of_others_are_not_overwritten(davis, capsys):
     build = ["manifest", "build", "davis", "DAVIS", "--data-root", "data", "--out"]
-    mask = Path("data/DAVIS/Annotations/480p/dog/00000.png")
+    mask = "data/DAVIS/Annotations/480p/dog/00000.png"
     assert [run_command([*build, "m.parquet"]), run_command([*build, "m.csv"])] == [0, 0]
     for _ in range(2):  # new, then of the first time
         assert score("davis", "--chart", "c.png", out="s.csv") == 0
@@ -134,7 +134,7 @@ def test_files_of_others_are_not_overwritten(davis, capsys):
     assert score("davis", "--chart", "both", out="both") == 2
     assert run_command([*build, "m.csv", "--list", "m.csv"]) == 2
     assert run_command([*build, "s.parquet"]) == 2
-    assert run_command([*build, str(mask)]) == 2
+    assert run_command([*build, mask]) == 2
     assert run_command(["manifest", "from-list", "davis", "m.parquet"]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert [("overwritten" in line, "read and written" in line) for line in said].count((True, False)) == 5
