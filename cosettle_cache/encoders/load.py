@@ -237,17 +237,18 @@ def _load_timm(
     """Return timm's model with published weights (None), random ones, or those of a file."""
     row, model_id = BACKBONES.get(name), name.removeprefix(TIMM_PREFIX)
     is_dinov3 = name == DINOV3.name or (row is not None and row.family is DINOV3)
+    tensors: dict[str, Tensor] | None = None
     create: partial[Any]
     if name == DINOV3.name:
         if weights is None or str(weights) == RANDOM:
             raise sizeless(name)
-        info, create = _dinov3_of_file(weights, heads)
+        path, record, tensors = _read_timm(weights)
+        info, create = _dinov3_of_tensors(path, tensors, heads)
     else:
         check_no_heads(name, heads)
         info = make_info(name, row.family, row.architecture) if row else describe_timm(name)
         model_id = row.model_id if row else model_id
         create = partial(timm.create_model, model_id, num_classes=0, dynamic_img_size=True)
-    tensors: dict[str, Tensor] | None = None
     if str(weights) == RANDOM:
         vit, record = _random(name, seed, create)
     elif weights is None:
@@ -257,11 +258,9 @@ def _load_timm(
         vit = create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
         record = Weights(str(source), sha256_file(path))
     else:
-        path, key = weights_file(weights)
-        checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
-        tensors = timm_names(without_prefix(checkpoint))
+        if tensors is None:
+            path, record, tensors = _read_timm(weights)
         vit = create()
-        record = _record(path.name, path, key, checkpoint)
     if is_dinov3:
         vit.rope.periods.copy_(vit.rope.periods.bfloat16())
     if tensors is not None:
@@ -285,10 +284,17 @@ def _load_timm(
     )
 
 
-def _dinov3_of_file(weights: str | Path, heads: int | None) -> tuple[BackboneInfo, partial[Any]]:
-    """Return the description of a DINOv3 encoder of a file's sizes, and what makes timm's model of it."""
+def _read_timm(weights: str | Path) -> tuple[Path, Weights, dict[str, Tensor]]:
+    """Return a file of weights, where they come from, and its tensors under timm's names."""
     path, key = weights_file(weights)
-    tensors = timm_names(without_prefix(read_checkpoint(path, key)))
+    checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
+    return path, _record(path.name, path, key, checkpoint), timm_names(without_prefix(checkpoint))
+
+
+def _dinov3_of_tensors(
+    path: Path, tensors: dict[str, Tensor], heads: int | None
+) -> tuple[BackboneInfo, partial[Any]]:
+    """Return the description of a DINOv3 encoder of a file's sizes, and what makes timm's model of it."""
     sizes = dinov3_architecture(str(path), tensors, heads)
     has_bias = any(name.endswith(".q_bias") for name in tensors)
     return make_info(DINOV3.name, DINOV3, sizes), partial(make_dinov3, sizes, has_bias)
