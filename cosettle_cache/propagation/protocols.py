@@ -95,25 +95,17 @@ _RSP = replace(_DINO, name="rsp", size="480x832", top_k=7, n_context=30, radius=
 
 # The notebook takes a short side of 960 pixels for patches of 16: the paper's M. Nothing published is scored
 # with it elsewhere than on mask data sets, so there are no values for key points.
-_DINOV3 = EvalProtocol(
+_DINOV3 = replace(
+    _DINO,
     name="dinov3",
     size="dinov3-m",
     resampling="bicubic",
     red_std=IMAGENET_RED_STD,
-    top_k=5,
-    keep_ties=True,
-    n_context=7,
-    radius=12.0,
     window="disc",
     rim="closed",
-    mask_first=True,
-    first_frame_copies=False,
     temperature=0.2,
-    label_encoding="nearest",
-    norm_mask=True,
     decode_size="annotation",
     upsampling="nearest",
-    keypoint_top_k=5,
     later_objects="ignore",
 )
 
