@@ -259,7 +259,7 @@ def _measure_group(
     dim, figures, left_out = store.arrays[0].n_channels, list[_Figures](), dict[str, str]()
     where = torch.device(pick_device(device))
     kinds = [kind.on(where) for kind in kinds]
-    sums = [MiddleSums.of(torch.empty(0, places.n_tokens, dim, device=where)) for _ in kinds]
+    sums = [MiddleSums.of(torch.empty(0, places.n_tokens, kind.width(dim), device=where)) for kind in kinds]
     for clip in group.clips:
         n_bytes = 2 * len(clip.rows) * clip.grid.n_tokens * dim
         index, found = upload(torch.from_numpy(place_index(clip.grid, places)), where), []

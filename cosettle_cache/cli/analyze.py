@@ -201,7 +201,7 @@ def frames(
         return
     place = pick_device(device)
     heads = load_heads([projection] if projection else [], store)
-    kind = make_kinds(heads, plan.dim, device=place)[-1]
+    kind = make_kinds(heads, plan.dim, device=place, blended=False)[-1]
     if plan.every > 1 and not settings.repeat:
         talk.note(
             f"{store.path} holds one frame in {plan.every}: frame labels have to be thinned likewise "

@@ -215,14 +215,18 @@ class ExtractSettings(Settings):
 class TrainSettings(Settings):
     """Objective, optimiser, schedule and stream; defaults are the released script's (PROTOCOLS 5.6, 7.1).
 
-    A step takes `batch_size * accumulate` samples, and the learning rate is `base_lr` times that over 256.
-    `separability_weight` is a number, or `auto`: then every step scales the separability loss so that its
-    gradient is `gradient_ratio` times as long as that of the cycle loss. `clip_gradient` 0 clips nothing.
-    `validation` is the share of clips held out; `palindrome` the frames that a walk visits on its way out,
-    `gap` their distance as a share of the clip, both for frames stores.
+    `init` is how the linear maps start: `released` draws random weights by the rule that the released code
+    has for the backbone, `identity` leaves tokens as they are, `pca` lets the first map keep the principal
+    components of the first store's tokens. A step takes `batch_size * accumulate` samples, and the learning
+    rate is `base_lr` times that over 256. `separability_weight` is a number, or `auto`: then every step
+    scales the separability loss so that its gradient is `gradient_ratio` times as long as that of the cycle
+    loss. `clip_gradient` 0 clips nothing. `validation` is the share of clips held out; `palindrome` the
+    frames that a walk visits on its way out, `gap` their distance as a share of the clip, both for frames
+    stores.
     """
 
     head: str = setting("linear", "", table="cosettle_cache.heads:HEADS")
+    init: str = setting("released", "Start of its linear maps: released, identity, pca.")
     regularizer: str = setting("kl", "kl, mse or cosine.")
     reduction: str = setting("released", "released or token-mean.")
     temperature: float = setting(0.03, "Of the cycle's transitions.")
@@ -247,6 +251,7 @@ class TrainSettings(Settings):
     palindrome: int = setting(2, "Frames of a walk.", min=2)
     gap: float = setting(0.15, "Share of a clip, in frames stores.", positive=True, max=1)
     checkpoint_every: int = setting(100, "Steps; at most one a minute.", min=1)
+    keep_every: int = setting(0, "Steps after which heads are kept as well; 0: none.", min=0)
 
     @property
     def step_samples(self) -> int:

@@ -23,6 +23,7 @@ from cosettle_cache.heads.projection import (
     projection_sha256,
     read_provenance,
     save_projection,
+    split_share,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +48,11 @@ class TokenKind:
     sha256: str
     path: Path | None = None
 
-    def apply(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
+    def width(self, dim: int) -> int:
+        """Return the channels of its tokens, of raw ones with `dim`."""
+        return dim if self.projection is None else self.projection.width
+
+    def apply(self, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token width"]:
         """Return the tokens of this kind: raw ones as they are, projected ones in float32."""
         if self.projection is None:
             return tokens
@@ -68,7 +73,7 @@ class TokenKind:
             return self
         path = make_folder(folder) / f"{self.name}.safetensors"
         save_projection(path, self.projection, {})
-        return replace(self, path=path)
+        return replace(self, path=Path(f"{path}:{self.projection.share}"))
 
     def __reduce__(self) -> tuple[object, ...]:
         if self.path is not None:
@@ -86,11 +91,13 @@ def make_kinds(
     *,
     device: str = "cpu",
     reserved: Sequence[str] = (),
+    blended: bool = True,
 ) -> list[TokenKind]:
     """Return raw and then every projection, on `device`; `reserved` names are taken by something else.
 
-    Raises `UsageError` for names that are not each one's own and for a projection of another width,
-    `InputError` for a name that cannot be a folder's (that of `...safetensors` is `..`).
+    Raises `UsageError` for names that are not each one's own, for a projection of another width, and for a
+    blend with raw tokens, which is wider, where none is to be `blended`; `InputError` for a name that cannot
+    be a folder's (that of `...safetensors` is `..`).
     """
     names = [RAW, *(name for name, _ in projections)]
     if len({*names, *reserved}) < len(names) + len(reserved):
@@ -103,6 +110,8 @@ def make_kinds(
     for name, projection in projections:
         if inside(Path(), name).name != name:
             raise UsageError("a projection's name is one part of a path", wanted="no slash", found=name)
+        if projection.share < 1 and not blended:
+            raise UsageError("a blend is wider than raw tokens", wanted="a whole projection", found=name)
         if projection.dim != dim:
             raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
     # Digests first: on a GPU the host would wait for every parameter to come back.
@@ -148,5 +157,7 @@ def _check_encoder(path: Path, store: FeatureStore) -> None:
 
 
 def _head_name(path: Path) -> str:
-    """`runs/mine/projection.safetensors` is `mine`, any other file goes by its own name."""
-    return path.absolute().parent.name if path.stem == "projection" else path.stem
+    """`runs/mine/projection.safetensors` is `mine`, any other file goes by its own name; a share follows."""
+    file, share = split_share(path)
+    name = file.absolute().parent.name if file.stem == "projection" else file.stem
+    return name if share == 1 else f"{name}:{share:g}"

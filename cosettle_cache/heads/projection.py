@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import own_file, parse_json, write_durably
 from cosettle_cache.encoders.checkpoints import adapter_tensors, check_weights
 from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head
+from cosettle_cache.search.masked import unit_tokens
 
 #: Key of the safetensors metadata under which our own files keep one JSON document. One key, because
 #: safetensors writes several in random order and equal projections shall give equal files.
@@ -34,8 +36,8 @@ METADATA_KEY = "cosettle-cache.projection.1"
 #: Layouts that a projection can be exported to.
 _FORMATS = ("cosettle",)
 
-#: How a head can start: truncated normal (0.02), Xavier uniform, or PyTorch's own rule.
-INITS = ("trunc_normal", "xavier_uniform", "pytorch")
+#: How a head can start: truncated normal (0.02), Xavier uniform, PyTorch's own rule, or the identity.
+INITS = ("trunc_normal", "xavier_uniform", "pytorch", "identity")
 
 _INIT_BY_FAMILY = {"mae": "xavier_uniform", "mocov3": "xavier_uniform", "clip": "pytorch"}
 
@@ -45,7 +47,12 @@ class Projection(nn.Module):
 
     The weights are drawn from `seed` alone by the rule named `init` (`released_init` knows a backbone's);
     LayerNorm starts as the identity, and so does a head in closed form, which draws nothing.
+
+    With a `share` below 1 the result has `width` 2 dim channels, the unit raw token times sqrt(1 - share)
+    and the unit projected one times sqrt(share): its cosines are the raw and the projected ones, blended.
     """
+
+    share = 1.0
 
     def __init__(self, dim: int, head: str = "linear", *, init: str = "trunc_normal", seed: int = 0) -> None:
         super().__init__()
@@ -64,18 +71,26 @@ class Projection(nn.Module):
         for linear in self.linears:
             _start(linear, "identity" if row.closed_form else init, generator)
 
+    @property
+    def width(self) -> int:
+        """Channels of a projected token."""
+        return self.dim if self.share == 1 else 2 * self.dim
+
     def forward(
         self, tokens: Float[Tensor, "*token dim"], first: Float[Tensor, "*token dim"] | None = None
-    ) -> Float[Tensor, "*token dim"]:
+    ) -> Float[Tensor, "*token width"]:
         """Project every token on its own; `first` is what the first linear map gives, if that is known."""
-        last = len(self.linears) - 1
+        raw, last = tokens, len(self.linears) - 1
         for number, linear in enumerate(self.linears):
             assert isinstance(linear, nn.Linear)
             tokens = first if first is not None and number == 0 else _map(linear, tokens)
             if number < last or self._final_tanh:
                 tokens = tokens.tanh()
         normed: Tensor = self.norm(tokens)
-        return normed
+        if self.share == 1:
+            return normed
+        parts = [math.sqrt(1 - self.share) * unit_tokens(raw), math.sqrt(self.share) * unit_tokens(normed)]
+        return torch.cat(parts, -1)
 
 
 def _map(linear: nn.Linear, tokens: Float[Tensor, "*token dim"]) -> Float[Tensor, "*token dim"]:
@@ -114,8 +129,9 @@ def released_init(backbone: str) -> str:
 
 
 def projection_sha256(projection: Projection) -> str:
-    """Return the hex SHA-256 of the head's name and of every tensor's name, shape and bytes."""
-    sha = hashlib.sha256(projection.head.encode())
+    """Return the hex SHA-256 of the head's name and share and of every tensor's name, shape and bytes."""
+    blend = "" if projection.share == 1 else f":{projection.share}"
+    sha = hashlib.sha256(f"{projection.head}{blend}".encode())
     for name, tensor in sorted(projection.state_dict().items()):
         sha.update(json.dumps([name, list(tensor.shape)]).encode())
         sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -133,8 +149,10 @@ def save_projection(path: str | Path, projection: Projection, provenance: Mappin
 def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
     """Return the projection in our own file or in a checkpoint of the authors, on the CPU, ready for use.
 
-    Raises `CheckpointError` when the file holds none, or one of another width than `dim` where that is given.
+    `FILE:SHARE` blends it with the raw tokens. Raises `CheckpointError` when the file holds none, or one of
+    another width than `dim` where that is given, `UsageError` for a share that is none.
     """
+    path, share = split_share(path)
     document = _read_document(path)
     if document is None:
         head, tensors = _from_authors(path)
@@ -152,12 +170,31 @@ def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
     if dim is not None and projection.dim != dim:
         raise CheckpointError(f"{path} projects tokens of another width", wanted=dim, found=projection.dim)
     projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    projection.share = share
     return projection.eval()
+
+
+def split_share(path: str | Path) -> tuple[Path, float]:
+    """Return file and share of `FILE:SHARE`, a share of 1 where there is none.
+
+    Raises `UsageError` unless the share is above 0 and at most 1.
+    """
+    file, colon, text = str(path).rpartition(":")
+    if not colon or not re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", text) or Path(path).exists():
+        return Path(path), 1.0
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        wanted = "FILE:SHARE, a number above 0 and at most 1"
+        raise UsageError("a share of a projection that is none", wanted=wanted, found=path)
+    return Path(file), share
 
 
 def read_provenance(path: str | Path) -> dict[str, str]:
     """Return what `save_projection` was told of the projection's origin; empty for the authors' files."""
-    document = _read_document(path)
+    document = _read_document(split_share(path)[0])
     return {} if document is None else dict(document["provenance"])
 
 

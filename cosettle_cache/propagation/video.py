@@ -277,7 +277,7 @@ def _open_track(
     limit = limit_on(device, work.settings.memory_limit)
     search = ContextSearch(
         setting.grid,
-        work.store.arrays[0].n_channels,
+        kind.width(work.store.arrays[0].n_channels),
         work.protocol,
         device=device,
         search=work.settings.search,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,6 @@ from cosettle_cache.core.tables import write_json, write_table
 from cosettle_cache.core.types import PlanKind
 from cosettle_cache.encoders import load_backbone
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
-from cosettle_cache.heads.table import find_head
 from cosettle_cache.search.masked import unit_tokens
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.training.log import projection_provenance
@@ -80,7 +79,45 @@ def fit_linear(
     Raises `UsageError` for more components than the tokens have, `FingerprintError` for weights that are not
     the store's, `InputError` for tokens that are not finite.
     """
-    started, dim = time.perf_counter(), store.arrays[0].n_channels
+    started = time.perf_counter()
+    found = linear_map(store, settings, device, progress)
+    projection = Projection(len(found.matrix), settings.head)
+    state = {"linears.0.weight": found.matrix, "linears.0.bias": found.bias}
+    projection.load_state_dict({name: state[name] for name in projection.state_dict()})
+    with own_folder(out, "projection fit"):
+        report = LinearReport(
+            folder=out,
+            head=settings.head,
+            n_components=found.n_components,
+            dim=len(found.matrix),
+            share=float(found.variances[: found.n_components].sum() / found.variances.sum()),
+            n_tokens=found.n_tokens,
+            seconds=time.perf_counter() - started,
+            projection_sha256=projection_sha256(projection),
+        )
+        write_table(out / "spectrum.parquet", pa.table({"variance": found.variances.numpy()}))
+        write_json(out / f"{settings.head}.json", report.to_json())
+        figures = {"n_components": report.n_components, "share": report.share}
+        provenance = projection_provenance([store], settings, **{settings.head: figures})
+        save_projection(out / "projection.safetensors", projection, provenance)
+    return report
+
+
+class LinearMap(NamedTuple):
+    """`matrix @ token + bias`, and what it was computed from."""
+
+    matrix: Matrix
+    bias: Float64[Tensor, " dim"]
+    variances: Float64[Tensor, " component"]
+    n_components: int
+    n_tokens: int
+
+
+def linear_map(
+    store: FeatureStore, settings: LinearSettings, device: str, progress: Progress = SILENT
+) -> LinearMap:
+    """Return the map that `fit_linear` writes; raise what it raises."""
+    dim = store.arrays[0].n_channels
     check_components(settings, dim)
     if settings.head == "debias":
         tokens = black_tokens(store, settings.weights, device)
@@ -97,28 +134,7 @@ def fit_linear(
     matrix = (kept * scale) @ kept.T
     if settings.head == "debias":
         matrix = torch.eye(dim, dtype=torch.float64) - matrix
-    projection = Projection(dim, settings.head)
-    state = {"linears.0.weight": matrix}
-    if find_head(settings.head).bias:
-        state["linears.0.bias"] = -(matrix @ mean)
-    projection.load_state_dict(state)
-    with own_folder(out, "projection fit"):
-        report = LinearReport(
-            folder=out,
-            head=settings.head,
-            n_components=count,
-            dim=dim,
-            share=float(values[:count].sum() / values.sum()),
-            n_tokens=n_tokens,
-            seconds=time.perf_counter() - started,
-            projection_sha256=projection_sha256(projection),
-        )
-        write_table(out / "spectrum.parquet", pa.table({"variance": values.numpy()}))
-        write_json(out / f"{settings.head}.json", report.to_json())
-        figures = {"n_components": count, "share": report.share}
-        provenance = projection_provenance([store], settings, **{settings.head: figures})
-        save_projection(out / "projection.safetensors", projection, provenance)
-    return report
+    return LinearMap(matrix, -(matrix @ mean), values, count, n_tokens)
 
 
 #: Components where none are asked for: None is all.

@@ -52,6 +52,10 @@ class RunFiles:
         #: The figures of every step of every member of a sweep, and the members side by side.
         self.table, self.comparison = folder / "curves.parquet", folder / "sweep.json"
 
+    def kept(self, n_steps: int) -> Path:
+        """Return the file of the head after so many steps."""
+        return self.folder / f"step-{n_steps:06d}.safetensors"
+
     def member(self, name: str) -> RunFiles:
         """Return the files of a member of a sweep; without a name, these."""
         return RunFiles(self.folder / name)
@@ -59,7 +63,8 @@ class RunFiles:
     def clear(self) -> None:
         """Remove what an earlier run left, so that nothing of it passes for this one's."""
         own = [path for name, path in vars(self).items() if name not in ("folder", "scalars")]
-        for path in [*own, *self.scalars.glob("events.*")]:
+        kept = self.folder.glob(f"step-{'[0-9]' * 6}.safetensors")
+        for path in [*own, *kept, *self.scalars.glob("events.*")]:
             with output_errors(path):
                 path.unlink(missing_ok=True)
 

@@ -39,7 +39,7 @@ Value = str | int | float
 
 #: Settings that decide the stream of batches or how it is worked through: all members share them.
 _STREAM_SETTINGS = {"epochs", "batch_size", "accumulate", "precision", "seed", "order", "shard_window"}
-_STREAM_SETTINGS |= {"validation", "palindrome", "gap", "checkpoint_every"}
+_STREAM_SETTINGS |= {"validation", "palindrome", "gap", "checkpoint_every", "keep_every"}
 
 #: Type of every setting, and those that may differ between the members of a sweep.
 _KINDS: dict[str, type[Value]] = {name: type(value) for name, value in asdict(TrainSettings()).items()}
@@ -112,6 +112,10 @@ def make_members(settings: TrainSettings, axes: Sequence[Axis]) -> tuple[Member,
 _RELEASED_TOKENS_PER_DIM = 588 / 768
 _RELEASED_FORM = ("kl", "released")
 
+#: How linear maps start: by the rule of the released code for the backbone, or so that they change little.
+RELEASED = "released"
+STARTS = (RELEASED, "identity", "pca")
+
 #: How an epoch is shuffled: all samples, or shards and then samples within a window of shards.
 ORDERS = ("samples", "shards")
 
@@ -170,7 +174,9 @@ class Stream:
         document: dict[str, Any] = {}
         for member in members:
             settings = asdict(member.settings)
-            del settings["checkpoint_every"]
+            del settings["checkpoint_every"], settings["keep_every"]
+            if settings["init"] == RELEASED:  # what runs of before there was a choice say nothing of
+                del settings["init"]
             document[member.name or "settings"] = settings
         for number, store in enumerate(self.stores):
             document[f"store{number or ''}"] = store.fingerprint.to_json()
@@ -274,7 +280,7 @@ def _check_settings(settings: TrainSettings, rows: int, cols: int) -> None:
     check_trainable(settings.head)
     find_regularizer(settings.regularizer, settings.reduction)
     check_window(rows, cols, settings.window)
-    for name, names in (("order", ORDERS), ("precision", PRECISIONS)):
+    for name, names in (("order", ORDERS), ("precision", PRECISIONS), ("init", STARTS)):
         if getattr(settings, name) not in names:
             raise UsageError(f"unknown {name}", wanted=" or ".join(names), found=getattr(settings, name))
     if not 0 <= settings.validation < 1:

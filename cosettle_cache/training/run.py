@@ -22,12 +22,13 @@ from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
 from cosettle_cache.core.files import make_folder, own_folder
 from cosettle_cache.core.precision import check_precision
-from cosettle_cache.core.settings import TrainSettings, differing
+from cosettle_cache.core.settings import LinearSettings, TrainSettings, differing
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.pictures.charts import curves_chart, save_chart
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.training.batches import ALONE, BatchRing, Replicas, Step
+from cosettle_cache.training.closed_form import linear_map
 from cosettle_cache.training.learner import Finished, Learner, Trainer
 from cosettle_cache.training.log import (
     CURVES_SCHEMA,
@@ -48,6 +49,7 @@ from cosettle_cache.training.log import (
     write_checkpoint,
 )
 from cosettle_cache.training.plan import (
+    RELEASED,
     Axis,
     Member,
     Stream,
@@ -95,7 +97,11 @@ def train(
         folders = [files.member(member.name) for member in members]
         learners = []
         for item in (member.settings for member in members):
-            head = Projection(plan.sample_shape[-1], item.head, init=plan.init, seed=item.seed)
+            init = plan.init if item.init == RELEASED else "identity"
+            head = Projection(plan.sample_shape[-1], item.head, init=init, seed=item.seed)
+            if item.init == "pca":
+                found = linear_map(stream.stores[0], LinearSettings("pca"), device)
+                head.linears[0].load_state_dict({"weight": found.matrix, "bias": found.bias})
             learners.append(Learner(head.to(device), item))
         with replicas.together():  # the others would wait for a first one that has failed
             if replicas.is_first:
@@ -220,10 +226,11 @@ def _learn(
             stopped = told if replicas.count > 1 else stop.is_set()
             due = step.ends_epoch or (step.number + 1) % stream.settings.checkpoint_every == 0
             due = due and time.perf_counter() - saved >= CHECKPOINT_SECONDS
-            if validates or due or stopped or is_last:
+            if validates or due or stopped or is_last or _is_kept(stream, step):
                 settle(trainer.flush())
             if validates:
                 _append(pages, "validation", trainer.validate(samples, stream.held_out.ids, step))
+            _keep(files, step, stream, plan.members[: len(pages)], learners)
             if pages and (due or stopped or is_last):
                 _save(files, step, before.origin, pages, learners)
                 saved = time.perf_counter()
@@ -243,6 +250,22 @@ def _save(
     n_bytes = [page.sync() for page in pages]
     states = [learner.state() for learner in learners]
     write_checkpoint(files.checkpoint, Checkpoint(step.number + 1, origin, n_bytes, states))
+
+
+def _is_kept(stream: Stream, step: Step) -> bool:
+    every = stream.settings.keep_every
+    return every > 0 and (step.number + 1) % every == 0
+
+
+def _keep(
+    files: RunFiles, step: Step, stream: Stream, names: Sequence[str], learners: Sequence[Learner]
+) -> None:
+    """Keep the heads of these members where the settings say so: the best is not always the last."""
+    n_steps = step.number + 1
+    for name, learner in zip(names, learners, strict=False):
+        if _is_kept(stream, step) and learner.diverged_at is None:
+            provenance = projection_provenance(stream.stores, learner.settings, n_steps=n_steps)
+            save_projection(files.member(name).kept(n_steps), learner.projection, provenance)
 
 
 class _Page:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,12 +57,48 @@ def test_one_vector_and_many_give_the_same(head: str) -> None:
     assert torch.allclose(projection(tokens)[1, 2, 3], projection(tokens[1, 2, 3]), atol=1e-6)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", [name for name in INITS if name != "identity"])
 def test_weights_come_from_the_seed_alone(init: str) -> None:
     state = torch.random.get_rng_state()
     first, again, other = (Projection(16, "mlp2", init=init, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert projection_sha256(first) == projection_sha256(again) != projection_sha256(other)
+
+
+def test_an_affine_head_may_start_as_layernorm_alone() -> None:
+    tokens = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(Projection(8, "affine", init="identity")(tokens), F.layer_norm(tokens, (8,)))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_a_blend_interpolates_cosines(tmp_path: Path, head: str, share: float) -> None:
+    path = tmp_path / "projection.safetensors"
+    projection = Projection(8, head, seed=3)
+    torch.nn.init.normal_(projection.linears[0].weight, generator=torch.Generator().manual_seed(1))
+    save_projection(path, projection, {"weights_sha256": "abc"})
+    blend, whole = load_projection(f"{path}:{share}"), load_projection(f"{path}:1")
+    tokens = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    raw, projected, blended = (
+        F.normalize(found, dim=-1) @ F.normalize(found, dim=-1).mT
+        for found in (tokens, projection(tokens), blend(tokens))
+    )
+    assert torch.allclose(blended, (1 - share) * raw + share * projected, atol=1e-5)
+    assert (whole.width, blend.width) == (8, 16)
+    assert projection_sha256(whole) == projection_sha256(projection) != projection_sha256(blend)
+    assert read_provenance(Path(f"{path}:{share}")) == {"weights_sha256": "abc"}
+    _, kind = make_kinds([("half", blend)], 8)
+    again = pickle.loads(pickle.dumps(kind.saved(tmp_path / "saved")))
+    assert torch.equal(again.apply(tokens), kind.apply(tokens)) and again.width(8) == 16
+    with pytest.raises(UsageError, match="wider"):
+        make_kinds([("half", blend)], 8, blended=False)
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-0.5", "1.2.3", "-"])
+def test_shares_that_are_none(tmp_path: Path, share: str) -> None:
+    save_projection(tmp_path / "projection.safetensors", Projection(4), {})
+    with pytest.raises(UsageError, match="share"):
+        load_projection(f"{tmp_path / 'projection.safetensors'}:{share}")
 
 
 def test_init_rules_have_their_spread() -> None:

@@ -24,7 +24,7 @@ from test_losses import golden_head
 
 import cosettle_cache.training.run as run_module
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError, UsageError
-from cosettle_cache.core.settings import TrainSettings
+from cosettle_cache.core.settings import LinearSettings, TrainSettings
 from cosettle_cache.core.types import Slot
 from cosettle_cache.heads.projection import Projection, load_projection, projection_sha256, read_provenance
 from cosettle_cache.store import open_store
@@ -38,6 +38,7 @@ from cosettle_cache.training.batches import (
     make_portions,
     make_steps,
 )
+from cosettle_cache.training.closed_form import fit_linear
 from cosettle_cache.training.learner import Learner, Trainer, learning_rate
 from cosettle_cache.training.log import (
     Checkpoint,
@@ -46,7 +47,7 @@ from cosettle_cache.training.log import (
     read_validation,
     write_checkpoint,
 )
-from cosettle_cache.training.plan import make_train_plan
+from cosettle_cache.training.plan import Axis, make_train_plan
 from cosettle_cache.training.run import train
 
 SMALL = TrainSettings(epochs=3, batch_size=3, base_lr=0.3, checkpoint_every=2, separability_weight=0.02)
@@ -306,6 +307,42 @@ def test_training_finds_the_way_back(tmp_path: Path) -> None:
     assert report.first.cycle_accuracy < 0.6
     assert report.last.cycle_accuracy > report.first.cycle_accuracy + 0.2
     assert report.last.cycle < report.first.cycle
+
+
+def test_linear_maps_start_as_asked(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    still = replace(SMALL, head="affine", epochs=1, base_lr=0.0, warmup_epochs=0.0)
+    fit_linear(store, LinearSettings("pca"), tmp_path / "pca")
+    principal = load_projection(tmp_path / "pca" / "projection.safetensors").linears[0]
+    wanted = {"identity": (torch.eye(16), torch.zeros(16)), "pca": (principal.weight, principal.bias)}
+    for init, (weight, bias) in wanted.items():
+        train(store, replace(still, init=init), tmp_path / init)
+        linear = load_projection(tmp_path / init / "projection.safetensors").linears[0]
+        assert torch.equal(linear.weight, weight) and torch.equal(linear.bias, bias)
+
+
+@pytest.mark.parametrize("sweep", [(), (Axis("separability_weight", (0.1, 1.0)),)])
+def test_heads_are_kept_on_the_way(tmp_path: Path, sweep: Sequence[Axis]) -> None:
+    store, run = make_store(tmp_path), replace(SMALL, keep_every=4)
+    stop_after(5, store, tmp_path / "run", run) if not sweep else None
+    train(store, run, tmp_path / "run", sweep=sweep)
+    straight_run = train(store, SMALL, tmp_path / "straight", sweep=sweep)
+    for member in straight_run.members:
+        folder = tmp_path / "run" / member.name
+        assert (
+            projection_sha256(load_projection(folder / "projection.safetensors")) == member.projection_sha256
+        )
+        assert sorted(path.name for path in folder.glob("step-*")) == [
+            "step-000004.safetensors",
+            "step-000008.safetensors",
+        ]
+        kept = load_projection(folder / "step-000004.safetensors")
+        assert projection_sha256(kept) != member.projection_sha256
+    stopped = tmp_path / "stopped"
+    if not sweep:
+        stop_after(4, store, stopped)
+        at_four = torch.load(stopped / "checkpoint.pt", weights_only=True)["learners"][0]["projection"]
+        assert all(torch.equal(at_four[name], tensor) for name, tensor in kept.state_dict().items())
 
 
 @pytest.fixture(scope="module")

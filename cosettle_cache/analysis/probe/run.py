@@ -213,7 +213,7 @@ def run_probe(
     A video that cannot be read is a named failure and the others are measured; see `plan_probe` for the rest.
     """
     store, failures = plan.store, plan.incomplete
-    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device)
+    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, blended=False)
     pool = partial(pool_frames, store, kinds, unit=plan.settings.unit, device=device)
     needed: dict[str, set[str]] = {"mean": set(), "order": set(), "frames": set(), "tokens": set()}
     for name, source in plan.sources.items():
