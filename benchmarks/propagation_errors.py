@@ -125,7 +125,7 @@ def _neighbours(
 
 
 def _change(store: FeatureStore, video: Video, truth: np.ndarray) -> dict[str, float]:
-    """Return how an object differs in the last quarter from the first frame: cosine of its mean token, size, way.
+    """Return how an object differs at the end from the first frame: cosine of its mean token, size, way.
 
     The way is that of the object's centre, in tokens, between one frame and the next.
     """

@@ -49,6 +49,8 @@ def build(
         int | None, typer.Option(min=1, help="Of youtube-vos, mose, lvos: so many videos, by --seed.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of --sample; default 0.")] = None,
+    join: Annotated[Path | None, typer.Option(help="A manifest whose videos come first.")] = None,
+    without: Annotated[Path | None, typer.Option(help="A manifest whose videos are left out.")] = None,
 ) -> int:
     """Build a manifest from a dataset folder.
 
@@ -56,20 +58,29 @@ def build(
     """
     from cosettle_cache.videos import build_manifest
     from cosettle_cache.videos.lists import read_list
-    from cosettle_cache.videos.manifest import check_manifest_file, write_manifest
+    from cosettle_cache.videos.manifest import (
+        check_manifest_file,
+        leave_out,
+        manifests_joined,
+        read_manifest,
+        write_manifest,
+    )
 
     talk = Talk(quiet=mode.quiet)
     root, base = _roots(dataset, folder, data_root)
     path = out or Path(f"{dataset}.parquet")
-    check_manifest_file(path, [listed, mask])
+    check_manifest_file(path, [listed, mask, join, without])
+    before, excluded = (read_manifest(file, listed=True) if file else None for file in (join, without))
     names = tuple(item.name for item in read_list(listed)) if listed else None
     options: dict[str, Any] = {"split": split, "names": names, "mask": mask, "resolution": resolution}
     options |= {"sample": sample, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
     result = build_manifest(dataset, base, root, **given)
+    manifest = leave_out(result.manifest, excluded) if excluded else result.manifest
+    manifest = manifests_joined(before, manifest) if before else manifest
     if not mode.dry_run:
-        write_manifest(path, result.manifest)
-    counts = {"videos": len(result.manifest), "frames": sum(video.n_frames for video in result.manifest)}
+        write_manifest(path, manifest)
+    counts = {"videos": len(manifest), "frames": sum(video.n_frames for video in manifest)}
     _say(talk, path, counts, mode.as_json, left_out=dict(result.failures))
     for note in result.notes:
         talk.note(note)

@@ -135,6 +135,28 @@ def write_manifest(path: str | Path, manifest: Manifest) -> None:
     write_table(Path(path), manifest_table(manifest))
 
 
+def manifests_joined(first: Manifest, second: Manifest) -> Manifest:
+    """Return the videos of one manifest, then those of another; raise `InputError` for ids in both.
+
+    The provenance is the second's, and says what came first.
+    """
+    if both := sorted({video.video_id for video in first} & {video.video_id for video in second}):
+        raise InputError(
+            f"both manifests list {both[0]}", wanted="ids of their own", found=f"{len(both)} in both"
+        )
+    origin = {**second.provenance, "joined_to": manifest_digest(first)}
+    return Manifest((*first, *second), origin)
+
+
+def leave_out(manifest: Manifest, excluded: Manifest) -> Manifest:
+    """Return the videos that `excluded` lacks; raise `InputError` where none is left."""
+    there = {video.video_id for video in excluded}
+    videos = tuple(video for video in manifest if video.video_id not in there)
+    if not videos:
+        raise InputError("every video is left out", wanted="videos that --without lacks")
+    return Manifest(videos, {**manifest.provenance, "without": manifest_digest(excluded)})
+
+
 def check_manifest_file(path: Path, inputs: Sequence[Path | None] = ()) -> None:
     """Raise `UsageError` where a command may not write a manifest to `path` (see `own_file`)."""
 

@@ -15,9 +15,11 @@ from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
 from cosettle_cache.videos.manifest import (
     SCHEMA,
+    leave_out,
     manifest_digest,
     manifest_from_table,
     manifest_table,
+    manifests_joined,
     read_manifest,
     write_manifest,
 )
@@ -159,3 +161,15 @@ def test_missing_columns_twins_and_emptiness(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(InputError, match="not a readable table"):
         read_manifest(tmp_path / "text.parquet")
+
+
+def test_manifests_are_joined_and_parted() -> None:
+    one, other = Manifest((VIDEO,), {"built_from": "one"}), Manifest((MASKED,), {"built_from": "other"})
+    both = manifests_joined(one, other)
+    assert both.videos == MANIFEST.videos and manifest_digest(both) == manifest_digest(MANIFEST)
+    assert both.provenance == {"built_from": "other", "joined_to": manifest_digest(one)}
+    assert leave_out(both, one).videos == (MASKED,)
+    with pytest.raises(InputError, match="both manifests list b"):
+        manifests_joined(both, other)
+    with pytest.raises(InputError, match="left out"):
+        leave_out(one, both)
