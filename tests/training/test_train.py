@@ -312,8 +312,8 @@ def test_training_finds_the_way_back(tmp_path: Path) -> None:
 def test_linear_maps_start_as_asked(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     still = replace(SMALL, head="affine", epochs=1, base_lr=0.0, warmup_epochs=0.0)
-    fit_linear(store, LinearSettings("pca"), tmp_path / "pca")
-    principal = load_projection(tmp_path / "pca" / "projection.safetensors").linears[0]
+    fit_linear(store, LinearSettings("pca"), tmp_path / "fit")
+    principal = load_projection(tmp_path / "fit" / "projection.safetensors").linears[0]
     wanted = {"identity": (torch.eye(16), torch.zeros(16)), "pca": (principal.weight, principal.bias)}
     for init, (weight, bias) in wanted.items():
         train(store, replace(still, init=init), tmp_path / init)
