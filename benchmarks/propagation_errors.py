@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosettle_cache import davis_j_and_f, make_protocol, open_store
+from cosettle_cache import davis_j_and_f, open_store
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.settings import digest
 from cosettle_cache.core.types import EvalProtocol, Video
 from cosettle_cache.heads.kinds import TokenKind, load_heads, make_kinds
+from cosettle_cache.metrics.rows import SCORES_FILE, read_scores
 from cosettle_cache.pictures.drawing import draw_mask, side_by_side
 from cosettle_cache.propagation.neighbor_files import load_neighbors, neighbors_key, neighbors_path
 from cosettle_cache.search.masked import transition, unit_tokens
@@ -42,7 +43,8 @@ FIGURES = ("same", "other", "background", "leak", "distance")
 def main() -> None:
     options = _options()
     matplotlib.use("Agg")
-    store, protocol = open_store(options.features), make_protocol("cosettle")
+    store = open_store(options.features)
+    protocol = EvalProtocol(**json.loads(read_scores(options.run / SCORES_FILE)[0].protocol_json))
     kinds = make_kinds(load_heads(options.projection, store), store.arrays[0].n_channels)
     options.out.mkdir(parents=True, exist_ok=True)
     found, curves = {}, {}
