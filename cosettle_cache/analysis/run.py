@@ -43,7 +43,7 @@ from cosettle_cache.analysis.trade_off import (
     make_spreads,
     measure_clip,
 )
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import DamagedStoreError, InputError
 from cosettle_cache.core.parallel import Run, in_order, in_threads, pick_device, upload
 from cosettle_cache.core.settings import AnalyzeSettings, digest, make_provenance
@@ -223,13 +223,10 @@ def _results(
     sizes: Sequence[int],
 ) -> Iterator[Result]:
     """Yield the results of `items` in their order; `progress` counts `name`, so many of each item."""
-    progress.start(sum(sizes), name)
-    try:
+    with counting(progress, sum(sizes), name) as advance:
         for size, (_, result) in zip(sizes, in_order(run, unit, items), strict=True):
             yield result
-            progress.advance(size)
-    finally:
-        progress.finish()
+            advance(size)
 
 
 #: Of one clip, by kind of tokens and definition.

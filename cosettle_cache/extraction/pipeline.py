@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count, groupby, pairwise
 from pathlib import Path
 from threading import Condition, Event, Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,10 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import MediaError, UsageError
 from cosettle_cache.core.parallel import host_memory, one_core_threads
-from cosettle_cache.core.types import Encoding, Manifest, MediaKind, Slot, Video
+from cosettle_cache.core.types import Encoding, MediaKind, Slot, Video
 from cosettle_cache.encoders import Backbone
 from cosettle_cache.extraction.images import Look, Views, resampling_of
+from cosettle_cache.extraction.layers import SlotWriter
 from cosettle_cache.store import Shard
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import FrameReader
@@ -38,29 +39,6 @@ FRAMES_PER_TASK = 4
 #: Batch buffers: up to two that the device is not done with, the others being filled.
 N_BUFFERS = 4
 NOT_FINITE = "its tokens do not fit float16 (overflow or not a number)"
-
-
-@runtime_checkable
-class SlotWriter(Protocol):
-    """What slots are committed to: a store, or several side by side. See `StoreWriter`."""
-
-    def todo(self, *, retry_failed: bool = False) -> list[int]:
-        """Return the slots that are to do."""
-
-    def claim(self, index: int, *, retry_failed: bool = False) -> bool:
-        """Hold a slot, and say whether it is to do."""
-
-    def release(self, index: int) -> None:
-        """Give a slot back."""
-
-    def commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
-        """Write a slot's tokens and mark it as done."""
-
-    def replace_manifest(self, manifest: Manifest) -> None:
-        """Write another manifest of the same videos."""
-
-    def close(self) -> None:
-        """Give everything back."""
 
 
 @dataclass(frozen=True, slots=True)

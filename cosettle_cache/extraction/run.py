@@ -17,11 +17,10 @@ from threading import Event, Lock
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 
 from cosettle_cache.core.cluster import work_on
-from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
+from cosettle_cache.core.console import SILENT, Progress, Talk, counting, interruptible
 from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.core.files import is_url
 from cosettle_cache.core.parallel import Run, pick_device, share_of_cores
@@ -33,12 +32,13 @@ from cosettle_cache.core.settings import (
     PairsSettings,
     package_versions,
 )
-from cosettle_cache.core.types import Fingerprint, Manifest, Slot
+from cosettle_cache.core.types import Fingerprint, Manifest
 from cosettle_cache.encoders import Backbone, describe_backbone, load_backbone
 from cosettle_cache.encoders.registry import split_name, weights_file
 from cosettle_cache.extraction.images import views_rule
-from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler, SlotWriter
-from cosettle_cache.store import Shard, StoreWriter, open_store, spec_version
+from cosettle_cache.extraction.layers import LayerWriters, SlotWriter
+from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
+from cosettle_cache.store import StoreWriter, open_store, spec_version
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.content import is_other, look_again, name_changed, present_row
 from cosettle_cache.videos.manifest import manifest_digest
@@ -167,45 +167,6 @@ class StoreJob:
         if device is not None:
             fingerprint = replace(fingerprint, versions={**fingerprint.versions, **device})
         return StoreWriter.create_or_resume(self.out, plan.arrays, fingerprint, manifest, encoder)
-
-
-class LayerWriters:
-    """The stores of several layers, filled side by side: a slot is to do while one of them lacks it."""
-
-    def __init__(self, writers: Sequence[StoreWriter]) -> None:
-        self._writers = writers
-        self._held: dict[int, list[int]] = {}
-
-    def todo(self, *, retry_failed: bool = False) -> list[int]:
-        """Return the slots that one of the stores lacks."""
-        return sorted({index for one in self._writers for index in one.todo(retry_failed=retry_failed)})
-
-    def claim(self, index: int, *, retry_failed: bool = False) -> bool:
-        """Hold a slot in the stores that lack it; say whether there are any."""
-        claimed = [one.claim(index, retry_failed=retry_failed) for one in self._writers]
-        self._held[index] = [number for number, is_ours in enumerate(claimed) if is_ours]
-        return any(claimed)
-
-    def release(self, index: int) -> None:
-        """Give a slot back."""
-        for number in self._held.pop(index, ()):
-            self._writers[number].release(index)
-
-    def commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
-        """Commit a slot to the stores that lack it; layers lie side by side in the channels."""
-        layers = np.split(shard.tokens, len(self._writers), axis=-1)
-        for number in self._held.get(slot.index, ()):
-            self._writers[number].commit(slot, Shard(np.ascontiguousarray(layers[number])), failures)
-
-    def replace_manifest(self, manifest: Manifest) -> None:
-        """Write another manifest into all stores."""
-        for one in self._writers:
-            one.replace_manifest(manifest)
-
-    def close(self) -> None:
-        """Close all stores."""
-        for one in self._writers:
-            one.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,26 +430,23 @@ def _fill_slots(
     todo = left = writer.todo(retry_failed=retry_failed)
     filled: list[FilledSlot] = []
     n_elsewhere, waiting = 0, False
-    progress.start(sum(map(plan.slot_length, todo)), "images")
-    try:
-        with clock.stage("total"):
-            while left:
-                ours = list(fill(left))
-                filled += ours
-                others = set(left).difference(slot.index for slot in ours)
-                left = sorted(others.intersection(writer.todo(retry_failed=retry_failed)))
-                elsewhere = others.difference(left)
-                n_elsewhere += len(elsewhere)
-                progress.advance(sum(map(plan.slot_length, elsewhere)))
-                if stop.is_set():
-                    break
-                if left and not ours:
-                    if not waiting:
-                        note(f"waiting for another extraction, which holds {len(left)} slots")
-                    waiting = True
-                    stop.wait(POLL_S)
-    finally:
-        progress.finish()
+    n_images = sum(map(plan.slot_length, todo))
+    with counting(progress, n_images, "images") as advance, clock.stage("total"):
+        while left:
+            ours = list(fill(left))
+            filled += ours
+            others = set(left).difference(slot.index for slot in ours)
+            left = sorted(others.intersection(writer.todo(retry_failed=retry_failed)))
+            elsewhere = others.difference(left)
+            n_elsewhere += len(elsewhere)
+            advance(sum(map(plan.slot_length, elsewhere)))
+            if stop.is_set():
+                break
+            if left and not ours:
+                if not waiting:
+                    note(f"waiting for another extraction, which holds {len(left)} slots")
+                waiting = True
+                stop.wait(POLL_S)
     return ExtractReport(
         n_slots=len(filled),
         n_slots_before=plan.n_slots - len(todo),

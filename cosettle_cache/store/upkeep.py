@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import DamagedStoreError, InputError, RemoteError, UsageError
 from cosettle_cache.core.files import Buffer, is_url, make_folder, overwrite_durably
 from cosettle_cache.core.parallel import map_ahead
@@ -92,17 +92,14 @@ def copy_store(
     n_bytes, damages = 0, list[Damage]()
     with closing(StoreWriter(there, theirs)) as writer:
         committed, _ = find_committed(reader, writer.slots)
-        progress.start(len(committed), "slots")
-        try:
+        with counting(progress, len(committed), "slots") as advance:
             task = partial(_copy_slot, reader, there, metadata, writer)
             n_threads = min(there.n_readers, MAX_SLOTS_IN_HAND)
             for outcome, copied, found in map_ahead(task, committed, n_threads, stop=stop):
                 outcomes[outcome] += 1
                 n_bytes += copied
                 damages += found
-                progress.advance(1, megabytes=n_bytes / 1e6, damages=float(len(damages)))
-        finally:
-            progress.finish()
+                advance(1, megabytes=n_bytes / 1e6, damages=float(len(damages)))
     return CopyReport(
         source=reader.path,
         target=there.path,

@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache.core.console import Progress
+from cosettle_cache.core.console import Progress, counting
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
 from cosettle_cache.core.files import printable
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
@@ -263,15 +263,12 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
         return None
 
     problems: dict[str, str] = {}
-    progress.start(len(manifest), "videos")
-    try:
+    with counting(progress, len(manifest), "videos") as advance:
         found = map_ahead(find_problem, manifest, share_of_cores(1))
         for video, problem in zip(manifest, found, strict=True):
             if problem is not None:
                 problems[video.video_id] = problem
-            progress.advance()
-    finally:
-        progress.finish()
+            advance()
     return problems
 
 

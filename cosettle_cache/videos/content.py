@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import sha256_file
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
@@ -85,14 +85,11 @@ def look_again(
         place for place, (old, new) in enumerate(pairs) if read or (old.content and old.stamp != new.stamp)
     ]
     if places:
-        progress.start(len(places), "videos")
-        try:
+        with counting(progress, len(places), "videos") as advance:
             found = map_ahead(partial(look, read=True), [rows[place] for place in places], n_threads)
             for place, row in zip(places, found, strict=True):
                 rows[place] = row
-                progress.advance()
-        finally:
-            progress.finish()
+                advance()
     changed = [old.video_id for old, row in zip(manifest, rows, strict=True) if is_other(old, row)]
     return replace(manifest, videos=tuple(rows)), changed
 
