@@ -16,7 +16,7 @@ from torch import Tensor
 from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.encoders.checkpoints import listing
-from cosettle_cache.encoders.layouts import is_transformers, timm_names, without_prefix
+from cosettle_cache.encoders.layouts import is_transformers, timm_names
 from cosettle_cache.encoders.registry import BACKBONES, DINOV3, FAMILIES, Architecture, Family
 
 #: The authors' projection lies beside the encoder in their files.
@@ -58,7 +58,7 @@ class EncoderFile:
 def sort_tensors(path: str, family: Family, tensors: Mapping[str, Tensor]) -> EncoderFile:
     """Sort the tensors of a file into the encoder's, the known-ignored and the left over."""
     renamed = is_transformers(tensors)
-    tensors = timm_names(without_prefix(tensors))
+    tensors = timm_names(tensors)
     originals = {name.removeprefix("module."): name for name in tensors}
     has_stem = any(name.startswith(family.stem) for name in originals)
     own: dict[str, str] = {}

@@ -46,12 +46,12 @@ def describe_backbone(
         raise sizeless(name)
     from cosettle_cache.encoders.checkpoints import read_checkpoint
     from cosettle_cache.encoders.convert import dinov3_architecture, infer_architecture, sort_tensors
-    from cosettle_cache.encoders.layouts import timm_names, without_prefix
+    from cosettle_cache.encoders.layouts import timm_names
 
     path, key = weights_file(weights)
     tensors = read_checkpoint(path, key)
     if family is DINOV3:
-        sizes = dinov3_architecture(str(weights), timm_names(without_prefix(tensors)), heads)
+        sizes = dinov3_architecture(str(weights), timm_names(tensors), heads)
     else:
         sizes = infer_architecture(sort_tensors(str(weights), family, tensors), heads)
     return make_info(name, family, sizes)

@@ -66,7 +66,7 @@ def bare_name(name: str) -> str:
     return _WRAPPERS.sub("", _WRAPPERS.sub("", name).removeprefix("module."))
 
 
-def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without wrappers' parts and without the one prefix that all names share.
 
     A prefix is taken off only up to the encoder's first layer and the stems of published files. Raises
@@ -85,7 +85,8 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of an encoder under timm's names; other layouts are returned as they are."""
+    """Return the tensors of an encoder under timm's names, without prefixes; other layouts as they are."""
+    tensors = _without_prefix(tensors)
     if is_transformers(tensors):
         tensors = _from_transformers(tensors)
     if any(name.endswith(("storage_tokens", ".gamma_1")) for name in tensors):

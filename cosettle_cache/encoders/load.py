@@ -48,7 +48,7 @@ from cosettle_cache.encoders.convert import (
     name_lines,
     sort_tensors,
 )
-from cosettle_cache.encoders.layouts import timm_names, without_prefix
+from cosettle_cache.encoders.layouts import timm_names
 from cosettle_cache.encoders.registry import (
     BACKBONES,
     DINOV3,
@@ -288,7 +288,7 @@ def _read_timm(weights: str | Path) -> tuple[Path, Weights, dict[str, Tensor]]:
     """Return a file of weights, where they come from, and its tensors under timm's names."""
     path, key = weights_file(weights)
     checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
-    return path, _record(path.name, path, key, checkpoint), timm_names(without_prefix(checkpoint))
+    return path, _record(path.name, path, key, checkpoint), timm_names(checkpoint)
 
 
 def _dinov3_of_tensors(
