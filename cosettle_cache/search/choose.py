@@ -28,8 +28,6 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
         raise UsageError(
             "faiss is not installed", hint="pip install 'cosettle-cache[cpu]', or --search torch"
         )
-    if search == "faiss":
-        faiss_packages()
     if device.type != "cpu":
         return _on_gpu(search, device)
     if search == "triton":
@@ -49,6 +47,7 @@ def _on_gpu(search: str, device: torch.device) -> Ranker:
     if search == "bf16":
         raise UsageError("bf16 searches on the CPU only", found=str(device), hint="--search torch")
     if search == "faiss":
+        faiss_packages()
         check_gpu_faiss()
         return FaissRoughRanker(device.type)
     if search == "triton":

@@ -319,7 +319,9 @@ class FaissRanker(KeyRanker):
         self, queries: Queries, keys: Keys, blocked: Blocked, k: int
     ) -> Ranked:
         if queries.device.type == "cuda":
-            return self._rank_on_gpu(queries, keys, k)
+            if k > MOST_ON_GPU:
+                return TorchRanker().rank(queries, keys, None, k)
+            return nearest_on_gpu(queries, keys.flatten(0, 1), k)
         import faiss
 
         n_keys = keys.shape[0] * keys.shape[1]
@@ -337,12 +339,6 @@ class FaissRanker(KeyRanker):
             again = TorchRanker().rank(queries[uncertain], keys, blocked[uncertain], k)
             values[uncertain], index[uncertain] = again
         return values, index
-
-    @staticmethod
-    def _rank_on_gpu(queries: Queries, keys: Keys, k: int) -> Ranked:
-        if k > MOST_ON_GPU:
-            return TorchRanker().rank(queries, keys, None, k)
-        return nearest_on_gpu(queries, keys.flatten(0, 1), k)
 
 
 def _products(queries: Tensor, keys: Tensor, blocked: Blocked, out: Tensor) -> Tensor:
