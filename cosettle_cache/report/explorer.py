@@ -152,10 +152,7 @@ class Tokens:
 
     def to_json(self) -> dict[str, Any]:
         """Return where the tokens are, and of which kinds they are."""
-        return {
-            "features": str(self.store.path),
-            "tokens": [kind.name for kind in self.kinds],
-        }
+        return {"features": str(self.store.path), "tokens": [kind.name for kind in self.kinds]}
 
     def provenance(self) -> dict[str, Any]:
         """Return what decides these tokens."""

@@ -346,10 +346,7 @@ def store_summary(store: FeatureStore) -> dict[str, Any]:
         "arrays": [
             {
                 "grid": str(layout.grid),
-                "n_channels": layout.n_channels,
-                "dtype": layout.dtype,
-                "codec": layout.codec,
-                "n_encodings": layout.n_encodings,
+                **{name: getattr(layout, name) for name in ("n_channels", "dtype", "codec", "n_encodings")},
                 "n_present": present.get(str(layout.grid), 0),
                 "n_slots": layout.n_slots,
                 "slot_bytes": layout.slot_encodings * layout.encoding_bytes,

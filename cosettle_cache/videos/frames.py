@@ -134,7 +134,9 @@ def probe(path: str | Path, *, exact: bool = True) -> MediaInfo:
     """
     path = Path(path)
     if not path.is_dir():
-        return _probe_image(path) if is_image_name(path.name) else _probe_file(path, exact)
+        if is_image_name(path.name):
+            return MediaInfo(MediaKind.IMAGE, 1, *image_size(path), None)
+        return _probe_file(path, exact)
     sizes = {name: image_size(path / name) for name in frame_names(path)}
     first, (height, width) = next(iter(sizes.items()))
     for name, size in sizes.items():
@@ -145,11 +147,6 @@ def probe(path: str | Path, *, exact: bool = True) -> MediaInfo:
                 found=f"{size[0]}x{size[1]} in {name}",
             )
     return MediaInfo(MediaKind.FRAMES, len(sizes), height, width, None)
-
-
-def _probe_image(path: Path) -> MediaInfo:
-    height, width = image_size(path)
-    return MediaInfo(MediaKind.IMAGE, 1, height, width, None)
 
 
 def _probe_file(path: Path, exact: bool) -> MediaInfo:

@@ -129,12 +129,10 @@ def build_davis2016(
     if not lines and (root / "ImageSets").is_dir():
         raise UsageError(f"{root} has no split {split}", wanted=" or ".join(map(str, files)), found=split)
     listed = [PurePosixPath(line.split()[0]).parent.name if "/" in line else line for line in lines]
-    chosen = names or dict.fromkeys(listed)
-    return build_davis(root, data_root, split, tuple(chosen) or _all_of(root), resolution, "davis2016")
-
-
-def _all_of(root: Path) -> tuple[str, ...]:
-    return tuple(path.name for path in subfolders(root / "JPEGImages" / _only_resolution(root)))
+    chosen = tuple(names or dict.fromkeys(listed))
+    if not chosen:
+        chosen = tuple(path.name for path in subfolders(root / "JPEGImages" / _only_resolution(root)))
+    return build_davis(root, data_root, split, chosen, resolution, "davis2016")
 
 
 def build_vos(

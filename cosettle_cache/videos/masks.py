@@ -139,18 +139,14 @@ class DavisSequence(MaskFiles):
     def scorable(self) -> bool:
         """Whether every frame, or of a sparse data set some, is annotated besides the first and the last."""
         is_sparse = self.data_set is not None and self.data_set.sparse
-        return len(self.labelled) >= MIN_SCORED_FRAMES and (is_sparse or self.is_whole)
+        is_whole = len(self.labelled) == self.video.n_frames
+        return len(self.labelled) >= MIN_SCORED_FRAMES and (is_sparse or is_whole)
 
     @property
     def starts(self) -> dict[int, int]:
         """The number, among the annotated frames, of the one in which each object is given."""
         places = {index: place for place, index in enumerate(sorted(self.labelled))}
         return {number: places[index] for number, index in self.begins.items()}
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every frame is annotated."""
-        return len(self.labelled) == self.video.n_frames
 
     def first_mask(self) -> Mask:
         """Return the annotation of the first frame; void is background."""
