@@ -173,10 +173,7 @@ def _painted(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Components:
-    """The directions (columns) in which unit tokens vary most, around their mean.
-
-    `spreads` are standard deviations, `shares` shares of the whole variance.
-    """
+    """The directions (columns) in which unit tokens vary most, their deviations and shares of variance."""
 
     mean: Float64[Tensor, " dim"]
     basis: Float64[Tensor, "dim component"]

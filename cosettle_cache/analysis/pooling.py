@@ -58,10 +58,7 @@ def each_video(
     progress: Progress,
     stop: Event | None = None,
 ) -> Iterator[tuple[str, Result]]:
-    """Yield (video id, `do(video id)`); of a video that cannot be read `failures` gets the reason.
-
-    Setting `stop` ends it after the video in hand.
-    """
+    """Yield (id, `do(id)`) until `stop` is set; of a video that cannot be read `failures` gets the reason."""
     if not video_ids:
         return
     with counting(progress, len(video_ids), "videos") as advance:

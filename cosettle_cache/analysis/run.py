@@ -85,10 +85,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisPlan:
-    """What is measured: definitions, clips, and by video id why others are not.
-
-    `places` are those at which clips are compared.
-    """
+    """Definitions, clips, by id why others are left out, and the places at which clips are compared."""
 
     definitions: tuple[Definition, ...]
     clips: tuple[Clip, ...]
@@ -119,10 +116,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisReport:
-    """What one run of `analyze_store` found.
-
-    `plan` has the clips that were measured, in the order of `Measured.clips`, and those left out.
-    """
+    """What `analyze_store` found; `plan` has the clips of `Measured.clips`, in order, and those left out."""
 
     plan: AnalysisPlan
     measured: tuple[Measured, ...]
@@ -130,10 +124,7 @@ class AnalysisReport:
 
 
 def plan_analysis(store: FeatureStore, settings: AnalyzeSettings) -> AnalysisPlan:
-    """Return what `analyze_store` would measure.
-
-    Raises `InputError` for a store of a pairs plan and for fewer than two clips that can be measured.
-    """
+    """Return what would be measured; raise `InputError` for a pairs plan and for fewer than two fit clips."""
     check_frames_plan(store, "analyze")
     names = ("compat" if settings.compat else "released", "paper")
     definitions = tuple(replace(DEFINITIONS[name], gamma=settings.gamma) for name in names)

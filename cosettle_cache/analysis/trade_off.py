@@ -429,10 +429,7 @@ def compare(
 def inter_figures(
     definitions: Sequence[Definition], sums: MiddleSums, comparisons: Sequence[Comparison]
 ) -> list[dict[str, float]]:
-    """Return the figures between clips by name of `TradeOff`, for each definition.
-
-    `comparisons` are those of every `block_pairs`, with `make_spreads`.
-    """
+    """Return the figures between clips for each definition; `comparisons` are those of all `block_pairs`."""
     n_pairs = sums.n_clips * (sums.n_clips - 1) / 2
     by_place = np.sum([distances for distances, _ in comparisons], axis=0) / n_pairs
     alone = [spreads for _, spreads in comparisons if spreads]

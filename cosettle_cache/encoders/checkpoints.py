@@ -140,10 +140,7 @@ _WANTED = "a state dict in a .safetensors, .pth or .pt file"
 
 
 class Checkpoint(dict[str, Tensor]):
-    """Tensors by name, and the files they are from.
-
-    `passed_over` has the keys of other state dicts of the model (averages, say).
-    """
+    """Tensors by name, their files, and the keys of other state dicts of the model (averages, say)."""
 
     passed_over: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()

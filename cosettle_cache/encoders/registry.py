@@ -294,10 +294,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The sizes of a ViT; `grid` is the position embedding's own, `hidden` the width of the MLP.
-
-    `gated`: the MLP is a SwiGLU.
-    """
+    """The sizes of a ViT; `grid` is its positions' own, `hidden` the width of the MLP, `gated` a SwiGLU."""
 
     width: int
     depth: int
@@ -559,10 +556,7 @@ NORMS = ("last", "each", "none")
 
 
 def split_name(name: str) -> tuple[str, tuple[int, ...], str]:
-    """Return name, layers and norm of `NAME@LAYER,LAYER:NORM`; without layers the encoder's own tokens.
-
-    Layers count from 0, as timm's do. Raises `UsageError` for anything else behind the `@`.
-    """
+    """Return name, layers (from 0) and norm of `NAME@LAYER,LAYER:NORM`; raise `UsageError` for other text."""
     base, at, rest = name.partition("@")
     numbers, colon, norm = rest.partition(":")
     layers = [int(number) for number in numbers.split(",") if number.isdecimal() and len(number) < 6]

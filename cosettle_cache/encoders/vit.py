@@ -166,10 +166,7 @@ class Backbone:
 
 
 class VitBody:
-    """A frozen timm VisionTransformer or Eva; prefix tokens (CLS, registers) and positions are held apart.
-
-    So one forward gives each view its own position shift.
-    """
+    """A frozen timm VisionTransformer or Eva, positions held apart, so that each view has its own shift."""
 
     def __init__(self, vit: Any, resize: PositionResize, norm_plain: bool = True) -> None:
         self.vit = vit

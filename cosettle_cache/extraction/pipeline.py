@@ -134,10 +134,7 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """Images whose tokens are on their way: `done` (on a GPU) when they are there.
-
-    `held` is what the device still uses.
-    """
+    """Images whose tokens are there when `done` is (on a GPU); `held` is what the device uses till then."""
 
     batch: _Batch
     images: Sequence[_Image]

@@ -171,10 +171,7 @@ class StoreJob:
 
 @dataclass(frozen=True, slots=True)
 class SlotReport:
-    """What a worker process says about a slot; `filled` is None when another writer has it, or had it.
-
-    `model` is the card that it encodes on; empty for a CPU.
-    """
+    """What a worker says of a slot; `filled` is None where another writer has it, `model` the GPU if any."""
 
     process: str
     filled: FilledSlot | None

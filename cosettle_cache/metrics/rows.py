@@ -69,10 +69,7 @@ def video_row(
     provenance: Provenance,
     size: tuple[int, int] | None = None,
 ) -> Score:
-    """Return the row of one video that figures are put into; `settings` are the protocol's.
-
-    `size` is the (height, width) at which it is scored, None its own.
-    """
+    """Return a video's row to put figures into, scored at (height, width) `size` or its own size (None)."""
     height, width = size or (video.height, video.width)
     return Score(
         task=task,
@@ -297,10 +294,7 @@ RULES: Mapping[str, tuple[str, str, Mapping[str, str], Callable[[Sequence[Score]
 
 
 def write_scores(folder: Path, scores: Sequence[Score], *, complete: bool = True) -> tuple[Path, Path]:
-    """Write `scores.parquet` (all rows) and `summary.json` (means and provenance) into `folder`.
-
-    `complete` says whether every video had its turn; it stands in the summary.
-    """
+    """Write all rows, their means and provenance into `folder`; `complete`: every video had its turn."""
     rows, summary = folder / SCORES_FILE, folder / SUMMARY_FILE
     write_rows(rows, scores)
     write_json(summary, {"complete": complete, **summary_json(scores)})
@@ -338,10 +332,7 @@ NO_SCORES = (
 
 
 def read_scores(path: Path) -> list[Score]:
-    """Read the rows of a table of scores, of this version or with a column per figure, as older ones have.
-
-    Raises `InputError` for other tables and later versions.
-    """
+    """Read a table of scores, older ones (a column per figure) too; raise `InputError` for any other."""
     rows, metadata = read_rows(path, SCHEMA)
     version = metadata.get(_VERSION_KEY, str(TABLE_VERSION))
     if version != str(TABLE_VERSION):

@@ -236,10 +236,7 @@ class DrawnTracks:
 def write_tracks(
     images: Iterable[Image8], tracks: DrawnTracks, fps: float | None, folder: Path, name: str
 ) -> None:
-    """Write `folder/name.mp4` and four stills of it, small frames enlarged.
-
-    Raises `OutputError` when they cannot be written.
-    """
+    """Write `folder/name.mp4` and four stills, small frames enlarged; raise `OutputError` if it cannot be."""
     # One colour per point, by its place from the top left to the bottom right where it was given.
     starts = tracks.found.points[np.arange(len(tracks.given)), tracks.given]
     order = np.argsort(np.argsort(starts.sum(axis=1)))

@@ -66,10 +66,7 @@ _KEYS = "Arrow keys move the patch, Page Up and Page Down the frame."
 
 @dataclass(frozen=True, slots=True)
 class ExploredKind:
-    """One kind of tokens: for every patch of the first frame its nearest in each later one, best first.
-
-    `small` and `error` are of `shrink`.
-    """
+    """One kind of tokens: each first patch's nearest in later frames, best first; and what `shrink` gives."""
 
     name: str
     position: UInt16[np.ndarray, "later patch k"]

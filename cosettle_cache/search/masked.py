@@ -71,10 +71,7 @@ def in_window(
 def transition(
     similarity: Float[Tensor, "*query k"], count: Int[Tensor, "*query k"], temperature: float
 ) -> Float[Tensor, "*query k"]:
-    """Return weights that sum to one over k: a softmax in which every neighbour stands `count` times.
-
-    Entries of count 0 get weight 0 whatever their similarity.
-    """
+    """Return weights that sum to one over k: a softmax with each neighbour `count` times (0: weight 0)."""
     logits = (similarity / temperature).masked_fill(count == 0, -torch.inf)
     return torch.softmax(logits + count.clamp(min=1).log(), dim=-1)
 

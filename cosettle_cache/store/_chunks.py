@@ -160,10 +160,7 @@ class ChunkSource:
             other.result()
 
     def will_need(self, slots: Sequence[int] | Int64[np.ndarray, " n"]) -> None:
-        """Let shards that are read soon come into the page cache, or the shard cache, in the background.
-
-        Nothing is done where there is no room for them twice: what is in use and what comes next must stay.
-        """
+        """Let shards come nearer as `FeatureStore.will_need` says; what is in use must stay there as well."""
         places = [self.slots.place(int(index)) for index in slots]
         n_bytes = sum(place.layout.slot_encodings * place.layout.encoding_bytes for place in places)
 

@@ -91,10 +91,7 @@ class ShardEncoder:
 
 
 class ShardReader:
-    """One open shard; safe to use from several threads.
-
-    `checksums` are those of the chunks that the index part commits; None where it does not say.
-    """
+    """One open shard, for several threads; `checksums` are those that its index part commits, if it does."""
 
     def __init__(
         self,

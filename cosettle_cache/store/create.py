@@ -118,10 +118,7 @@ def manifest_file(header: Header, manifest: Manifest) -> bytes:
 
 
 def header_copy(metadata: Mapping[str, str], path: str) -> Header | None:
-    """Return the header in the metadata of a manifest; None where there is none, as in the first release.
-
-    Raises what `parse_header` does.
-    """
+    """Return the header in a manifest's metadata, None in the first release; raise as `parse_header` does."""
     if HEADER_COPY not in metadata:
         return None
     try:

@@ -51,10 +51,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """The manifest of the good videos, and for each bad one (by its media path) the reason.
-
-    `notes` say what was passed over and what looks strange in the good ones.
-    """
+    """The manifest of the good videos, the reason of each bad one by its media path, notes on oddities."""
 
     manifest: Manifest
     failures: Mapping[str, str]

@@ -452,14 +452,6 @@ def decode_errors(path: Path, fault: str = "cannot be decoded", wanted: str | No
 _DINOV3_SIZES = {"dinov3-s": 30, "dinov3-m": 60, "dinov3-l": 90}
 
 
-def plain_size(rule: str, patch: int) -> str:
-    """Return the size rule that DINOv3's names of sizes stand for with a patch of `patch` pixels.
-
-    Other rules are returned as they are.
-    """
-    return f"short-up:{_DINOV3_SIZES[rule] * patch}/{patch}" if rule in _DINOV3_SIZES else rule
-
-
 def resolve_size(rule: str, height: int, width: int, patch: int = 16) -> tuple[int, int]:
     """Return the (height, width) in pixels that a size rule gives for frames of `height` x `width`.
 
@@ -468,7 +460,8 @@ def resolve_size(rule: str, height: int, width: int, patch: int = 16) -> tuple[i
     VIP), `short-up:960/16` (both sides rounded up to a multiple of 16, as DINOv3 does), and DINOv3's
     `dinov3-s`, `dinov3-m` and `dinov3-l`, which depend on the encoder's patch.
     """
-    rule = plain_size(rule, patch)
+    if rule in _DINOV3_SIZES:
+        rule = f"short-up:{_DINOV3_SIZES[rule] * patch}/{patch}"
     if rule == "native":
         return height, width
     side, _, numbers = rule.rpartition(":")

@@ -96,10 +96,7 @@ def _davis_list(root: Path, split: str) -> list[str]:
 
 
 def _list_of(root: Path, split: str, lists: Mapping[str, Path], place: str) -> Path | None:
-    """Return the list of a split, None for val where there are no lists: then val is all that is there.
-
-    Raises `UsageError` that names the splits there are.
-    """
+    """Return a split's list, None for val (all there is) without lists; a `UsageError` names the splits."""
     if split in lists:
         return lists[split]
     if lists or split != "val":
@@ -200,10 +197,7 @@ def object_kinds(video: Video, data_root: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_meta(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return by video and object what `meta.json` says: `category` and `frames`; nothing without the file.
-
-    Raises `InputError` for a file of another kind.
-    """
+    """Return what `meta.json`, if any, says by video and object; raise `InputError` for a file of others."""
     path = folder / META
     return _parse_meta(path, path.stat().st_mtime_ns) if path.is_file() else {}
 

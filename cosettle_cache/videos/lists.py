@@ -99,10 +99,7 @@ def list_manifest(
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank, without the blanks around them.
-
-    Raises `InputError` for a missing file and one that is no UTF-8 text; a byte order mark is left out.
-    """
+    """Return the stripped lines of a UTF-8 text that are not blank; raise `InputError` for other files."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 

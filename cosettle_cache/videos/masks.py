@@ -230,10 +230,7 @@ class PartSequence(MaskFiles):
 
 
 def open_parts(video: Video, data_root: str | Path) -> PartSequence:
-    """Return the parts of one manifest row; `open_mask_files` says what raises `MediaError`.
-
-    So does a first frame without any part.
-    """
+    """Return the parts of a row; raise `MediaError` as `open_mask_files` does, or if its first has none."""
     files = open_mask_files(video, data_root, numbered=False)
     classes = np.unique(_known_parts(files.read(0)))
     if not classes.any():

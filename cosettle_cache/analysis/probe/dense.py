@@ -195,10 +195,7 @@ def _overlaps(counts: Int64[np.ndarray, "truth said"], n_images: int) -> tuple[F
 
 
 def plan_pairs(store: FeatureStore, settings: ProbeSettings, labels: Path) -> ImagePlan:
-    """Return the pairs of SPair-71k (`labels`) whose images the store has, by category and file name.
-
-    Raises `InputError` where there is none.
-    """
+    """Return the pairs of SPair-71k (`labels`) whose images the store has; raise `InputError` for none."""
     pairs, missing = read_pairs(labels, settings.split or "test")
     places = {"/".join(PurePosixPath(video.media).parts[-2:]): video for video in store.manifest}
     lacking = missing_videos(store, [video.video_id for video in places.values()])

@@ -146,10 +146,7 @@ def render(scene: Scene, moment: float) -> Frame:
 
 
 def poses(scene: Scene, moment: float) -> Iterator[tuple[int, Placement, Pose]]:
-    """Yield every actor's object index, where it lies and its pose, from back to front.
-
-    An actor has the same pieces in the same order at every moment.
-    """
+    """Yield every actor's object index, place and pose from back to front, its pieces in one order always."""
     for actor, object_id in zip(scene.actors, scene.objects, strict=True):
         yield object_id, actor.placement(moment, scene.height, scene.width), actor.pose(moment)
 
