@@ -576,11 +576,8 @@ def join_name(base: str, layers: Sequence[int], norm: str) -> str:
 
 def is_timms(name: str) -> bool:
     """Say whether timm's model computes the encoder of this name: its own names, later rows, `dinov3`."""
-    return (
-        name.startswith(TIMM_PREFIX)
-        or name == DINOV3.name
-        or bool(name in BACKBONES and BACKBONES[name].model_id)
-    )
+    row = BACKBONES.get(name)
+    return name.startswith(TIMM_PREFIX) or name == DINOV3.name or bool(row and row.model_id)
 
 
 def weights_file(weights: str | Path) -> tuple[Path, str]:

@@ -142,10 +142,7 @@ class Backbone:
         images: Float[Tensor, "image 3 height width"],
         views: Sequence[tuple[int, PositionShift | None]],
     ) -> Float[Tensor, "n row col dim"]:
-        """Return the patch tokens of views (image number, shift); views of one image share its patches.
-
-        Equal to `encode` on repeated images, without transferring and embedding an image twice.
-        """
+        """Return the tokens of views (image number, shift) as `encode` does, each image embedded once."""
         grid = self.grid(*images.shape[-2:])
         for shift in {shift for _, shift in views if shift is not None}:
             check_shift(grid, shift)

@@ -271,10 +271,7 @@ def extract_across(
     stop: Event | None = None,
     note: Callable[[str], object] = lambda text: None,
 ) -> ExtractReport:
-    """Like `extract`, with the slots filled by worker processes through `run`, which has the same `stop`.
-
-    `writer` is this process's own, of the job's store. Errors of a worker are raised here.
-    """
+    """Like `extract`, by worker processes through `run` (of the same `stop`); their errors are raised here."""
     clock, processes, models = Clock(), set[str](), set[str]()
 
     def fill(slots: Sequence[int]) -> Iterator[FilledSlot]:

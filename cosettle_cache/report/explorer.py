@@ -94,10 +94,7 @@ def chosen_frames(n_frames: int, at_most: int) -> list[int]:
 
 @torch.inference_mode()
 def explore(store: FeatureStore, video_id: str, kinds: Sequence[TokenKind], max_frames: int) -> Explored:
-    """Return what there is to explore in one video; `frames` count the encodings of the store.
-
-    Raises `InputError` when the store lacks tokens of the video, `DamagedStoreError` when they are damaged.
-    """
+    """Return what to explore in a video, by encodings; raise `InputError` or `DamagedStoreError`."""
     frames = chosen_frames(store.n_frames(video_id), max_frames)
     tokens = torch.from_numpy(store.tokens(video_id, frames)).flatten(1, 2)
     explored = tuple(_explore_kind(kind.name, kind.apply(tokens)) for kind in kinds)

@@ -186,10 +186,7 @@ def _asset(name: str) -> str:
 
 
 def chart(svg: Path, draw: Callable[[Path], None], identifier: str, label: str) -> Element:
-    """Return the chart that a run left as `svg`; of a run that left none, what `draw` writes to a path.
-
-    Raises `InputError` for a file that is no SVG.
-    """
+    """Return the chart a run left as `svg`, or what `draw` writes to a path; `InputError` for no SVG."""
     with TemporaryDirectory() as folder:
         path = svg if svg.is_file() else Path(folder, "chart.svg")
         if path is not svg:

@@ -46,10 +46,7 @@ HEADER_COPY = "store_header"
 
 
 def create_store(storage: Storage, arrays: Sequence[ArrayLayout], files: Mapping[str, bytes]) -> None:
-    """Create an empty store of metadata and manifest in an empty or absent place; a faster rival wins.
-
-    Raises `InputError` when the place holds something else, `OutputError` when it cannot be written.
-    """
+    """Create an empty store unless a rival does; raise `InputError` for other things there, `OutputError`."""
     if isinstance(storage, ObjectStorage):
         _create_objects(storage, files)
     else:

@@ -122,11 +122,7 @@ class FramesRecipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """All slots of a store. `slot(i)` is computed on demand; nothing grows with the number of encodings.
-
-    There is one layout per grid. `_videos` has the videos of each array, `_starts` the first row of each
-    video in its array.
-    """
+    """All slots of a store, made on demand; by array its `_videos` and, in `_starts`, their first rows."""
 
     recipe: PairsRecipe | FramesRecipe
     arrays: tuple[ArrayLayout, ...]

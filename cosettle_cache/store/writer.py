@@ -40,10 +40,7 @@ from cosettle_cache.store.remote import Storage, is_store, open_storage
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Memory for the tokens of one slot, float16, to be filled before `StoreWriter.commit`.
-
-    It is uninitialised: whoever commits it has filled every encoding that is not reported as failed.
-    """
+    """Memory for a slot's tokens, all filled but those of failed videos before `StoreWriter.commit`."""
 
     tokens: Float16[np.ndarray, "encoding row col channel"]
 

@@ -60,10 +60,7 @@ def present_row(video: Video, data_root: Path, *, read: bool | None = None) -> V
 
 
 def is_other(recorded: Video, present: Video) -> bool:
-    """Say whether the media of a row are known to be others than it was made from.
-
-    Their content tells; where one of the rows has none, the bytes of all files together.
-    """
+    """Say whether a row's media are known to be others than recorded: by content, else by bytes in all."""
     if recorded.content and present.content:
         return recorded.content != present.content
     sizes = [(video.stamp or "").partition("-")[0] for video in (recorded, present)]

@@ -205,10 +205,7 @@ def iter_frames(
 
 
 class FrameReader:
-    """Frames of one video for callers that come back for later frames: a video file is not decoded anew.
-
-    Threads may share it; those that read a video file take turns.
-    """
+    """Frames of a video for callers that come back for later ones; threads that read a file take turns."""
 
     def __init__(self, video: Video, data_root: Path) -> None:
         self.video = video

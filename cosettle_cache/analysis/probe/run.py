@@ -201,10 +201,7 @@ def run_probe(
     device: str = "cpu",
     progress: Progress = SILENT,
 ) -> ProbeReport:
-    """Read every video once and do all tasks for raw tokens and for each projection.
-
-    A video that cannot be read is a named failure and the others are measured; see `plan_probe` for the rest.
-    """
+    """Read every video once and do all tasks for raw and projected tokens; unreadable videos are failures."""
     store, failures = plan.store, plan.incomplete
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device)
     pool = partial(pool_frames, store, kinds, unit=plan.settings.unit, device=device)
