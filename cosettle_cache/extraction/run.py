@@ -271,7 +271,7 @@ def extract_across(
     stop: Event | None = None,
     note: Callable[[str], object] = lambda text: None,
 ) -> ExtractReport:
-    """Like `extract`, by worker processes through `run` (of the same `stop`); their errors are raised here."""
+    """Like `extract`, by workers through `run` (of the same `stop`); their errors are raised here."""
     clock, processes, models = Clock(), set[str](), set[str]()
 
     def fill(slots: Sequence[int]) -> Iterator[FilledSlot]:
