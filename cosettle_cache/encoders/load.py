@@ -243,7 +243,9 @@ def _load_timm(
         if weights is None or str(weights) == RANDOM:
             raise sizeless(name)
         path, record, tensors = _read_timm(weights)
-        info, create = _dinov3_of_tensors(path, tensors, heads)
+        sizes = dinov3_architecture(str(path), tensors, heads)
+        has_bias = any(name.endswith(".q_bias") for name in tensors)
+        info, create = make_info(name, DINOV3, sizes), partial(make_dinov3, sizes, has_bias)
     else:
         check_no_heads(name, heads)
         info = make_info(name, row.family, row.architecture) if row else describe_timm(name)
@@ -289,15 +291,6 @@ def _read_timm(weights: str | Path) -> tuple[Path, Weights, dict[str, Tensor]]:
     path, key = weights_file(weights)
     checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
     return path, _record(path.name, path, key, checkpoint), timm_names(checkpoint)
-
-
-def _dinov3_of_tensors(
-    path: Path, tensors: dict[str, Tensor], heads: int | None
-) -> tuple[BackboneInfo, partial[Any]]:
-    """Return the description of a DINOv3 encoder of a file's sizes, and what makes timm's model of it."""
-    sizes = dinov3_architecture(str(path), tensors, heads)
-    has_bias = any(name.endswith(".q_bias") for name in tensors)
-    return make_info(DINOV3.name, DINOV3, sizes), partial(make_dinov3, sizes, has_bias)
 
 
 def make_dinov3(size: Architecture, has_bias: bool) -> Eva:
