@@ -274,8 +274,7 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
 
     With one the first component over all tokens is split in two (Otsu); the `high` or the `low` side is the
     foreground, or (`auto`) the one that the middle of the frames has more of than the whole; the colours are
-    those of the foreground's own components. Raises `InputError` when there are no tokens, or none in the
-    foreground.
+    those of the foreground's own components. Raises `InputError` when there are no tokens, or none in it.
     """
     side = None if foreground == "none" else _find_foreground(frames, foreground)
     components, histogram = _fit(frames, side), Histogram()

@@ -165,8 +165,7 @@ def analyze_store(
 
     `run` distributes groups of clips to workers; figures and sums are put together in the order of the store,
     so that it does not matter whose work they are. A clip that cannot be read or holds tokens that are not
-    finite is left out and named. Raises `UsageError` for projections of another width and `InputError` when
-    fewer than two clips remain.
+    finite is left out and named. Raises `UsageError` for other widths, `InputError` for less than two clips.
     """
     started, progress = time.perf_counter(), progress or SILENT
     dim, definitions, places = store.arrays[0].n_channels, plan.definitions, plan.places

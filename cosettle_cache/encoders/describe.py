@@ -26,8 +26,7 @@ def describe_backbone(
     """Return the sizes and the normalisation of an encoder; nothing is downloaded.
 
     Of `NAME@LAYER` they are those of one layer. The table or timm knows them; for a family's name they come
-    from the shapes in the weights file. Names of the table need no torch, files of a family no timm, so that
-    `--dry-run` answers at once.
+    from the shapes in the weights file. Names of the table need no torch, files of a family no timm.
     """
     base, layers, _ = split_name(name)
     if layers:

@@ -215,8 +215,7 @@ def vit_from_file(file: EncoderFile, architecture: Architecture) -> VisionTransf
 def _folded(file: EncoderFile, state: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Return the CLS token with its position added, and the patch positions at the encoder's grid.
 
-    A family with a fixed image size gets its positions resized here, bicubic without antialias as its loader
-    does (BLIP: 24x24 to 14x14).
+    A family of fixed size gets them resized here, bicubic, no antialias, as released (BLIP: 24x24 to 14x14).
     """
     positions = state["pos_embed"].reshape(-1, architecture.width)
     folded: dict[str, Tensor] = {}

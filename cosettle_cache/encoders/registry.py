@@ -311,8 +311,7 @@ class Architecture:
 class Source:
     """Where a published file lies: a repository of the Hugging Face hub, or an address.
 
-    Neither: the file is not published at a public address, and `file` says what it is called. `sha256` is
-    checked where its publisher states it.
+    Neither: no public address is known for `file`. `sha256` is checked where its publisher states it.
     """
 
     file: str

@@ -91,8 +91,7 @@ class Backbone:
         """Give the tokens behind these blocks (from 0), side by side in the channels, instead of the last's.
 
         The encoder's final norm is applied to those of the `last` block only, to `each`, or to `none`, as
-        timm's `forward_intermediates` does with and without `norm`. Raises `UsageError` for a layer that does
-        not exist.
+        timm's `forward_intermediates` does. Raises `UsageError` for a layer that does not exist.
         """
         depth = len(self._body.vit.blocks)
         if not all(0 <= layer < depth for layer in layers):
@@ -268,8 +267,7 @@ class Positions:
         """Return one shifted embedding per shift: the crop at its offsets of the enlarged embedding.
 
         The enlargement (bicubic, no antialias; PROTOCOLS 7.2) is linear and separable, so the crop is row
-        weights x embedding x column weights. The whole enlarged embedding, 600 MB for a ViT-B at 480x880, is
-        never made.
+        weights x embedding x column weights; the whole, 600 MB for a ViT-B at 480x880, is never made.
         """
         rows = torch.stack([self._crop(grid, shift, 0) for shift in shifts])
         cols = torch.stack([self._crop(grid, shift, 1) for shift in shifts])

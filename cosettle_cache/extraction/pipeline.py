@@ -117,8 +117,7 @@ class _Filling:
 class _Batch:
     """Images of a slot that are encoded together; encodings of a frame with one crop and flip share a row.
 
-    `tasks` are those that begin with it, `missing` the frames whose views are not there yet. `pixels` are
-    there once it has a buffer.
+    `tasks` begin with it, `missing` counts frames without views yet; `pixels` are there with the buffer.
     """
 
     filling: _Filling

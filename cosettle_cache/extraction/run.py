@@ -184,8 +184,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     """Fill the store of a job, resuming what is there; the report's failures are those of the whole store.
 
     The first Ctrl-C ends the extraction after the slots in hand. Raises `OutputError` when the store cannot
-    be written; committed slots stay. Raises `FingerprintError` for media that are others than the store was
-    made from.
+    be written; committed slots stay. Raises `FingerprintError` for media other than the store was made from.
     """
     settings = job.settings
     progress = talk.progress("compare media")
@@ -240,8 +239,7 @@ def extract(
     hold are waited for, which `note` reports once, and taken over if they are given up.
 
     A video that cannot be decoded is recorded in the store and in the report and does not end the run.
-    Raises `OutputError` when the store cannot be written, and `UsageError` for a device without room for one
-    image; committed slots stay.
+    Raises `OutputError`, and `UsageError` for a device without room for one image; committed slots stay.
     """
     clock, stop = Clock(), stop or Event()
     filler = Filler(
@@ -377,8 +375,7 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
 def _check_store(job: StoreJob, plan: Plan, manifest: Manifest, writer: SlotWriter) -> None:
     """Raise `FingerprintError` when the tokens of a video were made from other media than the manifest's.
 
-    Of a video without tokens (not encoded yet, or failed and to be tried again) the store learns what there
-    is now.
+    Of a video without tokens (not encoded yet, or to be tried again) the store learns what there is now.
     """
     store = open_store(job.stores[0])
     if store.manifest.videos == manifest.videos:

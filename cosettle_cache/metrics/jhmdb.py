@@ -33,8 +33,7 @@ Visible = Bool[np.ndarray, "joint frame"]
 class JointCounts:
     """How many joints were scored and how many lie within each threshold; `a + b` pools two clips.
 
-    `visible` counts the scored frames in which a joint was predicted at all, `annotated` those that there
-    are.
+    `visible` counts the scored frames in which a joint was predicted at all, `annotated` all of them.
     """
 
     correct: Int64[np.ndarray, "threshold joint"]

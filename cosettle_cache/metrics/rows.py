@@ -92,8 +92,7 @@ def object_rows(
     """Return `row` with J and F once per object, of those `shown` in the first true mask.
 
     Where its numbers have gaps, the official tool also counts the numbers between, as objects that are never
-    there and so always right; they get no row here. `kinds` says of what `category` an object is, and whether
-    that is `seen` among those trained on.
+    there and so always right; they get no row here. `kinds` has the `category`, whether `seen` in training.
     """
     row = replace(row, boundary_tolerance_px=scorer.tolerance)
     found = {item.object_id: item for item in scorer.finish() if item.object_id in shown}

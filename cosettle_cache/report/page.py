@@ -111,8 +111,7 @@ def scroll_box(child: Element, label: str) -> Element:
 def data_element(identifier: str, document: Any) -> Element:
     """Return `document` as JSON that scripts of the page read by `identifier`.
 
-    The content of a script element is not escaped, so no `<` may stand in it. Raises `ValueError` for numbers
-    that JSON does not have.
+    A script's content is not escaped, so no `<` may stand in it. Raises `ValueError` for NaN and infinity.
     """
     text = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return element("script", text, type="application/json", id=identifier)

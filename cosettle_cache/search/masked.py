@@ -274,8 +274,7 @@ class KeyRanker(Ranker, ABC):
     def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> Ranked:
         """Return the k largest dot products with keys that are not blocked, and each key's flat index.
 
-        Rows with fewer than k such keys end in minus infinity. `k` is at most the number of keys.
-        `n_parallel` threads may be inside.
+        Rows with fewer than k such keys end in minus infinity. `n_parallel` threads may be inside.
         """
 
 
@@ -357,8 +356,7 @@ def exact_products(
 ) -> Similarities:
     """Return the dot products with the keys at `index`; with `alike`, equal to the last bit for equal keys.
 
-    A matrix product adds up in an order that depends on where a key lies; `alike` adds up every pair alike,
-    which on a CPU is done anyway.
+    A matrix product adds up in an order that depends on a key's place; `alike`, as any CPU here, does not.
     """
     if queries.device.type == "cpu":
         return _sampled_products(queries, keys, index)

@@ -76,8 +76,7 @@ class FrameKeys:
 class Look:
     """A slab of a frame's queries and what they look at: frame 0, and the frames from `start` to `frame`.
 
-    What they look at is counted as elements: frame by frame the positions of `slab`, then of frame 0 those
-    of `first`.
+    What they look at is counted as elements: by frame the positions of `slab`, then those of `first`.
     """
 
     keys: FrameKeys
@@ -126,8 +125,7 @@ class Look:
 class Found(NamedTuple):
     """The k context tokens nearest to each query of a slab, and for which queries that is certain.
 
-    Frames count from the video's first one, positions column by column. Rows with fewer tokens end in minus
-    infinity.
+    Frames count from the video's first, positions column by column; short rows end in minus infinity.
     """
 
     similarity: Similarities

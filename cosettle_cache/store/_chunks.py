@@ -133,8 +133,7 @@ class ChunkSource:
     ) -> None:
         """Fill `out`, C-contiguous, with the tokens of `chunks` of array number `array`, several at a time.
 
-        Raises `InputError` for a chunk that the store does not hold, `DamagedStoreError` for one that it
-        should and cannot give.
+        Raises `InputError` for a chunk that is not there, `DamagedStoreError` for one that should be.
         """
         rows = out.reshape(len(out), math.prod(out.shape[1:]))
         parts = self._shares(array, chunks.tolist(), list(rows))

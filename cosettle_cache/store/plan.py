@@ -201,8 +201,7 @@ def make_plan(
     """Return the plan of all encodings of `manifest` for an encoder of `patch` pixels and `dim` channels.
 
     `slot_encodings` overrides the slot size (rounded down to whole samples in a pairs plan); `dtype` and
-    `codec` say how tokens are stored (see `ArrayLayout`). Raises `InputError` when an image size is not a
-    multiple of the patch.
+    `codec` are `ArrayLayout`'s. Raises `InputError` when an image size is not a multiple of the patch.
     """
     recipe: PairsRecipe | FramesRecipe
     if isinstance(settings, PairsSettings):

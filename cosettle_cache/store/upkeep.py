@@ -79,8 +79,7 @@ def copy_store(
 
     The copy has the same bytes. A slot that failed at the target is replaced by a better one. `stop` ends
     after the slots in hand. Raises `UsageError` for places inside each other, `InputError` when the target is
-    something else, `FingerprintError` when it is another store, `DamagedStoreError` when the metadata of the
-    source is damaged.
+    something else, `FingerprintError` for another store, `DamagedStoreError` for damaged source metadata.
     """
     reader, there, metadata = _open_both(source, target)
     if not is_store(there):
@@ -217,8 +216,7 @@ def repair_store(
     again. What is removed is set aside (see `set_aside` of the storages), and only after it was read whole
     twice more and found bad. When that is impossible, nothing is changed, and this raises `InputError`, or
     `RemoteError` behind a URL. Raises `OutputError` while another process of this machine writes,
-    `DamagedStoreError` when neither header can be trusted. `stop` ends the search for damage; what was found
-    is mended.
+    `DamagedStoreError` when neither header can be trusted. After `stop` what was found so far is mended.
     """
     storage = open_storage(path)
     local = None if dry_run else storage.local

@@ -134,8 +134,7 @@ class StoreWriter:
         """Write the shard durably, then its index part; after that the slot is done, or failed, and not held.
 
         `failures` maps video ids to reasons; every inner chunk with an encoding of such a video is left out.
-        A slot that is done stays as it is. Raises `OutputError` when there is no room; the slot is then still
-        to do.
+        A slot that is done stays as it is. Raises `OutputError`, after which the slot is still to do.
         """
         place = self._place(slot)
         if self._is_todo(place, retry_failed=True):

@@ -62,8 +62,7 @@ def build_manifest(name: str, root: str | Path, data_root: str | Path, **options
     """Return the manifest of the folder `root` in the layout `name`, and the reasons of what was left out.
 
     Media paths are relative to `data_root`. `options` are the layout's own; all have `split`, and `names` to
-    restrict and order the clips. Raises `UsageError` for an unknown layout and `InputError` for a folder
-    without a usable clip.
+    restrict and order them. Raises `UsageError` for an unknown layout, `InputError` without a usable clip.
     """
     if name not in DATASETS:
         raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
@@ -84,8 +83,7 @@ def _build_row(name: str, root: Path, data_root: Path, split: str, names: Sequen
 def build_places(source: Source, listed: Sequence[Listed], media: str, labels: str) -> BuildResult:
     """Return the clips `listed`, or every folder there is, at the places `media` and `labels` with `{name}`.
 
-    A line of a list with two paths says itself where its clip and labels are. A clip without labels becomes a
-    row without.
+    A line with two paths says itself where clip and labels are. A clip without labels becomes a row without.
     """
     root, clips = source.root, []
     for item in listed or [Listed(path.name) for path in subfolders(root / media.partition("{name}")[0])]:
@@ -226,8 +224,7 @@ def _passed_over(root: Path) -> tuple[str, ...]:
 def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:
     """Return how many objects a row's labels hold and how many frames are annotated.
 
-    Of classes of pixels it is the largest number. With `decode` every mask is read. Raises `MediaError` for
-    what cannot be read.
+    Of classes of pixels it is the largest number. With `decode` every mask is read. Raises `MediaError`.
     """
     if video.label_kind is LabelKind.KEYPOINTS:
         joints = open_joints(video, data_root).joints

@@ -46,8 +46,7 @@ def _files(path: Path) -> list[Path]:
 def present_row(video: Video, data_root: Path, *, read: bool | None = None) -> Video:
     """Return a row with its media's stamp of today, and its content of today where bytes are read.
 
-    They are by default where the row has a content and another stamp. Media that cannot be read leave the
-    row as it is.
+    By default they are where content is known and the stamp differs. Unreadable media leave the row as it is.
     """
     path = data_root / video.media
     try:

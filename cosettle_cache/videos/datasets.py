@@ -25,8 +25,7 @@ class DataSet:
     where they differ from the first of `folders` and from `split`. `build` is `module:function` of this room,
     or a function, called with (root, data_root) and the options `split`, `names`.
 
-    `sparse`: some frames are annotated, and objects may appear after the first; `binary`: every value of a
-    mask above 0 is one object.
+    `sparse`: some frames are annotated, objects may appear later; `binary`: values above 0 are one object.
     """
 
     help: str

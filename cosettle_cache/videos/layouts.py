@@ -145,8 +145,7 @@ def build_vos(
 
     Frames are `JPEGImages/NAME`, masks `Annotations/NAME`, of some frames or of all, in the folder `SPLIT` or
     in `root` itself; of `sample` videos, those whose SHA-256 with the seed is smallest, whatever else is
-    there. A video begins at its first mask. One of which `meta.json` names a frame that is not
-    there is a named failure.
+    there. A video begins at its first mask; one that lacks a frame of `meta.json` is a named failure.
     """
     folder = root / split if (root / split / "JPEGImages").is_dir() else root
     if not (folder / "JPEGImages").is_dir():

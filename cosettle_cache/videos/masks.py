@@ -209,8 +209,7 @@ def _without_void(mask: Mask) -> Mask:
 class PartSequence(MaskFiles):
     """One clip of VIP and its body parts; `first_classes` are those of the first frame, background aside.
 
-    Images and annotations are pairs; the frames between them lie elsewhere in the data set and play no role
-    (PROTOCOLS 3.1).
+    Images and annotations are pairs; the frames between lie elsewhere and play no role (PROTOCOLS 3.1).
     """
 
     first_classes: tuple[int, ...]

@@ -175,8 +175,7 @@ def _class_shares(mask: Mask, grid: Grid, n_classes: int) -> Shares:
 def _choose(shares: Shares, n_each: int, draw: np.random.Generator) -> Int64[np.ndarray, " chosen"]:
     """Return the tokens of an image that a limited memory takes, rare classes first (open-hummingbird-eval).
 
-    Those with the smallest u * s: s adds up, over the classes of a token, how many tokens of the image have
-    the class; u is uniform.
+    Those of the smallest u * s: s adds up how many tokens have each of a token's classes; u is uniform.
     """
     present = shares > 0
     score = draw.random(len(shares)) * (present @ present.sum(0))

@@ -44,8 +44,7 @@ Point = tuple[float, float]
 class Frame:
     """One frame: RGB, object and part index of every pixel, and the joints of the (topmost) figure.
 
-    `joints` are (x, y) in pixels, counted so that the first pixel's centre is 0; one is `visible` when the
-    figure is what shows at its pixel.
+    `joints` are (x, y) in pixels, the first pixel's centre 0; `visible` where the figure shows there.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
