@@ -238,13 +238,8 @@ class Painter:
     high: Float64[np.ndarray, " component"]
     foreground: Mask | None = None
 
-    def paint(self, tokens: Tokens) -> Colours:
-        """Return the colour of every token of a frame."""
-        painted: Colours = self.colours(tokens).cpu().numpy()
-        return painted
-
     def colours(self, tokens: Tokens) -> UInt8[Tensor, "row col 3"]:
-        """Return the same where the tokens are."""
+        """Return the colour of every token of a frame, where the tokens are."""
         widths = np.where(self.high > self.low, self.high - self.low, 1.0).tolist()
         # Numbers, not arrays, so that a GPU is sent nothing.
         places = zip(self.components.apply(tokens).unbind(-1), self.low.tolist(), widths, strict=True)

@@ -284,9 +284,8 @@ class TorchRanker(KeyRanker):
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
 
-    def rank(  # noqa: D102
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int
-    ) -> Ranked:
+    def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> Ranked:
+        """Return what `KeyRanker` says."""
         size = len(queries) * keys.shape[0] * keys.shape[1]
         if self._scratch.numel() < size or self._scratch.device != queries.device:
             self._scratch = torch.empty(size, device=queries.device)
@@ -311,9 +310,8 @@ class FaissRanker(KeyRanker):
         # stays under; 20 is what it was before. Speed is all this decides.
         faiss.cvar.distance_compute_blas_threshold = 20
 
-    def rank(  # noqa: D102
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int
-    ) -> Ranked:
+    def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> Ranked:
+        """Return what `KeyRanker` says."""
         if queries.device.type == "cuda":
             if k > MOST_ON_GPU:
                 return TorchRanker().rank(queries, keys, None, k)

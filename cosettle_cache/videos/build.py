@@ -23,6 +23,7 @@ from cosettle_cache.videos.frames import (
     LEFT_BEHIND,
     VIDEO_SUFFIXES,
     MediaInfo,
+    check_size,
     is_hidden,
     is_image_name,
     iter_frames,
@@ -295,12 +296,7 @@ def _measured(video: Video, info: MediaInfo) -> Video:
             found=f"{info.n_frames} frames",
         )
     size = (video.height or info.height, video.width or info.width)
-    if size != (info.height, info.width):
-        raise MediaError(
-            f"{video.media} has another size",
-            wanted=f"{size[0]}x{size[1]}",
-            found=f"{info.height}x{info.width}",
-        )
+    check_size(f"{video.media} has another size", (info.height, info.width), size)
     return replace(video, n_frames=n_frames, height=info.height, width=info.width)
 
 

@@ -182,6 +182,13 @@ def _probe_file(path: Path, exact: bool) -> MediaInfo:
     return MediaInfo(MediaKind.FILE, n_frames, height, width, float(rate) if rate else None)
 
 
+def check_size(title: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise `MediaError` that says `title` unless two (height, width) are equal."""
+    if tuple(found) != tuple(wanted):
+        texts = ["x".join(map(str, size)) for size in (wanted, found)]
+        raise MediaError(title, wanted=texts[0], found=texts[1])
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return (height, width) of an image as it is shown; raise `MediaError` when it is missing or none."""
     with open_image(path) as image:

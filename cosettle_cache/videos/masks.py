@@ -21,7 +21,7 @@ from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import MediaKind, Video
 from cosettle_cache.videos.datasets import DATASETS, DataSet
-from cosettle_cache.videos.frames import frame_names, image_size, open_image
+from cosettle_cache.videos.frames import check_size, frame_names, image_size, open_image
 
 #: Index of pixels that belong to nobody.
 VOID = 255
@@ -59,10 +59,7 @@ def read_classes(video: Video, data_root: str | Path) -> Mask:
         raise MediaError(f"{video.video_id} has no mask of classes")
     path = Path(data_root) / video.labels
     mask = read_mask(path)
-    if mask.shape != (video.height, video.width):
-        found = f"{mask.shape[0]}x{mask.shape[1]}"
-        wanted = f"{video.height}x{video.width}"
-        raise MediaError(f"{path} has another size than its image", wanted=wanted, found=found)
+    check_size(f"{path} has another size than its image", mask.shape, (video.height, video.width))
     return mask
 
 
@@ -281,13 +278,8 @@ def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = Tru
         )
     opened = MaskFiles(video, names, frozenset(present), path)
     for index in present:
-        height, width = image_size(opened.path_of(index))
-        if (height, width) != (video.height, video.width):
-            raise MediaError(
-                f"{opened.path_of(index)} has another size than its frame",
-                wanted=f"{video.height}x{video.width}",
-                found=f"{height}x{width}",
-            )
+        file, size = opened.path_of(index), (video.height, video.width)
+        check_size(f"{file} has another size than its frame", image_size(file), size)
     return opened
 
 
