@@ -170,10 +170,7 @@ def check_tensors(file: EncoderFile, wanted: Mapping[str, tuple[int, ...]]) -> N
 
 
 def check_positions(file: EncoderFile) -> None:
-    """Raise an error when the file's positions are fixed where the family learns them, or the reverse.
-
-    The layouts of mae, dino and ibot are equal otherwise.
-    """
+    """Raise an error for fixed positions where the family learns them, or the reverse; all else is alike."""
     has_sines = has_sine_positions(file.tensors["pos_embed"])
     if has_sines == file.family.sine_positions or file.renamed:
         return
@@ -188,10 +185,7 @@ def check_positions(file: EncoderFile) -> None:
 
 
 def has_sine_positions(positions: Tensor) -> bool:
-    """Say whether rows hold pairs of sine and cosine: then every squared length is half the width.
-
-    A row of zeros, where there is one, is that of CLS.
-    """
+    """Say whether rows hold pairs of sine and cosine (squared length: half the width), zeros (CLS) aside."""
     rows = positions.float().flatten(0, -2)
     squares = rows[rows.abs().amax(1) > 0].square().sum(1)
     half = positions.shape[-1] / 2

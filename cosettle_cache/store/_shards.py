@@ -126,10 +126,7 @@ class ShardReader:
         self._file.prefetch(0, 0)
 
     def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]]) -> None:
-        """Fill `outs` with the chunks from `first` on, decoded, in one read.
-
-        Raises `ChunkMissingError`, another `BytesError` when one is damaged or they do not lie side by side.
-        """
+        """Fill `outs` with chunks from `first` on, in one read; raise `ChunkMissingError`, `BytesError`."""
         is_raw = self._layout.codec == "none"
         start, _ = self.check_present(first)
         stop, buffers = start, list[memoryview]()

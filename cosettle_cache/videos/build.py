@@ -113,10 +113,7 @@ class Source:
         return (_path_in(self.root, self.data_root) / path.relative_to(self.root)).as_posix()
 
     def video(self, clip: Clip) -> Video:
-        """Return the row of one clip, with its labels where they exist.
-
-        Raises `MediaError` when the clip cannot be decoded or named, or its labels cannot be read.
-        """
+        """Return the row of one clip, with its labels if any; raise `MediaError` for what cannot be read."""
         media = self.relative(clip.path)
         fault = path_fault(clip.video_id) or (path_fault(media) if media != "." else None)
         if fault:

@@ -102,10 +102,7 @@ class Scene:
 
 
 def draw_scene(cast: Sequence[str], seed: Sequence[int], height: int, width: int) -> Scene:
-    """Return a scene of the creatures `cast` (names of `KINDS`) in which each is well visible at the start.
-
-    Ways are drawn until that is so; equal seeds give equal scenes.
-    """
+    """Return a scene of `cast` (of `KINDS`), each well visible at first; equal seeds give equal scenes."""
     rng = default_rng(list(seed))
     scene = _draw_background(rng, height, width)
     # Hues are as far apart as their number allows.
