@@ -354,7 +354,7 @@ def exact_products(
 ) -> Similarities:
     """Return the dot products with the keys at `index`; with `alike`, equal to the last bit for equal keys.
 
-    A matrix product adds up in an order that depends on a key's place; `alike`, as any CPU here, does not.
+    A matrix product adds up in an order that depends on where a key lies; `alike` does not, nor does a CPU.
     """
     if queries.device.type == "cpu":
         return _sampled_products(queries, keys, index)
