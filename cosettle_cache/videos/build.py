@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -31,7 +30,7 @@ from cosettle_cache.videos.frames import (
     probe,
 )
 from cosettle_cache.videos.jhmdb import open_joints
-from cosettle_cache.videos.lists import Listed, locate
+from cosettle_cache.videos.lists import Listed, locate, made_today
 from cosettle_cache.videos.manifest import path_fault
 from cosettle_cache.videos.masks import VOID, open_parts, open_sequence, read_classes
 from cosettle_cache.videos.queries import open_tracks
@@ -149,12 +148,7 @@ def build(
 
     `make_video` (default `source.video`) makes one row or raises. Raises `InputError` when no row is left.
     """
-    provenance = {
-        "builder": source.dataset,
-        "root": source.relative(source.root),
-        "split": source.split,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+    provenance = made_today(source.dataset, source.relative(source.root), source.split)
     if not clips:
         raise InputError(f"{source.root} holds no clips", wanted=f"the {source.dataset} layout")
 
