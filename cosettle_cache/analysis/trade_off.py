@@ -2,8 +2,7 @@
 
 A `Definition` has every choice in which the released metrics, the same with their quirks, and the paper's
 differ (PROTOCOLS 7.7; docs/analysis.md has every formula). Tokens in memory, or clips block by block, come
-in; figures of clips, and one `TradeOff` per definition, go out. Never more than two blocks of middle frames
-are held.
+in; figures of clips, and a `TradeOff` per definition, go out. At most two blocks of middle frames are held.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Numbers of slots go in, committed slots come out in order. Decode threads write normalised images into a ring
 of batch buffers, which the device copies from; tokens return into the memory of their slot while the next
-batch is encoded. A batch never crosses a slot, so the bytes of a slot do not depend on where a run started,
-nor on which process fills it.
+batch is encoded. A batch never crosses a slot, so a slot's bytes do not depend on who fills it, since when.
 """
 
 from __future__ import annotations

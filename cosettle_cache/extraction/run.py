@@ -1,7 +1,6 @@
 """Videos and a frozen encoder in, a store of patch tokens out, by this process or by many workers.
 
-Several extractions of one store share its slots: each is claimed just before it is worked on, and what a dead
-one left is taken over.
+Several extractions share a store's slots: each is claimed just in time, and those of dead ones taken over.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Score rows: figures and counts of one video become rows, rows become tables on disk and means.
 
 On disk a table has one line per row and figure (columns `name` and `value`) with the row's whole provenance,
-so a number never travels alone; a row without any figure has one line with an empty name. Older tables had a
-column per figure; both are read.
+so a number never travels alone; a row without any figure has one line of no name. Older tables are read too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What is drawn on frames: masks as veils with outlines, joints as a skeleton, tokens in colours, tracks.
 
 Frames and what is drawn of them come in one after the other; films and stills go out, of every kind of tokens
-by itself and of all side by side. Nothing is kept beyond the frame in hand. Colours are for the eye only;
-files of masks keep their own.
+by itself and of all side by side. Nothing is kept beyond the frame in hand. Colours are for the eye only.
 """
 
 from __future__ import annotations

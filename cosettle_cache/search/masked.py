@@ -58,8 +58,7 @@ def in_window(
 ) -> Bool[Tensor, "*shape"]:
     """Say which displacements lie inside the window.
 
-    A `disc` is open, its rim outside (videowalk and T-CORE); a `square` includes its rim (DINO); `rim` says
-    otherwise (DINOv3's disc is closed).
+    A `disc` is open (videowalk, T-CORE), a `square` closed (DINO), or as `rim` says (DINOv3's closed disc).
     """
     if shape == "square":
         distance, limit = torch.maximum(row_distance.abs(), col_distance.abs()), radius
