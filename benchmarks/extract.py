@@ -128,7 +128,9 @@ def _prepared_batches(
             video = videos[encoding.video_id]
             views = Views(plan.kind, *plan.recipe.image_size(video), backbone.mean, backbone.std)
             (image,) = iter_frames(video, root, [encoding.frame])
-            items.append((views.prepare(image, [encoding])[0], encoding))
+            view = torch.empty(3, views.height, views.width)
+            views.write(views.resize(image), {(encoding.crop, encoding.flip): view})
+            items.append((view, encoding))
         size = -(-len(items) // -(-len(items) // batch))
         batches += [items[start : start + size] for start in range(0, len(items), size)]
     return batches

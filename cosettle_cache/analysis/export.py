@@ -70,8 +70,7 @@ class ExportPlan:
 def plan_export(store: FeatureStore, settings: ExportSettings) -> ExportPlan:
     """Return what `export_frames` will write, after every check that needs no tokens.
 
-    Raises `InputError` for a store of another plan and when two videos would share a file, `UsageError` for a
-    format that cannot be written here.
+    Raises `InputError` for another plan and two videos of one file, `UsageError` for an impossible format.
     """
     check_frames_plan(store, "export frames")
     if settings.format == "hdf5" and importlib.util.find_spec("h5py") is None:

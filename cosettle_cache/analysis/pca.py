@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from threading import Event
 
@@ -21,11 +20,10 @@ from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cosettle_cache.analysis.pooling import check_frames_plan, each_video
+from cosettle_cache.analysis.pooling import check_frames_plan, each_video, stream_batches
 from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, OutputError, RemoteError, UsageError
 from cosettle_cache.core.files import inside, own_folder
-from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.settings import PcaSettings
 from cosettle_cache.core.types import Video
 from cosettle_cache.heads.kinds import TokenKind, make_kinds
@@ -42,8 +40,6 @@ N_COMPONENTS = 3
 PERCENTILES = (1.0, 99.0)
 #: Percentiles are read from counts in bins over so many standard deviations on either side of the mean.
 _REACH, _BINS = 8.0, 4096
-#: Tokens that are sent to a GPU at a time; 50 MB in float32 at ViT-B width.
-_BATCH_TOKENS = 16 * 1024
 _CENTRES = (np.arange(_BINS) + 0.5) * (2 * _REACH / _BINS) - _REACH
 
 Tokens = Float[Tensor, "row col dim"]
@@ -160,15 +156,8 @@ def _stored_tokens(
     store: FeatureStore, video_ids: Iterable[str], kind: TokenKind, device: str
 ) -> Iterator[Tokens]:
     for video_id in video_ids:
-        for batch in _batches(store, video_id, device):
+        for batch in stream_batches(store, video_id, device):
             yield from map(kind.apply, batch)
-
-
-def _batches(store: FeatureStore, video_id: str, device: str) -> Iterator[Float[Tensor, "_ row col dim"]]:
-    """Yield the tokens of a few frames at a time: a GPU gets them at once."""
-    size, stream = max(1, _BATCH_TOKENS // store.grid(video_id).n_tokens), store.stream_tokens(video_id)
-    while frames := list(islice(stream, size)):
-        yield upload(torch.from_numpy(np.stack(frames)), torch.device(device)).float()
 
 
 def _painted(
@@ -176,7 +165,7 @@ def _painted(
 ) -> Iterator[dict[str, Colours]]:
     """Yield the colours of every frame by kind of tokens."""
     names = [kind.name for kind, _ in pairs]
-    for batch in _batches(store, video_id, device):
+    for batch in stream_batches(store, video_id, device):
         kinds = [torch.stack([painter.colours(kind.apply(raw)) for raw in batch]) for kind, painter in pairs]
         for frame in torch.stack(kinds, dim=1).cpu().numpy():
             yield dict(zip(names, frame, strict=True))
@@ -184,10 +173,7 @@ def _painted(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Components:
-    """The directions (columns) in which unit tokens vary most, around their mean.
-
-    `spreads` are standard deviations, `shares` shares of the whole variance.
-    """
+    """The directions (columns) in which unit tokens vary most, their deviations and shares of variance."""
 
     mean: Float64[Tensor, " dim"]
     basis: Float64[Tensor, "dim component"]
@@ -252,13 +238,8 @@ class Painter:
     high: Float64[np.ndarray, " component"]
     foreground: Mask | None = None
 
-    def paint(self, tokens: Tokens) -> Colours:
-        """Return the colour of every token of a frame."""
-        painted: Colours = self.colours(tokens).cpu().numpy()
-        return painted
-
     def colours(self, tokens: Tokens) -> UInt8[Tensor, "row col 3"]:
-        """Return the same where the tokens are."""
+        """Return the colour of every token of a frame, where the tokens are."""
         widths = np.where(self.high > self.low, self.high - self.low, 1.0).tolist()
         # Numbers, not arrays, so that a GPU is sent nothing.
         places = zip(self.components.apply(tokens).unbind(-1), self.low.tolist(), widths, strict=True)
@@ -288,8 +269,7 @@ def fit_painter(frames: Frames, *, foreground: str = "none") -> Painter:
 
     With one the first component over all tokens is split in two (Otsu); the `high` or the `low` side is the
     foreground, or (`auto`) the one that the middle of the frames has more of than the whole; the colours are
-    those of the foreground's own components. Raises `InputError` when there are no tokens, or none in the
-    foreground.
+    those of the foreground's own components. Raises `InputError` when there are no tokens, or none in it.
     """
     side = None if foreground == "none" else _find_foreground(frames, foreground)
     components, histogram = _fit(frames, side), Histogram()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from cosettle_cache.core.console import Progress
+from cosettle_cache.core.console import Progress, counting
 from cosettle_cache.core.errors import DamagedStoreError, InputError
 from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.types import PlanKind
@@ -58,14 +58,10 @@ def each_video(
     progress: Progress,
     stop: Event | None = None,
 ) -> Iterator[tuple[str, Result]]:
-    """Yield (video id, `do(video id)`); of a video that cannot be read `failures` gets the reason.
-
-    Setting `stop` ends it after the video in hand.
-    """
+    """Yield (id, `do(id)`) until `stop` is set; of a video that cannot be read `failures` gets the reason."""
     if not video_ids:
         return
-    progress.start(len(video_ids), "videos")
-    try:
+    with counting(progress, len(video_ids), "videos") as advance:
         for video_id in video_ids:
             if stop is not None and stop.is_set():
                 break
@@ -75,9 +71,16 @@ def each_video(
                 failures[video_id] = error.summary
             else:
                 yield video_id, result
-            progress.advance()
-    finally:
-        progress.finish()
+            advance()
+
+
+def stream_batches(
+    store: FeatureStore, video_id: str, device: str
+) -> Iterator[Float32[Tensor, "_ row col dim"]]:
+    """Yield the tokens of a few frames at a time, in order: a GPU gets them at once."""
+    size, stream = max(1, _BATCH_TOKENS // store.grid(video_id).n_tokens), store.stream_tokens(video_id)
+    while frames := list(islice(stream, size)):
+        yield upload(torch.from_numpy(np.stack(frames)), torch.device(device)).float()
 
 
 @torch.inference_mode()
@@ -89,11 +92,9 @@ def pool_frames(
     The paper does not say how its video vectors are pooled (PROTOCOLS 5.4); the plain mean is the rule here.
     Raises `InputError` for a video that is not all there and for tokens that are not finite.
     """
-    size, stream = max(1, _BATCH_TOKENS // store.grid(video_id).n_tokens), store.stream_tokens(video_id)
     means = list[Tensor]()
-    while frames := list(islice(stream, size)):
-        raw = upload(torch.from_numpy(np.stack(frames)), torch.device(device)).flatten(1, 2).float()
-        of_kinds = (kind.apply(raw) for kind in kinds)
+    for batch in stream_batches(store, video_id, device):
+        of_kinds = (kind.apply(batch.flatten(1, 2)) for kind in kinds)
         means.append(torch.stack([(unit_tokens(tokens) if unit else tokens).mean(1) for tokens in of_kinds]))
     out = torch.cat(means, dim=1).cpu().numpy()
     if not np.isfinite(out).all():

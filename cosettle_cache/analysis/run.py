@@ -43,7 +43,7 @@ from cosettle_cache.analysis.trade_off import (
     make_spreads,
     measure_clip,
 )
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import DamagedStoreError, InputError
 from cosettle_cache.core.parallel import Run, in_order, in_threads, pick_device, upload
 from cosettle_cache.core.settings import AnalyzeSettings, digest, make_provenance
@@ -85,10 +85,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisPlan:
-    """What is measured: definitions, clips, and by video id why others are not.
-
-    `places` are those at which clips are compared.
-    """
+    """Definitions, clips, by id why others are left out, and the places at which clips are compared."""
 
     definitions: tuple[Definition, ...]
     clips: tuple[Clip, ...]
@@ -119,10 +116,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisReport:
-    """What one run of `analyze_store` found.
-
-    `plan` has the clips that were measured, in the order of `Measured.clips`, and those left out.
-    """
+    """What `analyze_store` found; `plan` has the clips of `Measured.clips`, in order, and those left out."""
 
     plan: AnalysisPlan
     measured: tuple[Measured, ...]
@@ -130,10 +124,7 @@ class AnalysisReport:
 
 
 def plan_analysis(store: FeatureStore, settings: AnalyzeSettings) -> AnalysisPlan:
-    """Return what `analyze_store` would measure.
-
-    Raises `InputError` for a store of a pairs plan and for fewer than two clips that can be measured.
-    """
+    """Return what would be measured; raise `InputError` for a pairs plan and for fewer than two fit clips."""
     check_frames_plan(store, "analyze")
     names = ("compat" if settings.compat else "released", "paper")
     definitions = tuple(replace(DEFINITIONS[name], gamma=settings.gamma) for name in names)
@@ -174,8 +165,7 @@ def analyze_store(
 
     `run` distributes groups of clips to workers; figures and sums are put together in the order of the store,
     so that it does not matter whose work they are. A clip that cannot be read or holds tokens that are not
-    finite is left out and named. Raises `UsageError` for projections of another width and `InputError` when
-    fewer than two clips remain.
+    finite is left out and named. Raises `UsageError` for other widths, `InputError` for less than two clips.
     """
     started, progress = time.perf_counter(), progress or SILENT
     dim, definitions, places = store.arrays[0].n_channels, plan.definitions, plan.places
@@ -223,13 +213,10 @@ def _results(
     sizes: Sequence[int],
 ) -> Iterator[Result]:
     """Yield the results of `items` in their order; `progress` counts `name`, so many of each item."""
-    progress.start(sum(sizes), name)
-    try:
+    with counting(progress, sum(sizes), name) as advance:
         for size, (_, result) in zip(sizes, in_order(run, unit, items), strict=True):
             yield result
-            progress.advance(size)
-    finally:
-        progress.finish()
+            advance(size)
 
 
 #: Of one clip, by kind of tokens and definition.

@@ -2,8 +2,7 @@
 
 A `Definition` has every choice in which the released metrics, the same with their quirks, and the paper's
 differ (PROTOCOLS 7.7; docs/analysis.md has every formula). Tokens in memory, or clips block by block, come
-in; figures of clips, and one `TradeOff` per definition, go out. Never more than two blocks of middle frames
-are held.
+in; figures of clips, and a `TradeOff` per definition, go out. At most two blocks of middle frames are held.
 """
 
 from __future__ import annotations
@@ -429,10 +428,7 @@ def compare(
 def inter_figures(
     definitions: Sequence[Definition], sums: MiddleSums, comparisons: Sequence[Comparison]
 ) -> list[dict[str, float]]:
-    """Return the figures between clips by name of `TradeOff`, for each definition.
-
-    `comparisons` are those of every `block_pairs`, with `make_spreads`.
-    """
+    """Return the figures between clips for each definition; `comparisons` are those of all `block_pairs`."""
     n_pairs = sums.n_clips * (sums.n_clips - 1) / 2
     by_place = np.sum([distances for distances, _ in comparisons], axis=0) / n_pairs
     alone = [spreads for _, spreads in comparisons if spreads]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cosettle_cache.cli.options import DataRoot, DryRun, Json, Mode, Quiet, check_clean, exits
-from cosettle_cache.core.console import Talk
+from cosettle_cache.core.console import Talk, counting
 from cosettle_cache.core.errors import ExitCode, UsageError
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.datasets import DATASETS, listable
@@ -133,12 +133,8 @@ def unpack(
     failures: dict[str, str] = {}
     clips = read_tapvid(file, failures)
     if not mode.dry_run:
-        progress = talk.progress("unpack")
-        progress.start(len(clips), "clips")
-        try:
-            unpack_tapvid(clips, folder, progress.advance)
-        finally:
-            progress.finish()
+        with counting(talk.progress("unpack"), len(clips), "clips") as advance:
+            unpack_tapvid(clips, folder, advance)
     n_points = sum(len(clip["points"]) for clip in clips.values())
     n_frames = sum(len(clip["video"]) for clip in clips.values())
     counts = {"videos": len(clips), "frames": n_frames, "points": n_points}

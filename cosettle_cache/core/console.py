@@ -123,6 +123,16 @@ class SilentProgress:
 SILENT: Progress = SilentProgress()
 
 
+@contextmanager
+def counting(progress: Progress, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    """Announce `total` units of work; yield `progress.advance`, and end the report whatever happens."""
+    progress.start(total, unit)
+    try:
+        yield progress.advance
+    finally:
+        progress.finish()
+
+
 class BarProgress:
     """A bar with rate, remaining time and the current figures, for terminals."""
 

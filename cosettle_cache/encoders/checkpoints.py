@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosettle_cache.core.errors import CheckpointError
-from cosettle_cache.core.files import inside, read_json, sha256_file
+from cosettle_cache.core.files import first_bytes, inside, read_json, sha256_file
 from cosettle_cache.encoders.layouts import bare_name
 
 _STORAGE_DTYPES = {
@@ -70,9 +70,9 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 class _Record:
-    """Stands for an object of a scripted class: what it was set to, no behaviour."""
+    """Stands for an object of any class: what it was set to, no behaviour."""
 
-    def __init__(self) -> None:
+    def __init__(self, *_: object) -> None:
         self.attributes: dict[str, Any] = {}
 
     def __setstate__(self, state: object) -> None:
@@ -134,16 +134,13 @@ WRAPPERS = ("model", "state_dict", "teacher", "encoder")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ADAPTER_NAME = re.compile(r"(?:^|\.)(adapter_(?:linear|layer_norm)\d*\.(?:weight|bias))$")
 _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
-_INDEX = ".index.json"
+_INDEX, _HEAD_BYTES = ".index.json", 256
 _REFUSED_CLASS = re.compile(r"(?:GLOBAL|class|type|function)\s+\W?([A-Za-z_]\w*(?:\.\w+)+)")
 _WANTED = "a state dict in a .safetensors, .pth or .pt file"
 
 
 class Checkpoint(dict[str, Tensor]):
-    """Tensors by name, and the files they are from.
-
-    `passed_over` has the keys of other state dicts of the model (averages, say).
-    """
+    """Tensors by name, their files, and the keys of other state dicts of the model (averages, say)."""
 
     passed_over: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
@@ -154,29 +151,14 @@ class Checkpoint(dict[str, Tensor]):
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-class _Unused:
-    """Stands for a number or a path that was saved beside the weights; takes anything, does nothing."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 #: Harmless classes beside the weights, by the names that pickles have for them; none of them is imported.
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 _HARMLESS = [
-    (_Unused, name)
+    (_Record, name)
     for name in (
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-        "numpy.dtype",
+        *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
         *(f"numpy.dtypes.{kind}DType" for kind in ("Float32", "Float64", "Int32", "Int64", "Bool")),
-        *(
-            f"pathlib.{kind}"
-            for kind in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-        ),
-        *(f"pathlib._local.{kind}" for kind in ("Path", "PosixPath", "WindowsPath")),
+        *(f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in _PATHS),
     )
 ]
 
@@ -190,10 +172,7 @@ def read_checkpoint(path: str | Path, key: str = "") -> Checkpoint:
     path = Path(path)
     if path.name.endswith(_INDEX):
         return _read_shards(path, key)
-    document = _read_document(path)
-    found = _unwrapped(path, document, key)
-    found.files = (path,)
-    return found
+    return _unwrapped(path, _read_document(path), key, (path,))
 
 
 def _read_shards(path: Path, key: str) -> Checkpoint:
@@ -212,14 +191,12 @@ def _read_shards(path: Path, key: str) -> Checkpoint:
         raise CheckpointError(
             f"the shards of {path} do not hold all that it lists", found=f"no {listing(missing)}"
         )
-    found = _unwrapped(path, {name: tensors[name] for name in table}, key)
-    found.files = files
-    return found
+    return _unwrapped(path, {name: tensors[name] for name in table}, key, files)
 
 
 def _read_document(path: Path) -> Any:
     _check_file(path)
-    head = _head(path)
+    head = first_bytes(path, _HEAD_BYTES)
     # Safetensors begin with the length of their JSON header, 8 bytes, little-endian.
     if path.suffix == ".safetensors" or head[6:9] == b"\0\0{":
         return _read_safetensors(path)
@@ -257,11 +234,6 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path} is empty", wanted=_WANTED, found="0 bytes", hint="download it again")
 
 
-def _head(path: Path, n_bytes: int = 256) -> bytes:
-    with path.open("rb") as file:
-        return file.read(n_bytes)
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
@@ -271,7 +243,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    head = _head(path)
+    head = first_bytes(path, _HEAD_BYTES)
     if not head.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
         _check_not_text(path)
         raise _damaged(path, "bytes that belong to no known checkpoint format")
@@ -288,9 +260,9 @@ def _read_torch(path: Path) -> Any:
 
 
 def _check_not_text(path: Path) -> None:
-    head = _head(path)
+    head = first_bytes(path, _HEAD_BYTES)
     try:
-        text = head.decode("utf-8", errors="strict" if len(head) < 256 else "ignore")
+        text = head.decode("utf-8", errors="strict" if len(head) < _HEAD_BYTES else "ignore")
     except UnicodeDecodeError:
         return
     if not text.isprintable() and not all(c.isprintable() or c.isspace() for c in text):
@@ -319,7 +291,7 @@ def _first_global(path: Path) -> str | None:
     """Return the first class or function that a bare pickle names; its opcodes are listed, not run."""
     strings: list[str] = []
     try:
-        for opcode, argument, _ in pickletools.genops(_head(path, 1 << 16)):
+        for opcode, argument, _ in pickletools.genops(first_bytes(path, 1 << 16)):
             if opcode.name == "GLOBAL":
                 return str(argument).replace(" ", ".")
             if opcode.name == "STACK_GLOBAL":
@@ -341,7 +313,7 @@ def _damaged(path: Path, reason: object) -> CheckpointError:
     )
 
 
-def _unwrapped(path: Path, document: Any, key: str) -> Checkpoint:
+def _unwrapped(path: Path, document: Any, key: str, files: tuple[Path, ...]) -> Checkpoint:
     if not isinstance(document, Mapping):
         raise CheckpointError(f"{path} is not a state dict", wanted=_WANTED, found=type(document).__name__)
     dicts = {str(name): value for name, value in document.items() if _has_tensors(value)}
@@ -360,6 +332,7 @@ def _unwrapped(path: Path, document: Any, key: str) -> Checkpoint:
             hint=hint,
         )
     found = Checkpoint({str(name): value for name, value in inner.items() if isinstance(value, Tensor)})
+    found.files = files
     others = (name for name in dicts if name != chosen and not key)
     found.passed_over = tuple(name for name in others if _bare_names(dicts[name]) & _bare_names(found))
     return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from cosettle_cache.core.errors import CheckpointError, InputError
 from cosettle_cache.core.types import Grid
 from cosettle_cache.encoders.checkpoints import listing
-from cosettle_cache.encoders.layouts import is_transformers, timm_names, without_prefix
+from cosettle_cache.encoders.layouts import is_transformers, timm_names
 from cosettle_cache.encoders.registry import BACKBONES, DINOV3, FAMILIES, Architecture, Family
 
 #: The authors' projection lies beside the encoder in their files.
@@ -58,7 +58,7 @@ class EncoderFile:
 def sort_tensors(path: str, family: Family, tensors: Mapping[str, Tensor]) -> EncoderFile:
     """Sort the tensors of a file into the encoder's, the known-ignored and the left over."""
     renamed = is_transformers(tensors)
-    tensors = timm_names(without_prefix(tensors))
+    tensors = timm_names(tensors)
     originals = {name.removeprefix("module."): name for name in tensors}
     has_stem = any(name.startswith(family.stem) for name in originals)
     own: dict[str, str] = {}
@@ -170,10 +170,7 @@ def check_tensors(file: EncoderFile, wanted: Mapping[str, tuple[int, ...]]) -> N
 
 
 def check_positions(file: EncoderFile) -> None:
-    """Raise an error when the file's positions are fixed where the family learns them, or the reverse.
-
-    The layouts of mae, dino and ibot are equal otherwise.
-    """
+    """Raise an error for fixed positions where the family learns them, or the reverse; all else is alike."""
     has_sines = has_sine_positions(file.tensors["pos_embed"])
     if has_sines == file.family.sine_positions or file.renamed:
         return
@@ -188,10 +185,7 @@ def check_positions(file: EncoderFile) -> None:
 
 
 def has_sine_positions(positions: Tensor) -> bool:
-    """Say whether rows hold pairs of sine and cosine: then every squared length is half the width.
-
-    A row of zeros, where there is one, is that of CLS.
-    """
+    """Say whether rows hold pairs of sine and cosine (squared length: half the width), zeros (CLS) aside."""
     rows = positions.float().flatten(0, -2)
     squares = rows[rows.abs().amax(1) > 0].square().sum(1)
     half = positions.shape[-1] / 2

@@ -26,8 +26,7 @@ def describe_backbone(
     """Return the sizes and the normalisation of an encoder; nothing is downloaded.
 
     Of `NAME@LAYER` they are those of one layer. The table or timm knows them; for a family's name they come
-    from the shapes in the weights file. Names of the table need no torch, files of a family no timm, so that
-    `--dry-run` answers at once.
+    from the shapes in the weights file. Names of the table need no torch, files of a family no timm.
     """
     base, layers, _ = split_name(name)
     if layers:
@@ -46,12 +45,12 @@ def describe_backbone(
         raise sizeless(name)
     from cosettle_cache.encoders.checkpoints import read_checkpoint
     from cosettle_cache.encoders.convert import dinov3_architecture, infer_architecture, sort_tensors
-    from cosettle_cache.encoders.layouts import timm_names, without_prefix
+    from cosettle_cache.encoders.layouts import timm_names
 
     path, key = weights_file(weights)
     tensors = read_checkpoint(path, key)
     if family is DINOV3:
-        sizes = dinov3_architecture(str(weights), timm_names(without_prefix(tensors)), heads)
+        sizes = dinov3_architecture(str(weights), timm_names(tensors), heads)
     else:
         sizes = infer_architecture(sort_tensors(str(weights), family, tensors), heads)
     return make_info(name, family, sizes)

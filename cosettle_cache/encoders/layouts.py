@@ -43,6 +43,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 )
 #: Of transformers' files: classifiers, MAE's decoder, CLIP's text tower and joint space, index buffers.
@@ -66,7 +68,7 @@ def bare_name(name: str) -> str:
     return _WRAPPERS.sub("", _WRAPPERS.sub("", name).removeprefix("module."))
 
 
-def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without wrappers' parts and without the one prefix that all names share.
 
     A prefix is taken off only up to the encoder's first layer and the stems of published files. Raises
@@ -85,7 +87,8 @@ def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of an encoder under timm's names; other layouts are returned as they are."""
+    """Return the tensors of an encoder under timm's names, without prefixes; other layouts as they are."""
+    tensors = _without_prefix(tensors)
     if is_transformers(tensors):
         tensors = _from_transformers(tensors)
     if any(name.endswith(("storage_tokens", ".gamma_1")) for name in tensors):
@@ -107,22 +110,9 @@ def _from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not _OUTSIDE.search(name):
             renamed[name] = tensor
     if any(".mlp.up_proj." in name for name in renamed):
-        renamed = _dinov3_of_transformers(renamed)
+        up = ".mlp.fc1_x." if any(".mlp.fc1_g." in name for name in renamed) else ".mlp.fc1."
+        renamed = _renamed({name.replace(".mlp.up_proj.", up): renamed[name] for name in renamed})
     return _joined(renamed)
-
-
-def _dinov3_of_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    gated = any(".mlp.gate_proj." in name for name in tensors)
-    parts = (
-        {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
-        if gated
-        else {"up_proj": "fc1", "down_proj": "fc2"}
-    )
-    names = {
-        name: re.sub(r"(?<=\.mlp\.)\w+_proj", lambda match: parts.get(match[0], match[0]), name)
-        for name in tensors
-    }
-    return _renamed({names[name]: tensor for name, tensor in tensors.items()})
 
 
 def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ from cosettle_cache.encoders.convert import (
     name_lines,
     sort_tensors,
 )
-from cosettle_cache.encoders.layouts import timm_names, without_prefix
+from cosettle_cache.encoders.layouts import timm_names
 from cosettle_cache.encoders.registry import (
     BACKBONES,
     DINOV3,
@@ -215,8 +215,7 @@ def vit_from_file(file: EncoderFile, architecture: Architecture) -> VisionTransf
 def _folded(file: EncoderFile, state: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Return the CLS token with its position added, and the patch positions at the encoder's grid.
 
-    A family with a fixed image size gets its positions resized here, bicubic without antialias as its loader
-    does (BLIP: 24x24 to 14x14).
+    A family of fixed size gets them resized here, bicubic, no antialias, as released (BLIP: 24x24 to 14x14).
     """
     positions = state["pos_embed"].reshape(-1, architecture.width)
     folded: dict[str, Tensor] = {}
@@ -243,7 +242,9 @@ def _load_timm(
         if weights is None or str(weights) == RANDOM:
             raise sizeless(name)
         path, record, tensors = _read_timm(weights)
-        info, create = _dinov3_of_tensors(path, tensors, heads)
+        sizes = dinov3_architecture(str(path), tensors, heads)
+        has_bias = any(name.endswith(".q_bias") for name in tensors)
+        info, create = make_info(name, DINOV3, sizes), partial(make_dinov3, sizes, has_bias)
     else:
         check_no_heads(name, heads)
         info = make_info(name, row.family, row.architecture) if row else describe_timm(name)
@@ -288,16 +289,7 @@ def _read_timm(weights: str | Path) -> tuple[Path, Weights, dict[str, Tensor]]:
     """Return a file of weights, where they come from, and its tensors under timm's names."""
     path, key = weights_file(weights)
     checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
-    return path, _record(path.name, path, key, checkpoint), timm_names(without_prefix(checkpoint))
-
-
-def _dinov3_of_tensors(
-    path: Path, tensors: dict[str, Tensor], heads: int | None
-) -> tuple[BackboneInfo, partial[Any]]:
-    """Return the description of a DINOv3 encoder of a file's sizes, and what makes timm's model of it."""
-    sizes = dinov3_architecture(str(path), tensors, heads)
-    has_bias = any(name.endswith(".q_bias") for name in tensors)
-    return make_info(DINOV3.name, DINOV3, sizes), partial(make_dinov3, sizes, has_bias)
+    return path, _record(path.name, path, key, checkpoint), timm_names(checkpoint)
 
 
 def make_dinov3(size: Architecture, has_bias: bool) -> Eva:

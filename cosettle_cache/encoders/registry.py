@@ -45,8 +45,8 @@ class Family:
     name: str
     title: str
     citation: str
-    token_rule: str
-    resize: PositionResize
+    token_rule: str = "patch tokens after the final norm"  # noqa: S105
+    resize: PositionResize = PositionResize.ANTIALIAS
     norm_plain: bool = True
     class_token: bool = True
     pre_norm: bool = False
@@ -92,8 +92,7 @@ FAMILIES: dict[str, Family] = {
             "mae",
             "MAE",
             "He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022",
-            "patch tokens after the final norm",
-            PositionResize.SCALE_FACTOR,
+            resize=PositionResize.SCALE_FACTOR,
             ignored=(_HEAD, r"^decoder_", r"^mask_token$"),
             sine_positions=True,
             quirks=(
@@ -126,7 +125,6 @@ FAMILIES: dict[str, Family] = {
             "Radford et al., Learning Transferable Visual Models From Natural Language Supervision, "
             "ICML 2021",
             "patch tokens after ln_post, without the projection",
-            PositionResize.ANTIALIAS,
             pre_norm=True,
             activation="quick_gelu",
             norm_eps=1e-5,
@@ -147,8 +145,6 @@ FAMILIES: dict[str, Family] = {
             "blip",
             "BLIP",
             "Li et al., BLIP: Bootstrapping Language-Image Pre-training, ICML 2022",
-            "patch tokens after the final norm",
-            PositionResize.ANTIALIAS,
             stem="visual_encoder.",
             ignored=(_HEAD,),
             outside=(
@@ -168,8 +164,7 @@ FAMILIES: dict[str, Family] = {
             "mocov3",
             "MoCo v3",
             "Chen et al., An Empirical Study of Training Self-Supervised Vision Transformers, ICCV 2021",
-            "patch tokens after the final norm",
-            PositionResize.SCALE_FACTOR,
+            resize=PositionResize.SCALE_FACTOR,
             stem="momentum_encoder.",
             ignored=(_HEAD,),
             outside=(r"^(base_encoder|predictor)\.",),
@@ -180,8 +175,7 @@ FAMILIES: dict[str, Family] = {
             "dino",
             "DINO",
             "Caron et al., Emerging Properties in Self-Supervised Vision Transformers, ICCV 2021",
-            "patch tokens after the final norm",
-            PositionResize.SCALE_FACTOR,
+            resize=PositionResize.SCALE_FACTOR,
             stem="backbone.",
             ignored=(_HEAD,),
             outside=(_HEAD,),
@@ -191,8 +185,7 @@ FAMILIES: dict[str, Family] = {
             "ibot",
             "iBOT",
             "Zhou et al., iBOT: Image BERT Pre-Training with Online Tokenizer, ICLR 2022",
-            "patch tokens after the final norm",
-            PositionResize.SCALE_FACTOR,
+            resize=PositionResize.SCALE_FACTOR,
             stem="backbone.",
             ignored=(_HEAD, r"^masked_embed$"),
             outside=(_HEAD,),
@@ -204,7 +197,6 @@ FAMILIES: dict[str, Family] = {
             "Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, TMLR 2024; "
             "Darcet et al., Vision Transformers Need Registers, ICLR 2024",
             "patch tokens after the final norm, registers dropped",
-            PositionResize.ANTIALIAS,
             stem="backbone.",
             renames=(("register_tokens", "reg_token"),),
             ignored=(_HEAD, r"^mask_token$"),
@@ -228,7 +220,6 @@ DINOV3 = Family(
     "DINOv3",
     "Siméoni et al., DINOv3, 2025 (arXiv 2508.10104)",
     TIMM_TOKENS,
-    PositionResize.ANTIALIAS,
     norm_eps=1e-5,
     ignored=(_HEAD, r"^mask_token$", r"^local_cls_norm\.", r"\.bias_mask$", r"^(dino|ibot)_head\."),
     quirks=(
@@ -239,7 +230,7 @@ DINOV3 = Family(
 
 
 def _series(name: str, title: str, citation: str, *quirks: str) -> Family:
-    return Family(name, title, citation, TIMM_TOKENS, PositionResize.ANTIALIAS, quirks=quirks)
+    return Family(name, title, citation, TIMM_TOKENS, quirks=quirks)
 
 
 #: Families that are computed by timm's model; only `dinov3` takes its sizes from a file.
@@ -303,10 +294,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The sizes of a ViT; `grid` is the position embedding's own, `hidden` the width of the MLP.
-
-    `gated`: the MLP is a SwiGLU.
-    """
+    """The sizes of a ViT; `grid` is its positions' own, `hidden` the width of the MLP, `gated` a SwiGLU."""
 
     width: int
     depth: int
@@ -323,8 +311,7 @@ class Architecture:
 class Source:
     """Where a published file lies: a repository of the Hugging Face hub, or an address.
 
-    Neither: the file is not published at a public address, and `file` says what it is called. `sha256` is
-    checked where its publisher states it.
+    Neither: no public address is known for `file`. `sha256` is checked where its publisher states it.
     """
 
     file: str
@@ -568,10 +555,7 @@ NORMS = ("last", "each", "none")
 
 
 def split_name(name: str) -> tuple[str, tuple[int, ...], str]:
-    """Return name, layers and norm of `NAME@LAYER,LAYER:NORM`; without layers the encoder's own tokens.
-
-    Layers count from 0, as timm's do. Raises `UsageError` for anything else behind the `@`.
-    """
+    """Return name, layers (from 0) and norm of `NAME@LAYER,LAYER:NORM`; raise `UsageError` for other text."""
     base, at, rest = name.partition("@")
     numbers, colon, norm = rest.partition(":")
     layers = [int(number) for number in numbers.split(",") if number.isdecimal() and len(number) < 6]
@@ -591,11 +575,8 @@ def join_name(base: str, layers: Sequence[int], norm: str) -> str:
 
 def is_timms(name: str) -> bool:
     """Say whether timm's model computes the encoder of this name: its own names, later rows, `dinov3`."""
-    return (
-        name.startswith(TIMM_PREFIX)
-        or name == DINOV3.name
-        or bool(name in BACKBONES and BACKBONES[name].model_id)
-    )
+    row = BACKBONES.get(name)
+    return name.startswith(TIMM_PREFIX) or name == DINOV3.name or bool(row and row.model_id)
 
 
 def weights_file(weights: str | Path) -> tuple[Path, str]:

@@ -91,8 +91,7 @@ class Backbone:
         """Give the tokens behind these blocks (from 0), side by side in the channels, instead of the last's.
 
         The encoder's final norm is applied to those of the `last` block only, to `each`, or to `none`, as
-        timm's `forward_intermediates` does with and without `norm`. Raises `UsageError` for a layer that does
-        not exist.
+        timm's `forward_intermediates` does. Raises `UsageError` for a layer that does not exist.
         """
         depth = len(self._body.vit.blocks)
         if not all(0 <= layer < depth for layer in layers):
@@ -142,10 +141,7 @@ class Backbone:
         images: Float[Tensor, "image 3 height width"],
         views: Sequence[tuple[int, PositionShift | None]],
     ) -> Float[Tensor, "n row col dim"]:
-        """Return the patch tokens of views (image number, shift); views of one image share its patches.
-
-        Equal to `encode` on repeated images, without transferring and embedding an image twice.
-        """
+        """Return the tokens of views (image number, shift) as `encode` does, each image embedded once."""
         grid = self.grid(*images.shape[-2:])
         for shift in {shift for _, shift in views if shift is not None}:
             check_shift(grid, shift)
@@ -166,10 +162,7 @@ class Backbone:
 
 
 class VitBody:
-    """A frozen timm VisionTransformer or Eva; prefix tokens (CLS, registers) and positions are held apart.
-
-    So one forward gives each view its own position shift.
-    """
+    """A frozen timm VisionTransformer or Eva, positions held apart, so that each view has its own shift."""
 
     def __init__(self, vit: Any, resize: PositionResize, norm_plain: bool = True) -> None:
         self.vit = vit
@@ -274,8 +267,7 @@ class Positions:
         """Return one shifted embedding per shift: the crop at its offsets of the enlarged embedding.
 
         The enlargement (bicubic, no antialias; PROTOCOLS 7.2) is linear and separable, so the crop is row
-        weights x embedding x column weights. The whole enlarged embedding, 600 MB for a ViT-B at 480x880, is
-        never made.
+        weights x embedding x column weights; the whole, 600 MB for a ViT-B at 480x880, is never made.
         """
         rows = torch.stack([self._crop(grid, shift, 0) for shift in shifts])
         cols = torch.stack([self._crop(grid, shift, 1) for shift in shifts])

@@ -6,7 +6,7 @@ The two plans prepare images as the released code does: training samples through
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import cv2
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from cosettle_cache.core.settings import LINEAR
-from cosettle_cache.core.types import Crop, Encoding, PlanKind
+from cosettle_cache.core.types import Crop, PlanKind
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import Image8
 
@@ -42,13 +42,6 @@ class Views:
     mean: Rgb
     std: Rgb
     resampling: str = LINEAR
-
-    def prepare(self, image: Image8, encodings: Sequence[Encoding]) -> list[View]:
-        """Return one normalised view per encoding; encodings with the same crop and flip share memory."""
-        looks = [(encoding.crop, encoding.flip) for encoding in encodings]
-        views = {look: torch.empty(3, self.height, self.width) for look in looks}
-        self.write(self.resize(image), views)
-        return [views[look] for look in looks]
 
     def resize(self, image: Image8) -> View:
         """Return a frame at the encoder's size, in 0 to 1, which all its views are made of."""

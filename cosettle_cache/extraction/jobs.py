@@ -63,10 +63,7 @@ class StoreWish:
 
 
 def make_store(wish: StoreWish, data: Data, talk: Talk) -> tuple[str, dict[str, str]]:
-    """Return the path of the store of `data`, filled if it is not there yet, and the videos that failed.
-
-    Raises `KeyboardInterrupt` when filling it was interrupted.
-    """
+    """Return the store's path, filled if need be, and failed videos; `KeyboardInterrupt` when cut short."""
     encoder = _encoder(wish, talk)
     # The same task with other videos, weights or normalisation is another store.
     other = [] if wish.resampling == LINEAR else [wish.resampling]

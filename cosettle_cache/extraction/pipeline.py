@@ -2,8 +2,7 @@
 
 Numbers of slots go in, committed slots come out in order. Decode threads write normalised images into a ring
 of batch buffers, which the device copies from; tokens return into the memory of their slot while the next
-batch is encoded. A batch never crosses a slot, so the bytes of a slot do not depend on where a run started,
-nor on which process fills it.
+batch is encoded. A batch never crosses a slot, so a slot's bytes do not depend on who fills it, since when.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count, groupby, pairwise
 from pathlib import Path
 from threading import Condition, Event, Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +25,10 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import MediaError, UsageError
 from cosettle_cache.core.parallel import host_memory, one_core_threads
-from cosettle_cache.core.types import Encoding, Manifest, MediaKind, Slot, Video
+from cosettle_cache.core.types import Encoding, MediaKind, Slot, Video
 from cosettle_cache.encoders import Backbone
 from cosettle_cache.extraction.images import Look, Views, resampling_of
+from cosettle_cache.extraction.layers import SlotWriter
 from cosettle_cache.store import Shard
 from cosettle_cache.store.plan import Plan
 from cosettle_cache.videos.frames import FrameReader
@@ -38,29 +38,6 @@ FRAMES_PER_TASK = 4
 #: Batch buffers: up to two that the device is not done with, the others being filled.
 N_BUFFERS = 4
 NOT_FINITE = "its tokens do not fit float16 (overflow or not a number)"
-
-
-@runtime_checkable
-class SlotWriter(Protocol):
-    """What slots are committed to: a store, or several side by side. See `StoreWriter`."""
-
-    def todo(self, *, retry_failed: bool = False) -> list[int]:
-        """Return the slots that are to do."""
-
-    def claim(self, index: int, *, retry_failed: bool = False) -> bool:
-        """Hold a slot, and say whether it is to do."""
-
-    def release(self, index: int) -> None:
-        """Give a slot back."""
-
-    def commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
-        """Write a slot's tokens and mark it as done."""
-
-    def replace_manifest(self, manifest: Manifest) -> None:
-        """Write another manifest of the same videos."""
-
-    def close(self) -> None:
-        """Give everything back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +116,7 @@ class _Filling:
 class _Batch:
     """Images of a slot that are encoded together; encodings of a frame with one crop and flip share a row.
 
-    `tasks` are those that begin with it, `missing` the frames whose views are not there yet. `pixels` are
-    there once it has a buffer.
+    `tasks` begin with it, `missing` counts frames without views yet; `pixels` are there with the buffer.
     """
 
     filling: _Filling
@@ -156,10 +132,7 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """Images whose tokens are on their way: `done` (on a GPU) when they are there.
-
-    `held` is what the device still uses.
-    """
+    """Images whose tokens are there when `done` is (on a GPU); `held` is what the device uses till then."""
 
     batch: _Batch
     images: Sequence[_Image]

@@ -1,7 +1,6 @@
 """Videos and a frozen encoder in, a store of patch tokens out, by this process or by many workers.
 
-Several extractions of one store share its slots: each is claimed just before it is worked on, and what a dead
-one left is taken over.
+Several extractions share a store's slots: each is claimed just in time, and those of dead ones taken over.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from threading import Event, Lock
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 
 from cosettle_cache.core.cluster import work_on
-from cosettle_cache.core.console import SILENT, Progress, Talk, interruptible
+from cosettle_cache.core.console import SILENT, Progress, Talk, counting, interruptible
 from cosettle_cache.core.errors import FingerprintError, InputError
 from cosettle_cache.core.files import is_url
 from cosettle_cache.core.parallel import Run, pick_device, share_of_cores
@@ -33,12 +31,13 @@ from cosettle_cache.core.settings import (
     PairsSettings,
     package_versions,
 )
-from cosettle_cache.core.types import Fingerprint, Manifest, Slot
+from cosettle_cache.core.types import Fingerprint, Manifest
 from cosettle_cache.encoders import Backbone, describe_backbone, load_backbone
 from cosettle_cache.encoders.registry import split_name, weights_file
 from cosettle_cache.extraction.images import views_rule
-from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler, SlotWriter
-from cosettle_cache.store import Shard, StoreWriter, open_store, spec_version
+from cosettle_cache.extraction.layers import LayerWriters, SlotWriter
+from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
+from cosettle_cache.store import StoreWriter, open_store, spec_version
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.content import is_other, look_again, name_changed, present_row
 from cosettle_cache.videos.manifest import manifest_digest
@@ -169,51 +168,9 @@ class StoreJob:
         return StoreWriter.create_or_resume(self.out, plan.arrays, fingerprint, manifest, encoder)
 
 
-class LayerWriters:
-    """The stores of several layers, filled side by side: a slot is to do while one of them lacks it."""
-
-    def __init__(self, writers: Sequence[StoreWriter]) -> None:
-        self._writers = writers
-        self._held: dict[int, list[int]] = {}
-
-    def todo(self, *, retry_failed: bool = False) -> list[int]:
-        """Return the slots that one of the stores lacks."""
-        return sorted({index for one in self._writers for index in one.todo(retry_failed=retry_failed)})
-
-    def claim(self, index: int, *, retry_failed: bool = False) -> bool:
-        """Hold a slot in the stores that lack it; say whether there are any."""
-        claimed = [one.claim(index, retry_failed=retry_failed) for one in self._writers]
-        self._held[index] = [number for number, is_ours in enumerate(claimed) if is_ours]
-        return any(claimed)
-
-    def release(self, index: int) -> None:
-        """Give a slot back."""
-        for number in self._held.pop(index, ()):
-            self._writers[number].release(index)
-
-    def commit(self, slot: Slot, shard: Shard, failures: Mapping[str, str]) -> None:
-        """Commit a slot to the stores that lack it; layers lie side by side in the channels."""
-        layers = np.split(shard.tokens, len(self._writers), axis=-1)
-        for number in self._held.get(slot.index, ()):
-            self._writers[number].commit(slot, Shard(np.ascontiguousarray(layers[number])), failures)
-
-    def replace_manifest(self, manifest: Manifest) -> None:
-        """Write another manifest into all stores."""
-        for one in self._writers:
-            one.replace_manifest(manifest)
-
-    def close(self) -> None:
-        """Close all stores."""
-        for one in self._writers:
-            one.close()
-
-
 @dataclass(frozen=True, slots=True)
 class SlotReport:
-    """What a worker process says about a slot; `filled` is None when another writer has it, or had it.
-
-    `model` is the card that it encodes on; empty for a CPU.
-    """
+    """What a worker says of a slot; `filled` is None where another writer has it, `model` the GPU if any."""
 
     process: str
     filled: FilledSlot | None
@@ -226,8 +183,7 @@ def extract_store(job: StoreJob, plan: Plan, manifest: Manifest, talk: Talk) -> 
     """Fill the store of a job, resuming what is there; the report's failures are those of the whole store.
 
     The first Ctrl-C ends the extraction after the slots in hand. Raises `OutputError` when the store cannot
-    be written; committed slots stay. Raises `FingerprintError` for media that are others than the store was
-    made from.
+    be written; committed slots stay. Raises `FingerprintError` for media other than the store was made from.
     """
     settings = job.settings
     progress = talk.progress("compare media")
@@ -282,8 +238,7 @@ def extract(
     hold are waited for, which `note` reports once, and taken over if they are given up.
 
     A video that cannot be decoded is recorded in the store and in the report and does not end the run.
-    Raises `OutputError` when the store cannot be written, and `UsageError` for a device without room for one
-    image; committed slots stay.
+    Raises `OutputError`, and `UsageError` for a device without room for one image; committed slots stay.
     """
     clock, stop = Clock(), stop or Event()
     filler = Filler(
@@ -313,10 +268,7 @@ def extract_across(
     stop: Event | None = None,
     note: Callable[[str], object] = lambda text: None,
 ) -> ExtractReport:
-    """Like `extract`, with the slots filled by worker processes through `run`, which has the same `stop`.
-
-    `writer` is this process's own, of the job's store. Errors of a worker are raised here.
-    """
+    """Like `extract`, by workers through `run` (of the same `stop`); their errors are raised here."""
     clock, processes, models = Clock(), set[str](), set[str]()
 
     def fill(slots: Sequence[int]) -> Iterator[FilledSlot]:
@@ -422,8 +374,7 @@ def _extract_with_workers(job: StoreJob, plan: Plan, manifest: Manifest, talk: T
 def _check_store(job: StoreJob, plan: Plan, manifest: Manifest, writer: SlotWriter) -> None:
     """Raise `FingerprintError` when the tokens of a video were made from other media than the manifest's.
 
-    Of a video without tokens (not encoded yet, or failed and to be tried again) the store learns what there
-    is now.
+    Of a video without tokens (not encoded yet, or to be tried again) the store learns what there is now.
     """
     store = open_store(job.stores[0])
     if store.manifest.videos == manifest.videos:
@@ -469,26 +420,23 @@ def _fill_slots(
     todo = left = writer.todo(retry_failed=retry_failed)
     filled: list[FilledSlot] = []
     n_elsewhere, waiting = 0, False
-    progress.start(sum(map(plan.slot_length, todo)), "images")
-    try:
-        with clock.stage("total"):
-            while left:
-                ours = list(fill(left))
-                filled += ours
-                others = set(left).difference(slot.index for slot in ours)
-                left = sorted(others.intersection(writer.todo(retry_failed=retry_failed)))
-                elsewhere = others.difference(left)
-                n_elsewhere += len(elsewhere)
-                progress.advance(sum(map(plan.slot_length, elsewhere)))
-                if stop.is_set():
-                    break
-                if left and not ours:
-                    if not waiting:
-                        note(f"waiting for another extraction, which holds {len(left)} slots")
-                    waiting = True
-                    stop.wait(POLL_S)
-    finally:
-        progress.finish()
+    n_images = sum(map(plan.slot_length, todo))
+    with counting(progress, n_images, "images") as advance, clock.stage("total"):
+        while left:
+            ours = list(fill(left))
+            filled += ours
+            others = set(left).difference(slot.index for slot in ours)
+            left = sorted(others.intersection(writer.todo(retry_failed=retry_failed)))
+            elsewhere = others.difference(left)
+            n_elsewhere += len(elsewhere)
+            advance(sum(map(plan.slot_length, elsewhere)))
+            if stop.is_set():
+                break
+            if left and not ours:
+                if not waiting:
+                    note(f"waiting for another extraction, which holds {len(left)} slots")
+                waiting = True
+                stop.wait(POLL_S)
     return ExtractReport(
         n_slots=len(filled),
         n_slots_before=plan.n_slots - len(todo),

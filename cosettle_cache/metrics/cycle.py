@@ -41,24 +41,17 @@ def pool_tokens(
     return means.permute(0, 2, 3, 1).reshape(n, view, -1, dim)
 
 
-def check_walk(walk: Sequence[int], n_views: int) -> None:
-    """Raise `UsageError` unless `walk` makes at least one step and stays among `n_views` views."""
+def cycle_transition(
+    tokens: Float[Tensor, "n view token dim"], temperature: float, walk: Sequence[int] = RELEASED_WALK
+) -> Float[Tensor, "n token token"]:
+    """Return the row-stochastic walk (released: a, b, shifted a), a product of softmax(A / t) over steps."""
+    n_views = tokens.shape[1]
     if len(walk) < 2 or not all(0 <= view < n_views for view in walk):
         raise UsageError(
             "the walk does not fit the samples",
             wanted=f"two or more views out of 0 to {n_views - 1}",
             found=" ".join(map(str, walk)) or "no views",
         )
-
-
-def cycle_transition(
-    tokens: Float[Tensor, "n view token dim"], temperature: float, walk: Sequence[int] = RELEASED_WALK
-) -> Float[Tensor, "n token token"]:
-    """Return the row-stochastic walk through the views: the product of softmax(A / t) over its steps.
-
-    As released: plain a -> plain b -> shifted a.
-    """
-    check_walk(walk, tokens.shape[1])
     stops = pairwise(tokens[:, view] for view in walk)
     return reduce(torch.matmul, [(start @ end.mT / temperature).softmax(-1) for start, end in stops])
 

@@ -76,8 +76,7 @@ class DavisScorer:
     """J&F of one clip as its frames come; besides the figures it holds one pair of masks at any time.
 
     Pass every annotated frame to `add`, the first one and the last one too: they are left out here. `begins`
-    numbers the frame, among those, in which an object is given that the first one lacks: it is scored after
-    that.
+    numbers the frame, among those, in which a later object is given: it is scored after that.
     """
 
     def __init__(
@@ -184,8 +183,7 @@ def _grown_box(mask: Mask, margin: int) -> tuple[slice, slice]:
 def _statistics(figures: Float64[np.ndarray, " frame"]) -> tuple[float, float, float]:
     """Return mean, recall and decay; the quarters' ends are rounded half up, as the official tool does.
 
-    The official tool keeps the ends in 8 bits, so its decay fails beyond 256 scored frames (PROTOCOLS 4.1);
-    here they are plain integers.
+    The official tool keeps the ends in 8 bits, so that its decay fails beyond 256 frames (PROTOCOLS 4.1).
     """
     last = len(figures) - 1
     second, fourth = (last + 2) // 4, (3 * last + 2) // 4

@@ -33,8 +33,7 @@ Visible = Bool[np.ndarray, "joint frame"]
 class JointCounts:
     """How many joints were scored and how many lie within each threshold; `a + b` pools two clips.
 
-    `visible` counts the scored frames in which a joint was predicted at all, `annotated` those that there
-    are.
+    `visible` counts the scored frames in which a joint was predicted at all, `annotated` all of them.
     """
 
     correct: Int64[np.ndarray, "threshold joint"]
@@ -111,10 +110,7 @@ def count_joints_strictly(
 def _count(
     truth: Joints, prediction: AnyJoints, thresholds: Sequence[float], *, inside: Visible | None
 ) -> JointCounts:
-    """Add up the frames after the first; a frame's scale is that of the box of the joints scored.
-
-    These are those `inside`, or without it those that the prediction shows.
-    """
+    """Add up frames after the first; the scale is the box of the joints `inside`, else of those predicted."""
     n_joints, n_frames = truth.shape[1:]
     if prediction.shape[1] != n_joints or prediction.shape[2] < n_frames:
         raise InputError(

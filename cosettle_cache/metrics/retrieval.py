@@ -28,8 +28,7 @@ def average_precisions(vectors: Vectors, classes: Classes) -> Float64[np.ndarray
     """Return the average precision of every video as a query among all others; NaN where its class is alone.
 
     It is the mean, over the other videos of the class, of the share of that class among those ranked at least
-    as high. Vectors have length one and are ranked by cosine; of two that are equally near, to 2**-30, the
-    earlier one comes first.
+    as high. Unit vectors are ranked by cosine; of two equally near, to 2**-30, the earlier one comes first.
     """
     starts = range(0, len(vectors), _BLOCK)
     keys = torch.from_numpy(vectors).double()

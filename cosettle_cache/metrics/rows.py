@@ -1,8 +1,7 @@
 """Score rows: figures and counts of one video become rows, rows become tables on disk and means.
 
 On disk a table has one line per row and figure (columns `name` and `value`) with the row's whole provenance,
-so a number never travels alone; a row without any figure has one line with an empty name. Older tables had a
-column per figure; both are read.
+so a number never travels alone; a row without any figure has one line of no name. Older tables are read too.
 """
 
 from __future__ import annotations
@@ -69,10 +68,7 @@ def video_row(
     provenance: Provenance,
     size: tuple[int, int] | None = None,
 ) -> Score:
-    """Return the row of one video that figures are put into; `settings` are the protocol's.
-
-    `size` is the (height, width) at which it is scored, None its own.
-    """
+    """Return a video's row to put figures into, scored at (height, width) `size` or its own size (None)."""
     height, width = size or (video.height, video.width)
     return Score(
         task=task,
@@ -95,8 +91,7 @@ def object_rows(
     """Return `row` with J and F once per object, of those `shown` in the first true mask.
 
     Where its numbers have gaps, the official tool also counts the numbers between, as objects that are never
-    there and so always right; they get no row here. `kinds` says of what `category` an object is, and whether
-    that is `seen` among those trained on.
+    there and so always right; they get no row here. `kinds` has the `category`, whether `seen` in training.
     """
     row = replace(row, boundary_tolerance_px=scorer.tolerance)
     found = {item.object_id: item for item in scorer.finish() if item.object_id in shown}
@@ -297,10 +292,7 @@ RULES: Mapping[str, tuple[str, str, Mapping[str, str], Callable[[Sequence[Score]
 
 
 def write_scores(folder: Path, scores: Sequence[Score], *, complete: bool = True) -> tuple[Path, Path]:
-    """Write `scores.parquet` (all rows) and `summary.json` (means and provenance) into `folder`.
-
-    `complete` says whether every video had its turn; it stands in the summary.
-    """
+    """Write all rows, their means and provenance into `folder`; `complete`: every video had its turn."""
     rows, summary = folder / SCORES_FILE, folder / SUMMARY_FILE
     write_rows(rows, scores)
     write_json(summary, {"complete": complete, **summary_json(scores)})
@@ -338,10 +330,7 @@ NO_SCORES = (
 
 
 def read_scores(path: Path) -> list[Score]:
-    """Read the rows of a table of scores, of this version or with a column per figure, as older ones have.
-
-    Raises `InputError` for other tables and later versions.
-    """
+    """Read a table of scores, older ones (a column per figure) too; raise `InputError` for any other."""
     rows, metadata = read_rows(path, SCHEMA)
     version = metadata.get(_VERSION_KEY, str(TABLE_VERSION))
     if version != str(TABLE_VERSION):

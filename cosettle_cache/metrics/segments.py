@@ -7,8 +7,8 @@ the field computes them (Lea et al., CVPR 2017; MS-TCN). Counts of videos add up
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import astuple, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -23,8 +23,7 @@ FrameClasses = Int64[np.ndarray, " frame"]
 AnyFrames = Int64[np.ndarray, "_"]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Frames `start` to `stop` (without it) that have one class."""
 
     label: int
@@ -137,7 +136,7 @@ def _count_found(true: Sequence[Segment], predicted: Sequence[Segment], overlap:
     The first prediction takes a segment; a later one that overlaps the same one best is spurious, and so are
     its chances elsewhere: the rule of the published code.
     """
-    labels, starts, stops = np.array([astuple(item) for item in true], np.int64).reshape(-1, 3).T
+    labels, starts, stops = np.array(true, np.int64).reshape(-1, 3).T
     free = np.ones(len(true), bool)
     for item in predicted if true else ():
         shared = np.minimum(stops, item.stop) - np.maximum(starts, item.start)

@@ -291,10 +291,7 @@ class PlanePoint:
 
 @rc_context(_STYLE)
 def plane_chart(points: Sequence[PlanePoint]) -> Figure:
-    """Draw a panel per plane: an arrow leads from an encoder's raw tokens to each of its projections.
-
-    Lines of equal margin are dotted.
-    """
+    """Draw a panel per plane: arrows from raw tokens to their projections, dotted lines of equal margin."""
     planes = list(dict.fromkeys(point.plane for point in points))
     n_cols = min(len(planes), 2)
     n_rows = -(-len(planes) // n_cols)

@@ -1,8 +1,7 @@
 """What is drawn on frames: masks as veils with outlines, joints as a skeleton, tokens in colours, tracks.
 
 Frames and what is drawn of them come in one after the other; films and stills go out, of every kind of tokens
-by itself and of all side by side. Nothing is kept beyond the frame in hand. Colours are for the eye only;
-files of masks keep their own.
+by itself and of all side by side. Nothing is kept beyond the frame in hand. Colours are for the eye only.
 """
 
 from __future__ import annotations
@@ -236,10 +235,7 @@ class DrawnTracks:
 def write_tracks(
     images: Iterable[Image8], tracks: DrawnTracks, fps: float | None, folder: Path, name: str
 ) -> None:
-    """Write `folder/name.mp4` and four stills of it, small frames enlarged.
-
-    Raises `OutputError` when they cannot be written.
-    """
+    """Write `folder/name.mp4` and four stills, small frames enlarged; raise `OutputError` if it cannot be."""
     # One colour per point, by its place from the top left to the bottom right where it was given.
     starts = tracks.found.points[np.arange(len(tracks.given)), tracks.given]
     order = np.argsort(np.argsort(starts.sum(axis=1)))

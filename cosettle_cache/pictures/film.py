@@ -33,10 +33,7 @@ def still_frames(n_frames: int, at_most: int = 4) -> list[int]:
 
 
 class Movie:
-    """An MP4, or an animated WebP by its name, that gets its name when it is whole.
-
-    Odd sizes lose their last row or column, as the codecs want it.
-    """
+    """An MP4, or WebP by its name, that gets the name when whole; odd sizes lose their last row or column."""
 
     def __init__(self, path: Path, fps: float | None) -> None:
         self._path, self._temporary = path, temporary_name(path)

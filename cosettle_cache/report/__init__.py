@@ -64,10 +64,7 @@ def open_contents(
     projections: Sequence[Path] = (),
     data_root: Path | None = None,
 ) -> Contents:
-    """Return what the folders of runs hold, by the names they go by, and what `store` adds.
-
-    Raises `InputError` for a folder without a run, and for a store, projection or frames that do not fit.
-    """
+    """Return what folders of runs hold, and `store` adds; raise `InputError` for any that does not fit."""
     runs = read_runs(folders)
     if store is None:
         return Contents(runs, Media({}, Path()), None)

@@ -66,10 +66,7 @@ _KEYS = "Arrow keys move the patch, Page Up and Page Down the frame."
 
 @dataclass(frozen=True, slots=True)
 class ExploredKind:
-    """One kind of tokens: for every patch of the first frame its nearest in each later one, best first.
-
-    `small` and `error` are of `shrink`.
-    """
+    """One kind of tokens: each first patch's nearest in later frames, best first; and what `shrink` gives."""
 
     name: str
     position: UInt16[np.ndarray, "later patch k"]
@@ -97,10 +94,7 @@ def chosen_frames(n_frames: int, at_most: int) -> list[int]:
 
 @torch.inference_mode()
 def explore(store: FeatureStore, video_id: str, kinds: Sequence[TokenKind], max_frames: int) -> Explored:
-    """Return what there is to explore in one video; `frames` count the encodings of the store.
-
-    Raises `InputError` when the store lacks tokens of the video, `DamagedStoreError` when they are damaged.
-    """
+    """Return what to explore in a video, by encodings; raise `InputError` or `DamagedStoreError`."""
     frames = chosen_frames(store.n_frames(video_id), max_frames)
     tokens = torch.from_numpy(store.tokens(video_id, frames)).flatten(1, 2)
     explored = tuple(_explore_kind(kind.name, kind.apply(tokens)) for kind in kinds)
@@ -152,10 +146,7 @@ class Tokens:
 
     def to_json(self) -> dict[str, Any]:
         """Return where the tokens are, and of which kinds they are."""
-        return {
-            "features": str(self.store.path),
-            "tokens": [kind.name for kind in self.kinds],
-        }
+        return {"features": str(self.store.path), "tokens": [kind.name for kind in self.kinds]}
 
     def provenance(self) -> dict[str, Any]:
         """Return what decides these tokens."""

@@ -111,8 +111,7 @@ def scroll_box(child: Element, label: str) -> Element:
 def data_element(identifier: str, document: Any) -> Element:
     """Return `document` as JSON that scripts of the page read by `identifier`.
 
-    The content of a script element is not escaped, so no `<` may stand in it. Raises `ValueError` for numbers
-    that JSON does not have.
+    A script's content is not escaped, so no `<` may stand in it. Raises `ValueError` for NaN and infinity.
     """
     text = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return element("script", text, type="application/json", id=identifier)
@@ -186,10 +185,7 @@ def _asset(name: str) -> str:
 
 
 def chart(svg: Path, draw: Callable[[Path], None], identifier: str, label: str) -> Element:
-    """Return the chart that a run left as `svg`; of a run that left none, what `draw` writes to a path.
-
-    Raises `InputError` for a file that is no SVG.
-    """
+    """Return the chart a run left as `svg`, or what `draw` writes to a path; `InputError` for no SVG."""
     with TemporaryDirectory() as folder:
         path = svg if svg.is_file() else Path(folder, "chart.svg")
         if path is not svg:

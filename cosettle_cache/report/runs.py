@@ -92,10 +92,7 @@ class Runs:
 
 
 def read_runs(folders: Mapping[str, Path]) -> Runs:
-    """Return what the folders hold, by the names they go by.
-
-    Raises `InputError` for a folder that is missing or holds no run, and for files that cannot be read.
-    """
+    """Return what the folders hold, by name; raise `InputError` for one without a run or unreadable files."""
     scored, trained, analyzed = [], [], []
     for name, folder in folders.items():
         try:

@@ -18,8 +18,7 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
 
     On a CPU `auto` is bfloat16 first where it is multiplied in hardware, else FAISS where it is installed,
     because it fuses the product with the ranking (ratios in docs/benchmarks), and torch otherwise. On a GPU
-    it is float16 first, as are `torch` and `triton`, whose candidates one kernel names. Raises `UsageError`
-    for a search that cannot run here.
+    it is float16 first, as `torch` and `triton` (one kernel) are. Raises `UsageError` where one cannot run.
     """
     if search not in SEARCHES:
         raise UsageError(f"there is no search {search!r}", wanted=", ".join(SEARCHES), found=search)
@@ -28,8 +27,6 @@ def make_ranker(search: str, device: torch.device) -> Ranker:
         raise UsageError(
             "faiss is not installed", hint="pip install 'cosettle-cache[cpu]', or --search torch"
         )
-    if search == "faiss":
-        faiss_packages()
     if device.type != "cpu":
         return _on_gpu(search, device)
     if search == "triton":
@@ -49,6 +46,7 @@ def _on_gpu(search: str, device: torch.device) -> Ranker:
     if search == "bf16":
         raise UsageError("bf16 searches on the CPU only", found=str(device), hint="--search torch")
     if search == "faiss":
+        faiss_packages()
         check_gpu_faiss()
         return FaissRoughRanker(device.type)
     if search == "triton":

@@ -37,8 +37,7 @@ def nearest_on_gpu(
 ) -> tuple[Float32[Tensor, "query k"], Int64[Tensor, "query k"]]:
     """Return the k largest dot products and where their keys are; both tensors are float32 or both float16.
 
-    FAISS reads torch's memory and works on torch's stream, so that neither waits for the other; products of
-    float16 are summed in float32.
+    FAISS reads torch's memory on torch's stream, and neither waits; float16 products are summed in float32.
     """
     faiss: Any = import_module("faiss")
     device = queries.device.index or 0

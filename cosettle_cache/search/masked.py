@@ -58,8 +58,7 @@ def in_window(
 ) -> Bool[Tensor, "*shape"]:
     """Say which displacements lie inside the window.
 
-    A `disc` is open, its rim outside (videowalk and T-CORE); a `square` includes its rim (DINO); `rim` says
-    otherwise (DINOv3's disc is closed).
+    A `disc` is open (videowalk, T-CORE), a `square` closed (DINO), or as `rim` says (DINOv3's closed disc).
     """
     if shape == "square":
         distance, limit = torch.maximum(row_distance.abs(), col_distance.abs()), radius
@@ -71,10 +70,7 @@ def in_window(
 def transition(
     similarity: Float[Tensor, "*query k"], count: Int[Tensor, "*query k"], temperature: float
 ) -> Float[Tensor, "*query k"]:
-    """Return weights that sum to one over k: a softmax in which every neighbour stands `count` times.
-
-    Entries of count 0 get weight 0 whatever their similarity.
-    """
+    """Return weights that sum to one over k: a softmax with each neighbour `count` times (0: weight 0)."""
     logits = (similarity / temperature).masked_fill(count == 0, -torch.inf)
     return torch.softmax(logits + count.clamp(min=1).log(), dim=-1)
 
@@ -277,8 +273,7 @@ class KeyRanker(Ranker, ABC):
     def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> Ranked:
         """Return the k largest dot products with keys that are not blocked, and each key's flat index.
 
-        Rows with fewer than k such keys end in minus infinity. `k` is at most the number of keys.
-        `n_parallel` threads may be inside.
+        Rows with fewer than k such keys end in minus infinity. `n_parallel` threads may be inside.
         """
 
 
@@ -288,9 +283,8 @@ class TorchRanker(KeyRanker):
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
 
-    def rank(  # noqa: D102
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int
-    ) -> Ranked:
+    def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> Ranked:
+        """Return what `KeyRanker` says."""
         size = len(queries) * keys.shape[0] * keys.shape[1]
         if self._scratch.numel() < size or self._scratch.device != queries.device:
             self._scratch = torch.empty(size, device=queries.device)
@@ -315,11 +309,12 @@ class FaissRanker(KeyRanker):
         # stays under; 20 is what it was before. Speed is all this decides.
         faiss.cvar.distance_compute_blas_threshold = 20
 
-    def rank(  # noqa: D102
-        self, queries: Queries, keys: Keys, blocked: Blocked, k: int
-    ) -> Ranked:
+    def rank(self, queries: Queries, keys: Keys, blocked: Blocked, k: int) -> Ranked:
+        """Return what `KeyRanker` says."""
         if queries.device.type == "cuda":
-            return self._rank_on_gpu(queries, keys, k)
+            if k > MOST_ON_GPU:
+                return TorchRanker().rank(queries, keys, None, k)
+            return nearest_on_gpu(queries, keys.flatten(0, 1), k)
         import faiss
 
         n_keys = keys.shape[0] * keys.shape[1]
@@ -337,12 +332,6 @@ class FaissRanker(KeyRanker):
             again = TorchRanker().rank(queries[uncertain], keys, blocked[uncertain], k)
             values[uncertain], index[uncertain] = again
         return values, index
-
-    @staticmethod
-    def _rank_on_gpu(queries: Queries, keys: Keys, k: int) -> Ranked:
-        if k > MOST_ON_GPU:
-            return TorchRanker().rank(queries, keys, None, k)
-        return nearest_on_gpu(queries, keys.flatten(0, 1), k)
 
 
 def _products(queries: Tensor, keys: Tensor, blocked: Blocked, out: Tensor) -> Tensor:
@@ -364,8 +353,7 @@ def exact_products(
 ) -> Similarities:
     """Return the dot products with the keys at `index`; with `alike`, equal to the last bit for equal keys.
 
-    A matrix product adds up in an order that depends on where a key lies; `alike` adds up every pair alike,
-    which on a CPU is done anyway.
+    A matrix product adds up in an order that depends on where a key lies; `alike` does not, nor does a CPU.
     """
     if queries.device.type == "cpu":
         return _sampled_products(queries, keys, index)

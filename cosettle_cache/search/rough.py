@@ -76,8 +76,7 @@ class FrameKeys:
 class Look:
     """A slab of a frame's queries and what they look at: frame 0, and the frames from `start` to `frame`.
 
-    What they look at is counted as elements: frame by frame the positions of `slab`, then of frame 0 those
-    of `first`.
+    What they look at is counted as elements: by frame the positions of `slab`, then those of `first`.
     """
 
     keys: FrameKeys
@@ -126,8 +125,7 @@ class Look:
 class Found(NamedTuple):
     """The k context tokens nearest to each query of a slab, and for which queries that is certain.
 
-    Frames count from the video's first one, positions column by column. Rows with fewer tokens end in minus
-    infinity.
+    Frames count from the video's first, positions column by column; short rows end in minus infinity.
     """
 
     similarity: Similarities
@@ -159,7 +157,9 @@ class RoughRanker(Ranker):
 
     def __init__(self, device_type: str = "cpu") -> None:
         self._on_cpu = device_type == "cpu"
-        self.dtype: torch.dtype = torch.bfloat16 if self._on_cpu else _gpu_dtype()
+        # Torch before 2.8 rounds float32 sums of float16 products.
+        on_gpu = torch.float16 if hasattr(torch.ops.aten.mm, "dtype_out") else torch.float32
+        self.dtype: torch.dtype = torch.bfloat16 if self._on_cpu else on_gpu
         #: Candidates per neighbour wanted: with more, few more queries are certified.
         self.overfetch = 5 if self._on_cpu else 2
         self.threads = search_threads if self._on_cpu else None
@@ -272,11 +272,6 @@ def _length(span: slice) -> int:
     return n
 
 
-def _gpu_dtype() -> torch.dtype:
-    """Return what a GPU names candidates in; torch before 2.8 rounds float32 sums of float16 products."""
-    return torch.float16 if hasattr(torch.ops.aten.mm, "dtype_out") else torch.float32
-
-
 def _multiply_into(a: Float[Tensor, "n d"], b: Float[Tensor, "d m"], out: Float[Tensor, "n m"]) -> None:
     if a.dtype is torch.float16:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -306,10 +301,7 @@ def _replace(
 
 
 class FaissRoughRanker(RoughRanker):
-    """FAISS names the candidates, on a GPU.
-
-    It knows no mask: of what it finds, more than is wanted, that outside the windows is struck out.
-    """
+    """FAISS names the candidates, on a GPU; without a mask, so what is outside the windows is struck out."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__(device_type)

@@ -41,8 +41,7 @@ class CachedStorage(ObjectStorage):
 
     A file's name says which object in which state it copies, so a shard written again is fetched again.
     The shards unused for longest are removed first; one shard always fits. Other files in the folder stay and
-    do not count. Files are not kept open: what one process removes is gone from the disk, whoever reads it
-    fetches it again.
+    do not count. Files are not kept open: what one process removes, another fetches again.
     """
 
     #: Each of them may be fetching a shard.

@@ -133,8 +133,7 @@ class ChunkSource:
     ) -> None:
         """Fill `out`, C-contiguous, with the tokens of `chunks` of array number `array`, several at a time.
 
-        Raises `InputError` for a chunk that the store does not hold, `DamagedStoreError` for one that it
-        should and cannot give.
+        Raises `InputError` for a chunk that is not there, `DamagedStoreError` for one that should be.
         """
         rows = out.reshape(len(out), math.prod(out.shape[1:]))
         parts = self._shares(array, chunks.tolist(), list(rows))
@@ -160,10 +159,7 @@ class ChunkSource:
             other.result()
 
     def will_need(self, slots: Sequence[int] | Int64[np.ndarray, " n"]) -> None:
-        """Let shards that are read soon come into the page cache, or the shard cache, in the background.
-
-        Nothing is done where there is no room for them twice: what is in use and what comes next must stay.
-        """
+        """Let shards come nearer as `FeatureStore.will_need` says; what is in use must stay there as well."""
         places = [self.slots.place(int(index)) for index in slots]
         n_bytes = sum(place.layout.slot_encodings * place.layout.encoding_bytes for place in places)
 

@@ -253,8 +253,7 @@ def _lock_holders(descriptor: int) -> list[int]:
 class SlotClaims(_OpenFile):
     """Slots held by one writer through locked bytes of `path`; every writer has a descriptor of its own.
 
-    Locks belong to the open file, so two writers of one process exclude each other as well. On a file system
-    without locks every claim succeeds.
+    Locks are the open file's: two writers of one process exclude each other. Without locks all claims hold.
     """
 
     def __init__(self, path: Path) -> None:

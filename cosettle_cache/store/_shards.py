@@ -91,10 +91,7 @@ class ShardEncoder:
 
 
 class ShardReader:
-    """One open shard; safe to use from several threads.
-
-    `checksums` are those of the chunks that the index part commits; None where it does not say.
-    """
+    """One open shard, for several threads; `checksums` are those that its index part commits, if it does."""
 
     def __init__(
         self,
@@ -129,10 +126,7 @@ class ShardReader:
         self._file.prefetch(0, 0)
 
     def read_chunks(self, first: int, outs: Sequence[UInt8[np.ndarray, " byte"]]) -> None:
-        """Fill `outs` with the chunks from `first` on, decoded, in one read.
-
-        Raises `ChunkMissingError`, another `BytesError` when one is damaged or they do not lie side by side.
-        """
+        """Fill `outs` with chunks from `first` on, in one read; raise `ChunkMissingError`, `BytesError`."""
         is_raw = self._layout.codec == "none"
         start, _ = self.check_present(first)
         stop, buffers = start, list[memoryview]()

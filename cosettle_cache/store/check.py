@@ -19,7 +19,7 @@ import pyarrow as pa
 from awscrt.checksums import crc32c
 from jaxtyping import Bool, UInt64
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import CosettleError, DamagedStoreError, InputError
 from cosettle_cache.core.files import parse_json
 from cosettle_cache.core.parallel import map_ahead
@@ -278,8 +278,7 @@ def verify_storage(
     damages = [*metadata.damages, *folder_damages]
     n_verified = n_bytes = 0
     withdrawn = list[SlotPlace]()
-    progress.start(len(committed), "slots")
-    try:
+    with counting(progress, len(committed), "slots") as advance:
         task = partial(check_slot, storage, metadata)
         reports = map_ahead(task, committed, storage.n_readers, stop=stop)
         for place, report in zip(committed, reports, strict=False):
@@ -289,9 +288,7 @@ def verify_storage(
                 n_verified += 1
                 n_bytes += report[0]
                 damages += report[1]
-            progress.advance(1, damages=float(len(damages)))
-    finally:
-        progress.finish()
+            advance(1, damages=float(len(damages)))
     known = {*metadata.files, MANIFEST}
     for place in map(slots.place, range(len(slots))):
         known |= {place.shard_name, place.part_name}

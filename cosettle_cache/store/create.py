@@ -46,10 +46,7 @@ HEADER_COPY = "store_header"
 
 
 def create_store(storage: Storage, arrays: Sequence[ArrayLayout], files: Mapping[str, bytes]) -> None:
-    """Create an empty store of metadata and manifest in an empty or absent place; a faster rival wins.
-
-    Raises `InputError` when the place holds something else, `OutputError` when it cannot be written.
-    """
+    """Create an empty store unless a rival does; raise `InputError` for other things there, `OutputError`."""
     if isinstance(storage, ObjectStorage):
         _create_objects(storage, files)
     else:
@@ -118,10 +115,7 @@ def manifest_file(header: Header, manifest: Manifest) -> bytes:
 
 
 def header_copy(metadata: Mapping[str, str], path: str) -> Header | None:
-    """Return the header in the metadata of a manifest; None where there is none, as in the first release.
-
-    Raises what `parse_header` does.
-    """
+    """Return the header in a manifest's metadata, None in the first release; raise as `parse_header` does."""
     if HEADER_COPY not in metadata:
         return None
     try:

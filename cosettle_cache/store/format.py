@@ -111,10 +111,7 @@ class SlotTable:
 
 
 def check_arrays(arrays: Sequence[ArrayLayout]) -> None:
-    """Raise `ValueError` when the layouts cannot make a store: grids, numbers, or slots that split chunks.
-
-    Raises `UsageError` for an unknown dtype or codec.
-    """
+    """Raise `ValueError` for layouts that cannot make a store, `UsageError` for unknown dtypes and codecs."""
     if not arrays or len({layout.grid for layout in arrays}) < len(arrays):
         raise ValueError("a store has arrays, each of another grid")
     for layout in arrays:

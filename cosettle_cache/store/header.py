@@ -45,10 +45,7 @@ _ELSEWHERE = "write to another folder with --out, or repeat the settings of this
 
 @dataclass(frozen=True)
 class Header:
-    """Fingerprint, array layouts, and free notes on the encoder (where its weights came from, its size).
-
-    `stored` is the document that it was read from, with whatever keys a newer version put there.
-    """
+    """Fingerprint, array layouts, notes on the encoder; `stored` is the document read, unknown keys too."""
 
     fingerprint: Fingerprint
     arrays: tuple[ArrayLayout, ...]
@@ -189,10 +186,7 @@ def check_array(storage: Storage, layout: ArrayLayout) -> None:
 def check_same(
     wanted: Header, found: Header, path: str, *, hint: str = _ELSEWHERE, exact: bool = False
 ) -> None:
-    """Raise `FingerprintError` listing every difference that makes the tokens of the two stores differ.
-
-    With `exact` they must agree in what stores of version 0.1 do not say, too.
-    """
+    """Raise `FingerprintError` listing what makes tokens differ; `exact`: what version 0.1 leaves out too."""
     settings, theirs = (flat(header.to_json()["fingerprint"]) for header in (wanted, found))
     if exact:
         settings["part_version"], theirs["part_version"] = wanted.part_version, found.part_version

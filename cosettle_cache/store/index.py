@@ -141,10 +141,7 @@ class VideoRows:
 
 
 def encode_part(slot: Slot, errors: Sequence[str | None], shard: ShardEncoder, identity: str) -> bytes:
-    """Return the index part of `slot`, whose shard was encoded, in the store of that `Header.identity`.
-
-    `errors` has one entry per encoding, None where it is present.
-    """
+    """Return the index part of an encoded slot of the store `identity`; `errors`: None for what is there."""
     rows = [
         {"array": str(slot.grid), "row": slot.start + number, "slot": slot.index, "error": error}
         | {name: getattr(encoding, name) for name in ("video_id", "frame", "view", "flip")}

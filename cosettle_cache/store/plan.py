@@ -122,11 +122,7 @@ class FramesRecipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """All slots of a store. `slot(i)` is computed on demand; nothing grows with the number of encodings.
-
-    There is one layout per grid. `_videos` has the videos of each array, `_starts` the first row of each
-    video in its array.
-    """
+    """All slots of a store, made on demand; by array its `_videos` and, in `_starts`, their first rows."""
 
     recipe: PairsRecipe | FramesRecipe
     arrays: tuple[ArrayLayout, ...]
@@ -205,8 +201,7 @@ def make_plan(
     """Return the plan of all encodings of `manifest` for an encoder of `patch` pixels and `dim` channels.
 
     `slot_encodings` overrides the slot size (rounded down to whole samples in a pairs plan); `dtype` and
-    `codec` say how tokens are stored (see `ArrayLayout`). Raises `InputError` when an image size is not a
-    multiple of the patch.
+    `codec` are `ArrayLayout`'s. Raises `InputError` when an image size is not a multiple of the patch.
     """
     recipe: PairsRecipe | FramesRecipe
     if isinstance(settings, PairsSettings):

@@ -209,8 +209,7 @@ class FeatureStore:
     def will_need(self, slots: Sequence[int] | Int64[np.ndarray, " n"]) -> None:
         """Let the shards of slots that are read soon come into the page cache, in the background.
 
-        Behind a URL they come into the shard cache, if there is one. Nothing is done where there is no room
-        for them twice.
+        Behind a URL it is the shard cache, if any. Nothing is done where there is no room for them twice.
         """
         self._chunks.will_need(slots)
 

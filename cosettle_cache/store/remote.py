@@ -87,9 +87,11 @@ class ObjectStorage:
                 found = obstore.get(self._client, name, options=options)
                 data = memoryview(found.bytes())
             except (exceptions.NotSupportedError, exceptions.GenericError) as error:
-                if not _is_about_the_range(error):
+                line = _line(error)
+                is_whole, is_unable = "non-partial" in line, isinstance(error, exceptions.NotSupportedError)
+                if not (is_unable or is_whole or " 416 " in line):
                     raise
-                if "non-partial" in _line(error) and self.state(name)[0]:
+                if is_whole and self.state(name)[0]:
                     raise self._unlike(name, "the whole object, where a part was asked for") from error
                 return memoryview(b"")
         if len(data) != found.range[1] - found.range[0]:
@@ -216,11 +218,6 @@ def _connect(url: str, retries: dict[str, Any]) -> Any:
         found = f"{scheme}://, which is no object store that can list what it holds"
         raise UsageError(f"{url} cannot hold a store", wanted=_WANTED_URL, found=found)
     return client
-
-
-def _is_about_the_range(error: exceptions.BaseError) -> bool:
-    line = _line(error)
-    return isinstance(error, exceptions.NotSupportedError) or "non-partial" in line or " 416 " in line
 
 
 def _line(error: BaseException) -> str:

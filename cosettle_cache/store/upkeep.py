@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import DamagedStoreError, InputError, RemoteError, UsageError
 from cosettle_cache.core.files import Buffer, is_url, make_folder, overwrite_durably
 from cosettle_cache.core.parallel import map_ahead
@@ -79,8 +79,7 @@ def copy_store(
 
     The copy has the same bytes. A slot that failed at the target is replaced by a better one. `stop` ends
     after the slots in hand. Raises `UsageError` for places inside each other, `InputError` when the target is
-    something else, `FingerprintError` when it is another store, `DamagedStoreError` when the metadata of the
-    source is damaged.
+    something else, `FingerprintError` for another store, `DamagedStoreError` for damaged source metadata.
     """
     reader, there, metadata = _open_both(source, target)
     if not is_store(there):
@@ -92,17 +91,14 @@ def copy_store(
     n_bytes, damages = 0, list[Damage]()
     with closing(StoreWriter(there, theirs)) as writer:
         committed, _ = find_committed(reader, writer.slots)
-        progress.start(len(committed), "slots")
-        try:
+        with counting(progress, len(committed), "slots") as advance:
             task = partial(_copy_slot, reader, there, metadata, writer)
             n_threads = min(there.n_readers, MAX_SLOTS_IN_HAND)
             for outcome, copied, found in map_ahead(task, committed, n_threads, stop=stop):
                 outcomes[outcome] += 1
                 n_bytes += copied
                 damages += found
-                progress.advance(1, megabytes=n_bytes / 1e6, damages=float(len(damages)))
-        finally:
-            progress.finish()
+                advance(1, megabytes=n_bytes / 1e6, damages=float(len(damages)))
     return CopyReport(
         source=reader.path,
         target=there.path,
@@ -220,8 +216,7 @@ def repair_store(
     again. What is removed is set aside (see `set_aside` of the storages), and only after it was read whole
     twice more and found bad. When that is impossible, nothing is changed, and this raises `InputError`, or
     `RemoteError` behind a URL. Raises `OutputError` while another process of this machine writes,
-    `DamagedStoreError` when neither header can be trusted. `stop` ends the search for damage; what was found
-    is mended.
+    `DamagedStoreError` when neither header can be trusted. After `stop` what was found so far is mended.
     """
     storage = open_storage(path)
     local = None if dry_run else storage.local
@@ -349,10 +344,7 @@ def store_summary(store: FeatureStore) -> dict[str, Any]:
         "arrays": [
             {
                 "grid": str(layout.grid),
-                "n_channels": layout.n_channels,
-                "dtype": layout.dtype,
-                "codec": layout.codec,
-                "n_encodings": layout.n_encodings,
+                **{name: getattr(layout, name) for name in ("n_channels", "dtype", "codec", "n_encodings")},
                 "n_present": present.get(str(layout.grid), 0),
                 "n_slots": layout.n_slots,
                 "slot_bytes": layout.slot_encodings * layout.encoding_bytes,

@@ -40,10 +40,7 @@ from cosettle_cache.store.remote import Storage, is_store, open_storage
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Memory for the tokens of one slot, float16, to be filled before `StoreWriter.commit`.
-
-    It is uninitialised: whoever commits it has filled every encoding that is not reported as failed.
-    """
+    """Memory for a slot's tokens, all filled but those of failed videos before `StoreWriter.commit`."""
 
     tokens: Float16[np.ndarray, "encoding row col channel"]
 
@@ -137,8 +134,7 @@ class StoreWriter:
         """Write the shard durably, then its index part; after that the slot is done, or failed, and not held.
 
         `failures` maps video ids to reasons; every inner chunk with an encoding of such a video is left out.
-        A slot that is done stays as it is. Raises `OutputError` when there is no room; the slot is then still
-        to do.
+        A slot that is done stays as it is. Raises `OutputError`, after which the slot is still to do.
         """
         place = self._place(slot)
         if self._is_todo(place, retry_failed=True):

@@ -30,14 +30,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BuildResult": "build",
-    "build_manifest": "build",
-    "DavisSequence": "masks",
-    "open_sequence": "masks",
-    "JointSequence": "jhmdb",
-    "open_joints": "jhmdb",
-    "PartSequence": "masks",
-    "open_parts": "masks",
+    **dict.fromkeys(("BuildResult", "build_manifest"), "build"),
+    **dict.fromkeys(("DavisSequence", "PartSequence", "open_parts", "open_sequence"), "masks"),
+    **dict.fromkeys(("JointSequence", "open_joints"), "jhmdb"),
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -6,13 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from cosettle_cache.core.console import Progress
+from cosettle_cache.core.console import Progress, counting
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
 from cosettle_cache.core.files import printable
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
@@ -23,6 +22,7 @@ from cosettle_cache.videos.frames import (
     LEFT_BEHIND,
     VIDEO_SUFFIXES,
     MediaInfo,
+    check_size,
     is_hidden,
     is_image_name,
     iter_frames,
@@ -30,7 +30,7 @@ from cosettle_cache.videos.frames import (
     probe,
 )
 from cosettle_cache.videos.jhmdb import open_joints
-from cosettle_cache.videos.lists import Listed, locate
+from cosettle_cache.videos.lists import Listed, locate, made_today
 from cosettle_cache.videos.manifest import path_fault
 from cosettle_cache.videos.masks import VOID, open_parts, open_sequence, read_classes
 from cosettle_cache.videos.queries import open_tracks
@@ -51,10 +51,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """The manifest of the good videos, and for each bad one (by its media path) the reason.
-
-    `notes` say what was passed over and what looks strange in the good ones.
-    """
+    """The manifest of the good videos, the reason of each bad one by its media path, notes on oddities."""
 
     manifest: Manifest
     failures: Mapping[str, str]
@@ -65,8 +62,7 @@ def build_manifest(name: str, root: str | Path, data_root: str | Path, **options
     """Return the manifest of the folder `root` in the layout `name`, and the reasons of what was left out.
 
     Media paths are relative to `data_root`. `options` are the layout's own; all have `split`, and `names` to
-    restrict and order the clips. Raises `UsageError` for an unknown layout and `InputError` for a folder
-    without a usable clip.
+    restrict and order them. Raises `UsageError` for an unknown layout, `InputError` without a usable clip.
     """
     if name not in DATASETS:
         raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
@@ -87,8 +83,7 @@ def _build_row(name: str, root: Path, data_root: Path, split: str, names: Sequen
 def build_places(source: Source, listed: Sequence[Listed], media: str, labels: str) -> BuildResult:
     """Return the clips `listed`, or every folder there is, at the places `media` and `labels` with `{name}`.
 
-    A line of a list with two paths says itself where its clip and labels are. A clip without labels becomes a
-    row without.
+    A line with two paths says itself where clip and labels are. A clip without labels becomes a row without.
     """
     root, clips = source.root, []
     for item in listed or [Listed(path.name) for path in subfolders(root / media.partition("{name}")[0])]:
@@ -117,10 +112,7 @@ class Source:
         return (_path_in(self.root, self.data_root) / path.relative_to(self.root)).as_posix()
 
     def video(self, clip: Clip) -> Video:
-        """Return the row of one clip, with its labels where they exist.
-
-        Raises `MediaError` when the clip cannot be decoded or named, or its labels cannot be read.
-        """
+        """Return the row of one clip, with its labels if any; raise `MediaError` for what cannot be read."""
         media = self.relative(clip.path)
         fault = path_fault(clip.video_id) or (path_fault(media) if media != "." else None)
         if fault:
@@ -156,12 +148,7 @@ def build(
 
     `make_video` (default `source.video`) makes one row or raises. Raises `InputError` when no row is left.
     """
-    provenance = {
-        "builder": source.dataset,
-        "root": source.relative(source.root),
-        "split": source.split,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+    provenance = made_today(source.dataset, source.relative(source.root), source.split)
     if not clips:
         raise InputError(f"{source.root} holds no clips", wanted=f"the {source.dataset} layout")
 
@@ -229,8 +216,7 @@ def _passed_over(root: Path) -> tuple[str, ...]:
 def count_labels(video: Video, data_root: Path, *, decode: bool = False) -> tuple[int, int]:
     """Return how many objects a row's labels hold and how many frames are annotated.
 
-    Of classes of pixels it is the largest number. With `decode` every mask is read. Raises `MediaError` for
-    what cannot be read.
+    Of classes of pixels it is the largest number. With `decode` every mask is read. Raises `MediaError`.
     """
     if video.label_kind is LabelKind.KEYPOINTS:
         joints = open_joints(video, data_root).joints
@@ -263,15 +249,12 @@ def check_media(manifest: Manifest, data_root: Path, *, decode: bool, progress: 
         return None
 
     problems: dict[str, str] = {}
-    progress.start(len(manifest), "videos")
-    try:
+    with counting(progress, len(manifest), "videos") as advance:
         found = map_ahead(find_problem, manifest, share_of_cores(1))
         for video, problem in zip(manifest, found, strict=True):
             if problem is not None:
                 problems[video.video_id] = problem
-            progress.advance()
-    finally:
-        progress.finish()
+            advance()
     return problems
 
 
@@ -304,12 +287,7 @@ def _measured(video: Video, info: MediaInfo) -> Video:
             found=f"{info.n_frames} frames",
         )
     size = (video.height or info.height, video.width or info.width)
-    if size != (info.height, info.width):
-        raise MediaError(
-            f"{video.media} has another size",
-            wanted=f"{size[0]}x{size[1]}",
-            found=f"{info.height}x{info.width}",
-        )
+    check_size(f"{video.media} has another size", (info.height, info.width), size)
     return replace(video, n_frames=n_frames, height=info.height, width=info.width)
 
 

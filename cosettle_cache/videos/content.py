@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import sha256_file
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
@@ -46,8 +46,7 @@ def _files(path: Path) -> list[Path]:
 def present_row(video: Video, data_root: Path, *, read: bool | None = None) -> Video:
     """Return a row with its media's stamp of today, and its content of today where bytes are read.
 
-    They are by default where the row has a content and another stamp. Media that cannot be read leave the
-    row as it is.
+    By default they are where content is known and the stamp differs. Unreadable media leave the row as it is.
     """
     path = data_root / video.media
     try:
@@ -60,10 +59,7 @@ def present_row(video: Video, data_root: Path, *, read: bool | None = None) -> V
 
 
 def is_other(recorded: Video, present: Video) -> bool:
-    """Say whether the media of a row are known to be others than it was made from.
-
-    Their content tells; where one of the rows has none, the bytes of all files together.
-    """
+    """Say whether a row's media are known to be others than recorded: by content, else by bytes in all."""
     if recorded.content and present.content:
         return recorded.content != present.content
     sizes = [(video.stamp or "").partition("-")[0] for video in (recorded, present)]
@@ -85,14 +81,11 @@ def look_again(
         place for place, (old, new) in enumerate(pairs) if read or (old.content and old.stamp != new.stamp)
     ]
     if places:
-        progress.start(len(places), "videos")
-        try:
+        with counting(progress, len(places), "videos") as advance:
             found = map_ahead(partial(look, read=True), [rows[place] for place in places], n_threads)
             for place, row in zip(places, found, strict=True):
                 rows[place] = row
-                progress.advance()
-        finally:
-            progress.finish()
+                advance()
     changed = [old.video_id for old, row in zip(manifest, rows, strict=True) if is_other(old, row)]
     return replace(manifest, videos=tuple(rows)), changed
 

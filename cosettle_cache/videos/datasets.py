@@ -25,8 +25,7 @@ class DataSet:
     where they differ from the first of `folders` and from `split`. `build` is `module:function` of this room,
     or a function, called with (root, data_root) and the options `split`, `names`.
 
-    `sparse`: some frames are annotated, and objects may appear after the first; `binary`: every value of a
-    mask above 0 is one object.
+    `sparse`: some frames are annotated, objects may appear later; `binary`: values above 0 are one object.
     """
 
     help: str
@@ -55,45 +54,30 @@ class DataSet:
         return next(found, None)
 
 
-def _vos(title: str, build: str, *folders: str, split: str = "valid") -> DataSet:
-    """Return the row of a data set in YouTube-VOS's layout."""
+def _masks(title: str, build: str, *folders: str, place: str = "", **more: Any) -> DataSet:
+    """Return the row of a data set in the layout of DAVIS (`place` is the resolution) or YouTube-VOS."""
     return DataSet(
         f"object masks of {title}",
         f"layouts:{build}",
         LabelKind.MASKS,
-        split=split,
         folders=folders,
-        media="JPEGImages/{name}",
-        labels="Annotations/{name}",
-        sparse=True,
+        media=f"JPEGImages{place}/{{name}}",
+        labels=f"Annotations{place}/{{name}}",
+        **more,
     )
 
 
+_DAVIS: dict[str, Any] = {"place": "/480p", "split": "val", "mark": "JPEGImages"}
+_VOS = ("YouTube-VOS", "YouTubeVOS", "youtube-vos", "ytvos")
+
 DATASETS: dict[str, DataSet] = {
-    "davis": DataSet(
-        "object masks of DAVIS",
-        "layouts:build_davis",
-        LabelKind.MASKS,
-        split="val",
-        folders=("DAVIS", "davis-2017", "davis", "."),
-        mark="JPEGImages",
-        media="JPEGImages/480p/{name}",
-        labels="Annotations/480p/{name}",
+    "davis": _masks("DAVIS", "build_davis", "DAVIS", "davis-2017", "davis", ".", **_DAVIS),
+    "davis2016": _masks(
+        "DAVIS-2016", "build_davis2016", "DAVIS-2016", "DAVIS2016", "davis2016", **_DAVIS, binary=True
     ),
-    "davis2016": DataSet(
-        "object masks of DAVIS-2016",
-        "layouts:build_davis2016",
-        LabelKind.MASKS,
-        split="val",
-        folders=("DAVIS-2016", "DAVIS2016", "davis2016"),
-        mark="JPEGImages",
-        media="JPEGImages/480p/{name}",
-        labels="Annotations/480p/{name}",
-        binary=True,
-    ),
-    "youtube-vos": _vos("YouTube-VOS", "build_vos", "YouTube-VOS", "YouTubeVOS", "youtube-vos", "ytvos"),
-    "mose": _vos("MOSE", "build_mose", "MOSE", "mose", split="train"),
-    "lvos": _vos("LVOS", "build_lvos", "LVOS", "lvos"),
+    "youtube-vos": _masks("YouTube-VOS", "build_vos", *_VOS, split="valid", sparse=True),
+    "mose": _masks("MOSE", "build_mose", "MOSE", "mose", split="train", sparse=True),
+    "lvos": _masks("LVOS", "build_lvos", "LVOS", "lvos", split="valid", sparse=True),
     "vip": DataSet(
         "body parts of VIP",
         "layouts:build_vip",

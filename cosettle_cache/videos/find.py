@@ -19,10 +19,7 @@ SPRITES, MASKS = "sprites", "masks"
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Videos, the folder their paths are relative to, and one line that says where they come from.
-
-    `failures` maps media that were found but cannot be used to reasons.
-    """
+    """Videos, the folder of their paths, where they are from in one line, and why some cannot be used."""
 
     manifest: Manifest
     root: Path

@@ -75,10 +75,7 @@ def build_kinetics(root: Path, data_root: Path, split: str = "", names: Sequence
 
 
 def build_classes(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
-    """Return every clip at any depth under `root`; its class is the folder that it lies in.
-
-    A clip that lies in `root` itself has no class and counts as a failure.
-    """
+    """Return every clip under `root`, its class the folder around it; one in `root` itself is a failure."""
     source = Source("classes", split, root, data_root)
     clips = [_with_class(clip, root) for clip in name_clips(_find_media(root), root)]
     return build(choose(clips, names, root), source, lambda clip: _class_video(clip, source))

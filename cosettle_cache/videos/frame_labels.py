@@ -1,7 +1,6 @@
 """Classes of single frames as Breakfast, GTEA and 50Salads keep them: a text file per video, a class a line.
 
-In comes a folder with `groundTruth/`, `mapping.txt` and `splits/`, out go class numbers per frame and the
-names of the videos of a split.
+In comes a folder of `groundTruth/`, `mapping.txt` and `splits/`, out go classes of frames, names of a split.
 """
 
 from __future__ import annotations
@@ -74,8 +73,7 @@ class FrameLabels:
 def flat_name(video_id: str) -> str:
     """Return a video's name as label and feature files bear it: `P03/cam01/P03_tea` is `P03_cam01_P03_tea`.
 
-    Of Breakfast's stereo pairs the first camera is annotated: `P03/stereo/P03_tea_ch0` is
-    `P03_stereo01_P03_tea`.
+    Of stereo pairs the first camera is annotated: `P03/stereo/P03_tea_ch0` is `P03_stereo01_P03_tea`.
     """
     flat = video_id.replace("/", "_")
     match = _STEREO.fullmatch(flat)

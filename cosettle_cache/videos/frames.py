@@ -134,7 +134,9 @@ def probe(path: str | Path, *, exact: bool = True) -> MediaInfo:
     """
     path = Path(path)
     if not path.is_dir():
-        return _probe_image(path) if is_image_name(path.name) else _probe_file(path, exact)
+        if is_image_name(path.name):
+            return MediaInfo(MediaKind.IMAGE, 1, *image_size(path), None)
+        return _probe_file(path, exact)
     sizes = {name: image_size(path / name) for name in frame_names(path)}
     first, (height, width) = next(iter(sizes.items()))
     for name, size in sizes.items():
@@ -145,11 +147,6 @@ def probe(path: str | Path, *, exact: bool = True) -> MediaInfo:
                 found=f"{size[0]}x{size[1]} in {name}",
             )
     return MediaInfo(MediaKind.FRAMES, len(sizes), height, width, None)
-
-
-def _probe_image(path: Path) -> MediaInfo:
-    height, width = image_size(path)
-    return MediaInfo(MediaKind.IMAGE, 1, height, width, None)
 
 
 def _probe_file(path: Path, exact: bool) -> MediaInfo:
@@ -185,6 +182,13 @@ def _probe_file(path: Path, exact: bool) -> MediaInfo:
     return MediaInfo(MediaKind.FILE, n_frames, height, width, float(rate) if rate else None)
 
 
+def check_size(title: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise `MediaError` that says `title` unless two (height, width) are equal."""
+    if tuple(found) != tuple(wanted):
+        texts = ["x".join(map(str, size)) for size in (wanted, found)]
+        raise MediaError(title, wanted=texts[0], found=texts[1])
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return (height, width) of an image as it is shown; raise `MediaError` when it is missing or none."""
     with open_image(path) as image:
@@ -208,10 +212,7 @@ def iter_frames(
 
 
 class FrameReader:
-    """Frames of one video for callers that come back for later frames: a video file is not decoded anew.
-
-    Threads may share it; those that read a video file take turns.
-    """
+    """Frames of a video for callers that come back for later ones; threads that read a file take turns."""
 
     def __init__(self, video: Video, data_root: Path) -> None:
         self.video = video
@@ -455,14 +456,6 @@ def decode_errors(path: Path, fault: str = "cannot be decoded", wanted: str | No
 _DINOV3_SIZES = {"dinov3-s": 30, "dinov3-m": 60, "dinov3-l": 90}
 
 
-def plain_size(rule: str, patch: int) -> str:
-    """Return the size rule that DINOv3's names of sizes stand for with a patch of `patch` pixels.
-
-    Other rules are returned as they are.
-    """
-    return f"short-up:{_DINOV3_SIZES[rule] * patch}/{patch}" if rule in _DINOV3_SIZES else rule
-
-
 def resolve_size(rule: str, height: int, width: int, patch: int = 16) -> tuple[int, int]:
     """Return the (height, width) in pixels that a size rule gives for frames of `height` x `width`.
 
@@ -471,7 +464,8 @@ def resolve_size(rule: str, height: int, width: int, patch: int = 16) -> tuple[i
     VIP), `short-up:960/16` (both sides rounded up to a multiple of 16, as DINOv3 does), and DINOv3's
     `dinov3-s`, `dinov3-m` and `dinov3-l`, which depend on the encoder's patch.
     """
-    rule = plain_size(rule, patch)
+    if rule in _DINOV3_SIZES:
+        rule = f"short-up:{_DINOV3_SIZES[rule] * patch}/{patch}"
     if rule == "native":
         return height, width
     side, _, numbers = rule.rpartition(":")

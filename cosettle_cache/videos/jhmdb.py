@@ -52,11 +52,7 @@ class JointSequence:
 
 
 def open_joints(video: Video, data_root: str | Path) -> JointSequence:
-    """Return the joints of one manifest row.
-
-    Frames beyond the annotated ones are not scored; fewer frames than annotations, and a number missing
-    between them, raise `MediaError`.
-    """
+    """Return the joints of a row, of the annotated frames; fewer, or a missing number, raise `MediaError`."""
     if video.labels is None:
         raise MediaError(f"{video.video_id} has no labels", hint="add its joints, rebuild the manifest")
     names = frame_stems(video, data_root)

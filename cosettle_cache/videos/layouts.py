@@ -96,10 +96,7 @@ def _davis_list(root: Path, split: str) -> list[str]:
 
 
 def _list_of(root: Path, split: str, lists: Mapping[str, Path], place: str) -> Path | None:
-    """Return the list of a split, None for val where there are no lists: then val is all that is there.
-
-    Raises `UsageError` that names the splits there are.
-    """
+    """Return a split's list, None for val (all there is) without lists; a `UsageError` names the splits."""
     if split in lists:
         return lists[split]
     if lists or split != "val":
@@ -129,12 +126,10 @@ def build_davis2016(
     if not lines and (root / "ImageSets").is_dir():
         raise UsageError(f"{root} has no split {split}", wanted=" or ".join(map(str, files)), found=split)
     listed = [PurePosixPath(line.split()[0]).parent.name if "/" in line else line for line in lines]
-    chosen = names or dict.fromkeys(listed)
-    return build_davis(root, data_root, split, tuple(chosen) or _all_of(root), resolution, "davis2016")
-
-
-def _all_of(root: Path) -> tuple[str, ...]:
-    return tuple(path.name for path in subfolders(root / "JPEGImages" / _only_resolution(root)))
+    chosen = tuple(names or dict.fromkeys(listed))
+    if not chosen:
+        chosen = tuple(path.name for path in subfolders(root / "JPEGImages" / _only_resolution(root)))
+    return build_davis(root, data_root, split, chosen, resolution, "davis2016")
 
 
 def build_vos(
@@ -150,8 +145,7 @@ def build_vos(
 
     Frames are `JPEGImages/NAME`, masks `Annotations/NAME`, of some frames or of all, in the folder `SPLIT` or
     in `root` itself; of `sample` videos, those whose SHA-256 with the seed is smallest, whatever else is
-    there. A video begins at its first mask. One of which `meta.json` names a frame that is not
-    there is a named failure.
+    there. A video begins at its first mask; one that lacks a frame of `meta.json` is a named failure.
     """
     folder = root / split if (root / split / "JPEGImages").is_dir() else root
     if not (folder / "JPEGImages").is_dir():
@@ -202,10 +196,7 @@ def object_kinds(video: Video, data_root: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_meta(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return by video and object what `meta.json` says: `category` and `frames`; nothing without the file.
-
-    Raises `InputError` for a file of another kind.
-    """
+    """Return what `meta.json`, if any, says by video and object; raise `InputError` for a file of others."""
     path = folder / META
     return _parse_meta(path, path.stat().st_mtime_ns) if path.is_file() else {}
 

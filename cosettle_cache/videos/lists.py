@@ -86,23 +86,19 @@ def list_manifest(
         )
         for item in read_list(path)
     )
-    provenance = {
-        "builder": dataset,
-        "root": str(root),
-        "split": split,
-        "list": path.name,
-        "list_sha256": sha256_file(path),
-        "source": source,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+    told = {"list": path.name, "list_sha256": sha256_file(path), "source": source}
+    provenance = made_today(dataset, str(root), split, **told)
     return Manifest(videos, {key: text for key, text in provenance.items() if text})
 
 
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not blank, without the blanks around them.
+def made_today(builder: str, root: str, split: str, **more: str) -> dict[str, str]:
+    """Return the provenance of a manifest that is made now."""
+    date = datetime.now(UTC).date().isoformat()
+    return {"builder": builder, "root": root, "split": split, **more, "date": date}
 
-    Raises `InputError` for a missing file and one that is no UTF-8 text; a byte order mark is left out.
-    """
+
+def read_lines(path: Path) -> list[str]:
+    """Return the stripped lines of a UTF-8 text that are not blank; raise `InputError` for other files."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 

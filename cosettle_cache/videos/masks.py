@@ -21,7 +21,7 @@ from cosettle_cache.core.errors import MediaError
 from cosettle_cache.core.files import output_errors
 from cosettle_cache.core.types import MediaKind, Video
 from cosettle_cache.videos.datasets import DATASETS, DataSet
-from cosettle_cache.videos.frames import frame_names, image_size, open_image
+from cosettle_cache.videos.frames import check_size, frame_names, image_size, open_image
 
 #: Index of pixels that belong to nobody.
 VOID = 255
@@ -59,10 +59,7 @@ def read_classes(video: Video, data_root: str | Path) -> Mask:
         raise MediaError(f"{video.video_id} has no mask of classes")
     path = Path(data_root) / video.labels
     mask = read_mask(path)
-    if mask.shape != (video.height, video.width):
-        found = f"{mask.shape[0]}x{mask.shape[1]}"
-        wanted = f"{video.height}x{video.width}"
-        raise MediaError(f"{path} has another size than its image", wanted=wanted, found=found)
+    check_size(f"{path} has another size than its image", mask.shape, (video.height, video.width))
     return mask
 
 
@@ -139,18 +136,14 @@ class DavisSequence(MaskFiles):
     def scorable(self) -> bool:
         """Whether every frame, or of a sparse data set some, is annotated besides the first and the last."""
         is_sparse = self.data_set is not None and self.data_set.sparse
-        return len(self.labelled) >= MIN_SCORED_FRAMES and (is_sparse or self.is_whole)
+        is_whole = len(self.labelled) == self.video.n_frames
+        return len(self.labelled) >= MIN_SCORED_FRAMES and (is_sparse or is_whole)
 
     @property
     def starts(self) -> dict[int, int]:
         """The number, among the annotated frames, of the one in which each object is given."""
         places = {index: place for place, index in enumerate(sorted(self.labelled))}
         return {number: places[index] for number, index in self.begins.items()}
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every frame is annotated."""
-        return len(self.labelled) == self.video.n_frames
 
     def first_mask(self) -> Mask:
         """Return the annotation of the first frame; void is background."""
@@ -213,8 +206,7 @@ def _without_void(mask: Mask) -> Mask:
 class PartSequence(MaskFiles):
     """One clip of VIP and its body parts; `first_classes` are those of the first frame, background aside.
 
-    Images and annotations are pairs; the frames between them lie elsewhere in the data set and play no role
-    (PROTOCOLS 3.1).
+    Images and annotations are pairs; the frames between lie elsewhere and play no role (PROTOCOLS 3.1).
     """
 
     first_classes: tuple[int, ...]
@@ -234,10 +226,7 @@ class PartSequence(MaskFiles):
 
 
 def open_parts(video: Video, data_root: str | Path) -> PartSequence:
-    """Return the parts of one manifest row; `open_mask_files` says what raises `MediaError`.
-
-    So does a first frame without any part.
-    """
+    """Return the parts of a row; raise `MediaError` as `open_mask_files` does, or if its first has none."""
     files = open_mask_files(video, data_root, numbered=False)
     classes = np.unique(_known_parts(files.read(0)))
     if not classes.any():
@@ -289,13 +278,8 @@ def open_mask_files(video: Video, data_root: str | Path, *, numbered: bool = Tru
         )
     opened = MaskFiles(video, names, frozenset(present), path)
     for index in present:
-        height, width = image_size(opened.path_of(index))
-        if (height, width) != (video.height, video.width):
-            raise MediaError(
-                f"{opened.path_of(index)} has another size than its frame",
-                wanted=f"{video.height}x{video.width}",
-                found=f"{height}x{width}",
-            )
+        file, size = opened.path_of(index), (video.height, video.width)
+        check_size(f"{file} has another size than its frame", image_size(file), size)
     return opened
 
 

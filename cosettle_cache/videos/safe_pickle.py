@@ -17,17 +17,11 @@ from typing import Any
 import numpy as np
 
 #: What a pickled NumPy array is made of, in any version of NumPy and of the pickle format.
+_CORES = ("numpy.core", "numpy._core")
 _ARRAY_PARTS = {
     **{("numpy", name): name for name in ("ndarray", "dtype")},
-    **{
-        (f"numpy.{core}.{module}", name): name
-        for core in ("core", "_core")
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    },
+    **{(f"{core}.multiarray", name): name for core in _CORES for name in ("_reconstruct", "scalar")},
+    **{(f"{core}.numeric", "_frombuffer"): "_frombuffer" for core in _CORES},
     ("_codecs", "encode"): "encode",
 }
 _PLAIN_DTYPE = re.compile(r"[<>|=]?([biuf]\d{1,2}|O8?)")

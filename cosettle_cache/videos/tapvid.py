@@ -50,10 +50,7 @@ class PointTracks:
 
 
 def read_shares(path: Path, video: Video) -> PointTracks:
-    """Return the tracks of a file that `unpack_tapvid` wrote, in pixels of the video.
-
-    Raises `MediaError` when the file is missing, holds something else, or other frames than the video.
-    """
+    """Return an unpacked file's tracks in pixels of the video; raise `MediaError` for any that do not fit."""
     errors = decode_errors(path, "holds no tracks", "points and occluded")
     with errors, np.load(path, allow_pickle=False) as content:
         n_bytes = sum(member.file_size for member in content.zip.infolist())
@@ -107,10 +104,9 @@ def read_tapvid(path: str | Path, failures: dict[str, str] | None = None) -> Cli
     path = Path(path)
     with decode_errors(path, "is no pickle of TAP-Vid", "arrays only"), path.open("rb") as file:
         content = ArrayUnpickler(file).load()
-    pairs = list(enumerate(content)) if isinstance(content, list | tuple) else []
-    named = [(f"{number:05d}", clip) for number, clip in pairs]
-    if isinstance(content, dict):
-        named = [(str(name), clip) for name, clip in content.items()]
+    named = [(str(name), clip) for name, clip in content.items()] if isinstance(content, dict) else []
+    if isinstance(content, list | tuple):
+        named = [(f"{number:05d}", clip) for number, clip in enumerate(content)]
     clips = dict(named)
     if not clips:
         raise MediaError(f"{path} holds no clips", wanted=_LAYOUT, found=type(content).__name__)

@@ -45,7 +45,7 @@ def test_components_are_those_of_the_covariance_of_unit_tokens() -> None:
     ordered = np.sort(scores, axis=0)
     assert (np.abs(painter.low - low) < ordered[3] - ordered[0] + 0.01).all()
     assert (np.abs(painter.high - high) < ordered[-1] - ordered[-4] + 0.01).all()
-    colours = painter.paint(tokens[2])
+    colours = painter.colours(tokens[2]).numpy()
     wanted = np.clip((scores.reshape(4, 5, 7, 3)[2] - painter.low) / (painter.high - painter.low), 0, 1)
     assert np.abs(colours - 255 * wanted).max() < 1
 
@@ -54,8 +54,10 @@ def test_a_colour_keeps_its_meaning_whatever_the_order_and_grouping_of_frames() 
     tokens = random_frames()
     first, second = fit_painter(lambda: iter(tokens)), fit_painter(lambda: iter(tokens.flip(0)))
     for frame in tokens:
-        assert np.abs(first.paint(frame).astype(int) - second.paint(frame)).max() <= 1
-    np.testing.assert_array_equal(first.paint(tokens[1]), fit_painter(lambda: iter(tokens)).paint(tokens[1]))
+        assert np.abs(first.colours(frame).numpy().astype(int) - second.colours(frame).numpy()).max() <= 1
+    np.testing.assert_array_equal(
+        first.colours(tokens[1]).numpy(), fit_painter(lambda: iter(tokens)).colours(tokens[1]).numpy()
+    )
 
 
 def test_percentiles_and_splits_are_read_from_counts() -> None:
@@ -83,8 +85,11 @@ def test_the_foreground_is_what_lies_in_the_middle() -> None:
     inside = np.zeros((8, 8), bool)
     inside[2:6, 3:6] = True
     painter = fit_painter(lambda: iter(tokens), foreground="auto")
-    np.testing.assert_array_equal(painter.paint(tokens[0]).any(-1), inside)
-    sides = [fit_painter(lambda: iter(tokens), foreground=side).paint(tokens[0]) for side in ("high", "low")]
+    np.testing.assert_array_equal(painter.colours(tokens[0]).numpy().any(-1), inside)
+    sides = [
+        fit_painter(lambda: iter(tokens), foreground=side).colours(tokens[0]).numpy()
+        for side in ("high", "low")
+    ]
     # A token of the foreground may be black by its own colours, hardly ever though.
     assert sorted((side.any(-1) & inside).sum() for side in sides) == [0, inside.sum()]
 
@@ -96,7 +101,7 @@ def test_signs_of_one_kind_follow_another() -> None:
     reference, painter = fit_painter(lambda: iter(tokens)), fit_painter(lambda: iter(turned))
     aligned = align_signs(painter, reference, zip(tokens, turned, strict=True))
     for one, other in zip(tokens, turned, strict=True):
-        assert np.abs(aligned.paint(other).astype(int) - reference.paint(one)).max() <= 3
+        assert np.abs(aligned.colours(other).numpy().astype(int) - reference.colours(one).numpy()).max() <= 3
 
 
 def test_too_few_channels_and_no_tokens_are_refused() -> None:
@@ -108,7 +113,7 @@ def test_too_few_channels_and_no_tokens_are_refused() -> None:
 
 def test_tokens_that_are_all_alike_have_one_colour() -> None:
     tokens = torch.ones(2, 3, 4, 5)
-    colours = fit_painter(lambda: iter(tokens)).paint(tokens[0])
+    colours = fit_painter(lambda: iter(tokens)).colours(tokens[0]).numpy()
     assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 1
 
 

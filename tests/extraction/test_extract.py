@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from extract_cases import make_clips, manifest_of, tree
+from extract_cases import make_clips, manifest_of, prepared, tree
 from PIL import Image
 from pretend_cuda import Device
 from safetensors.torch import load_file
@@ -107,7 +107,7 @@ def one_by_one(root: Path, store: FeatureStore, plan: Plan, backbone: Backbone, 
     for encoding in plan.slot(slot).encodings:
         video = videos[encoding.video_id]
         views = Views(plan.kind, *plan.recipe.image_size(video), backbone.mean, backbone.std)
-        (view,) = views.prepare(next(iter_frames(video, root, [encoding.frame])), [encoding])
+        view = prepared(views, next(iter_frames(video, root, [encoding.frame])), encoding)
         tokens.append(backbone.encode(view[None], encoding.shift)[0])
     return torch.stack(tokens)
 
@@ -498,7 +498,7 @@ def test_bicubic_frames_are_dinov3s(golden: Callable[[str], Path], golden_json: 
         size = resolve_size(f"short-up:{rule['short_side']}/{rule['multiple']}", *image.shape[:2])
         assert size == tuple(wanted.shape[1:])
         views = Views(PlanKind.FRAMES, *size, IMAGENET_MEAN, IMAGENET_STD, "bicubic")
-        (view,) = views.prepare(image, [Encoding("clip", 0, 0, Role.PLAIN)])
+        view = prepared(views, image, Encoding("clip", 0, 0, Role.PLAIN))
         assert (view - wanted).abs().max() <= 2e-3
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from cosettle_cache.core.types import Manifest
+from cosettle_cache.core.types import Encoding, Manifest
+from cosettle_cache.extraction.images import Views
 from cosettle_cache.videos import build_manifest
 
 
@@ -22,6 +24,13 @@ def make_clips(root: Path, n_clips: int, n_frames: int = 9) -> Path:
             image = np.stack([128 + 100 * np.sin(phase + k) for k in range(3)], -1).astype(np.uint8)
             Image.fromarray(image).save(root / f"clip{clip}" / f"{frame}.jpg", quality=95)
     return root
+
+
+def prepared(views: Views, image: np.ndarray, encoding: Encoding) -> torch.Tensor:
+    """The view of one encoding of a frame."""
+    view = torch.empty(3, views.height, views.width)
+    views.write(views.resize(image), {(encoding.crop, encoding.flip): view})
+    return view
 
 
 def manifest_of(root: Path) -> Manifest:

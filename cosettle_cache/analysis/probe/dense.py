@@ -175,8 +175,7 @@ def _class_shares(mask: Mask, grid: Grid, n_classes: int) -> Shares:
 def _choose(shares: Shares, n_each: int, draw: np.random.Generator) -> Int64[np.ndarray, " chosen"]:
     """Return the tokens of an image that a limited memory takes, rare classes first (open-hummingbird-eval).
 
-    Those with the smallest u * s: s adds up, over the classes of a token, how many tokens of the image have
-    the class; u is uniform.
+    Those of the smallest u * s: s adds up how many tokens have each of a token's classes; u is uniform.
     """
     present = shares > 0
     score = draw.random(len(shares)) * (present @ present.sum(0))
@@ -195,10 +194,7 @@ def _overlaps(counts: Int64[np.ndarray, "truth said"], n_images: int) -> tuple[F
 
 
 def plan_pairs(store: FeatureStore, settings: ProbeSettings, labels: Path) -> ImagePlan:
-    """Return the pairs of SPair-71k (`labels`) whose images the store has, by category and file name.
-
-    Raises `InputError` where there is none.
-    """
+    """Return the pairs of SPair-71k (`labels`) whose images the store has; raise `InputError` for none."""
     pairs, missing = read_pairs(labels, settings.split or "test")
     places = {"/".join(PurePosixPath(video.media).parts[-2:]): video for video in store.manifest}
     lacking = missing_videos(store, [video.video_id for video in places.values()])

@@ -159,10 +159,7 @@ class SegmentPlan:
 
 
 def plan_segments(store: FeatureStore, labels: FrameLabels, settings: ProbeSettings) -> SegmentPlan:
-    """Return the videos of both parts of the split with their labels.
-
-    Raises `InputError` for a part without a video in the store and for labels of another frame rate.
-    """
+    """Return both parts of the split with labels; raise `InputError` for an empty one, another frame rate."""
     complete = set(store.video_ids)
     present = {video.video_id: video for video in store.manifest if video.video_id in complete}
     parts, listed = [], []

@@ -97,13 +97,6 @@ class ProbePlan:
         return tuple(video_id for video_id in self.store.video_ids if video_id in wanted)
 
     @property
-    def pooled_ids(self) -> tuple[str, ...]:
-        """Those of them whose frames become vectors."""
-        sources = [source for source in self.sources.values() if not isinstance(source, ImagePlan)]
-        wanted = {video_id for source in sources for video_id in source.video_ids}
-        return tuple(video_id for video_id in self.video_ids if video_id in wanted)
-
-    @property
     def incomplete(self) -> dict[str, str]:
         """By id why the store lacks videos that would take part: they failed, or are not extracted yet."""
         missing = [source.missing for source in self.sources.values()]
@@ -208,10 +201,7 @@ def run_probe(
     device: str = "cpu",
     progress: Progress = SILENT,
 ) -> ProbeReport:
-    """Read every video once and do all tasks for raw tokens and for each projection.
-
-    A video that cannot be read is a named failure and the others are measured; see `plan_probe` for the rest.
-    """
+    """Read every video once and do all tasks for raw and projected tokens; unreadable videos are failures."""
     store, failures = plan.store, plan.incomplete
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, blended=False)
     pool = partial(pool_frames, store, kinds, unit=plan.settings.unit, device=device)
@@ -221,7 +211,9 @@ def run_probe(
     # What tasks need of every video (see `ProbeTask.needs`), by id, one layer per kind of tokens.
     kept: dict[str, dict[str, Float32[np.ndarray, "kind *frame dim"]]] = {needs: {} for needs in needed}
     n_order = plan.order_frames
-    for video_id, frames in each_video(plan.pooled_ids, pool, failures, progress):
+    pooled = needed["mean"] | needed["order"] | needed["frames"]
+    pooled_ids = [video_id for video_id in plan.video_ids if video_id in pooled]
+    for video_id, frames in each_video(pooled_ids, pool, failures, progress):
         if video_id in needed["mean"]:
             kept["mean"][video_id] = frames.mean(1)
         if video_id in needed["order"]:

@@ -122,10 +122,7 @@ class Labelled:
 
 
 def select_videos(store: FeatureStore, settings: ProbeSettings, manifest: Manifest | None = None) -> Labelled:
-    """Return the labelled videos of the store; `manifest` counts for classes and splits where it is given.
-
-    Raises `InputError` when nothing is left, and says why.
-    """
+    """Return the store's labelled videos, by `manifest` where given; raise `InputError` when none is left."""
     known = {video.video_id: video for video in manifest or store.manifest}
     present, split = set(store.video_ids), settings.split
     listed = [known[video.video_id] for video in store.manifest if video.video_id in known]

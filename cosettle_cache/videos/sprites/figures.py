@@ -2,8 +2,7 @@
 
 A creature is a list of textured pieces that move with a phase. Units are its own: about one from its middle
 to its side; x to the right, y down, facing right. In pictures, points are (x, y) in pixels from the corner; a
-pixel's centre lies at one half. Textures are square tiles, RGB float32 from 0 to 1, in two colours that
-differ in brightness.
+pixel's centre lies at one half. Textures are square tiles of two colours, RGB float32 from 0 to 1.
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ Point = tuple[float, float]
 class Frame:
     """One frame: RGB, object and part index of every pixel, and the joints of the (topmost) figure.
 
-    `joints` are (x, y) in pixels, counted so that the first pixel's centre is 0; one is `visible` when the
-    figure is what shows at its pixel.
+    `joints` are (x, y) in pixels, the first pixel's centre 0; `visible` where the figure shows there.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -103,10 +102,7 @@ class Scene:
 
 
 def draw_scene(cast: Sequence[str], seed: Sequence[int], height: int, width: int) -> Scene:
-    """Return a scene of the creatures `cast` (names of `KINDS`) in which each is well visible at the start.
-
-    Ways are drawn until that is so; equal seeds give equal scenes.
-    """
+    """Return a scene of `cast` (of `KINDS`), each well visible at first; equal seeds give equal scenes."""
     rng = default_rng(list(seed))
     scene = _draw_background(rng, height, width)
     # Hues are as far apart as their number allows.
@@ -146,10 +142,7 @@ def render(scene: Scene, moment: float) -> Frame:
 
 
 def poses(scene: Scene, moment: float) -> Iterator[tuple[int, Placement, Pose]]:
-    """Yield every actor's object index, where it lies and its pose, from back to front.
-
-    An actor has the same pieces in the same order at every moment.
-    """
+    """Yield every actor's object index, place and pose from back to front, its pieces in one order always."""
     for actor, object_id in zip(scene.actors, scene.objects, strict=True):
         yield object_id, actor.placement(moment, scene.height, scene.width), actor.pose(moment)
 

@@ -1,7 +1,6 @@
 """Exact tracks of points on the sprites clips, from the scenes themselves: a point keeps to its piece.
 
-In comes a clip's plan or manifest row, out go positions and visibility in every frame. Nothing is on disk:
-equal settings give equal tracks.
+In comes a clip's plan or row, out go positions and visibility in every frame, equal for equal settings.
 """
 
 from __future__ import annotations
