@@ -2,7 +2,8 @@
 
 Per sequence and kind of tokens: J&F frame by frame; what the neighbours of an object's tokens lie on in the
 true masks (the same object, another one, the background), and those of the background; how far away they
-are; how much the object has changed since the first frame. Kept neighbours are read, nothing is searched.
+are in tokens, and how many frames old; how much the object has changed since the first frame. Kept
+neighbours are read, nothing is searched.
 
     cosettle-cache propagate --task davis --features STORE --projection ... --save-neighbors LISTS --out RUN
     python benchmarks/propagation_errors.py RUN --features STORE --neighbors LISTS --data-root DATA \
@@ -37,7 +38,8 @@ from cosettle_cache.store import FeatureStore
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.masks import open_sequence, read_mask, sample_mask
 
-FIGURES = ("same", "other", "background", "leak", "distance")
+#: Shares of the weight of an object's neighbours (`leak`: of the background's), and means over them.
+SHARES, MEANS = ("same", "other", "background", "leak"), ("distance", "age")
 
 
 def main() -> None:
@@ -120,10 +122,11 @@ def _neighbours(
             "background": (weight * (at == 0)).sum(1)[on_object],
             "leak": (weight * (at > 0)).sum(1)[~on_object],
             "distance": distance[on_object],
+            "age": (weight * (frame - item.frame)).sum(1)[on_object],
         }
         if on_object.any():
             per_frame.append({name: float(values.mean()) for name, values in shares.items()})
-    return {name: float(np.mean([item[name] for item in per_frame])) for name in FIGURES}
+    return {name: float(np.mean([item[name] for item in per_frame])) for name in SHARES + MEANS}
 
 
 def _change(store: FeatureStore, video: Video, truth: np.ndarray) -> dict[str, float]:
@@ -162,7 +165,7 @@ def _strip(options: argparse.Namespace, video: Video, kinds: Sequence[str]) -> N
         rows.append(side_by_side(panels))
     picture = np.concatenate(rows)
     plt.imsave(
-        options.out / f"{video.video_id}.jpg",
+        options.out / f"{video.video_id}.png",
         picture[:: max(1, picture.shape[1] // 1800), :: max(1, picture.shape[1] // 1800)],
     )
 
@@ -190,10 +193,10 @@ def _print(document: dict[str, Any], kinds: Sequence[str]) -> None:
         about = [f"{change['cosine']:.2f}", f"{change['size']:.2f}", f"{change['way']:.2f}"]
         for kind in kinds:
             item = of_video[kind]
-            shares = [f"{100 * item[key]:.1f}" for key in FIGURES[:4]]
+            shares = [f"{100 * item[key]:.1f}" for key in SHARES] + [f"{item[key]:.1f}" for key in MEANS]
             jf = f"{100 * document['jf'][name][kind]:.1f}"
-            rows.append([name, *about, kind, jf, *shares, f"{item['distance']:.1f}"])
-    header = ["sequence", "cosine", "size", "way", "tokens", "J&F", *FIGURES]
+            rows.append([name, *about, kind, jf, *shares])
+    header = ["sequence", "cosine", "size", "way", "tokens", "J&F", *SHARES, *MEANS]
     Talk().table("neighbours of object tokens, percent", header, rows)
 
 
