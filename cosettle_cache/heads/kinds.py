@@ -17,6 +17,7 @@ from torch import Tensor
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError, UsageError
 from cosettle_cache.core.files import inside, make_folder
+from cosettle_cache.core.hub import parse_name
 from cosettle_cache.heads.projection import (
     Projection,
     load_projection,
@@ -148,5 +149,7 @@ def _check_encoder(path: Path, store: FeatureStore) -> None:
 
 
 def _head_name(path: Path) -> str:
-    """`runs/mine/projection.safetensors` is `mine`, any other file goes by its own name."""
-    return path.absolute().parent.name if path.stem == "projection" else path.stem
+    """`runs/mine/projection.safetensors` and `mine/checkpoint.pth` are `mine`, others go by their name."""
+    if named := parse_name(path):
+        path = Path(named.repository, named.file)
+    return path.absolute().parent.name if path.stem in ("projection", "checkpoint") else path.stem
