@@ -230,6 +230,13 @@ def find_folder(url: str) -> HubFolder:
     return HubFolder(kind, repository, revision, path)
 
 
+def card_header(**facts: Any) -> str:
+    """Return the metadata at the head of a repository's card."""
+    import huggingface_hub
+
+    return f"---\n{huggingface_hub.ModelCardData(**facts).to_yaml()}\n---"
+
+
 def push(
     repository: str, files: Mapping[str, bytes], mark: str, message: str, *, private: bool = False
 ) -> str:
