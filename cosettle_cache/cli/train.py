@@ -183,10 +183,10 @@ def push(
 
     Example: cosettle-cache projection push runs/store/projection.safetensors hf:me/mae-b-k400
     """
-    from cosettle_cache.core.files import HUB_PREFIX
+    from cosettle_cache.core.hub import parse_repository
     from cosettle_cache.heads.card import make_card, push_projection
 
-    talk, repository = Talk(), repository.removeprefix(HUB_PREFIX)
+    talk, repository = Talk(), parse_repository(repository)
     if dry_run:
         talk.result(make_card(file, repository, scores or ()))
         return

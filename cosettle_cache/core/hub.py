@@ -37,7 +37,9 @@ _NAME = re.compile(
     re.ASCII,
 )
 _FOLDER = re.compile(
-    rf"hf://(?P<kind>(dataset|space)s/)?{_REPOSITORY}(@(?P<revision>[^/]+))?(?P<path>/.*)?", re.ASCII
+    rf"hf://(?P<kind>(dataset|space)s/)?(?!(dataset|space|model|bucket)s/){_REPOSITORY}"
+    r"(@(?P<revision>[^/]+))?(?P<path>/.*)?",
+    re.ASCII,
 )
 _TOKEN_HINT = "set HF_TOKEN, or run: hf auth login"  # noqa: S105
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -65,6 +67,14 @@ def parse_name(path: str | Path) -> HubFile | None:
     if match is None or name_fault(match["file"]):
         raise UsageError(f"{path} names no file on the hub", wanted=WANTED_NAME, found=path)
     return HubFile(*match.group("repository", "file", "revision", "sha256"))
+
+
+def parse_repository(name: str) -> str:
+    """Return `OWNER/NAME` of that or of `hf:OWNER/NAME`; raise `UsageError` for anything else."""
+    match = re.fullmatch(f"({HUB_PREFIX})?{_REPOSITORY}", name, re.ASCII)
+    if match is None:
+        raise UsageError(f"{name} names no repository on the hub", wanted="hf:OWNER/NAME", found=name)
+    return match["repository"]
 
 
 def local_file(path: str | Path) -> Path:

@@ -46,11 +46,9 @@ def push_projection(
 def make_card(path: str | Path, repository: str, runs: Sequence[Path] = ()) -> str:
     """Return the card (Markdown) of our own file of a projection, with its means in folders of `propagate`.
 
-    Raises `CheckpointError` for another file, `InputError` for a folder without scores of this projection,
-    `UsageError` for what is no repository's name.
+    Raises `CheckpointError` for another file, `InputError` for a folder without scores of this projection.
     """
     name = f"{HUB_PREFIX}{repository}/{FILE}"
-    hub.parse_name(name)
     info = describe_projection(path)
     settings = parse_json(info.provenance.get("settings", "0"), f"the settings in {path}")
     if not isinstance(settings, dict) or not info.provenance.keys() >= _ORIGIN:
