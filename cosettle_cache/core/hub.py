@@ -256,7 +256,7 @@ def push(
     README.md; `OutputError` where the hub refuses.
     """
     import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     what = f"{HUB_PREFIX}{repository} cannot be written"
     if huggingface_hub.get_token() is None:
@@ -265,6 +265,8 @@ def push(
     with _asking(OutputError, what, repository):
         try:
             info = api.model_info(repository, timeout=PROBE_TIMEOUT_S)
+        except GatedRepoError:
+            raise
         except RepositoryNotFoundError:
             api.create_repo(repository, private=private or None)
         else:

@@ -64,8 +64,7 @@ def push(hub: Hub, *arguments: object, home: Path, **environment: str) -> tuple[
 
 def test_the_card_says_origin_scores_and_commands(file: Path, run: Path) -> None:
     card = make_card(file, "me/mae-k400", [run])
-    assert card.startswith("---\nlibrary_name: cosettle-cache\n")
-    assert "base_model: timm/vit_base_patch16_224.mae\n" in card
+    assert card.startswith("---\nbase_model: timm/vit_base_patch16_224.mae\nlibrary_name: cosettle-cache\n")
     name = "hf:me/mae-k400/projection.safetensors"
     assert f"cosettle-cache propagate --task davis --backbone mae_b --projection {name}" in card
     options = "--features STORE --features STORE --head mlp2 --epochs 7 --batch 31 --base-lr 0.01"
