@@ -133,6 +133,7 @@ def test_weights_without_a_public_address(fetch):
 
 LOAD = """
 import sys
+from pathlib import Path
 import torch
 from cosettle_cache.core.files import sha256_file
 from cosettle_cache.encoders import load_backbone
@@ -146,7 +147,7 @@ there = load_backbone("mae", weights="hf:me/mae/ckpts/base+1/base.pth")
 keyed = load_backbone("mae", weights=f"hf:me/mae/ckpts/base+1/base.pth@{commit}#model")
 assert there.weights_source == f"hf:me/mae/ckpts/base+1/base.pth@{commit}", there.weights_source
 assert keyed.weights_source == f"{there.weights_source}#model", keyed.weights_source
-assert here.weights_sha256 == there.weights_sha256 == sha256_file(base)
+assert here.weights_sha256 == there.weights_sha256 == sha256_file(Path(base))
 assert torch.equal(here.encode(image), there.encode(image))
 assert torch.equal(here.encode(image), keyed.encode(image))
 assert describe_backbone("mae", weights="hf:me/mae/ckpts/base+1/base.pth").dim == here.dim
