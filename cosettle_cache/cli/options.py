@@ -24,10 +24,14 @@ from cosettle_cache.core.errors import (
     first_line,
 )
 from cosettle_cache.core.files import check_local
+from cosettle_cache.core.hub import parse_name
 from cosettle_cache.core.settings import DATA_ROOT_VARIABLE, Settings, parse_bytes, setting
 
 if TYPE_CHECKING:
     from cosettle_cache.store import FeatureStore
+
+#: Paths that may be names on the hub.
+_ON_HUB = ("file", "projection")
 
 #: What Linux takes as a path; other text that is longer is no option either.
 _MOST_PATH_BYTES = 4095
@@ -39,14 +43,16 @@ DataRoot = Annotated[
     ),
 ]
 Weights = Annotated[
-    str | None, typer.Option(help="Checkpoint file, or 'random'; default: the published weights.")
+    str | None, typer.Option(help="FILE, hf:OWNER/NAME/FILE or 'random'; default: the published weights.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")]
 FramesStore = Annotated[str, typer.Option(help="A frames store, local or at a URL.")]
 FramesStoreOrNone = Annotated[
     str | None, typer.Option(help="A frames store, local or at a URL; default: made on the way.")
 ]
-Projections = Annotated[list[Path] | None, typer.Option(help="Projection beside the raw tokens; repeatable.")]
+Projections = Annotated[
+    list[Path] | None, typer.Option(help="FILE or hf:OWNER/NAME/FILE, beside the raw tokens; repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
@@ -150,7 +156,7 @@ def _check_paths(name: str, values: Sequence[Any]) -> None:
         if "\0" in text or len(os.fsencode(text)) > _MOST_PATH_BYTES:
             wanted = f"text without zero bytes, {_MOST_PATH_BYTES} bytes at most"
             raise UsageError(f"{option} cannot be what is given", wanted=wanted, found=repr(text[:100]))
-        if isinstance(value, Path):
+        if isinstance(value, Path) and not (name in _ON_HUB and parse_name(value)):
             check_local(value)
 
 

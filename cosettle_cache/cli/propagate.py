@@ -26,6 +26,7 @@ from cosettle_cache.cli.options import (
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, InputError, UsageError
 from cosettle_cache.core.files import store_title
+from cosettle_cache.core.hub import parse_name
 from cosettle_cache.core.settings import FITTING_SIZE, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol
 from cosettle_cache.propagation.protocols import list_presets, make_protocol
@@ -74,7 +75,7 @@ def propagate(
         if features is not None:
             replace(cache, cache_dir=None).open(features)
         for path in filter(None, [*heads, manifest]):
-            if not path.exists():
+            if parse_name(path) is None and not path.exists():
                 raise InputError(f"{path} does not exist", wanted="a file")
         wanted: dict[str, Any] = {
             "task": task,

@@ -1,7 +1,7 @@
 """`cosettle-cache run` and `demo`: recipes (`pipelines/*.toml`), step by step, and their expectations.
 
-A recipe holds no logic: a step is a command and its options, an expectation is a value with a tolerance. The
-data root given to `run` is passed to every step that takes one.
+A recipe holds no logic: a step is a command and its options, an expectation is a value with a tolerance,
+measured by us or published by others. The data root given to `run` is passed to every step that takes one.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class Expectation:
     metric: str
     value: float
     tolerance: float
+    summary: Path
+    source: str = ""
+    published: bool = False
     measured: float = math.nan
 
     @property
@@ -78,14 +81,19 @@ class Expectation:
         """The kind of tokens and the figure."""
         return f"{self.tokens} {self.metric}"
 
+    @property
+    def expected(self) -> str:
+        """Value and tolerance, and whose they are where they are not ours."""
+        whose = f" (published, not measured here: {self.source})" if self.published else ""
+        return f"{self.value:.4f} ± {self.tolerance:.4f}{whose}"
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Title, steps in order, expectations and the summary file they are about."""
+    """Title, steps in order, and expectations of the figures in summary files."""
 
     title: str
     steps: tuple[Step, ...]
-    summary: Path | None
     expectations: tuple[Expectation, ...]
 
     def option(self, key: str) -> Any:
@@ -98,7 +106,7 @@ class Recipe:
             replace(step, options={name: value for name, value in step.options.items() if name != key})
             for step in self.steps
         )
-        return replace(self, steps=tuple(steps), summary=None, expectations=())
+        return replace(self, steps=tuple(steps), expectations=())
 
 
 def run(
@@ -116,14 +124,12 @@ def run(
         code = _run_steps(chosen, talk, dry_run=mode.dry_run)
     found = [] if code or mode.dry_run else check_expectations(chosen)
     if mode.as_json:
-        figures = [{**asdict(item), "met": item.met} for item in found]
+        figures = [{**asdict(item), "summary": str(item.summary), "met": item.met} for item in found]
         document = {"title": chosen.title, "steps": [step.line for step in chosen.steps], "figures": figures}
         talk.json(document)
     elif found:
         columns = ["figure", "expected", "measured", "met"]
-        expected = [f"{item.value:.4f} ± {item.tolerance:.4f}" for item in found]
-        met = ["yes" if item.met else "NO" for item in found]
-        rows = [[o.title, e, f"{o.measured:.4f}", m] for o, e, m in zip(found, expected, met, strict=True)]
+        rows = [[o.title, o.expected, f"{o.measured:.4f}", "yes" if o.met else "NO"] for o in found]
         talk.table("expectations", columns, rows)
     if missed := [item.title for item in found if not item.met]:
         raise UncleanError(f"{len(missed)} expectations were missed", details=missed)
@@ -192,22 +198,36 @@ def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
     if document.keys() - {"title", "about", "step", "expect"} or not _is_list_of(dict, steps):
         wanted, found = "title, about, [[step]], [expect]", ", ".join(document) or "nothing"
         raise InputError(f"{path} is not a recipe", wanted=wanted, found=found)
-    expect = document.get("expect", {})
-    if not isinstance(expect, dict):
+    expect = document.get("expect", [])
+    tables = [expect] if isinstance(expect, dict) else expect
+    if tables != [] and not _is_list_of(dict, tables):
         raise InputError(f"[expect] of {path} is no table", found=repr(expect))
-    summary, expectations = expect.get("summary"), tuple(_read_expectations(expect))
-    if expect and not (isinstance(summary, str) and expectations):
-        wanted = 'summary = "FILE" and figures of it, METRIC = { value = NUMBER, tolerance = NUMBER }'
-        raise InputError(f"[expect] of {path} expects nothing", wanted=wanted, found=", ".join(expect))
     return Recipe(
         title=str(document.get("title", path.stem)),
         steps=tuple(_read_step(table, data_root, path) for table in steps),
-        summary=Path(summary) if summary else None,
-        expectations=expectations,
+        expectations=tuple(item for table in tables for item in _read_table(table, path)),
     )
 
 
-def _read_expectations(expect: Mapping[str, Any]) -> Iterator[Expectation]:
+def _read_table(expect: Mapping[str, Any], path: Path) -> list[Expectation]:
+    """Return what one `[expect]` says of one summary file."""
+    summary, source, published = (
+        expect.get("summary"),
+        expect.get("source", ""),
+        expect.get("published", False),
+    )
+    if not isinstance(published, bool) or not isinstance(source, str) or (published and not source):
+        wanted = "published = true with source = TEXT, or neither"
+        raise InputError(f"[expect] of {path} does not say whose figures it has", wanted=wanted)
+    file = Path(summary) if isinstance(summary, str) else Path()
+    found = [replace(item, source=source, published=published) for item in _read_figures(expect, file)]
+    if not found or not file.name:
+        wanted = 'summary = "FILE" and figures of it, METRIC = { value = NUMBER, tolerance = NUMBER }'
+        raise InputError(f"[expect] of {path} expects nothing", wanted=wanted, found=", ".join(expect))
+    return found
+
+
+def _read_figures(expect: Mapping[str, Any], summary: Path) -> Iterator[Expectation]:
     for tokens, metrics in expect.items():
         for metric, entry in metrics.items() if isinstance(metrics, dict) else ():
             numbers: Any = (
@@ -219,7 +239,7 @@ def _read_expectations(expect: Mapping[str, Any]) -> Iterator[Expectation]:
                     wanted="METRIC = { value = NUMBER, tolerance = NUMBER }",
                     found=f"{metric} of {tokens}: {entry!r}",
                 )
-            yield Expectation(tokens, metric, *map(float, numbers))
+            yield Expectation(tokens, metric, float(numbers[0]), float(numbers[1]), summary)
 
 
 def _read_step(table: Mapping[str, Any], data_root: Path | None, path: Path) -> Step:
@@ -240,22 +260,25 @@ def _read_step(table: Mapping[str, Any], data_root: Path | None, path: Path) -> 
 
 
 def check_expectations(recipe: Recipe) -> list[Expectation]:
-    """Return every expectation with the figure in the recipe's summary file."""
-    if recipe.summary is None:
-        return []
-    document = read_json(recipe.summary)
-    means = document.get("means") if isinstance(document, dict) else None
-    if not isinstance(means, dict):
-        raise InputError(f"{recipe.summary} is no summary of scores", wanted="the means of every metric")
+    """Return every expectation with the figure in its summary file."""
+    means = {path: _read_means(path) for path in {item.summary for item in recipe.expectations}}
     outcomes = []
     for item in recipe.expectations:
-        figures = means.get(item.tokens)
+        figures = means[item.summary].get(item.tokens)
         figure = figures.get(item.metric) if isinstance(figures, dict) else None
         if not _is_number(figure):
-            missing = f"{recipe.summary} has no {item.metric} of {item.tokens}"
-            raise InputError(missing, found=", ".join(means))
+            missing = f"{item.summary} has no {item.metric} of {item.tokens}"
+            raise InputError(missing, found=", ".join(means[item.summary]))
         outcomes.append(replace(item, measured=float(figure)))
     return outcomes
+
+
+def _read_means(summary: Path) -> dict[str, Any]:
+    document = read_json(summary)
+    means = document.get("means") if isinstance(document, dict) else None
+    if not isinstance(means, dict):
+        raise InputError(f"{summary} is no summary of scores", wanted="the means of every metric")
+    return means
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

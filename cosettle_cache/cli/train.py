@@ -1,6 +1,6 @@
 """`cosettle-cache train`: projections on stored samples, one or a sweep of them.
 
-`cosettle-cache projection`: make the closed-form head, look into any, write the authors' layout.
+`cosettle-cache projection`: make the closed-form head, look into any, write the authors' layout or the hub.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ if TYPE_CHECKING:
     from cosettle_cache.training.plan import TrainPlan
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Make the closed-form head; look into and export any."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Make the closed-form head; look into, export and push any.",
 )
 
 File = Annotated[
-    Path, typer.Argument(metavar="FILE", help="A projection, or a checkpoint of Co-Settle's authors.")
+    Path,
+    typer.Argument(metavar="FILE", help="A projection, or the authors' checkpoint; or hf:OWNER/NAME/FILE."),
 ]
 
 
 @app.callback()
 def group() -> None:
-    """Make the closed-form head; look into and export any."""
+    """Make the closed-form head; look into, export and push any."""
 
 
 def fit(
@@ -161,6 +164,33 @@ def export(
         return
     export_projection(file, out, layout)
     talk.result(f"{out}: the projection of {file} in the layout {layout}")
+
+
+@app.command()
+@exits
+def push(
+    file: File,
+    repository: Annotated[
+        str, typer.Argument(metavar="hf:OWNER/NAME", help="Made if it is not there; one projection each.")
+    ],
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="Folder of propagate, for the card; repeatable.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a projection to the hub, with a card: what it was trained on, scores, command.
+
+    Example: cosettle-cache projection push runs/store/projection.safetensors hf:me/mae-b-k400
+    """
+    from cosettle_cache.core.hub import parse_repository
+    from cosettle_cache.heads.card import make_card, push_projection
+
+    talk, repository = Talk(), parse_repository(repository)
+    if dry_run:
+        talk.result(make_card(file, repository, scores or ()))
+        return
+    talk.result(push_projection(file, repository, scores or (), private=private))
 
 
 def train(

@@ -49,6 +49,9 @@ MOST_NAME_BYTES = 200
 #: Most bytes of a JSON or TOML document that is read.
 MOST_DOCUMENT_BYTES = 64 * 2**20
 
+#: How a file on the Hugging Face hub is named: `hf:OWNER/NAME/FILE`.
+HUB_PREFIX = "hf:"
+
 #: What no name holds and no terminal is shown: control characters, line ends, marks that turn the direction
 #: of writing, halves of surrogate pairs (Python's stand-ins for bytes that are no UTF-8).
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -105,10 +108,12 @@ def make_folder(path: Path) -> Path:
 
 
 def check_local(path: Path) -> None:
-    """Raise `UsageError` for a URL where a path on this machine is wanted."""
+    """Raise `UsageError` for a URL or a name on the hub where a path on this machine is wanted."""
     # A path has one slash where the URL has two.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)", str(path)):
-        raise UsageError(f"{path} is a URL", wanted="a path on this machine")
+    is_address = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)", str(path))
+    if is_address or str(path).startswith(HUB_PREFIX):
+        what = "a URL" if is_address else "a name on the hub"
+        raise UsageError(f"{path} is {what}", wanted="a path on this machine")
 
 
 @contextmanager

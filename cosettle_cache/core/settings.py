@@ -183,7 +183,7 @@ class EncoderSettings(Settings):
     """
 
     backbone: str = setting(MISSING, "mae_b, timm/MODEL_ID, or a family name with --weights FILE.")
-    weights: str | None = setting(None, "Checkpoint FILE, FILE#KEY or 'random'; default: published.")
+    weights: str | None = setting(None, "FILE, FILE#KEY, hf:OWNER/NAME/FILE or 'random'; default: published.")
     device: str | None = setting(None, "cpu, cuda, cuda:1 ...; default: cuda where there is one.")
     precision: str = setting("fp32", "fp32, bf16 or fp16 arithmetic in the encoder.")
     compiled: bool = setting(False, "Put the encoder through torch.compile.", names=("--compile",))

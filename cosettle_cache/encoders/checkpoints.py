@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cosettle_cache.core.errors import CheckpointError
-from cosettle_cache.core.files import first_bytes, inside, read_json, sha256_file
+from cosettle_cache.core.files import first_bytes, read_json, sha256_file
+from cosettle_cache.core.hub import file_beside, local_file
 from cosettle_cache.encoders.layouts import bare_name
 
 _STORAGE_DTYPES = {
@@ -167,22 +168,24 @@ def read_checkpoint(path: str | Path, key: str = "") -> Checkpoint:
     """Return the tensors of a checkpoint file by name, on the CPU, taken out of their wrapper (`model`, ...).
 
     Entries beside the state dict (epoch, optimiser, arguments) are left out; `key` names another wrapper, or
-    the first part of names. Of an `.index.json` the shards that it lists are read.
+    the first part of names. Of an `.index.json` the shards that it lists are read. An `hf:` name is a file of
+    the hub.
     """
-    path = Path(path)
-    if path.name.endswith(_INDEX):
+    file = local_file(path)
+    if file.name.endswith(_INDEX):
         return _read_shards(path, key)
-    return _unwrapped(path, _read_document(path), key, (path,))
+    return _unwrapped(file, _read_document(file), key, (file,))
 
 
-def _read_shards(path: Path, key: str) -> Checkpoint:
+def _read_shards(path: str | Path, key: str) -> Checkpoint:
     """Return the tensors of all shards that an index of transformers lists, every one of them there."""
-    _check_file(path)
-    listed = read_json(path)
+    index = local_file(path)
+    _check_file(index)
+    listed = read_json(index)
     table = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError(f"{path} lists no shards", wanted="weight_map: file by tensor")
-    files = tuple(inside(path.parent, name) for name in sorted(set(table.values())))
+    files = tuple(local_file(file_beside(path, name)) for name in sorted(set(table.values())))
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _read_document(file)
@@ -191,7 +194,7 @@ def _read_shards(path: Path, key: str) -> Checkpoint:
         raise CheckpointError(
             f"the shards of {path} do not hold all that it lists", found=f"no {listing(missing)}"
         )
-    return _unwrapped(path, {name: tensors[name] for name in table}, key, files)
+    return _unwrapped(index, {name: tensors[name] for name in table}, key, files)
 
 
 def _read_document(path: Path) -> Any:

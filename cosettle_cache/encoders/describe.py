@@ -23,7 +23,7 @@ from cosettle_cache.encoders.registry import (
 def describe_backbone(
     name: str, *, weights: str | Path | None = None, heads: int | None = None
 ) -> BackboneInfo:
-    """Return the sizes and the normalisation of an encoder; nothing is downloaded.
+    """Return the sizes and the normalisation of an encoder; of files at most a family's `hf:` one is fetched.
 
     Of `NAME@LAYER` they are those of one layer. The table or timm knows them; for a family's name they come
     from the shapes in the weights file. Names of the table need no torch, files of a family no timm.

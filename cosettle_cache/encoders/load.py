@@ -12,24 +12,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cosettle_cache.core.errors import CheckpointError, UsageError, first_line
+from cosettle_cache.core import hub
+from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import output_errors, sha256_file, write_durably
 from cosettle_cache.core.parallel import find_device
 from cosettle_cache.core.precision import check_precision
@@ -72,8 +70,6 @@ from cosettle_cache.encoders.vit import PRECISIONS, SHIFT_RULE, Backbone, VitBod
 
 #: Tensors of a classifier, which a file may have and the encoder has not.
 _CLASSIFIER = r"^head(_dist)?\.(weight|bias)$"
-#: Seconds to wait for the first answer of a server; the hub client alone would retry for half a minute.
-PROBE_TIMEOUT_S = 4.0
 #: Seconds without a byte after which a download is given up.
 STALL_TIMEOUT_S = 60.0
 
@@ -93,7 +89,8 @@ def load_backbone(
 
     `name` is a row of the table, a family with a weights file of any size, or `timm/<model id>`; with
     `@LAYER` behind it tokens are those of an inner layer (`Backbone.take_layers`). `weights`:
-    None for the published ones (cached), "random" for random ones from `seed`, or a file. `heads` is for
+    None for the published ones (cached), "random" for random ones from `seed`, or a file, which may lie on
+    the hub (`hf:OWNER/NAME/FILE`). `heads` is for
     files of a family whose width does not give the number of heads. `compiled` puts the blocks through
     torch.compile. `red_std` replaces ImageNet's red deviation, which some protocols have otherwise, where the
     encoder normalises with that.
@@ -126,7 +123,7 @@ def _random(name: str, seed: int, make: Callable[[], Any]) -> tuple[Any, Weights
     return model, Weights(f"{RANDOM}:{seed}", digest.hexdigest())
 
 
-def _record(source: str, path: Path, key: str, checkpoint: Checkpoint) -> Weights:
+def _record(source: str, key: str, checkpoint: Checkpoint) -> Weights:
     """Return where the weights of a file come from; a state dict chosen by key is another origin."""
     digest = checkpoint.sha256()
     if key:
@@ -159,7 +156,7 @@ def _load_family(
         file = sort_tensors(str(path), family, checkpoint)
         architecture = infer_architecture(file, heads) if named is None else named.architecture
         vit = vit_from_file(file, architecture)
-        record = _record(str(published or path.name), path, key, checkpoint)
+        record = _record(str(published or hub.origin_of(path)), key, checkpoint)
     at_load = f"the file's brought to {family.file_pixels} px; " if family.file_pixels else ""
     return Backbone(
         make_info(name, family, architecture),
@@ -289,7 +286,7 @@ def _read_timm(weights: str | Path) -> tuple[Path, Weights, dict[str, Tensor]]:
     """Return a file of weights, where they come from, and its tensors under timm's names."""
     path, key = weights_file(weights)
     checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
-    return path, _record(path.name, path, key, checkpoint), timm_names(checkpoint)
+    return path, _record(hub.origin_of(path), key, checkpoint), timm_names(checkpoint)
 
 
 def make_dinov3(size: Architecture, has_bias: bool) -> Eva:
@@ -402,7 +399,10 @@ def _timm_source(name: str, config: Any) -> Source:
 def fetch(name: str, source: Source) -> Path:
     """Return the local file of a published encoder, downloading it where it is not cached yet."""
     if source.hub_id:
-        return _from_hub(name, source)
+        try:
+            return hub.fetch(source.hub_id, source.file, latest=False)
+        except CheckpointError as error:
+            raise _unreachable(name, source, error.message) from error
     if not source.url:
         raise _unreachable(name, source, "no public address is known for it")
     path = _from_url(name, source)
@@ -416,23 +416,12 @@ def fetch(name: str, source: Source) -> Path:
     return path
 
 
-def _from_hub(name: str, source: Source) -> Path:
-    cached = huggingface_hub.try_to_load_from_cache(source.hub_id, source.file)
-    if isinstance(cached, str):
-        return Path(cached)
-    _check_online(name, source, constants.ENDPOINT)
-    try:
-        return Path(huggingface_hub.hf_hub_download(source.hub_id, source.file))
-    except Exception as error:
-        # The client's own, its transport's and the system's errors all mean that the file is not here.
-        raise _unreachable(name, source, first_line(error)) from error
-
-
 def _from_url(name: str, source: Source) -> Path:
     path = cache_folder() / "weights" / name / source.file
     if path.is_file():
         return path
-    _check_online(name, source, source.url)
+    if reason := hub.why_unreachable(source.url):
+        raise _unreachable(name, source, reason)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -453,20 +442,8 @@ def _body(response: Any) -> Iterator[bytes]:
         raise EOFError(f"the connection ended after {received:,} of {int(expected):,} bytes")
 
 
-def _check_online(name: str, source: Source, address: str) -> None:
-    if constants.HF_HUB_OFFLINE:
-        raise _unreachable(name, source, "HF_HUB_OFFLINE is set and the file is not in the cache")
-    request: Any = urllib.request.Request(address, method="HEAD")  # noqa: S310  (addresses of our table)
-    try:
-        urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S).close()  # noqa: S310
-    except urllib.error.HTTPError:
-        pass  # an answer, if not a friendly one: the server is there
-    except (OSError, ValueError) as error:
-        raise _unreachable(name, source, f"{address} cannot be reached ({error})") from error
-
-
 def _unreachable(name: str, source: Source, reason: str) -> CheckpointError:
-    address = huggingface_hub.hf_hub_url(source.hub_id, source.file) if source.hub_id else source.url
+    address = hub.address_of(source.hub_id, source.file) if source.hub_id else source.url
     where = f"download {address} by hand, then " if address else ""
     return CheckpointError(
         f"the published weights of {name} cannot be fetched: {reason}",

@@ -580,11 +580,14 @@ def is_timms(name: str) -> bool:
 
 
 def weights_file(weights: str | Path) -> tuple[Path, str]:
-    """Return the file, and the key of `FILE#KEY`, which chooses among several state dicts in one file."""
+    """Return the file, and the key of `FILE#KEY`, which chooses among several state dicts in one file.
+
+    The file may be an `hf:` name, whose `#sha256=` is no key.
+    """
     path = Path(weights)
-    if "#" not in path.name or path.exists():
+    name, mark, key = path.name.rpartition("#")
+    if not mark or key.startswith("sha256=") or path.exists():
         return path, ""
-    name, _, key = path.name.rpartition("#")
     return path.with_name(name) if name else path, key
 
 

@@ -37,7 +37,7 @@ from cosettle_cache.encoders.registry import split_name, weights_file
 from cosettle_cache.extraction.images import views_rule
 from cosettle_cache.extraction.layers import LayerWriters, SlotWriter
 from cosettle_cache.extraction.pipeline import Clock, FilledSlot, Filler
-from cosettle_cache.store import StoreWriter, open_store, spec_version
+from cosettle_cache.store import StoreWriter, check_writable, open_store, spec_version
 from cosettle_cache.store.plan import Plan, make_plan
 from cosettle_cache.videos.content import is_other, look_again, name_changed, present_row
 from cosettle_cache.videos.manifest import manifest_digest
@@ -110,6 +110,7 @@ class StoreJob:
 
     def plan(self, manifest: Manifest) -> Plan:
         """Return the plan of the store; reads at most the shapes of the weights."""
+        check_writable(self.out)
         encoder = self.encoder
         info = describe_backbone(encoder.backbone, weights=encoder.weights, heads=encoder.heads)
         return make_plan(

@@ -17,6 +17,7 @@ from torch import Tensor
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import FingerprintError, UsageError
 from cosettle_cache.core.files import inside, make_folder
+from cosettle_cache.core.hub import parse_name
 from cosettle_cache.heads.projection import (
     Projection,
     load_projection,
@@ -157,7 +158,12 @@ def _check_encoder(path: Path, store: FeatureStore) -> None:
 
 
 def _head_name(path: Path) -> str:
-    """`runs/mine/projection.safetensors` is `mine`, any other file goes by its own name; a share follows."""
+    """`runs/mine/projection.safetensors` and `mine/checkpoint.pth` are `mine`, others go by their name.
+
+    A share follows.
+    """
     file, share = split_share(path)
-    name = file.absolute().parent.name if file.stem == "projection" else file.stem
+    if named := parse_name(file):
+        file = Path(named.repository, named.file)
+    name = file.absolute().parent.name if file.stem in ("projection", "checkpoint") else file.stem
     return name if share == 1 else f"{name}:{share:g}"

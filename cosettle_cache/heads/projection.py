@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import own_file, parse_json, write_durably
+from cosettle_cache.core.hub import local_file
 from cosettle_cache.encoders.checkpoints import adapter_tensors, check_weights
 from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head
 from cosettle_cache.search.masked import unit_tokens
@@ -149,15 +150,16 @@ def save_projection(path: str | Path, projection: Projection, provenance: Mappin
 def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
     """Return the projection in our own file or in a checkpoint of the authors, on the CPU, ready for use.
 
-    `FILE:SHARE` blends it with the raw tokens. Raises `CheckpointError` when the file holds none, or one of
-    another width than `dim` where that is given, `UsageError` for a share that is none.
+    `FILE:SHARE` blends it with the raw tokens. Here and in every function that reads one, an `hf:` name is a
+    file of the hub. Raises `CheckpointError` when the file holds none, or one of another width than `dim`
+    where that is given, `UsageError` for a share that is none.
     """
     path, share = split_share(path)
     document = _read_document(path)
     if document is None:
         head, tensors = _from_authors(path)
     else:
-        head, tensors = document["head"], safetensors.torch.load_file(path)
+        head, tensors = document["head"], safetensors.torch.load_file(local_file(path))
         check_weights(path, tensors)
     first = tensors.get("linears.0.weight")
     if first is None or first.ndim != 2 or head not in HEADS:
@@ -300,10 +302,11 @@ def _our_name(name: str) -> str:
 
 def _read_document(path: str | Path) -> Mapping[str, Any] | None:
     """Return what our own file says of itself (`head`, `provenance`), or None for any other file."""
-    if not Path(path).is_file():
+    local = local_file(path)
+    if not local.is_file():
         raise CheckpointError(f"{path} does not exist", wanted="a projection or a checkpoint")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(local, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
     except safetensors.SafetensorError:
         return None
@@ -319,7 +322,7 @@ def _read_document(path: str | Path) -> Mapping[str, Any] | None:
 
 def _from_authors(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     """Return head and tensors under our names; one linear map means `linear`, which is what was released."""
-    tensors = {_our_name(name): tensor for name, tensor in adapter_tensors(Path(path)).items()}
+    tensors = {_our_name(name): tensor for name, tensor in adapter_tensors(path).items()}
     n_linears = sum(name.startswith("linears.") and name.endswith(".weight") for name in tensors)
     if n_linears not in RELEASED_HEADS:
         raise CheckpointError(f"{path} holds no projection", wanted="one to three adapter_linear tensors")

@@ -9,6 +9,7 @@ from cosettle_cache.store.check import VerifyReport, verify_store
 from cosettle_cache.store.format import SPEC_VERSION, SlotState, spec_version
 from cosettle_cache.store.index import Damage
 from cosettle_cache.store.reader import FeatureStore, open_store
+from cosettle_cache.store.remote import check_writable
 from cosettle_cache.store.upkeep import (
     CopyReport,
     RepairReport,
@@ -29,6 +30,7 @@ __all__ = [
     "SlotState",
     "StoreWriter",
     "VerifyReport",
+    "check_writable",
     "copy_store",
     "open_store",
     "plan_copy",

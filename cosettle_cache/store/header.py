@@ -17,7 +17,7 @@ from cosettle_cache.core.errors import (
     UsageError,
     first_line,
 )
-from cosettle_cache.core.files import parse_json
+from cosettle_cache.core.files import HUB_PREFIX, parse_json
 from cosettle_cache.core.settings import differing, digest, flat
 from cosettle_cache.core.types import ArrayLayout, Fingerprint, Grid, PlanKind
 from cosettle_cache.store._local import cached_property
@@ -207,7 +207,7 @@ def lost_header(path: str | Path) -> DamagedStoreError:
 
 def _no_store(storage: Storage) -> InputError:
     path, local = storage.path, storage.local
-    hint = f"cosettle-cache extract --out {path} makes one"
+    hint = None if path.startswith(HUB_PREFIX) else f"cosettle-cache extract --out {path} makes one"
     if local is None:
         return InputError(f"{path} holds no store", wanted=f"an object {ROOT_METADATA}", hint=hint)
     if not os.path.lexists(local):

@@ -2,6 +2,9 @@
 
 A put is atomic, so nothing needs a temporary name. Credentials and endpoints come from the usual environment
 variables of each service. An object store cannot be used across a fork: processes are spawned.
+
+Repositories of the Hugging Face hub (`hf://`) are read the same way, at the commit that they had when they
+were opened: files by HTTP, listings by the hub's client.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from urllib.parse import quote
 
 import obstore
 from obstore import exceptions
-from obstore.store import AzureStore, GCSStore, S3Store, from_url
+from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store, from_url
 
 from cosettle_cache.core.errors import CosettleError, OutputError, RemoteError, UsageError, first_line
-from cosettle_cache.core.files import Buffer, is_url, temporary_name
+from cosettle_cache.core.files import HUB_PREFIX, Buffer, check_local, is_url, temporary_name
+from cosettle_cache.core.hub import HubFolder, find_folder
 from cosettle_cache.store._local import LocalFile, LocalStorage
 from cosettle_cache.store.format import INDEX_GROUP, ROOT_METADATA
 
@@ -39,6 +43,8 @@ _SERVICES = (S3Store, GCSStore, AzureStore)
 _REFUSALS = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
 _WANTED_URL = "a folder, or a URL such as s3://bucket/store.zarr, gs://... or az://..."
 _CREDENTIALS_HINT = "check the service's environment variables (S3: AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
+_HUB = "hf://"
+_HUB_HINT = "check HF_TOKEN and HF_ENDPOINT"
 _ENDPOINT_HINT = "check the network, and the address if it is your own (S3: AWS_ENDPOINT_URL)"
 
 
@@ -63,7 +69,8 @@ class ObjectStorage:
     _process: ClassVar[int | None] = None
 
     def __init__(self, url: str) -> None:
-        self.path = url.rstrip("/")
+        self._hub = find_folder(url) if url.startswith(_HUB) else None
+        self.path = self._hub.url if self._hub else url.rstrip("/")
         self._answered = False
         self._clients: dict[bool, Any] = {}
 
@@ -81,7 +88,8 @@ class ObjectStorage:
         `span` is (start, stop), or {"suffix": length} where the service can do that. Raises
         `StaleObjectError` when the object is in another state.
         """
-        options: Any = {"range": span} | ({"if_match": tag} if tag else {})
+        # Of a commit on the hub there is one state only, and its tags are those of whoever keeps the bytes.
+        options: Any = {"range": span} | ({"if_match": tag} if tag and not self._hub else {})
         with self._asking(name):
             try:
                 found = obstore.get(self._client, name, options=options)
@@ -110,7 +118,7 @@ class ObjectStorage:
         """Return the bytes of an object, and the tag that changes with its content."""
         with self._asking(name):
             head = obstore.head(self._client, name)
-            return int(head["size"]), str(head["e_tag"])
+            return int(head["size"]), str(head["e_tag"] or (self._hub and self._hub.commit))
 
     def exists(self, name: str) -> bool:
         """Say whether there is an object of that name."""
@@ -123,12 +131,17 @@ class ObjectStorage:
     def names(self, folder: str) -> list[str]:
         """Return the names of the objects directly below `folder`; none where there are none."""
         with self._asking(folder):
+            if self._hub:
+                return [name.rpartition("/")[2] for name, _ in self._hub.files(folder)]
             listed = obstore.list_with_delimiter(self._client, folder)
             return [str(item["path"]).rpartition("/")[2] for item in listed["objects"]]
 
     def walk(self) -> Iterator[tuple[str, int]]:
         """Yield name and bytes of every object below the URL."""
         with self._asking(""):
+            if self._hub:
+                yield from self._hub.files(below=True)
+                return
             for batch in obstore.list(self._client):
                 yield from ((str(item["path"]), int(item["size"])) for item in batch)
 
@@ -165,6 +178,8 @@ class ObjectStorage:
     def _asking(self, name: str, *, to_write: bool = False) -> Iterator[None]:
         """Turn what the service says into our errors; an absent object to read stays `FileNotFoundError`."""
         url = f"{self.path}/{name}".rstrip("/")
+        if to_write:
+            check_writable(self.path)
         try:
             yield
         except exceptions.PreconditionError as error:
@@ -183,11 +198,15 @@ class ObjectStorage:
         if " 404 " in line:
             return kind(f"{what}: there is no such bucket", hint="create it first, or mend the URL")
         if isinstance(error, _REFUSALS):
-            return kind(f"{what}: access is refused", found=line, hint=_CREDENTIALS_HINT)
+            return kind(f"{what}: access is refused", found=line, hint=self._hint or _CREDENTIALS_HINT)
         if "HTTP error" in line:
             reason = "the object store does not answer" + (" any more" if self._answered else "")
-            return kind(f"{what}: {reason}", found=line, hint=_ENDPOINT_HINT)
-        return kind(what, found=line, hint=_CREDENTIALS_HINT)
+            return kind(f"{what}: {reason}", found=line, hint=self._hint or _ENDPOINT_HINT)
+        return kind(what, found=line, hint=self._hint or _CREDENTIALS_HINT)
+
+    @property
+    def _hint(self) -> str | None:
+        return _HUB_HINT if self._hub else None
 
     @property
     def _client(self) -> Any:
@@ -202,7 +221,10 @@ class ObjectStorage:
             )
         answered = self._answered
         if answered not in self._clients:
-            self._clients[answered] = _connect(self.path, _PATIENT if answered else _HASTY)
+            retries = _PATIENT if answered else _HASTY
+            self._clients[answered] = (
+                _connect_hub(self._hub, retries) if self._hub else _connect(self.path, retries)
+            )
         return self._clients[answered]
 
 
@@ -218,6 +240,12 @@ def _connect(url: str, retries: dict[str, Any]) -> Any:
         found = f"{scheme}://, which is no object store that can list what it holds"
         raise UsageError(f"{url} cannot hold a store", wanted=_WANTED_URL, found=found)
     return client
+
+
+def _connect_hub(folder: HubFolder, retries: dict[str, Any]) -> Any:
+    """Return the client of a folder on the hub; the token goes to the hub only, not where it redirects to."""
+    options: Any = {"default_headers": folder.headers, "allow_http": True}
+    return HTTPStore.from_url(folder.address, client_options=options, retry_config=retries)  # type: ignore[arg-type]
 
 
 def _line(error: BaseException) -> str:
@@ -263,7 +291,20 @@ RangeFile = LocalFile | ObjectFile
 
 def open_storage(path: str | Path) -> Storage:
     """Return the place called `path`, a local path or a URL such as `s3://bucket/store.zarr`."""
-    return ObjectStorage(str(path)) if is_url(path) else LocalStorage(Path(path))
+    if is_url(path):
+        return ObjectStorage(str(path))
+    check_local(Path(path))
+    return LocalStorage(Path(path))
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `UsageError` for a place that can only be read."""
+    if str(path).startswith(HUB_PREFIX):
+        raise UsageError(
+            f"{path} can only be read",
+            wanted="a folder, or the URL of an object store",
+            hint="write it to a folder, then: hf upload-large-folder OWNER/NAME FOLDER --repo-type dataset",
+        )
 
 
 def is_store(storage: Storage) -> bool:

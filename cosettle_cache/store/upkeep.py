@@ -48,7 +48,7 @@ from cosettle_cache.store.format import (
 from cosettle_cache.store.header import check_same, read_header, repair_hint
 from cosettle_cache.store.index import FOREIGN, Damage, Part, check_rows, decode_part
 from cosettle_cache.store.reader import FeatureStore
-from cosettle_cache.store.remote import Storage, is_store, open_storage
+from cosettle_cache.store.remote import Storage, check_writable, is_store, open_storage
 from cosettle_cache.store.writer import StoreWriter
 
 #: A slot in hand may take its shard's bytes of memory where it goes to an object store.
@@ -129,6 +129,7 @@ def plan_copy(source: str | Path, target: str | Path) -> dict[str, Any]:
 
 
 def _open_both(source: str | Path, target: str | Path) -> tuple[Storage, Storage, Metadata]:
+    check_writable(target)
     paths = [str(place) if is_url(place) else os.path.realpath(place) for place in (source, target)]
     reader, writer = open_storage(source), open_storage(paths[1])
     one, other = map(PurePosixPath, paths)

@@ -87,6 +87,43 @@ def test_expectations_are_compared_with_the_summary(tmp_path: Path, measured: fl
     assert [outcome.met for outcome in check_expectations(recipe)] == [met]
 
 
+PUBLISHED = """
+[[step]]
+command = "backbones"
+family = "mae"
+quiet = false
+[[expect]]
+summary = "SUMMARY"
+[expect.raw]
+jf_mean = { value = 0.5, tolerance = 0.01 }
+[[expect]]
+summary = "SUMMARY"
+published = true
+source = "a paper, Table 1"
+[expect."mine+ours"]
+miou = { value = 0.25, tolerance = 0.01 }
+"""
+
+
+def test_published_figures_are_told_from_measured_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, PUBLISHED)
+    means = {"raw": {"jf_mean": 0.5}, "mine+ours": {"miou": 0.3}}
+    (tmp_path / "summary.json").write_text(json.dumps({"means": means}))
+    assert run_command(["run", str(path)]) == 4
+    lines = [line for line in capsys.readouterr().out.splitlines() if "±" in line]
+    assert "0.5000 ± 0.0100" in lines[0]
+    assert "published" not in lines[0]
+    assert "0.2500 ± 0.0100 (published, not measured here: a paper, Table 1)" in lines[1]
+    assert run_command(["run", str(path), "--json"]) == 4
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert [(item["published"], item["source"], item["met"]) for item in figures] == [
+        (False, "", True),
+        (True, "a paper, Table 1", False),
+    ]
+
+
 STEP = "[[step]]\ncommand = 'train'\n"
 ODD_STEPS = [
     "arguments = 'x'",
@@ -97,7 +134,9 @@ ODD_STEPS = [
     "out = [{}]",
 ]
 ODD_EXPECTATIONS = [
-    " = 3",
+    *(" = 3", " = 0", " = [1]", " = [{}]"),
+    ".summary = 's'\nexpect.published = true\nexpect.raw.j = { value = 1, tolerance = 0 }",  # by whom?
+    ".summary = 's'\nexpect.published = 1\nexpect.raw.j = { value = 1, tolerance = 0 }",
     ".raw.j = { value = 1, tolerance = 0 }",  # without a summary nothing would be checked
     ".summary = 's.json'",
     ".summary = 3\nexpect.raw.j = { value = 1, tolerance = 0 }",
@@ -179,10 +218,63 @@ def test_means_are_over_objects_not_over_videos() -> None:
     assert all(len(row) == len(header) for row in rows)
 
 
-def test_every_committed_recipe_is_readable() -> None:
-    folder = Path(__file__).parents[2] / "pipelines"
-    for path in folder.glob("*.toml"):
-        assert read_recipe(path).steps
+PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
+def test_every_committed_recipe_runs_dry_anywhere(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no data, no weights, no hub
+    recipe = read_recipe(path, Path("/data"))
+    assert run_command(["run", str(path), "--dry-run", "--data-root", "/data"]) == 0
+    assert capsys.readouterr().err.count("$ cosettle-cache ") == len(recipe.steps)
+    for step in recipe.steps:
+        assert run_command([*step.arguments, "--help"]) == 0, step.line  # every option is one
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_rows_are_the_papers() -> None:
+    """PROTOCOLS 5.2 and 5.5: Tables 1 and 14b."""
+    found = {
+        (path.stem, item.tokens, item.metric): item.value
+        for path in PIPELINES
+        for item in read_recipe(path).expectations
+        if item.published
+    }
+    rows = {
+        "dino": (0.632, 0.391, 0.444, 0.642, 0.398, 0.462),
+        "mae": (0.524, 0.293, 0.416, 0.596, 0.338, 0.484),
+    }
+    for name, values in rows.items():
+        recipe = f"paper_{name}_b16"
+        keys = [
+            (recipe, tokens, metric)
+            for tokens in ("raw", f"{name}+ours")
+            for metric in ("jf_mean", "miou", "pck_0_1")
+        ]
+        assert tuple(found[key] for key in keys) == values
+    assert found["paper_dinov2_s14", "raw", "jf_mean"] == 0.647
+    assert found["paper_dinov2_s14", "ours", "jf_mean"] == 0.651
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PIPELINES if "paper" in path.stem], ids=lambda path: path.stem
+)
+def test_the_papers_steps_run_dry_without_data_weights_or_hub(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (step for step in read_recipe(path).steps if step.command == "propagate"):
+        for name in (step.options["manifest"], step.options["projection"]):
+            if not name.startswith("hf:"):  # an earlier step makes it
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
+                Path(name).touch()
+        assert run_command([*step.arguments, "--dry-run"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        size = {"davis": "480x880", "vip": "480x880", "jhmdb": "320x320"}[told["task"]]
+        assert told["protocol"]["size"] == ("476x882" if "s14" in path.stem else size)
+        assert (told["backbone"], told["weights"]) == (step.options["backbone"], step.options.get("weights"))
 
 
 def test_a_file_in_the_way_of_scores_is_named(tmp_path: Path) -> None:
