@@ -17,7 +17,9 @@ from cosettle_cache.cli.options import Json
 from cosettle_cache.core.console import Talk, human_bytes
 from cosettle_cache.core.errors import CosettleError, InputError, UncleanError
 from cosettle_cache.core.files import output_errors
+from cosettle_cache.core.parallel import share_of_cores
 from cosettle_cache.core.settings import package_versions
+from cosettle_cache.core.system import advise
 
 #: Video decoders that common data sets need, and still formats beside PNG, by Pillow's names for them.
 _VIDEOS = ("h264", "hevc", "mpeg4", "vp8", "vp9", "av1")
@@ -36,7 +38,7 @@ def doctor(
     """
     facts = {"cosettle-cache": __version__, "python": platform.python_version()}
     facts["system"] = platform.platform()
-    facts["cores"] = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
+    facts["cores"] = f"{share_of_cores(1)} of {os.cpu_count()}"
     facts["memory"] = human_bytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     facts |= package_versions()
     wrong: list[CosettleError] = []
@@ -114,5 +116,5 @@ def _disk(folder: Path) -> Iterator[tuple[str, str]]:
 
         yield "disk, write", rate(write())
         yield "page cache, read", rate(read())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        advise(file.fileno(), 0, 0, "DONTNEED")
         yield "disk, read", rate(read())

@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True, help="Build, check and show manifests (which videos, where, how long)."
 )
 
-ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="Parquet or CSV manifest.")]
+ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="Parquet or CSV file, or vip_val.")]
 
 
 @app.command()

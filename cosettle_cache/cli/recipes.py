@@ -21,10 +21,10 @@ import typer
 from cosettle_cache.cli.options import DataRoot, Mode, Quiet
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import CheckpointError, ExitCode, InputError, UncleanError
-from cosettle_cache.core.files import read_json, read_text
+from cosettle_cache.core.files import find_file, our_files, read_json, read_text
 
-#: The recipe of the demo, in a checkout; an installed package has no recipes.
-DEMO = Path(__file__).parents[2] / "pipelines" / "sprites.toml"
+#: The recipes that come with the package; `run` takes their names, as `demo` does the first one's.
+OURS, DEMO = "pipelines/*.toml", "sprites"
 #: Most letters of a recipe: time and memory of reading TOML grow with the square of the parts of a key.
 _MOST_LETTERS = 2**14
 #: Commands that take `--data-root`.
@@ -110,15 +110,15 @@ class Recipe:
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A file such as pipelines/sprites.toml.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A file, or a name such as sprites.")],
     mode: Mode,
     data_root: DataRoot = None,
 ) -> int:
     """Run a recipe and compare with the numbers it expects.
 
-    Example: cosettle-cache run pipelines/vit_tiny_davis.toml --data-root /data
+    Example: cosettle-cache run vit_tiny_davis --data-root /data
     """
-    chosen, talk = read_recipe(recipe, data_root), Talk(quiet=mode.quiet)
+    chosen, talk = read_recipe(find_file(recipe, OURS), data_root), Talk(quiet=mode.quiet)
     # Of a JSON run stdout holds one document; what the steps print goes where talk goes.
     with redirect_stdout(sys.stderr) if mode.as_json else nullcontext():
         code = _run_steps(chosen, talk, dry_run=mode.dry_run)
@@ -142,7 +142,7 @@ def demo(quiet: Quiet = False) -> int:
     Example: cosettle-cache demo
     """
     talk = Talk(quiet=quiet)
-    recipe = _with_best_weights(read_recipe(DEMO), talk)
+    recipe = _with_best_weights(read_recipe(our_files(OURS)[DEMO]), talk)
     if code := _run_steps(recipe, talk):
         return code
     talk.result("pictures: demo/sprites/curves.png and demo/propagated/overlays")

@@ -1,4 +1,4 @@
-"""What every room uses: types, errors, settings, files, tables, console, parallel work, clusters of workers.
+"""What every room uses: types, errors, settings, files, tables, console, parallel work, clusters, the system.
 
 Nothing here imports torch or zarr, or any other room.
 """

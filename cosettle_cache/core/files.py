@@ -8,7 +8,6 @@ paths, and `read_file` and `read_json` of files that anybody may have written.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 from cosettle_cache.core.errors import InputError, OutputError, UsageError
+from cosettle_cache.core.system import advise, lock_alone, sync_data
 
 Buffer = bytes | bytearray | memoryview
 
@@ -211,20 +211,6 @@ def _held(folder: Path) -> UsageError:
     return UsageError(f"another run writes to {folder}", found=found, hint=hint)
 
 
-def lock_alone(descriptor: int) -> bool | None:
-    """Lock an open file or folder for this process alone, at once; it ends with the descriptor.
-
-    Returns False when others have a lock, None on a file system without locks.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
 def inside(folder: Path, name: str) -> Path:
     """Return the path in `folder` of a name from a file or an id; raise `InputError` unless it is plain.
 
@@ -273,6 +259,29 @@ def read_file(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> bytes:
 
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def our_files(pattern: str) -> dict[str, Path]:
+    """Return the files that come with the package by name: `pipelines/*.toml`, `data_manifests/*.parquet`.
+
+    An installed package holds these folders; in a checkout they lie beside it.
+    """
+    package = Path(__file__).parents[1]
+    found = next(filter(None, (sorted(place.glob(pattern)) for place in (package, package.parent))), [])
+    return {path.stem: path for path in found}
+
+
+def find_file(path: Path, pattern: str) -> Path:
+    """Return `path`, or where it is a bare name and no file, the file of that name of `our_files`.
+
+    Raises `InputError`, with their names, for a bare name of nothing.
+    """
+    if str(path) != path.stem or path.is_file():
+        return path
+    ours = our_files(pattern)
+    if path.name not in ours and not path.exists():
+        raise InputError(f"{path} does not exist", wanted=f"a file, or {', '.join(ours)}")
+    return ours.get(path.name, path)
 
 
 def read_text(path: Path, most_bytes: int = MOST_DOCUMENT_BYTES) -> str:
@@ -346,9 +355,9 @@ def write_durably(path: Path, chunks: Iterable[Buffer]) -> None:
             _write_all(file.fileno(), group)
             # On Linux this starts writing dirty pages and drops none of them, so that the device works while
             # the next chunks are made; there is no call for just that.
-            os.posix_fadvise(file.fileno(), written, n_bytes, os.POSIX_FADV_DONTNEED)
+            advise(file.fileno(), written, n_bytes, "DONTNEED")
             written += n_bytes
-        os.fdatasync(file.fileno())
+        sync_data(file.fileno())
 
 
 def overwrite_durably(path: Path, data: bytes) -> None:

@@ -5,7 +5,6 @@ Several processes and several stores may share the folder.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from cosettle_cache.core.errors import OutputError
 from cosettle_cache.core.files import output_errors, own_folder, write_durably
 from cosettle_cache.core.parallel import map_ahead
+from cosettle_cache.core.system import lock
 from cosettle_cache.store._local import LocalFile, is_temporary
 from cosettle_cache.store.remote import ObjectFile, ObjectStorage
 
@@ -121,10 +121,10 @@ class _CachedFile(ObjectFile):
         lock_path = self.path.parent / f".{self.path.name[:2]}.lock"
         try:
             # Other threads and processes wait for the lock; it dies with its holder.
-            with output_errors(self.path), lock_path.open("w") as lock:
+            with output_errors(self.path), lock_path.open("w") as file:
                 # On a file system without locks the copy is fetched twice, nothing worse.
                 with suppress(OSError):
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    lock(file.fileno(), shared=False)
                 if not self.path.exists():
                     self._storage.make_room(self._size)
                     starts = range(0, self._size, _PIECE_BYTES)

@@ -7,12 +7,10 @@ locked byte of a file: byte `i` for slot `i`.
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import os
 import re
 import stat
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +20,6 @@ from typing import TYPE_CHECKING
 from cosettle_cache.core.errors import OutputError
 from cosettle_cache.core.files import (
     Buffer,
-    lock_alone,
     output_errors,
     sync,
     temporary_name,
@@ -30,6 +27,7 @@ from cosettle_cache.core.files import (
     write_durably,
 )
 from cosettle_cache.core.parallel import share_of_cores
+from cosettle_cache.core.system import advise, hold_byte, is_cached, lock, lock_alone, read_into
 
 if TYPE_CHECKING:
     from functools import cached_property
@@ -54,12 +52,6 @@ __all__ = ["cached_property"]
 
 #: What `files.temporary_name` makes.
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
-
-#: The kernel's `struct flock`: type, whence, start, length, process.
-_FLOCK = "hhqqi4x"
-
-#: Locks of the open file; where there are none (outside Linux), locks of the process.
-_SET_LOCK = getattr(fcntl, "F_OFD_SETLK", fcntl.F_SETLK)
 
 
 def is_temporary(path: Path) -> bool:
@@ -183,7 +175,7 @@ class LocalFile(_OpenFile):
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill `buffers` one after the other from `offset` on; return the bytes read, fewer at the end."""
         wanted = sum(map(len, buffers))
-        n_read = os.preadv(self._descriptor, buffers, offset)
+        n_read = read_into(self._descriptor, buffers, offset)
         if 0 < n_read < wanted:
             return n_read + self.read(unfilled(buffers, n_read), offset + n_read)
         return n_read
@@ -191,12 +183,8 @@ class LocalFile(_OpenFile):
     def prefetch(self, offset: int, n_bytes: int) -> None:
         """Let the kernel fetch bytes into the page cache that will be read soon; 0: all from `offset` on."""
         # The hint looks every page up; for what is there already that costs a fifth of reading it.
-        if n_bytes and hasattr(os, "RWF_NOWAIT"):
-            with suppress(OSError):  # not there, or a file system that does not know the flag
-                os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
-                return
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+        if not n_bytes or not is_cached(self._descriptor, offset):
+            advise(self._descriptor, offset, n_bytes, "WILLNEED")
 
 
 class WriterLock(_OpenFile):
@@ -208,12 +196,12 @@ class WriterLock(_OpenFile):
         found = lock_alone(self._descriptor)
         self.alone = found is True  # on a file system without locks nobody is ever known to be alone
         if found is False:
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            lock(self._descriptor, shared=True)
 
     def share(self) -> None:
         """Let other writers in; call it once the work that needs to be alone is done."""
         if self.alone:
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            lock(self._descriptor, shared=True)
             self.alone = False
 
 
@@ -253,7 +241,8 @@ def _lock_holders(descriptor: int) -> list[int]:
 class SlotClaims(_OpenFile):
     """Slots held by one writer through locked bytes of `path`; every writer has a descriptor of its own.
 
-    Locks are the open file's: two writers of one process exclude each other. Without locks all claims hold.
+    Two writers of one process exclude each other where locks belong to the open file. Without locks all
+    claims hold.
     """
 
     def __init__(self, path: Path) -> None:
@@ -264,7 +253,7 @@ class SlotClaims(_OpenFile):
     def take(self, slot: int) -> bool:
         """Hold `slot` if nobody does, at once; say whether it is held now and was not before."""
         with self._lock:
-            if slot in self._held or not self._set(fcntl.F_WRLCK, slot):
+            if slot in self._held or not hold_byte(self._descriptor, slot, held=True):
                 return False
             self._held.add(slot)
             return True
@@ -274,15 +263,4 @@ class SlotClaims(_OpenFile):
         with self._lock:
             if slot in self._held:
                 self._held.discard(slot)
-                self._set(fcntl.F_UNLCK, slot)
-
-    def _set(self, kind: int, slot: int) -> bool:
-        request = struct.pack(_FLOCK, kind, os.SEEK_SET, slot, 1, 0)
-        try:
-            fcntl.fcntl(self._descriptor, _SET_LOCK, request)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            if error.errno not in (errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        return True
+                hold_byte(self._descriptor, slot, held=False)

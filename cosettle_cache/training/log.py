@@ -27,6 +27,7 @@ from cosettle_cache.core.settings import (
     digest,
     package_versions,
 )
+from cosettle_cache.core.system import sync_data
 from cosettle_cache.store import FeatureStore
 
 #: What to do about a folder that holds something else.
@@ -144,7 +145,7 @@ class FiguresLog:
     def sync(self) -> int:
         """Wait until every line is safely on disk; return the bytes written."""
         with output_errors(self._path):
-            os.fdatasync(self._file.fileno())
+            sync_data(self._file.fileno())
             return self._file.seek(0, os.SEEK_END)
 
 

@@ -19,6 +19,7 @@ from decimal import Decimal
 from functools import cache
 from pathlib import Path, PurePath
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -377,9 +378,10 @@ def _check_whole(frame: av.VideoFrame, path: Path) -> None:
 def _to_rgb(frame: av.VideoFrame) -> Image8:
     """Return a frame as it is shown: turned by right angles and mirrored as its display matrix says."""
     image = frame.to_ndarray(format="rgb24")
-    if Type.DISPLAYMATRIX not in frame.side_data:
+    side_data: Any = frame.side_data  # the stubs of some versions of PyAV are too narrow
+    if Type.DISPLAYMATRIX not in side_data:
         return image
-    matrix = bytes(frame.side_data[Type.DISPLAYMATRIX])  # type: ignore[typeddict-item]  # a stub too narrow
+    matrix = bytes(side_data[Type.DISPLAYMATRIX])
     # x' = a x + c y and y' = b x + d y, so a file's rows become columns where b outweighs a.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
     if abs(b) > abs(a):

@@ -12,10 +12,11 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 
 from cosettle_cache.core.errors import InputError, UsageError
-from cosettle_cache.core.files import read_text, sha256_file
+from cosettle_cache.core.files import find_file, read_text, sha256_file
 from cosettle_cache.core.tables import read_table, table_rows
 from cosettle_cache.core.types import Manifest, MediaKind, Video
 from cosettle_cache.videos.datasets import DATASETS, listable
+from cosettle_cache.videos.manifest import OURS
 
 #: Folders that begin the place of a clip; what follows is its name.
 _MEDIA_FOLDERS = ("Images", "Rename_Images", "JPEGImages")
@@ -42,8 +43,8 @@ class Listed:
 
 
 def read_list(path: str | Path) -> tuple[Listed, ...]:
-    """Return the lines of a list in order; raise `InputError` for a missing, empty or malformed one."""
-    path = Path(path)
+    """Return the lines of a list, a file or ours by name; raise `InputError` for an empty or odd one."""
+    path = find_file(Path(path), OURS)
     if path.suffix in (".csv", ".parquet"):
         listed = [_from_row(row, path) for row in table_rows(read_table(path, _NAMES), path)]
     else:
@@ -65,7 +66,7 @@ def list_manifest(
         raise UsageError(
             f"no list makes a manifest of {dataset}", wanted=", ".join(listable()), found=dataset
         )
-    row, path = DATASETS[dataset], Path(path)
+    row, path = DATASETS[dataset], find_file(Path(path), OURS)
     root = PurePosixPath(folder or row.list_folder or next(iter(row.folders), dataset))
     split = split or row.list_split or row.split or ""
     videos = tuple(

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from cosettle_cache.core.errors import InputError
-from cosettle_cache.core.files import name_fault, own_file
+from cosettle_cache.core.files import find_file, name_fault, own_file
 from cosettle_cache.core.settings import digest
 from cosettle_cache.core.tables import (
     make_table,
@@ -51,6 +51,8 @@ SCHEMA = pa.schema(
         pa.field("stamp", pa.string()),
     ]
 )
+#: The lists that come with the package.
+OURS = "data_manifests/*.parquet"
 #: What a published list may not know of a video: 0 in its row, empty in its file.
 _MEASURES = ("n_frames", "height", "width")
 LISTED_SCHEMA = pa.schema(
@@ -126,8 +128,9 @@ def manifest_from_table(table: pa.Table, origin: str = "the manifest", *, listed
 
 
 def read_manifest(path: str | Path, *, listed: bool = False) -> Manifest:
-    """Read a Parquet or CSV manifest; only a published list (`listed`) may leave sizes open."""
-    return manifest_from_table(read_table(Path(path), SCHEMA), str(path), listed=listed)
+    """Read a Parquet or CSV manifest, or one of ours by name; only a list (`listed`) may leave sizes open."""
+    table = read_table(find_file(Path(path), OURS), SCHEMA)
+    return manifest_from_table(table, str(path), listed=listed)
 
 
 def write_manifest(path: str | Path, manifest: Manifest) -> None:

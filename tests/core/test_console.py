@@ -87,6 +87,8 @@ LOST = "error: the work was done, but not all could be written to stdout\n"
     ],
 )
 def test_the_exit_code_says_what_nobody_could_read(line: str, wanted: tuple[int, str, str]) -> None:
+    if "/dev/full" in line and not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
     assert shell(line) == wanted
 
 

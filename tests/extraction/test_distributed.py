@@ -26,6 +26,7 @@ from cosettle_cache.cli import run_command
 from cosettle_cache.core import cluster as distributed
 from cosettle_cache.core.cluster import Cluster, connect
 from cosettle_cache.core.errors import ClusterError, InputError, UsageError
+from cosettle_cache.core.parallel import share_of_cores
 from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, PairsSettings
 from cosettle_cache.core.types import Manifest
 from cosettle_cache.extraction.run import FilledSlot, SlotReport, StoreJob, extract_across, fill_slot
@@ -59,7 +60,7 @@ def test_workers_share_cores_and_are_dealt_gpus(cluster: Cluster) -> None:
     assert cluster.has_gpus()
     names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     found = {result for _, result in cluster.run(partial(environment, names), range(20), on_gpus=True)}
-    cores = str(max(1, len(os.sched_getaffinity(0)) // N_WORKERS))
+    cores = str(share_of_cores(N_WORKERS))
     assert found == {("3", cores), ("5", cores)}
     pids = {result for _, result in cluster.run(process, range(20))}
     assert len(pids) == N_WORKERS
