@@ -282,7 +282,7 @@ class _Page:
         log = self._logs[group]
         again = log.n_again > 0
         log.append(figures)
-        shown = {f"{group}/{name}": value for name, value in asdict(figures).items() if name != "step"}
+        shown = {f"{group}/{name}": float(value) for name, value in asdict(figures).items() if name != "step"}
         self._tracking.log(self.files.folder, shown, figures.step, again=again)
 
     def sync(self) -> tuple[int, int]:
