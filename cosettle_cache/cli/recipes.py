@@ -184,9 +184,11 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
 
     name, features = recipe.option("backbone"), Path(recipe.option("features"))
     if features.exists():
-        before = open_store(features).encoder["weights_argument"] or "published"
-        talk.note(f"encoder: {name} with the weights of the earlier demo ({before})")
-        return recipe if before == recipe.option("weights") else recipe.without_option("weights")
+        before = open_store(features).encoder["weights_argument"]
+        talk.note(f"encoder: {name} with the weights of the earlier demo ({before or 'published'})")
+        if before == recipe.option("weights"):
+            return recipe
+        return recipe.with_option("weights", before) if before else recipe.without_option("weights")
     try:
         load_backbone(name)
     except CheckpointError as error:

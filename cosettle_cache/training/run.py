@@ -24,7 +24,6 @@ from cosettle_cache.core.precision import check_precision
 from cosettle_cache.core.settings import TrainSettings, differing
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
-from cosettle_cache.pictures.charts import curves_chart, save_chart
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.training.batches import ALONE, BatchRing, Replicas, Step
 from cosettle_cache.training.learner import Finished, Learner, Trainer
@@ -335,6 +334,11 @@ def _write(
     learners: Sequence[Learner],
 ) -> None:
     """Leave each member's picture and, when it is done, its projection; then the report of the run."""
+    from cosettle_cache.pictures.charts import (
+        curves_chart,
+        save_chart,
+    )  # with matplotlib: not before the start
+
     folders = {member.name: files.member(member.name) for member in members}
     figures = {name: read_figures(mine.metrics) for name, mine in folders.items()}
     steps = {name: figure_columns(lines) for name, lines in figures.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from store_cases import frames_case, pairs_case
 from torch.utils.data import DataLoader
 
 from cosettle_cache import Projection, TokenClips, open_store
+from cosettle_cache.cli import run_command
 from cosettle_cache.core.errors import CosettleError, FingerprintError, InputError, UsageError
 from cosettle_cache.heads.projection import save_projection
 from cosettle_cache.training.clips import Clip
@@ -172,3 +174,18 @@ def test_stores_that_cannot_serve(pairs: Path, tmp_path: Path) -> None:
     for case in (frames_case(VIDEOS), pairs_case()):
         with pytest.raises(InputError, match=r"no clip of .* yet"):
             TokenClips(case.write(tmp_path / case.plan.kind, slots=[]))
+
+
+def test_the_example_learns_the_order_of_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["manifest", "build", "sprites", "--split", "train", "--out", "s.parquet"]) == 0
+    encoder = ["--backbone", "timm/test_vit.r160_in1k", "--weights", "random", "--device", "cpu"]
+    line = ["extract", *encoder, "--manifest", "s.parquet", "--plan", "frames", "--out", "s.zarr", "--quiet"]
+    assert run_command(line) == 0
+    example = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "examples" / "temporal_head.py"))
+    losses, accuracy = example["main"]("s.zarr", epochs=30, workers=0)
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    assert accuracy > 0.8
+    assert "held-out clips right" in capsys.readouterr().out
