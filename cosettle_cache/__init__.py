@@ -10,6 +10,7 @@ _HOMES = {
     "PositionShift": "core.types",
     "load_backbone": "encoders",
     "open_store": "store",
+    "TokenClips": "training.clips",
     "Projection": "heads.projection",
     "load_projection": "heads.projection",
     "transfer_loss": "training.losses",

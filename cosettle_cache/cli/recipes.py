@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeGuard
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, Mode, Quiet
+from cosettle_cache.cli.options import DataRoot, Mode, Quiet, Weights
 from cosettle_cache.core.console import Talk
 from cosettle_cache.core.errors import CheckpointError, ExitCode, InputError, UncleanError
 from cosettle_cache.core.files import find_file, our_files, read_json, read_text
@@ -28,7 +28,7 @@ OURS, DEMO = "pipelines/*.toml", "sprites"
 #: Most letters of a recipe: time and memory of reading TOML grow with the square of the parts of a key.
 _MOST_LETTERS = 2**14
 #: Commands that take `--data-root`.
-_TAKES_DATA_ROOT = ("manifest build", "manifest check", "extract", "propagate")
+_TAKES_DATA_ROOT = ("manifest build", "manifest check", "extract", "propagate", "report")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,14 @@ class Recipe:
         """Return the value of the first step that has the option `key`."""
         return next(step.options[key] for step in self.steps if key in step.options)
 
+    def with_option(self, key: str, value: Any) -> Recipe:
+        """Return the recipe with another value of `key` where a step has it, and no expectations."""
+        steps = (
+            replace(step, options={**step.options, key: value}) if key in step.options else step
+            for step in self.steps
+        )
+        return replace(self, steps=tuple(steps), summary=None, expectations=())
+
     def without_option(self, key: str) -> Recipe:
         """Return the recipe with `key` left to its default and, as it is another run now, no expectations."""
         steps = (
@@ -136,16 +144,24 @@ def run(
     return code
 
 
-def demo(quiet: Quiet = False) -> int:
-    """Extract, train and propagate on the built-in sprites clips; two minutes on two CPU cores.
+def demo(weights: Weights = None, quiet: Quiet = False) -> int:
+    """Extract, train, propagate and report on the built-in sprites clips; two minutes on two CPU cores.
+
+    Without --weights: the published ones where the hub or its cache has them, else seeded random ones.
 
     Example: cosettle-cache demo
     """
-    talk = Talk(quiet=quiet)
-    recipe = _with_best_weights(read_recipe(our_files(OURS)[DEMO]), talk)
+    from cosettle_cache.heads.kinds import RAW
+    from cosettle_cache.metrics.rows import SCORES_FILE, best_gain, read_scores
+
+    talk, recipe = Talk(quiet=quiet), read_recipe(our_files(OURS)[DEMO])
+    recipe = recipe.with_option("weights", weights) if weights else _with_best_weights(recipe, talk)
     if code := _run_steps(recipe, talk):
         return code
-    talk.result("pictures: demo/sprites/curves.png and demo/propagated/overlays")
+    outs = {step.command: Path(step.options["out"]) for step in recipe.steps}
+    gained = best_gain(read_scores(outs["propagate"] / SCORES_FILE), RAW)
+    used = next((step.options["weights"] for step in recipe.steps if "weights" in step.options), "published")
+    talk.result(f"{gained} The encoder's weights: {used}.\nall of it in one page: {outs['report']}")
     for outcome in check_expectations(recipe):
         kept = "as expected" if outcome.met else f"expected {outcome.value:.4f}"
         talk.note(f"{outcome.title} {outcome.measured:.4f}, {kept}")
@@ -174,9 +190,11 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
 
     name, features = recipe.option("backbone"), Path(recipe.option("features"))
     if features.exists():
-        before = open_store(features).encoder["weights_argument"] or "published"
-        talk.note(f"encoder: {name} with the weights of the earlier demo ({before})")
-        return recipe if before == recipe.option("weights") else recipe.without_option("weights")
+        before = open_store(features).encoder["weights_argument"]
+        talk.note(f"encoder: {name} with the weights of the earlier demo ({before or 'published'})")
+        if before == recipe.option("weights"):
+            return recipe
+        return recipe.with_option("weights", before) if before else recipe.without_option("weights")
     try:
         load_backbone(name)
     except CheckpointError as error:

@@ -207,6 +207,9 @@ def train(
     spectral_lambda: Annotated[float | None, typer.Option(help="Default: by the margin.")] = None,
     correspondence: Annotated[str, typer.Option(help="Spectral: nearest, position.")] = "nearest",
     cache_dir: Annotated[Path | None, typer.Option(help="For shards of remote stores.")] = None,
+    tracker: Annotated[
+        str, typer.Option(help="tensorboard (auto, if installed), wandb, trackio or none.")
+    ] = "auto",
     device: Device = None,
 ) -> int:
     """Train Co-Settle's projection on stored tokens. Run it again to resume.
@@ -218,7 +221,7 @@ def train(
     talk = Talk(quiet=mode.quiet)
     settings = replace(settings, batch_size=batch or settings.batch_size)
     if find_head(settings.head).closed_form:
-        _check_computed(features, settings, sweep or [])
+        _check_computed(features, settings, sweep or [], tracker)
         spectral = SpectralSettings(correspondence, spectral_lambda, seed=settings.seed)
         fit(features[0], LinearSettings(settings.head), spectral, Work(), mode, out, device)
         return ExitCode.DONE
@@ -227,7 +230,9 @@ def train(
     from cosettle_cache.training import run as room
     from cosettle_cache.training.batches import join_replicas
     from cosettle_cache.training.plan import make_train_plan, parse_axis
+    from cosettle_cache.training.trackers import find_tracker
 
+    find_tracker(tracker)
     axes = [parse_axis(text) for text in sweep or []]
     stores = [open_store(path, cache_dir=cache_dir) for path in features]
     plan = make_train_plan(stores, settings, axes, must_fill=batch is not None)
@@ -240,7 +245,15 @@ def train(
             _announce(talk, plan, settings.head, folder, features)
         bar = talk.progress("train") if replicas.is_first else SILENT
         report = room.train(
-            stores, settings, folder, sweep=axes, device=place, progress=bar, stop=stop, replicas=replicas
+            stores,
+            settings,
+            folder,
+            sweep=axes,
+            device=place,
+            progress=bar,
+            stop=stop,
+            replicas=replicas,
+            tracker=tracker,
         )
         if replicas.is_first:
             _tell(talk, report, plan, mode.as_json)
@@ -249,9 +262,10 @@ def train(
     return ExitCode.UNCLEAN if report.diverged else ExitCode.DONE
 
 
-def _check_computed(features: list[str], settings: TrainSettings, sweep: list[str]) -> None:
+def _check_computed(features: list[str], settings: TrainSettings, sweep: list[str], tracker: str) -> None:
     default = asdict(TrainSettings(head=settings.head, seed=settings.seed))
     useless = [name for name, value in asdict(settings).items() if value != default[name]]
+    useless += [] if tracker in ("auto", "none") else ["tracker"]
     if len(features) > 1 or sweep or useless:
         raise UsageError(
             f"the {settings.head} head is computed from one store, without training",

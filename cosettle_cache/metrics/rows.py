@@ -205,6 +205,23 @@ def sequence_means(scores: Sequence[Score]) -> list[tuple[str, list[Mean]]]:
     return [(video_id, mean_scores(list(rows))) for video_id, rows in grouped]
 
 
+def best_gain(scores: Sequence[Score], against: str) -> str | None:
+    """Return in a sentence what the best other kind of tokens gains or loses; None where there is none."""
+    means = {mean.tokens: mean.main for mean in mean_scores(scores) if mean.main is not None}
+    before = means.pop(against, None)
+    if before is None or not means:
+        return None
+    best = max(means, key=means.__getitem__)
+    points, name = 100 * (means[best] - before), mean_scores(scores)[0].main_name
+    videos = [{mean.tokens: mean.main or 0.0 for mean in of_one} for _, of_one in sequence_means(scores)]
+    n_better = sum(video.get(best, 0.0) > video.get(against, 0.0) for video in videos)
+    verb = "loses" if points < 0 else "gains"
+    return (
+        f"{best} {verb} {abs(points):.1f} points of {name} over {against} tokens "
+        f"({100 * before:.1f} to {100 * means[best]:.1f}); {n_better} of {len(videos)} videos are better."
+    )
+
+
 def _pool_objects(rows: Sequence[Score]) -> Figures:
     means = {name: sum(row.figures[name] for row in rows) / len(rows) for name in J_AND_F_FIGURES}
     return {"n_objects": len(rows), **means, **_seen_and_unseen(rows)}

@@ -192,10 +192,11 @@ def explorer_section(
             failed.append(f"{video_id}: {error.summary}")
     if not figures and not failed:
         return None, failed
+    weights = " with random weights" if store.encoder.get("weights_argument") == "random" else ""
     about = (
-        f"{len(figures)} of {len(ordered)} videos, tokens of {store.fingerprint.backbone}. Pick a patch of "
-        "the first frame; the later frame shows how much each of its patches resembles it, and numbers the "
-        f"nearest. {_KEYS}"
+        f"{len(figures)} of {len(ordered)} videos, tokens of {store.fingerprint.backbone}{weights}. Pick a "
+        "patch of the first frame; the later frame shows how much each of its patches resembles it, and "
+        f"numbers the nearest. {_KEYS}"
     )
     return section("explorer", "Affinity explorer", about, *figures, failures=failed), failed
 

@@ -16,7 +16,15 @@ from cosettle_cache.analysis.run import PLANE_SVG
 from cosettle_cache.core.errors import CosettleError
 from cosettle_cache.heads.kinds import RAW
 from cosettle_cache.heads.projection import read_provenance
-from cosettle_cache.metrics.rows import CHART_SVG, Mean, mean_scores, row_origins, score_table, sequence_means
+from cosettle_cache.metrics.rows import (
+    CHART_SVG,
+    Mean,
+    best_gain,
+    mean_scores,
+    row_origins,
+    score_table,
+    sequence_means,
+)
 from cosettle_cache.pictures.charts import PlanePoint, curves_chart, plane_chart, save_chart
 from cosettle_cache.propagation.run import write_score_chart
 from cosettle_cache.report.page import chart, element, scroll_box, section
@@ -46,6 +54,8 @@ def score_section(run: ScoreRun, number: int) -> Element:
     videos = len({score.video_id for score in run.scores})
     said = f"{first.task}, {videos} videos, encoder {first.provenance.backbone}, protocol {first.protocol}."
     parts = []
+    if gained := best_gain(run.scores, RAW):
+        parts.append(element("p", element("strong", gained)))
     if not run.complete:
         text = "This run was interrupted: the figures are of the videos that had their turn."
         strong = element("strong", "Not complete. ")

@@ -48,8 +48,8 @@ class RunFiles:
         #: The result; there once the run is complete.
         self.projection = folder / "projection.safetensors"
         self.report = folder / "train.json"
-        #: The folder for TensorBoard.
-        self.scalars = folder / "tensorboard"
+        #: The folder for TensorBoard; what other trackers know the run by.
+        self.scalars, self.tracker = folder / "tensorboard", folder / "tracker.json"
         #: The figures of every step of every member of a sweep, and the members side by side.
         self.table, self.comparison = folder / "curves.parquet", folder / "sweep.json"
 
@@ -114,13 +114,18 @@ Figures = TypeVar("Figures", StepFigures, ValidationFigures)
 
 
 class FiguresLog:
-    """Lines of figures, open for appending after the first `n_bytes`; what came later is cut off."""
+    """Lines of figures, open for appending after the first `n_bytes`; what came later is cut off.
+
+    `n_again` counts the lines that were: the next ones are these once more.
+    """
 
     def __init__(self, path: Path, n_bytes: int) -> None:
         self._path = path
         with output_errors(path):
-            self._file = path.open("ab")
+            self._file = path.open("a+b")
             found = self._file.seek(0, os.SEEK_END)
+            self._file.seek(n_bytes)
+            self.n_again = self._file.read().count(b"\n")
             if found >= n_bytes:
                 self._file.truncate(n_bytes)
         if found < n_bytes:
@@ -138,6 +143,7 @@ class FiguresLog:
 
     def append(self, figures: StepFigures | ValidationFigures) -> None:
         """Write one line."""
+        self.n_again = max(0, self.n_again - 1)
         with output_errors(self._path):
             self._file.write((json.dumps(asdict(figures)) + "\n").encode())
             self._file.flush()

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import torch
 
@@ -25,7 +24,6 @@ from cosettle_cache.core.precision import check_precision
 from cosettle_cache.core.settings import LinearSettings, TrainSettings, differing
 from cosettle_cache.core.tables import make_table, write_json, write_table
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
-from cosettle_cache.pictures.charts import curves_chart, save_chart
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.training.batches import ALONE, BatchRing, Replicas, Step
 from cosettle_cache.training.closed_form import linear_map
@@ -59,6 +57,7 @@ from cosettle_cache.training.plan import (
     plan_stream,
 )
 from cosettle_cache.training.samples import JoinedSamples, find_not_finite
+from cosettle_cache.training.trackers import Opening, TrackerKind, Tracking, find_tracker
 
 #: Samples that an error names.
 _LISTED = 8
@@ -78,17 +77,20 @@ def train(
     resume: bool = True,
     stop: Event | None = None,
     replicas: Replicas = ALONE,
+    tracker: str = "auto",
 ) -> TrainReport:
     """Train projections on the samples of `stores` into the folder `out`, going on from the checkpoint there.
 
     Every combination of the values in `sweep` is trained at the same time, each in its own folder in `out`;
     the result is that of its single run. On one device a resumed run ends with the same bits as one that was
     never stopped. Setting `stop` ends after the step in hand (of several processes, and on a GPU, the one
-    after it), with a checkpoint. Raises `InputError` for
+    after it), with a checkpoint. `tracker` shows the figures meanwhile: a row of `trackers.TRACKERS`, `none`,
+    or `auto`. Raises `InputError` for
     stores without shifted views or with tokens that are not finite, `FingerprintError` when `out` holds a run
     of other settings or other stores, or when the stores are of several encoders; `UsageError` when `out`
-    holds anything but a training run, or another process trains into it.
+    holds anything but a training run, another process trains into it, or the tracker is not installed.
     """
+    kind = find_tracker(tracker)
     stream, members = make_stream(stores, settings), make_members(settings, sweep)
     plan, origin = plan_stream(stream, members), stream.origin(members)
     check_precision(settings.precision, torch.device(device))
@@ -110,7 +112,7 @@ def train(
         before = _restore(files.checkpoint, learners, origin)
         trainer, started = Trainer(learners, replicas), time.perf_counter()
         steps, samples, waited_s = _learn(
-            stream, plan, trainer, files, before, progress or SILENT, stop or Event()
+            stream, plan, trainer, files, before, progress or SILENT, stop or Event(), kind
         )
         seconds = time.perf_counter() - started
         replicas.wait()
@@ -191,13 +193,13 @@ def _learn(
     before: Checkpoint,
     progress: Progress,
     stop: Event,
+    tracker: TrackerKind | None,
 ) -> tuple[int, int, float]:
     """Go through the steps after `before`; return their number, their samples and seconds of waiting."""
     learners, replicas, samples = trainer.learners, trainer.replicas, stream.samples
     n_steps, n_samples, told, started, saved = 0, 0, False, time.perf_counter(), -math.inf
     with ExitStack() as stack:
-        logs = zip(plan.members, before.n_bytes, strict=True) if replicas.is_first else ()
-        pages = [stack.enter_context(closing(_Page(files.member(a), before.step, n))) for a, n in logs]
+        pages = _open_pages(stack, stream, plan, trainer, files, before, tracker)
         portions, device = stream.portions(before.step, replicas), learners[0].device
         ring = BatchRing(samples, portions, plan.sample_shape, stream.capacity(replicas), device=device)
         stack.enter_context(ring)
@@ -239,6 +241,27 @@ def _learn(
     return n_steps, n_samples, ring.waited_s
 
 
+def _open_pages(
+    stack: ExitStack,
+    stream: Stream,
+    plan: TrainPlan,
+    trainer: Trainer,
+    files: RunFiles,
+    before: Checkpoint,
+    tracker: TrackerKind | None,
+) -> list[_Page]:
+    """Open every member's figures, and its run of the tracker where steps are left; on the first replica."""
+    tracking = Tracking(tracker if before.step < plan.n_steps else None)
+    features, pages = [store.path for store in stream.stores], list[_Page]()
+    members = zip(plan.members, before.n_bytes, trainer.learners, strict=True)
+    for name, n_bytes, learner in members if trainer.replicas.is_first else ():
+        page = stack.enter_context(closing(_Page(files.member(name), n_bytes, tracking)))
+        config = {"features": features, **asdict(learner.settings)}
+        tracking.open(Opening(page.files, before.step, files.folder.absolute().name, config))
+        pages.append(page)
+    return pages
+
+
 def _save(
     files: RunFiles,
     step: Step,
@@ -269,34 +292,28 @@ def _keep(
 
 
 class _Page:
-    """Open files of a member's figures from step `step` on; `n_bytes` says how much of each is kept.
+    """Open files of a member's figures, `n_bytes` of each kept, and whoever shows the figures."""
 
-    TensorBoard's view is left out where the `tensorboard` package is absent.
-    """
-
-    def __init__(self, files: RunFiles, step: int, n_bytes: tuple[int, int]) -> None:
+    def __init__(self, files: RunFiles, n_bytes: tuple[int, int], tracking: Tracking) -> None:
+        self.files, self._tracking = files, tracking
         make_folder(files.folder)
         logs = map(FiguresLog, (files.metrics, files.validation), n_bytes)
         self._logs = dict(zip(("train", "validation"), logs, strict=True))
-        self._scalars: Any = None
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._scalars = SummaryWriter(str(files.scalars), purge_step=step)
 
     def append(self, group: str, figures: StepFigures | ValidationFigures) -> None:
-        self._logs[group].append(figures)
-        for name, value in asdict(figures).items() if self._scalars else ():
-            if name != "step":
-                self._scalars.add_scalar(f"{group}/{name}", value, figures.step)
+        log = self._logs[group]
+        again = log.n_again > 0
+        log.append(figures)
+        shown = {f"{group}/{name}": float(value) for name, value in asdict(figures).items() if name != "step"}
+        self._tracking.log(self.files.folder, shown, figures.step, again=again)
 
     def sync(self) -> tuple[int, int]:
         return self._logs["train"].sync(), self._logs["validation"].sync()
 
     def close(self) -> None:
-        for item in (*self._logs.values(), self._scalars):
-            if item is not None:
-                item.close()
+        for log in self._logs.values():
+            log.close()
+        self._tracking.finish(self.files.folder)
 
 
 def _append(
@@ -340,6 +357,11 @@ def _write(
     learners: Sequence[Learner],
 ) -> None:
     """Leave each member's picture and, when it is done, its projection; then the report of the run."""
+    from cosettle_cache.pictures.charts import (
+        curves_chart,
+        save_chart,
+    )  # with matplotlib: not before the start
+
     folders = {member.name: files.member(member.name) for member in members}
     figures = {name: read_figures(mine.metrics) for name, mine in folders.items()}
     steps = {name: figure_columns(lines) for name, lines in figures.items()}

@@ -17,6 +17,7 @@ from cosettle_cache.core.errors import InputError, OutputError
 from cosettle_cache.core.files import write_durably
 from cosettle_cache.core.types import Provenance, Score
 from cosettle_cache.metrics.rows import (
+    best_gain,
     mean_scores,
     read_scores,
     remove_scores,
@@ -78,6 +79,9 @@ def test_steps_are_the_lines_one_would_type(tmp_path: Path) -> None:
     ]
     assert recipe.option("features") == "s.zarr"
     assert "--features" not in recipe.without_option("features").steps[1].arguments
+    other = recipe.with_option("features", "t.zarr")
+    assert other.option("features") == "t.zarr" and not other.expectations
+    assert [len(step.options) for step in other.steps] == [len(step.options) for step in recipe.steps]
 
 
 @pytest.mark.parametrize(("measured", "met"), [(0.505, True), (0.495, True), (0.52, False)])
@@ -216,6 +220,19 @@ def test_means_are_over_objects_not_over_videos() -> None:
     header, rows = score_table(SCORES)
     assert len(rows) == 3 + 2
     assert all(len(row) == len(header) for row in rows)
+
+
+def test_what_was_gained_is_one_sentence() -> None:
+    both = [scored(0.5), scored(0.1, video_id="bmx")]
+    both += [scored(0.9, tokens="a"), scored(0.06, video_id="bmx", tokens="a")]
+    assert best_gain(both, "raw") == (
+        "a gains 9.0 points of J&F over raw tokens (50.0 to 59.0); 1 of 2 videos are better."
+    )
+    worse = [scored(0.5), scored(0.1, tokens="a"), scored(0.3, tokens="b")]
+    assert best_gain(worse, "raw") == (
+        "b loses 10.0 points of J&F over raw tokens (60.0 to 50.0); 0 of 1 videos are better."
+    )
+    assert best_gain(SCORES[:2], "raw") is None and best_gain(SCORES[3:], "raw") is None
 
 
 PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").glob("*.toml"))
