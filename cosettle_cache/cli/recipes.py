@@ -106,7 +106,7 @@ class Recipe:
             replace(step, options={**step.options, key: value}) if key in step.options else step
             for step in self.steps
         )
-        return replace(self, steps=tuple(steps), summary=None, expectations=())
+        return replace(self, steps=tuple(steps), expectations=())
 
     def without_option(self, key: str) -> Recipe:
         """Return the recipe with `key` left to its default and, as it is another run now, no expectations."""
