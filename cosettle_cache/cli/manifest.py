@@ -45,9 +45,7 @@ def build(
     resolution: Annotated[
         str | None, typer.Option(help="Of DAVIS: the folder of frames; default 480p, or the only one.")
     ] = None,
-    sample: Annotated[
-        int | None, typer.Option(min=1, help="Of youtube-vos, mose, lvos: so many videos, by --seed.")
-    ] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="So many of the videos, by --seed.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of --sample; default 0.")] = None,
     join: Annotated[Path | None, typer.Option(help="A manifest whose videos come first.")] = None,
     without: Annotated[Path | None, typer.Option(help="A manifest whose videos are left out.")] = None,

@@ -462,6 +462,11 @@ class SpritesSettings(Settings):
         return f"{self.height}p"
 
 
+def draw_mark(seed: int, name: str) -> bytes:
+    """Return by what a name is drawn: those with the smallest marks are, whatever other names there are."""
+    return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+
+
 def digest(document: Any) -> str:
     """Return the hex SHA-256 of `document` as canonical JSON."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))

@@ -7,7 +7,6 @@ equal samples, in every epoch and process. Some clips may be held out of trainin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +19,7 @@ from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from cosettle_cache.core.errors import FingerprintError, InputError, UsageError
-from cosettle_cache.core.settings import TrainSettings
+from cosettle_cache.core.settings import TrainSettings, draw_mark
 from cosettle_cache.core.types import PlanKind
 from cosettle_cache.store import FeatureStore
 from cosettle_cache.store.plan import choose_pair
@@ -250,8 +249,8 @@ class HeldOut:
         """Return whether each sample is held out."""
         videos = self.samples.videos(ids)
         for video in set(videos) - self._known.keys():
-            word = hashlib.sha256(f"{self.seed}\0{video}".encode()).digest()[:8]
-            self._known[video] = int.from_bytes(word, "big") < self.share * 2**64
+            mark = draw_mark(self.seed, video)
+            self._known[video] = int.from_bytes(mark[:8], "big") < self.share * 2**64
         return np.array([self._known[video] for video in videos], bool)
 
     @cached_property

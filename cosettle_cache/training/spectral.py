@@ -7,7 +7,6 @@ on workers, with the same bits; a second one over the clips held out measures. d
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import defaultdict
@@ -26,7 +25,7 @@ from cosettle_cache.core.console import SILENT, Progress
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import own_folder
 from cosettle_cache.core.parallel import Run, in_order, one_by_one, upload
-from cosettle_cache.core.settings import SpectralSettings, flat
+from cosettle_cache.core.settings import SpectralSettings, draw_mark, flat
 from cosettle_cache.core.tables import write_json, write_table
 from cosettle_cache.core.types import Grid
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
@@ -264,7 +263,7 @@ def choose_held_out(video_ids: Sequence[str], settings: SpectralSettings) -> Boo
         )
     wanted = min(math.ceil(settings.held_out * len(video_ids)), settings.max_held_out)
     n_held_out = min(max(2, wanted), len(video_ids) - 2)
-    marks = [hashlib.sha256(f"{settings.seed}\0{name}".encode()).digest() for name in video_ids]
+    marks = [draw_mark(settings.seed, name) for name in video_ids]
     chosen = np.zeros(len(video_ids), bool)
     chosen[sorted(range(len(marks)), key=marks.__getitem__)[:n_held_out]] = True
     return chosen

@@ -15,6 +15,7 @@ from cosettle_cache.core.console import Progress, counting
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
 from cosettle_cache.core.files import printable
 from cosettle_cache.core.parallel import map_ahead, share_of_cores
+from cosettle_cache.core.settings import draw_mark
 from cosettle_cache.core.types import LabelKind, Manifest, Video
 from cosettle_cache.videos.content import is_other, media_content, media_stamp, present_row
 from cosettle_cache.videos.datasets import DATASETS
@@ -62,17 +63,27 @@ def build_manifest(name: str, root: str | Path, data_root: str | Path, **options
     """Return the manifest of the folder `root` in the layout `name`, and the reasons of what was left out.
 
     Media paths are relative to `data_root`. `options` are the layout's own; all have `split`, and `names` to
-    restrict and order them. Raises `UsageError` for an unknown layout, `InputError` without a usable clip.
+    restrict and order them. Of a `sample` those videos are kept whose mark with the `seed` is smallest.
+    Raises `UsageError` for an unknown layout, `InputError` without a usable clip.
     """
     if name not in DATASETS:
         raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
     options = {"split": DATASETS[name].split} | options
     builder = DATASETS[name].builder() or partial(_build_row, name)
-    useless = [key for key in options if key not in signature(builder).parameters]
+    known = signature(builder).parameters
+    sample = {key: options.pop(key) for key in ("sample", "seed") if key in options and key not in known}
+    useless = [key for key in options if key not in known]
     if useless:
         raise UsageError(f"the layout {name} has no {useless[0]}", wanted=f"no --{useless[0]}", found=useless)
     result: BuildResult = builder(Path(root), Path(data_root), **options)
-    return result
+    return _sampled(result, **sample) if sample else result
+
+
+def _sampled(result: BuildResult, sample: int | None = None, seed: int = 0) -> BuildResult:
+    videos = sorted(result.manifest, key=lambda video: draw_mark(seed, video.video_id))[:sample]
+    drawn = {video.video_id for video in videos}
+    kept = tuple(video for video in result.manifest if video.video_id in drawn)
+    return replace(result, manifest=replace(result.manifest, videos=kept))
 
 
 def _build_row(name: str, root: Path, data_root: Path, split: str, names: Sequence[str] = ()) -> BuildResult:

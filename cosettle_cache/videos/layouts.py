@@ -5,7 +5,6 @@ In comes a folder, out goes its manifest; a clip without labels becomes a row wi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -14,6 +13,7 @@ from typing import Any
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.files import read_json
+from cosettle_cache.core.settings import draw_mark
 from cosettle_cache.core.types import LabelKind, Video
 from cosettle_cache.videos.build import (
     BuildResult,
@@ -154,7 +154,7 @@ def build_vos(
     source = Source(dataset, split, folder, data_root)
     found = names or list(meta) or [path.name for path in subfolders(folder / "JPEGImages")]
     if sample is not None:
-        drawn = sorted(found, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())[:sample]
+        drawn = sorted(found, key=partial(draw_mark, seed))[:sample]
         found = [name for name in found if name in set(drawn)]
 
     def row(clip: Clip) -> Video:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -14,6 +15,7 @@ from PIL import Image
 
 from cosettle_cache.core.console import SILENT
 from cosettle_cache.core.errors import InputError
+from cosettle_cache.core.settings import draw_mark
 from cosettle_cache.core.types import MediaKind
 from cosettle_cache.videos import build_manifest
 from cosettle_cache.videos.build import check_media
@@ -232,3 +234,14 @@ def test_images_are_videos_of_one_frame(tmp_path, monkeypatch):
         "0": f"{root}/0.jpg does not exist",
         "cats/1": "pictures/cats/1.jpg has another size ",
     }
+
+
+def test_a_sample_is_the_same_whatever_else_is_there(tmp_path):
+    for name in "abcdef":
+        make_file(tmp_path / f"{name}.mp4")
+    drawn = build_manifest("folder", tmp_path, tmp_path, sample=3, seed=1).manifest
+    names = [video.video_id for video in drawn]
+    assert names == sorted(sorted("abcdef", key=partial(draw_mark, 1))[:3])
+    assert len(build_manifest("folder", tmp_path, tmp_path, sample=9).manifest) == 6
+    (tmp_path / f"{min({*'abcdef'}.difference(names))}.mp4").unlink()
+    assert build_manifest("folder", tmp_path, tmp_path, sample=3, seed=1).manifest.videos == drawn.videos
