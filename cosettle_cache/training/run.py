@@ -85,10 +85,10 @@ def train(
     the result is that of its single run. On one device a resumed run ends with the same bits as one that was
     never stopped. Setting `stop` ends after the step in hand (of several processes, and on a GPU, the one
     after it), with a checkpoint. `tracker` shows the figures meanwhile: a row of `trackers.TRACKERS`, `none`,
-    or `auto`. Raises `InputError` for
-    stores without shifted views or with tokens that are not finite, `FingerprintError` when `out` holds a run
-    of other settings or other stores, or when the stores are of several encoders; `UsageError` when `out`
-    holds anything but a training run, another process trains into it, or the tracker is not installed.
+    or `auto`. Raises `InputError` for stores without shifted views or with tokens that are not finite,
+    `FingerprintError` when `out` holds a run of other settings or other stores, or when the stores are of
+    several encoders; `UsageError` when `out` holds anything but a training run, another process trains into
+    it, or the tracker is not installed.
     """
     kind = find_tracker(tracker)
     stream, members = make_stream(stores, settings), make_members(settings, sweep)
@@ -357,10 +357,8 @@ def _write(
     learners: Sequence[Learner],
 ) -> None:
     """Leave each member's picture and, when it is done, its projection; then the report of the run."""
-    from cosettle_cache.pictures.charts import (
-        curves_chart,
-        save_chart,
-    )  # with matplotlib: not before the start
+    # With matplotlib, which takes a while: not before the start.
+    from cosettle_cache.pictures.charts import curves_chart, save_chart
 
     folders = {member.name: files.member(member.name) for member in members}
     figures = {name: read_figures(mine.metrics) for name, mine in folders.items()}
