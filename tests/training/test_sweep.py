@@ -20,8 +20,8 @@ from PIL import Image
 from pretend_cuda import Device
 from test_train import SMALL, After, make_store
 
+import cosettle_cache.pictures.charts as charts_module
 import cosettle_cache.training.learner as learner_module
-import cosettle_cache.training.run as run_module
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError, UsageError
 from cosettle_cache.heads import projection
 from cosettle_cache.heads.projection import Projection, load_projection
@@ -175,7 +175,7 @@ def test_on_a_gpu_the_host_waits_once_a_step(
     tmp_path: Path, cuda: Device, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     for name in ("curves_chart", "save_chart"):  # they take longer than all the rest
-        monkeypatch.setattr(run_module, name, lambda *_: None)
+        monkeypatch.setattr(charts_module, name, lambda *_: None)
     store = make_store(tmp_path, n_videos=20)
     run = replace(SMALL, validation=0.3, accumulate=2, epochs=2)
     cpu = train(store, run, tmp_path / "cpu", sweep=AXES)
