@@ -201,8 +201,8 @@ def test_a_sample_is_drawn_by_the_names_alone(tmp_path: Path, capsys) -> None:
     (tmp_path / "train/JPEGImages/cat0").rename(tmp_path / "away")
     left = build_manifest("mose", tmp_path, tmp_path, sample=6).manifest
     assert [video.video_id for video in left] == [f"cat{n}" for n in range(1, 6)]
-    assert run_command(["manifest", "build", "folder", str(tmp_path), "--sample", "3"]) == 2
-    assert "the layout folder has no sample" in capsys.readouterr().err
+    assert run_command(["manifest", "build", "folder", str(tmp_path), "--resolution", "480p"]) == 2
+    assert "the layout folder has no resolution" in capsys.readouterr().err
 
 
 def folder(root: Path, name: str) -> Path:
