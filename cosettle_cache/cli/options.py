@@ -51,7 +51,7 @@ FramesStoreOrNone = Annotated[
     str | None, typer.Option(help="A frames store, local or at a URL; default: made on the way.")
 ]
 Projections = Annotated[
-    list[Path] | None, typer.Option(help="FILE or hf:OWNER/NAME/FILE, beside the raw tokens; repeatable.")
+    list[Path] | None, typer.Option(help="FILE, FILE:SHARE or hf:OWNER/NAME/FILE, beside raw; repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]

@@ -29,6 +29,7 @@ from cosettle_cache.core.files import store_title
 from cosettle_cache.core.hub import parse_name
 from cosettle_cache.core.settings import FITTING_SIZE, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol
+from cosettle_cache.heads.table import split_share
 from cosettle_cache.propagation.protocols import list_presets, make_protocol
 from cosettle_cache.propagation.tasks import TASKS, find_task
 
@@ -74,7 +75,7 @@ def propagate(
         # After a look at the files that are named.
         if features is not None:
             replace(cache, cache_dir=None).open(features)
-        for path in filter(None, [*heads, manifest]):
+        for path in filter(None, [*(split_share(head)[0] for head in heads), manifest]):
             if parse_name(path) is None and not path.exists():
                 raise InputError(f"{path} does not exist", wanted="a file")
         wanted: dict[str, Any] = {

@@ -24,8 +24,8 @@ from cosettle_cache.heads.projection import (
     projection_sha256,
     read_provenance,
     save_projection,
-    split_share,
 )
+from cosettle_cache.heads.table import split_share
 
 if TYPE_CHECKING:
     from cosettle_cache.store import FeatureStore

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from cosettle_cache.core.errors import CheckpointError, UsageError
 from cosettle_cache.core.files import own_file, parse_json, write_durably
 from cosettle_cache.core.hub import local_file
 from cosettle_cache.encoders.checkpoints import adapter_tensors, check_weights
-from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head
+from cosettle_cache.heads.table import HEADS, RELEASED_HEADS, find_head, split_share
 from cosettle_cache.search.masked import unit_tokens
 
 #: Key of the safetensors metadata under which our own files keep one JSON document. One key, because
@@ -174,24 +173,6 @@ def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
     projection.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     projection.share = share
     return projection.eval()
-
-
-def split_share(path: str | Path) -> tuple[Path, float]:
-    """Return file and share of `FILE:SHARE`, a share of 1 where there is none.
-
-    Raises `UsageError` unless the share is above 0 and at most 1.
-    """
-    file, colon, text = str(path).rpartition(":")
-    if not colon or not re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", text) or Path(path).exists():
-        return Path(path), 1.0
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        wanted = "FILE:SHARE, a number above 0 and at most 1"
-        raise UsageError("a share of a projection that is none", wanted=wanted, found=path)
-    return Path(file), share
 
 
 def read_provenance(path: str | Path) -> dict[str, str]:

@@ -1,9 +1,12 @@
-"""The heads by name: what each computes, whether it is trained. Without torch: the command line reads it."""
+"""The heads by name: what each computes, whether it is trained; shares. Without torch, for command lines."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from cosettle_cache.core.errors import UsageError
 
@@ -58,3 +61,21 @@ def check_trainable(name: str) -> None:
             found=name,
             hint="cosettle-cache projection fit --features STORE computes it",
         )
+
+
+def split_share(path: str | Path) -> tuple[Path, float]:
+    """Return file and share of `FILE:SHARE`, a share of 1 where there is none.
+
+    Raises `UsageError` unless the share is above 0 and at most 1.
+    """
+    file, colon, text = str(path).rpartition(":")
+    if not colon or not re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", text) or Path(path).exists():
+        return Path(path), 1.0
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        wanted = "FILE:SHARE, a number above 0 and at most 1"
+        raise UsageError("a share of a projection that is none", wanted=wanted, found=path)
+    return Path(file), share
