@@ -31,6 +31,7 @@ from cosettle_cache.core.settings import EncoderSettings, ExtractSettings, Pairs
 from cosettle_cache.core.types import Manifest
 from cosettle_cache.extraction.run import FilledSlot, SlotReport, StoreJob, extract_across, fill_slot
 from cosettle_cache.store import StoreWriter, open_store
+from cosettle_cache.store._local import TEMPORARY
 from cosettle_cache.store.plan import make_plan
 from cosettle_cache.videos.manifest import read_manifest, write_manifest
 
@@ -261,7 +262,11 @@ def test_a_scheduler_goes_on_and_a_killed_worker_changes_nothing(
     assert report.n_slots + report.n_slots_before + report.n_slots_elsewhere == plan.n_slots
     assert progress.n_images == progress.total - sum(video == "clip5" for video in report.failures) * 60
     assert report.seconds.encode > 0
-    assert tree(interrupted) == tree(straight)
+    # A worker killed between the two may leave a part under its temporary name; the next writer removes it.
+    kept = {
+        name: data for name, data in tree(interrupted).items() if not TEMPORARY.fullmatch(Path(name).name)
+    }
+    assert kept == tree(straight)
     assert list(open_store(interrupted).failures) == ["clip5"]
 
 
