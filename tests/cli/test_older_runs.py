@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,10 @@ def test_a_propagation_goes_on_with_the_video_that_is_left(tmp_path: Path) -> No
     assert before.items() <= folder_bytes(out / "raw").items()
     assert [row.video_id for row in report.scores] == ["left", "left", "right", "right"]
     fresh = propagate_store(store, data, protocol, tmp_path / "fresh", overlays="none")
-    assert report.scores == fresh.scores
+    for row, again in zip(report.scores, fresh.scores, strict=True):
+        # NumPy's sums differ in the last bit from version to version.
+        assert row.figures == pytest.approx(again.figures, rel=1e-12)
+        assert replace(row, figures={}) == replace(again, figures={})
     assert folder_bytes(out / "raw") == folder_bytes(tmp_path / "fresh/raw")
 
 

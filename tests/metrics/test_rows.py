@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,11 +26,16 @@ from cosettle_cache.metrics.rows import (
 TABLES = Path(__file__).parent / "tables"
 
 
+def rounded(document: Any) -> Any:
+    return json.loads(json.dumps(document), parse_float=lambda text: round(float(text), 12))
+
+
 @pytest.mark.parametrize("task", ["davis", "vip", "jhmdb", "tapvid"])
 def test_a_table_with_a_column_per_figure_has_the_same_summary(task: str) -> None:
     rows = [row for row in read_scores(TABLES / "wide_scores.parquet") if row.task == task]
     expected = json.loads((TABLES / "wide_summaries.json").read_text())[task]
-    assert summary_json(rows) == expected
+    # Since 3.12 Python sums floats more exactly: the last bit of a mean is another one.
+    assert rounded(summary_json(rows)) == rounded(expected)
 
 
 def test_old_and_new_tables_hold_the_same_rows(tmp_path: Path) -> None:
