@@ -18,7 +18,7 @@ from threading import Event, Lock
 
 import torch
 
-from cosettle_cache.core.console import SILENT, Progress, human_bytes
+from cosettle_cache.core.console import SILENT, Progress, counting, human_bytes
 from cosettle_cache.core.errors import CosettleError, FingerprintError, UsageError
 from cosettle_cache.core.files import own_folder
 from cosettle_cache.core.parallel import Run, map_ahead, share_of_cores
@@ -136,14 +136,13 @@ def propagate_store(
             n_before = len(reports)
             on_start(n_before)
             todo = [video.n_frames for number, video in enumerate(work.videos) if number not in reports]
-            progress.start(sum(todo), "frames")
             try:
-                if runner is None:
-                    _propagate_here(work, reports, progress, stop or Event())
-                else:
-                    _propagate_across(work, reports, progress, runner)
+                with counting(progress, sum(todo), "frames"):
+                    if runner is None:
+                        _propagate_here(work, reports, progress, stop or Event())
+                    else:
+                        _propagate_across(work, reports, progress, runner)
             finally:
-                progress.finish()
                 _write_scores(work, reports, earlier_failures)
     except (FingerprintError, UsageError):
         raise

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.files import inside
 from cosettle_cache.core.settings import package_versions
@@ -153,14 +153,11 @@ def _over_videos(
             return error.reason
 
     found: dict[str, _T | str] = {}
-    progress.start(len(cases), "videos")
-    try:
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for case, result in zip(cases, pool.map(outcome, cases), strict=True):
-                found[case.video.video_id] = result
-                progress.advance()
-    finally:
-        progress.finish()
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    with counting(progress, len(cases), "videos") as advance, pool:
+        for case, result in zip(cases, pool.map(outcome, cases), strict=True):
+            found[case.video.video_id] = result
+            advance()
     return found
 
 

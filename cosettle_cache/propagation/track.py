@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import grid_sample, normalize
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import (
     DamagedStoreError,
     FingerprintError,
@@ -148,9 +148,8 @@ def track_store(
     kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, reserved=(PICTURE_FOLDER,))
     report, started, to_draw = TrackReport(), time.perf_counter(), n_pictures[pictures]
     report.failures |= earlier_failures
-    progress.start(len(videos), "videos")
     try:
-        with _writing(out, report) as write:
+        with counting(progress, len(videos), "videos") as advance, _writing(out, report) as write:
             for video in videos:
                 if stop is not None and stop.is_set():
                     report.interrupted = True
@@ -172,11 +171,9 @@ def track_store(
                     if to_draw:
                         to_draw -= 1
                         _draw(case, found, data_root, folder, report)
-                progress.advance()
+                advance()
     except OutputError as error:
         report.error = report.error or error
-    finally:
-        progress.finish()
     report.seconds = time.perf_counter() - started
     return report
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import FingerprintError, InputError, UsageError
 from cosettle_cache.core.files import own_folder
 from cosettle_cache.core.parallel import upload
@@ -211,14 +211,13 @@ def _plain_tokens(store: FeatureStore, progress: Progress) -> Iterator[np.ndarra
     size = max(1, _BATCH_BYTES // (8 * store.arrays[0].n_channels * store.arrays[0].grid.n_tokens))
     if store.plan_kind is PlanKind.PAIRS:
         ids = store.sample_ids
-        progress.start(len(ids), "samples")
-        for start in range(0, len(ids), size):
-            chosen = ids[start : start + size]
-            yield store.samples(chosen)[:, :2]
-            progress.advance(len(chosen))
+        with counting(progress, len(ids), "samples") as advance:
+            for start in range(0, len(ids), size):
+                chosen = ids[start : start + size]
+                yield store.samples(chosen)[:, :2]
+                advance(len(chosen))
     else:
-        progress.start(len(store.video_ids), "videos")
-        for video_id in store.video_ids:
-            yield from store.stream_tokens(video_id)
-            progress.advance()
-    progress.finish()
+        with counting(progress, len(store.video_ids), "videos") as advance:
+            for video_id in store.video_ids:
+                yield from store.stream_tokens(video_id)
+                advance()

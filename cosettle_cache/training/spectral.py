@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import InputError, UsageError
 from cosettle_cache.core.files import own_folder
 from cosettle_cache.core.parallel import Run, in_order, one_by_one, upload
@@ -113,13 +113,10 @@ def gather(
 ) -> SpectralStatistics:
     """Return the sums over all groups, added in their order."""
     total = SpectralStatistics.zero(unit.store.arrays[0].n_channels, unit.places.n_tokens)
-    progress.start(sum(map(len, groups)), "pairs")
-    try:
+    with counting(progress, sum(map(len, groups)), "pairs") as advance:
         for group, statistics in in_order(run, unit, groups):
             total += statistics
-            progress.advance(len(group))
-    finally:
-        progress.finish()
+            advance(len(group))
     return total
 
 
