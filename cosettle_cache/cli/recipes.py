@@ -101,17 +101,12 @@ class Recipe:
         return next(step.options[key] for step in self.steps if key in step.options)
 
     def with_option(self, key: str, value: Any) -> Recipe:
-        """Return the recipe with another value of `key` where a step has it, and no expectations."""
+        """Return the recipe with another value of `key` where a step has it, False for the option's default.
+
+        As it is another run now, it has no expectations.
+        """
         steps = (
             replace(step, options={**step.options, key: value}) if key in step.options else step
-            for step in self.steps
-        )
-        return replace(self, steps=tuple(steps), expectations=())
-
-    def without_option(self, key: str) -> Recipe:
-        """Return the recipe with `key` left to its default and, as it is another run now, no expectations."""
-        steps = (
-            replace(step, options={name: value for name, value in step.options.items() if name != key})
             for step in self.steps
         )
         return replace(self, steps=tuple(steps), expectations=())
@@ -160,7 +155,7 @@ def demo(weights: Weights = None, quiet: Quiet = False) -> int:
         return code
     outs = {step.command: Path(step.options["out"]) for step in recipe.steps}
     gained = best_gain(read_scores(outs["propagate"] / SCORES_FILE), RAW)
-    used = next((step.options["weights"] for step in recipe.steps if "weights" in step.options), "published")
+    used = recipe.option("weights") or "published"
     talk.result(f"{gained} The encoder's weights: {used}.\nall of it in one page: {outs['report']}")
     for outcome in check_expectations(recipe):
         kept = "as expected" if outcome.met else f"expected {outcome.value:.4f}"
@@ -194,14 +189,14 @@ def _with_best_weights(recipe: Recipe, talk: Talk) -> Recipe:
         talk.note(f"encoder: {name} with the weights of the earlier demo ({before or 'published'})")
         if before == recipe.option("weights"):
             return recipe
-        return recipe.with_option("weights", before) if before else recipe.without_option("weights")
+        return recipe.with_option("weights", before or False)
     try:
         load_backbone(name)
     except CheckpointError as error:
         talk.note(f"encoder: {name} with seeded random weights ({error.message})")
         return recipe
     talk.note(f"encoder: {name} with its published weights")
-    return recipe.without_option("weights")
+    return recipe.with_option("weights", False)
 
 
 def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
@@ -229,11 +224,8 @@ def read_recipe(path: Path, data_root: Path | None = None) -> Recipe:
 
 def _read_table(expect: Mapping[str, Any], path: Path) -> list[Expectation]:
     """Return what one `[expect]` says of one summary file."""
-    summary, source, published = (
-        expect.get("summary"),
-        expect.get("source", ""),
-        expect.get("published", False),
-    )
+    summary, source = expect.get("summary"), expect.get("source", "")
+    published = expect.get("published", False)
     if not isinstance(published, bool) or not isinstance(source, str) or (published and not source):
         wanted = "published = true with source = TEXT, or neither"
         raise InputError(f"[expect] of {path} does not say whose figures it has", wanted=wanted)

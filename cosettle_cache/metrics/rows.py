@@ -207,12 +207,13 @@ def sequence_means(scores: Sequence[Score]) -> list[tuple[str, list[Mean]]]:
 
 def best_gain(scores: Sequence[Score], against: str) -> str | None:
     """Return in a sentence what the best other kind of tokens gains or loses; None where there is none."""
-    means = {mean.tokens: mean.main for mean in mean_scores(scores) if mean.main is not None}
+    whole = mean_scores(scores)
+    means = {mean.tokens: mean.main for mean in whole if mean.main is not None}
     before = means.pop(against, None)
     if before is None or not means:
         return None
     best = max(means, key=means.__getitem__)
-    points, name = 100 * (means[best] - before), mean_scores(scores)[0].main_name
+    points, name = 100 * (means[best] - before), whole[0].main_name
     videos = [{mean.tokens: mean.main or 0.0 for mean in of_one} for _, of_one in sequence_means(scores)]
     n_better = sum(video.get(best, 0.0) > video.get(against, 0.0) for video in videos)
     verb = "loses" if points < 0 else "gains"

@@ -17,7 +17,7 @@ from threading import Event
 
 import torch
 
-from cosettle_cache.core.console import SILENT, Progress
+from cosettle_cache.core.console import SILENT, Progress, counting
 from cosettle_cache.core.errors import CheckpointError, FingerprintError, InputError
 from cosettle_cache.core.files import make_folder, own_folder
 from cosettle_cache.core.precision import check_precision
@@ -97,14 +97,9 @@ def train(
     with ExitStack() as stack:
         files = RunFiles(out)
         folders = [files.member(member.name) for member in members]
-        learners = []
-        for item in (member.settings for member in members):
-            init = plan.init if item.init == RELEASED else "identity"
-            head = Projection(plan.sample_shape[-1], item.head, init=init, seed=item.seed)
-            if item.init == "pca":
-                found = linear_map(stream.stores[0], LinearSettings("pca"), device)
-                head.linears[0].load_state_dict({"weight": found.matrix, "bias": found.bias})
-            learners.append(Learner(head.to(device), item))
+        # What is gone on with comes from the checkpoint: nothing need be read from the store for a start.
+        goes_on = resume and files.checkpoint.exists()
+        learners = _make_learners(stream, members, plan, device, goes_on=goes_on)
         with replicas.together():  # the others would wait for a first one that has failed
             if replicas.is_first:
                 stack.enter_context(own_folder(out, "train"))
@@ -137,6 +132,23 @@ def train(
         if replicas.is_first:
             _write(files, report, stream, members, plan, learners)
         return report
+
+
+def _make_learners(
+    stream: Stream, members: Sequence[Member], plan: TrainPlan, device: str, *, goes_on: bool
+) -> list[Learner]:
+    """Return a learner per member at its start; the tokens' components are computed once for all."""
+    all_settings, learners = [member.settings for member in members], []
+    principal = None
+    if not goes_on and any(item.init == "pca" for item in all_settings):
+        principal = linear_map(stream.stores[0], LinearSettings("pca"), device)
+    for item in all_settings:
+        init = plan.init if item.init == RELEASED else "identity"
+        head = Projection(plan.sample_shape[-1], item.head, init=init, seed=item.seed)
+        if principal is not None and item.init == "pca":
+            head.linears[0].load_state_dict({"weight": principal.matrix, "bias": principal.bias})
+        learners.append(Learner(head.to(device), item))
+    return learners
 
 
 def _begin(folders: Sequence[RunFiles], resume: bool) -> None:
@@ -203,8 +215,8 @@ def _learn(
         portions, device = stream.portions(before.step, replicas), learners[0].device
         ring = BatchRing(samples, portions, plan.sample_shape, stream.capacity(replicas), device=device)
         stack.enter_context(ring)
-        progress.start((plan.n_steps - before.step) * plan.n_samples // plan.n_steps, "samples")
-        stack.callback(progress.finish)
+        n_left = (plan.n_steps - before.step) * plan.n_samples // plan.n_steps
+        advance = stack.enter_context(counting(progress, n_left, "samples"))
 
         def settle(finished: Sequence[Finished]) -> None:
             nonlocal n_steps, n_samples, told
@@ -215,7 +227,7 @@ def _learn(
                 line = next(item for item in done.figures if item is not None)
                 speed = n_samples * plan.sample_bytes / (time.perf_counter() - started) / 1e9
                 shown = {"loss": line.total, "cycle_accuracy": line.cycle_accuracy, "GB_per_s": speed}
-                progress.advance(len(done.step.ids), **shown)
+                advance(len(done.step.ids), **shown)
                 told = told or done.stopped
 
         for batch in ring:
