@@ -25,7 +25,7 @@ from cosettle_cache.cli.options import (
 )
 from cosettle_cache.core.console import Talk, human_bytes, human_seconds, interruptible
 from cosettle_cache.core.errors import ExitCode, InputError, UsageError
-from cosettle_cache.core.files import store_title
+from cosettle_cache.core.files import is_url, store_title
 from cosettle_cache.core.hub import parse_name
 from cosettle_cache.core.settings import FITTING_SIZE, PropagateSettings
 from cosettle_cache.core.types import EvalProtocol
@@ -96,19 +96,21 @@ def propagate(
 
     from cosettle_cache.core.cluster import work_on
     from cosettle_cache.core.parallel import pick_device
-    from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.metrics.rows import CHART_FILE, CHART_SVG
     from cosettle_cache.propagation.run import propagate_store, write_score_chart
 
-    encoder = (backbone, weights, data_root, device, precision)
-    views = (chosen.red_std, chosen.resampling)
-    wish = StoreWish(task, chosen.size, *encoder, work.workers, work.scheduler, *views)
     if features is None:
+        # An encoder brings in timm and torchvision: seconds, and 200 MB, that a store at hand does without.
+        from cosettle_cache.extraction.jobs import StoreWish
+
+        encoder = (backbone, weights, data_root, device, precision)
+        views = (chosen.red_std, chosen.resampling)
+        wish = StoreWish(task, chosen.size, *encoder, work.workers, work.scheduler, *views)
         store, root, failures = _make_store(wish, manifest, talk)
         heads = heads or default_projection(store, talk)
     else:
-        store, root, failures = _open_store(wish, chosen, features, cache)
+        store, root, failures = _open_store(features, chosen, data_root, work, cache)
     # The protocol stands in the name where it is not the default.
     mark = "" if chosen == make_protocol(task=task) else "-" + re.sub("[ /:]+", "-", chosen.name)
     out = out or Path("runs") / f"{task}-{store_title(store.path)}{mark}"
@@ -167,18 +169,17 @@ def _make_store(
 
 
 def _open_store(
-    wish: StoreWish, protocol: EvalProtocol, features: str, cache: Cache
+    features: str, protocol: EvalProtocol, data_root: Path | None, work: Work, cache: Cache
 ) -> tuple[FeatureStore, Path, dict[str, str]]:
     """Return the store at `features`, the root of its media, and what failed when it was made."""
-    from cosettle_cache.core.files import is_url
     from cosettle_cache.propagation.run import check_store
     from cosettle_cache.videos.find import media_root
 
-    if (wish.workers or wish.scheduler) and not is_url(features):
+    if (work.workers or work.scheduler) and not is_url(features):
         features = str(Path(features).absolute())
     store = cache.open(features)
     check_store(store, protocol)
-    return store, media_root(store.manifest, wish.data_root), dict(store.failures)
+    return store, media_root(store.manifest, data_root), dict(store.failures)
 
 
 def _print(report: PropagationReport, out: Path, talk: Talk, *, as_json: bool) -> None:

@@ -26,7 +26,6 @@ from cosettle_cache.core.settings import FITTING_SIZE, TrackSettings
 from cosettle_cache.core.types import LabelKind
 
 if TYPE_CHECKING:
-    from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.propagation.track import TrackReport
     from cosettle_cache.store import FeatureStore
     from cosettle_cache.videos.find import Data
@@ -64,7 +63,6 @@ def track(
     Example: cosettle-cache track --task sprites --features sprites.zarr
     """
     from cosettle_cache.core.parallel import pick_device
-    from cosettle_cache.extraction.jobs import StoreWish
     from cosettle_cache.heads.kinds import default_projection, load_heads
     from cosettle_cache.propagation.track import track_store
     from cosettle_cache.videos.find import media_root
@@ -74,16 +72,23 @@ def track(
         wanted = "--task sprites, --task tapvid or --queries FILE, one of them"
         raise UsageError("which points?", wanted=wanted)
     talk, name = Talk(quiet=mode.quiet), task or FREE
-    wish = StoreWish(name, size, backbone, weights, data_root, device, precision)
     plan = {"task": name, "settings": asdict(settings)}
-    if mode.dry_run and features is None:
-        videos = len(_find_videos(name, data_root).manifest)
-        talk.json({**plan, "videos": videos, "store_to_make": asdict(wish)})
-        return ExitCode.DONE
-    store, failures = _open_store(name, features, wish, cache, talk)
+    failures: dict[str, str] = {}
+    made = features is None
+    if features is None:
+        from cosettle_cache.extraction.jobs import StoreWish, make_store
+
+        data = _find_videos(name, data_root)
+        wish = StoreWish(name, size, backbone, weights, data_root, device, precision)
+        if mode.dry_run:
+            talk.json({**plan, "videos": len(data.manifest), "store_to_make": asdict(wish)})
+            return ExitCode.DONE
+        features, failures = make_store(wish, data, talk)
+    store = cache.open(features)
+    _check_points(name, store)
+    failures = {**store.failures, **failures}
     # Beside a store made on the way, the projection that `train` leaves.
-    found = default_projection(store, talk) if features is None and not projection else []
-    heads = load_heads(projection or found, store)
+    heads = load_heads(projection or (default_projection(store, talk) if made else []), store)
     own = None if queries is None else read_queries(queries, store.manifest)
     needs_media = own is None or pictures != "none"
     root = media_root(store.manifest, data_root) if needs_media else None
@@ -125,17 +130,10 @@ def _find_videos(task: str, data_root: Path | None) -> Data:
     return benchmark_data(task, data_root)
 
 
-def _open_store(
-    task: str, features: str | None, wish: StoreWish, cache: Cache, talk: Talk
-) -> tuple[FeatureStore, dict[str, str]]:
-    """Return the store, made if none is given, and by id why videos are not in it."""
-    from cosettle_cache.extraction.jobs import make_store
+def _check_points(task: str, store: FeatureStore) -> None:
+    """Raise unless `store` holds every frame of videos that the task `task` is about."""
     from cosettle_cache.propagation.track import check_store
 
-    failures = dict[str, str]()
-    if features is None:
-        features, failures = make_store(wish, _find_videos(task, wish.data_root), talk)
-    store = cache.open(features)
     check_store(store)
     datasets = {video.dataset for video in store.manifest}
     if task == "sprites" and datasets != {task}:
@@ -147,7 +145,6 @@ def _open_store(
             wanted="a store of a manifest of the layout tapvid",
             hint="--queries FILE tracks points of your own, without scores",
         )
-    return store, {**store.failures, **failures}
 
 
 def _print_report(report: TrackReport, out: Path, talk: Talk, as_json: bool) -> None:

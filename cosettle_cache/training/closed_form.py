@@ -25,7 +25,6 @@ from cosettle_cache.core.parallel import upload
 from cosettle_cache.core.settings import LinearSettings
 from cosettle_cache.core.tables import write_json, write_table
 from cosettle_cache.core.types import PlanKind
-from cosettle_cache.encoders import load_backbone
 from cosettle_cache.heads.projection import Projection, projection_sha256, save_projection
 from cosettle_cache.search.masked import unit_tokens
 from cosettle_cache.store import FeatureStore
@@ -155,6 +154,9 @@ def black_tokens(store: FeatureStore, weights: str | None, device: str) -> list[
     The encoder is the store's own: the same name, weights, arithmetic and normalisation. Raises
     `FingerprintError` when the weights found are others.
     """
+    # Only here: an encoder brings in timm and torchvision, seconds that no other head or training needs.
+    from cosettle_cache.encoders import load_backbone
+
     encoder, fingerprint = store.encoder, store.fingerprint
     backbone = load_backbone(
         fingerprint.backbone,

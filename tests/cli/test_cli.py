@@ -91,6 +91,21 @@ def test_the_command_line_answers_without_heavy_imports() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_store_at_hand_needs_no_encoder(davis: Path, davis_store: Path, tmp_path: Path) -> None:
+    """Timm and torchvision cost seconds and 200 MB; every run with `--features` would feel them."""
+    command = ["propagate", *map(str, propagate_options(davis_store, davis)), "--out", str(tmp_path / "out")]
+    code = f"""
+import sys
+from cosettle_cache.cli import app
+app({command!r}, standalone_mode=False)
+import cosettle_cache.propagation.track, cosettle_cache.training.run, cosettle_cache.training.closed_form
+sys.exit(", ".join({{"timm", "torchvision"}} & set(sys.modules)) or "torch" not in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "scores.parquet").is_file()
+
+
 def all_commands() -> list[list[str]]:
     root = typer.main.get_command(app)
     found = []
