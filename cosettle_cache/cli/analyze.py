@@ -107,7 +107,9 @@ def probe(
             + "; repeatable; default: the first four, or segments with --labels."
         ),
     ] = None,
-    projection: Projections = None,
+    projection: Annotated[
+        list[Path] | None, typer.Option(help="FILE or hf:OWNER/NAME/FILE, beside raw; repeatable.")
+    ] = None,
     manifest: Annotated[Path | None, typer.Option(help="Classes and splits; default: the store's.")] = None,
     labels: Annotated[
         Path | None,
@@ -138,7 +140,8 @@ def probe(
         labels=labels,
         data_root=data_root,
     )
-    folder, heads = out or _folder("probe", store), load_heads(projection or (), store)
+    folder = out or _folder("probe", store)
+    heads = load_heads(projection or (), store, blended=False)
     if mode.dry_run:
         names = [name for name, _ in heads]
         talk.json({"out": str(folder), **plan.to_json(), "projections": names})
@@ -200,8 +203,8 @@ def frames(
         talk.json({"out": str(folder), "videos": len(store.video_ids), **plan.to_json()})
         return
     place = pick_device(device)
-    heads = load_heads([projection] if projection else [], store)
-    kind = make_kinds(heads, plan.dim, device=place, blended=False)[-1]
+    heads = load_heads([projection] if projection else [], store, blended=False)
+    kind = make_kinds(heads, plan.dim, device=place)[-1]
     if plan.every > 1 and not settings.repeat:
         talk.note(
             f"{store.path} holds one frame in {plan.every}: frame labels have to be thinned likewise "

@@ -253,7 +253,7 @@ def push(
     """Commit files to a model repository, made if it is not there, and return the commit.
 
     Raises `UsageError` for a repository of something else, that is one with files and without `mark` in its
-    README.md; `OutputError` where the hub refuses.
+    README.md, and for a public one where it is to be `private`; `OutputError` where the hub refuses.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -271,6 +271,9 @@ def push(
             api.create_repo(repository, private=private or None)
         else:
             head = info.sha
+            if private and not info.private:
+                hint = "choose another name, or make this one private in its settings"
+                raise UsageError(f"{HUB_PREFIX}{repository} is there already, and public", hint=hint)
             _check_ours(repository, [item.rfilename for item in info.siblings or ()], head, mark)
         added = [huggingface_hub.CommitOperationAdd(name, data) for name, data in files.items()]
         # On top of what was looked at: somebody else's commit meanwhile is an error, not lost.

@@ -92,13 +92,11 @@ def make_kinds(
     *,
     device: str = "cpu",
     reserved: Sequence[str] = (),
-    blended: bool = True,
 ) -> list[TokenKind]:
     """Return raw and then every projection, on `device`; `reserved` names are taken by something else.
 
-    Raises `UsageError` for names that are not each one's own, for a projection of another width, and for a
-    blend with raw tokens, which is wider, where none is to be `blended`; `InputError` for a name that cannot
-    be a folder's (that of `...safetensors` is `..`).
+    Raises `UsageError` for names that are not each one's own, and for a projection of another width;
+    `InputError` for a name that cannot be a folder's (that of `...safetensors` is `..`).
     """
     names = [RAW, *(name for name, _ in projections)]
     if len({*names, *reserved}) < len(names) + len(reserved):
@@ -111,8 +109,6 @@ def make_kinds(
     for name, projection in projections:
         if inside(Path(), name).name != name:
             raise UsageError("a projection's name is one part of a path", wanted="no slash", found=name)
-        if projection.share < 1 and not blended:
-            raise UsageError("a blend is wider than raw tokens", wanted="a whole projection", found=name)
         if projection.dim != dim:
             raise UsageError(f"{name} does not fit the store", wanted=f"width {dim}", found=projection.dim)
     # Digests first: on a GPU the host would wait for every parameter to come back.
@@ -120,16 +116,17 @@ def make_kinds(
     return [TokenKind(RAW, None, ""), *(kind.on(torch.device(device)) for kind in heads)]
 
 
-def load_heads(paths: Sequence[Path], store: FeatureStore) -> list[tuple[str, Projection]]:
-    """Return name and projection of every file.
+def load_heads(
+    paths: Sequence[Path], store: FeatureStore, *, blended: bool = True
+) -> list[tuple[str, Projection]]:
+    """Return name and projection of every file, `blended` or whole.
 
-    Raises `CheckpointError` for what is none or of another width, `FingerprintError` for one of another
-    encoder.
+    Raises what `load_projection` does, and `FingerprintError` for one of another encoder.
     """
     for path in paths:
         _check_encoder(path, store)
     dim = store.arrays[0].n_channels
-    return [(_head_name(path), load_projection(path, dim=dim)) for path in paths]
+    return [(_head_name(path), load_projection(path, dim=dim, blended=blended)) for path in paths]
 
 
 def default_projection(store: FeatureStore, talk: Talk) -> list[Path]:

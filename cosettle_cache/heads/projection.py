@@ -146,14 +146,17 @@ def save_projection(path: str | Path, projection: Projection, provenance: Mappin
     write_durably(Path(path), [safetensors.torch.save(tensors, metadata)])
 
 
-def load_projection(path: str | Path, *, dim: int | None = None) -> Projection:
+def load_projection(path: str | Path, *, dim: int | None = None, blended: bool = True) -> Projection:
     """Return the projection in our own file or in a checkpoint of the authors, on the CPU, ready for use.
 
     `FILE:SHARE` blends it with the raw tokens. Here and in every function that reads one, an `hf:` name is a
     file of the hub. Raises `CheckpointError` when the file holds none, or one of another width than `dim`
-    where that is given, `UsageError` for a share that is none.
+    where that is given, `UsageError` for a share that is none, and for a blend, which is wider than raw
+    tokens, unless one may be `blended`.
     """
-    path, share = split_share(path)
+    named, (path, share) = path, split_share(path)
+    if share < 1 and not blended:
+        raise UsageError("a blend is wider than raw tokens", wanted="a whole projection", found=named)
     document = _read_document(path)
     if document is None:
         head, tensors = _from_authors(path)
@@ -207,7 +210,7 @@ class ProjectionInfo:
 @torch.no_grad()
 def describe_projection(path: str | Path) -> ProjectionInfo:
     """Return what is in our own file or in a checkpoint of the authors."""
-    projection, values = load_projection(path), []
+    projection, values = load_projection(path, blended=False), []
     for matrix in (item for item in projection.parameters() if item.ndim == 2):
         found = torch.linalg.svdvals(matrix.double())
         rank = int((found > found[0] * len(matrix) * torch.finfo(matrix.dtype).eps).sum())
@@ -245,7 +248,7 @@ def exported_tensors(path: str | Path, format: str = "cosettle") -> dict[str, Te
     """Return the tensors that `export_projection` would write, by their names there."""
     if format not in _FORMATS:
         raise UsageError(f"there is no layout {format!r}", wanted=" or ".join(_FORMATS), found=format)
-    projection = load_projection(path)
+    projection = load_projection(path, blended=False)
     if not HEADS[projection.head].released:
         raise CheckpointError(
             f"{path} holds the head {projection.head}, which the authors' layout cannot tell from theirs",

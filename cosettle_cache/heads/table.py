@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosettle_cache.core.errors import UsageError
+from cosettle_cache.core.files import HUB_PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,9 @@ def split_share(path: str | Path) -> tuple[Path, float]:
     Raises `UsageError` unless the share is above 0 and at most 1.
     """
     file, colon, text = str(path).rpartition(":")
-    if not colon or not re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", text) or Path(path).exists():
+    # What follows a file that is there is meant as one, such as 25%.
+    meant = re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", text) or (f"{file}:" != HUB_PREFIX and Path(file).is_file())
+    if not colon or not meant or Path(path).exists():
         return Path(path), 1.0
     try:
         share = float(text)

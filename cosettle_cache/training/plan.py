@@ -205,7 +205,7 @@ class TrainPlan:
     grid: Grid
     sample_shape: tuple[int, int, int, int]
     lr: float
-    init: str
+    released_init: str
     read_bytes: int
     warnings: tuple[str, ...]
 
@@ -270,7 +270,7 @@ def plan_stream(stream: Stream, members: Sequence[Member]) -> TrainPlan:
         grid=Grid(rows, cols),
         sample_shape=shape,
         lr=stream.settings.lr,
-        init=released_init(stream.stores[0].fingerprint.backbone),
+        released_init=released_init(stream.stores[0].fingerprint.backbone),
         read_bytes=n_samples * math.prod(shape) * 2,
         warnings=tuple(_warnings(stream, members)),
     )

@@ -143,7 +143,7 @@ def _make_learners(
     if not goes_on and any(item.init == "pca" for item in all_settings):
         principal = linear_map(stream.stores[0], LinearSettings("pca"), device)
     for item in all_settings:
-        init = plan.init if item.init == RELEASED else "identity"
+        init = plan.released_init if item.init == RELEASED else "identity"
         head = Projection(plan.sample_shape[-1], item.head, init=init, seed=item.seed)
         if principal is not None and item.init == "pca":
             head.linears[0].load_state_dict({"weight": principal.matrix, "bias": principal.bias})

@@ -248,6 +248,9 @@ def test_every_committed_recipe_runs_dry_anywhere(
     assert capsys.readouterr().err.count("$ cosettle-cache ") == len(recipe.steps)
     for step in recipe.steps:
         assert run_command([*step.arguments, "--help"]) == 0, step.line  # every option is one
+        # A file of weights is found under the data root by a step that is told of it.
+        given = step.options.get("weights", "random")
+        assert given.startswith(("random", "hf:")) or "data_root" in step.options, step.line
     assert not list(tmp_path.iterdir())
 
 

@@ -258,6 +258,16 @@ def test_truncated_files(tmp_path, suffix, kept):
         read_checkpoint(cut)
 
 
+def test_a_damaged_file_in_the_cache_of_the_hub_is_to_be_removed(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    blob, name = tmp_path / "blobs" / "0123abcd", tmp_path / "model.safetensors"
+    blob.write_bytes(b"\x10")
+    name.symlink_to(blob)
+    with pytest.raises(CheckpointError) as raised:  # as long as it is there, it is not fetched again
+        read_checkpoint(name)
+    assert raised.value.hint == f"remove {blob}"
+
+
 @pytest.mark.parametrize(
     "text", ["<!DOCTYPE html>\n<html>", "version https://git-lfs.github.com/spec/v1\noid", "é" * 400]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from cosettle_cache.heads.projection import (
     Projection,
     describe_projection,
     export_projection,
+    exported_tensors,
     load_projection,
     projection_sha256,
     read_provenance,
@@ -90,11 +92,12 @@ def test_a_blend_interpolates_cosines(tmp_path: Path, head: str, share: float) -
     _, kind = make_kinds([("half", blend)], 8)
     again = pickle.loads(pickle.dumps(kind.saved(tmp_path / "saved")))
     assert torch.equal(again.apply(tokens), kind.apply(tokens)) and again.width(8) == 16
-    with pytest.raises(UsageError, match="wider"):
-        make_kinds([("half", blend)], 8, blended=False)
+    for whole_only in (describe_projection, exported_tensors, partial(load_projection, blended=False)):
+        with pytest.raises(UsageError, match="wider"):
+            whole_only(f"{path}:{share}")
 
 
-@pytest.mark.parametrize("share", ["0", "1.5", "-0.5", "1.2.3", "-"])
+@pytest.mark.parametrize("share", ["0", "1.5", "-0.5", "1.2.3", "-", "nan", "25%", "1/4", ""])
 def test_shares_that_are_none(tmp_path: Path, share: str) -> None:
     save_projection(tmp_path / "projection.safetensors", Projection(4), {})
     with pytest.raises(UsageError, match="share"):

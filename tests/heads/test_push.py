@@ -125,6 +125,11 @@ print(projection_sha256(load_projection(name)), read_provenance(name)["backbone"
 def test_a_new_repository_can_be_private(hub: Hub, file: Path, tmp_path: Path) -> None:
     assert push(hub, file, "me/hidden", "--private", home=tmp_path)[0] == 0
     assert hub.repositories["me/hidden"].access == "private"
+    assert push(hub, file, "me/hidden", "--private", home=tmp_path)[0] == 0
+    assert push(hub, file, "me/shown", home=tmp_path)[0] == 0
+    code, _, said = push(hub, file, "me/shown", "--private", home=tmp_path)
+    assert code == 2 and "hf:me/shown is there already, and public" in said
+    assert len(hub.repositories["me/shown"].commits) == 2
 
 
 @pytest.mark.parametrize(

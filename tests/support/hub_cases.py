@@ -195,8 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(list(listed.values()))
             return
         siblings = [{"rfilename": file} for file in files]
+        private = self.server.repositories[name].access == "private"
         facts = {"id": match["name"], "sha": commit, "siblings": siblings, "tags": [], "downloads": 0}
-        self._json({**facts, "likes": 0, "private": False, "gated": False, "lastModified": None})
+        self._json({**facts, "likes": 0, "private": private, "gated": False, "lastModified": None})
 
     def do_POST(self) -> None:
         self.server.asked.append(f"POST {self.path}")

@@ -483,7 +483,7 @@ def test_plan_and_warnings_of_a_small_store(tmp_path: Path) -> None:
     store = make_store(tmp_path, n_videos=3)
     plan = make_train_plan(store, TrainSettings())
     assert (plan.batch_size, plan.n_steps, plan.n_dropped) == (3, 5, 0)
-    assert (plan.lr, plan.init, plan.sample_shape) == (2e-4, "trunc_normal", (3, 4, 4, 16))
+    assert (plan.lr, plan.released_init, plan.sample_shape) == (2e-4, "trunc_normal", (3, 4, 4, 16))
     scale, few = plan.warnings
     assert "3.92 times as strongly" in scale and "0.766 would act as 3 did" in scale
     assert "a view set has 3 samples, fewer than the batch of 512" in few

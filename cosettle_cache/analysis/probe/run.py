@@ -203,7 +203,7 @@ def run_probe(
 ) -> ProbeReport:
     """Read every video once and do all tasks for raw and projected tokens; unreadable videos are failures."""
     store, failures = plan.store, plan.incomplete
-    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device, blended=False)
+    kinds = make_kinds(projections, store.arrays[0].n_channels, device=device)
     pool = partial(pool_frames, store, kinds, unit=plan.settings.unit, device=device)
     needed: dict[str, set[str]] = {"mean": set(), "order": set(), "frames": set(), "tokens": set()}
     for name, source in plan.sources.items():
