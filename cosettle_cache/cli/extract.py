@@ -49,7 +49,7 @@ def extract(
 
     talk = Talk(quiet=mode.quiet)
     data = manifest_data(manifest, data_root) if manifest else training_data(data_root, talk)
-    if layers or norm != NORMS[0]:
+    if layers is not None or norm != NORMS[0]:
         encoder = replace(encoder, backbone=f"{encoder.backbone}@{layers or ''}:{norm}")
     encoder = replace(encoder, weights=find_weights(encoder.weights, data_root))
     if plan is PlanKind.FRAMES:

@@ -206,7 +206,7 @@ class Talk:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._err = Console(stderr=True)
+        self._err = Console(stderr=True, emoji=False)  # `:cat:` is a name of SPair-71k
 
     def note(self, text: str) -> None:
         """Say one line on stderr."""

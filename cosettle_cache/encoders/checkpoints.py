@@ -326,9 +326,14 @@ def _unwrapped(path: Path, document: Any, key: str, files: tuple[Path, ...]) -> 
     if not isinstance(document, Mapping):
         raise CheckpointError(f"{path} is not a state dict", wanted=_WANTED, found=type(document).__name__)
     dicts = {str(name): value for name, value in document.items() if _has_tensors(value)}
+    # Averages lie one level deeper where their class has a state of its own: ema, module.
+    deeper = {f"{name}.{part}": inner for name, value in document.items() for part, inner in _inside(value)}
+    listed = [] if _has_tensors(document) else list(dicts or deeper)
+    alone = listed[0] if len(listed) == 1 else ""
+    dicts |= deeper
     if key and key not in dicts:
-        dicts |= {key: _below(key, document)}
-    alone = next(iter(dicts)) if len(dicts) == 1 and not _has_tensors(document) else ""
+        below = [inner for name, inner in deeper.items() if name.startswith(f"{key}.")]
+        dicts |= {key: below[0] if len(below) == 1 else _below(key, document)}
     chosen = key or next((name for name in WRAPPERS if name in dicts), alone)
     inner = dicts.get(chosen, {} if chosen else document)
     if not _has_tensors(inner):
@@ -347,6 +352,13 @@ def _unwrapped(path: Path, document: Any, key: str, files: tuple[Path, ...]) -> 
     return found
 
 
+def _inside(value: object) -> list[tuple[str, Any]]:
+    """Return the state dicts in a dictionary that is none itself."""
+    if not isinstance(value, Mapping) or _has_tensors(value):
+        return []
+    return [(str(name), inner) for name, inner in value.items() if _has_tensors(inner)]
+
+
 def _below(prefix: str, document: Mapping[Any, Any]) -> dict[str, Any]:
     """Return what lies under a first part of names: `student` of `student.norm.weight`, in any wrapper."""
     inner = next((document[name] for name in WRAPPERS if _has_tensors(document.get(name))), document)
@@ -357,7 +369,8 @@ def _below(prefix: str, document: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _bare_names(names: Iterable[object]) -> set[str]:
-    return {bare_name(str(name)) for name in names}
+    """Return the ends of names, which are alike whatever the prefix of a state dict."""
+    return {".".join(bare_name(str(name)).split(".")[-3:]) for name in names}
 
 
 def check_weights(path: object, tensors: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 #: The first layer of an encoder, by which its names are found under a prefix.
 _ANCHOR = re.compile(
     r"(?:^|(?<=\.))(?:(?:visual|visual_encoder|momentum_encoder|backbone|vit|dinov2|vision_model)\.)?"
-    r"(?:patch_embed\.proj|embeddings\.patch_embedding\w*(?:\.projection)?|conv1)\.weight$"
+    r"((?:patch_embed\.proj|embeddings\.patch_embedding\w*(?:\.projection)?|conv1)\.weight)$"
 )
 _TRANSFORMERS = re.compile(r"(?:^|\.)embeddings\.(?:cls_token|class_embedding)$")
 #: transformers' names, in order: ViT, ViTMAE, DINOv2, DINOv3 and CLIP's vision tower.
@@ -68,14 +68,15 @@ def bare_name(name: str) -> str:
     return _WRAPPERS.sub("", _WRAPPERS.sub("", name).removeprefix("module."))
 
 
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(tensors: Mapping[str, Tensor], has_stem: bool) -> dict[str, Tensor]:
     """Return the tensors without wrappers' parts and without the one prefix that all names share.
 
-    A prefix is taken off only up to the encoder's first layer and the stems of published files. Raises
-    `CheckpointError` when two names become one.
+    A prefix is taken off only up to the encoder's first layer, with `has_stem` up to the stems of published
+    files. Raises `CheckpointError` when two names become one.
     """
     names = {name: bare_name(name) for name in tensors}
-    anchors = [match.start() for name in names.values() if (match := _ANCHOR.search(name))]
+    found = [match for name in names.values() if (match := _ANCHOR.search(name))]
+    anchors = [match.start(0 if has_stem else 1) for match in found]
     shared = commonpath([name.replace(".", "/") for name in names.values()]) if names else ""
     length = min(len(shared) + 1 if shared else 0, min(anchors, default=0))
     short = {name[length:]: tensors[original] for original, name in names.items()}
@@ -86,9 +87,12 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return short
 
 
-def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of an encoder under timm's names, without prefixes; other layouts as they are."""
-    tensors = _without_prefix(tensors)
+def timm_names(tensors: Mapping[str, Tensor], *, has_stem: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of an encoder under timm's names, without prefixes; other layouts as they are.
+
+    A family's published files may have a stem before all names of the encoder (`has_stem`), timm's have none.
+    """
+    tensors = _without_prefix(tensors, has_stem)
     if is_transformers(tensors):
         tensors = _from_transformers(tensors)
     if any(name.endswith(("storage_tokens", ".gamma_1")) for name in tensors):

@@ -286,7 +286,7 @@ def _read_timm(weights: str | Path) -> tuple[Path, Weights, dict[str, Tensor]]:
     """Return a file of weights, where they come from, and its tensors under timm's names."""
     path, key = weights_file(weights)
     checkpoint = read_checkpoint(path, key)  # names a file that cannot be read
-    return path, _record(hub.origin_of(path), key, checkpoint), timm_names(checkpoint)
+    return path, _record(hub.origin_of(path), key, checkpoint), timm_names(checkpoint, has_stem=False)
 
 
 def make_dinov3(size: Architecture, has_bias: bool) -> Eva:

@@ -561,9 +561,8 @@ def split_name(name: str) -> tuple[str, tuple[int, ...], str]:
     layers = [int(number) for number in numbers.split(",") if number.isdecimal() and len(number) < 6]
     is_known = len(layers) == numbers.count(",") + 1 and (norm in NORMS if colon else True)
     if at and not (is_known and sorted(set(layers)) == layers):
-        raise UsageError(
-            f"{name!r} names no layers", wanted="NAME@8, or NAME@5,8,11:each, ascending", found=rest
-        )
+        wanted = f"layers from 0, ascending, and a norm ({', '.join(NORMS)}), as NAME@5,8,11:each"
+        raise UsageError(f"{name!r} names no layers and norm", wanted=wanted, found=rest)
     return base, tuple(layers) if at else (), norm or NORMS[0]
 
 

@@ -169,7 +169,8 @@ def check_masks(case: Case) -> list[str]:
     sequence = open_sequence(case.video, case.data_root)
     if not sequence.scorable:
         found = f"{len(sequence.labelled)} of {case.video.n_frames} frames annotated"
-        return [f"cannot be scored: {found}, at least {MIN_SCORED_FRAMES} and all needed"]
+        needed = f"at least {MIN_SCORED_FRAMES} and all needed (where some suffice, one without a new object)"
+        return [f"cannot be scored: {found}, {needed}"]
     names = [f"{name}.png" for name in sequence.frame_names]
     scored = sorted(sequence.labelled)[1:-1]
     files = {names[index]: _first_file(case.folder, names[index]) for index in scored}

@@ -463,8 +463,8 @@ def resolve_size(rule: str, height: int, width: int, patch: int = 16) -> tuple[i
 
     Rules: `480x880` (exactly, aspect ignored), `native`, `short:480/64` (short side 480, long side floored
     to a multiple of 64, as DINO does), `long:880/64` (long side 880, short side floored, as T-CORE does for
-    VIP), `short-up:960/16` (both sides rounded up to a multiple of 16, as DINOv3 does), and DINOv3's
-    `dinov3-s`, `dinov3-m` and `dinov3-l`, which depend on the encoder's patch.
+    VIP), `short-up:960/16` (the short side rounded up to a multiple of 16, then the long side that belongs to
+    it, as DINOv3 does), and DINOv3's `dinov3-s`, `dinov3-m` and `dinov3-l`, by the encoder's patch.
     """
     if rule in _DINOV3_SIZES:
         rule = f"short-up:{_DINOV3_SIZES[rule] * patch}/{patch}"
@@ -481,7 +481,8 @@ def resolve_size(rule: str, height: int, width: int, patch: int = 16) -> tuple[i
     anchor, other = sorted((height, width), reverse=side == "long")
     fitted = other * first // anchor // second * second if side else second
     if side == "short-up":
-        first, fitted = (-(-length // second) * second for length in (first, -(-other * first // anchor)))
+        first = -(-first // second) * second
+        fitted = -(-other * first // (anchor * second)) * second
     if max(first, fitted) > MOST_PIXELS:
         wanted = f"at most {MOST_PIXELS} pixels a side"
         raise UsageError(f"{rule!r} is too large a size", wanted=wanted, found=f"{max(first, fitted)}")

@@ -134,10 +134,14 @@ class DavisSequence(MaskFiles):
 
     @property
     def scorable(self) -> bool:
-        """Whether every frame, or of a sparse data set some, is annotated besides the first and the last."""
-        is_sparse = self.data_set is not None and self.data_set.sparse
-        is_whole = len(self.labelled) == self.video.n_frames
-        return len(self.labelled) >= MIN_SCORED_FRAMES and (is_sparse or is_whole)
+        """Whether every frame, or of a sparse data set some, is annotated besides the first and the last.
+
+        Masks each of which gives new objects are what a server hands out, not the truth that it keeps.
+        """
+        if len(self.labelled) < MIN_SCORED_FRAMES or not (self.data_set and self.data_set.sparse):
+            return MIN_SCORED_FRAMES <= len(self.labelled) == self.video.n_frames
+        masks, known = map(self.read, sorted(self.labelled)), set[int]()
+        return any(known == (known := known.union(_objects(mask))) for mask in masks)
 
     @property
     def starts(self) -> dict[int, int]:
@@ -157,16 +161,17 @@ class DavisSequence(MaskFiles):
         if index not in self.labelled:
             return None
         mask = _without_void(self.read(index))
+        is_known = np.isin(np.arange(VOID + 1), [0, *self.begins])[mask]
         if self.later == "ignore":
-            return np.where(np.isin(mask, list(self.begins)), mask, np.uint8(0))
-        unknown = np.unique(mask[mask > self.n_objects])
+            return np.where(is_known, mask, np.uint8(0))
+        unknown = np.unique(mask[~is_known])
         if len(unknown):
             raise MediaError(
                 f"{self.path_of(index)} has objects that the first annotation lacks",
-                wanted=f"indices 0 to {self.n_objects}",
+                wanted=", ".join(map(str, sorted({0, *self.begins}))),
                 found=", ".join(map(str, unknown)),
                 hint="annotations of DAVIS's unsupervised task have objects that come later: take the others"
-                ", or --set later_objects=ignore or inject",
+                ", or propagate with --set later_objects=ignore or inject",
             )
         return mask
 

@@ -65,6 +65,8 @@ def test_names_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     spelled = r"a\x1b[2J\x07\r\x9b\u202e\udcff" + "\u00e9"
     assert (out.count(spelled), err.count(spelled)) == (3, 4)
     assert not set("\x1b\x07\r\x9b\u202e\udcff") & set(out + err)
+    talk.warn("a pair:cat: no key points")  # no picture of a cat
+    assert "pair:cat: no" in capsys.readouterr().err
 
 
 def shell(line: str, **environment: str) -> tuple[int, str, str]:

@@ -404,6 +404,27 @@ def test_what_training_loops_put_around_weights(tmp_path, kind):
     assert torch.equal(encode(first), encode(second))
 
 
+def test_averages_with_a_state_of_their_own_are_named_too(tmp_path):
+    state, average = plain_vit(), {name: tensor + 0.01 for name, tensor in plain_vit().items()}
+    own = {"module": prefixed("net.", average), "updates": 7}
+    torch.save({"model": state, "ema": own, "optimizer": {"state": {0: state}}}, tmp_path / "file.pth")
+    torch.save({"ema": own, "epoch": 3}, tmp_path / "alone.pth")
+    torch.save(average, tmp_path / "average.pth")
+    assert load_backbone("dino", weights=tmp_path / "file.pth").weights_passed_over == ("ema.module",)
+    wanted = encode(load_backbone("dino", weights=tmp_path / "average.pth"))
+    for chosen in ("file.pth#ema", "file.pth#ema.module", "alone.pth"):
+        assert torch.equal(encode(load_backbone("dino", weights=f"{tmp_path / chosen}")), wanted), chosen
+
+
+def test_timm_takes_the_stems_of_families_for_prefixes(tmp_path):
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    torch.save(prefixed("backbone.", state), tmp_path / "file.pth")
+    torch.save(state, tmp_path / "bare.pth")
+    files = [tmp_path / name for name in ("file.pth", "bare.pth")]
+    first, second = (load_backbone("timm/test_vit", weights=path) for path in files)
+    assert torch.equal(encode(first), encode(second))
+
+
 def test_one_of_two_encoders_is_chosen_by_the_first_part_of_its_names(tmp_path):
     state, average = plain_vit(), {name: tensor + 0.01 for name, tensor in plain_vit().items()}
     torch.save(

@@ -125,17 +125,23 @@ def by_object(true: np.ndarray, masks: np.ndarray) -> dict[int, float]:
     return {score.object_id: score.jf_mean for score in davis_j_and_f(true, masks)}
 
 
-def test_an_object_that_appears_later_fails_by_default(run, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("number", [1, 7])  # the first annotation has object 2 alone
+def test_an_object_that_appears_later_fails_by_default(run, tmp_path: Path, capsys, number: int) -> None:
     write_vos(tmp_path / "data/MOSE/train", list(range(N_FRAMES)))
     mask = truth(3)
-    mask[mask == 1] = 7
+    mask[mask == 1] = number
     write_mask(tmp_path / "data/MOSE/train/Annotations/cat/00015.png", mask)
     assert run("mose", "MOSE") == 4
     assert "objects that the first annotation lacks" in capsys.readouterr().err
 
 
-def test_masks_of_single_frames_are_written_and_not_scored(run, tmp_path: Path) -> None:
-    stems = write_vos(tmp_path / "data/YouTube-VOS/valid", [0, 2])
+@pytest.mark.parametrize("given", [(2, 1), (2, 1, 7)])
+def test_masks_that_give_objects_are_written_and_not_scored(run, tmp_path: Path, given) -> None:
+    places = range(0, 2 * len(given), 2)
+    stems = write_vos(tmp_path / "data/YouTube-VOS/valid", list(places))
+    for place, number in zip(places, given, strict=True):
+        mask = np.where(truth(0) == 2, np.uint8(number), np.uint8(0))
+        write_mask(tmp_path / f"data/YouTube-VOS/valid/Annotations/cat/{stems[place]}.png", mask)
     assert run("youtube-vos", "YouTube-VOS", "--set", "later_objects=inject") == 0
     assert len(list(Path("run/raw/cat").iterdir())) == len(stems)
     assert not [row for row in read_scores(Path("run/scores.parquet")) if row.figures]

@@ -136,6 +136,7 @@ def test_crops_stay_inside_and_keep_their_area(draw: tuple[float, float, float, 
         ("short-up:960/16", 480, 854, (960, 1712)),
         ("short-up:960/16", 854, 480, (1712, 960)),
         ("short-up:950/16", 100, 100, (960, 960)),
+        ("short-up:480/14", 480, 854, (490, 882)),  # the notebook's: the long side follows the rounded one
         ("dinov3-s", 480, 854, (480, 864)),
         ("dinov3-m", 480, 854, (960, 1712)),
         ("dinov3-l", 1080, 1920, (1440, 2560)),
