@@ -270,9 +270,8 @@ class EvalProtocol:
     later_objects: str = "fail"
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types; without the last four where they are what version 0.1 did."""
-        later = {"resampling": "linear", "rim": "shape", "upsampling": "bilinear", "later_objects": "fail"}
-        return {key: value for key, value in asdict(self).items() if later.get(key) != value}
+        """Return plain JSON types."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

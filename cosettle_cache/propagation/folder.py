@@ -7,9 +7,10 @@ other settings is refused, or cleared when asked for.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ OVERLAY_FOLDER, PROGRESS_FOLDER = "overlays", "progress"
 #: Folders beside those of the kinds of tokens, and the film beside theirs.
 RESERVED = (OVERLAY_FOLDER, PROGRESS_FOLDER, SIDE_BY_SIDE)
 _DRAWN, _SETTINGS_FILE = ".drawn", "run.json"
+#: Fields of the protocol that version 0.1 did not have, and what it did.
+_UNSAID = {"resampling": "linear", "rim": "shape", "upsampling": "bilinear", "later_objects": "fail"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class RunFolder:
         removed first.
         """
         wanted, found = flat_text(origin), self.settings()
+        unsaid = flat_text({"protocol": _UNSAID})
         if restart and found is not None:
             # Marks first: whatever is left then, if this is cut short, counts for nothing.
             names = (f"{PROGRESS_FOLDER}/videos", OVERLAY_FOLDER, *found["kinds"], PROGRESS_FOLDER)
@@ -78,7 +82,7 @@ class RunFolder:
                         path.unlink()
                     elif path.exists():
                         shutil.rmtree(path)
-        elif found is not None and (details := differing(wanted, found["origin"])):
+        elif found is not None and (details := differing(wanted, unsaid | found["origin"])):
             raise FingerprintError(
                 f"{self.path} holds results of other settings",
                 details=details,
@@ -93,7 +97,7 @@ class RunFolder:
             rows, files, labels = mark["scores"], mark["files"], mark["labels"]
             # Version 0.1 wrote rows with a column per figure.
             wide = any("figures" not in row for row in rows)
-            scores = tuple(rows_of_wide(rows) if wide else map(Score.from_json, rows))
+            scores = tuple(map(_in_full, rows_of_wide(rows)) if wide else map(Score.from_json, rows))
             there = all((self.path / name).is_file() for name in files)
         except (InputError, AttributeError, KeyError, TypeError, ValueError):
             return None  # no mark, a damaged one, or one of another version: to be done
@@ -127,6 +131,11 @@ class RunFolder:
     def _mark(self, video_id: str) -> Path:
         path = inside(self.progress / "videos", video_id)
         return path.with_name(f"{path.name}.json")
+
+
+def _in_full(row: Score) -> Score:
+    protocol = _UNSAID | json.loads(row.protocol_json)
+    return replace(row, protocol_json=json.dumps(protocol, sort_keys=True))
 
 
 def run_origin(

@@ -95,6 +95,7 @@ def test_a_score_row_says_where_it_comes_from(run, squares):
     assert row.provenance.projection_sha256 == projection_sha256(projection)
     assert rows["raw"].provenance.projection_sha256 == ""
     assert json.loads(row.protocol_json) == PROTOCOL.to_json()
+    assert json.loads(row.protocol_json)["later_objects"] == "fail"
     assert row.provenance.manifest_digest == squares.fingerprint.manifest_digest
     assert (row.scored_size, row.boundary_tolerance_px, row.n_frames) == ("64x96", 1, 5)
     assert json.loads(row.provenance.versions_json).keys() == {"extract", "propagate"}
