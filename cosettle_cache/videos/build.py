@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cosettle_cache.core.console import Progress, counting
 from cosettle_cache.core.errors import CosettleError, InputError, MediaError, UsageError
@@ -63,35 +64,26 @@ def build_manifest(name: str, root: str | Path, data_root: str | Path, **options
     """Return the manifest of the folder `root` in the layout `name`, and the reasons of what was left out.
 
     Media paths are relative to `data_root`. `options` are the layout's own; all have `split`, and `names` to
-    restrict and order them. Of a `sample` those videos are kept whose mark with the `seed` is smallest.
-    Raises `UsageError` for an unknown layout, `InputError` without a usable clip.
+    restrict and order them. Of a `sample` those videos are made whose SHA-256 with the `seed` is smallest,
+    whatever else is there. Raises `UsageError` for an unknown layout, `InputError` without a usable clip.
     """
     if name not in DATASETS:
         raise UsageError(f"there is no dataset layout {name}", wanted=" ".join(DATASETS), found=name)
     options = {"split": DATASETS[name].split} | options
     builder = DATASETS[name].builder() or partial(_build_row, name)
-    known = signature(builder).parameters
-    sample = {key: options.pop(key) for key in ("sample", "seed") if key in options and key not in known}
-    useless = [key for key in options if key not in known]
+    drawn = {key: options.pop(key) for key in ("sample", "seed") if key in options}
+    useless = [key for key in options if key not in signature(builder).parameters]
     if useless:
         raise UsageError(f"the layout {name} has no {useless[0]}", wanted=f"no --{useless[0]}", found=useless)
-    result: BuildResult = builder(Path(root), Path(data_root), **options)
-    return _sampled(result, **sample) if sample else result
+    return _build(builder(Path(root), Path(data_root), **options), **drawn)
 
 
-def _sampled(result: BuildResult, sample: int | None = None, seed: int = 0) -> BuildResult:
-    videos = sorted(result.manifest, key=lambda video: draw_mark(seed, video.video_id))[:sample]
-    drawn = {video.video_id for video in videos}
-    kept = tuple(video for video in result.manifest if video.video_id in drawn)
-    return replace(result, manifest=replace(result.manifest, videos=kept))
-
-
-def _build_row(name: str, root: Path, data_root: Path, split: str, names: Sequence[str] = ()) -> BuildResult:
+def _build_row(name: str, root: Path, data_root: Path, split: str, names: Sequence[str] = ()) -> Clips:
     row, listed = DATASETS[name], [Listed(clip) for clip in names]
     return build_places(Source(name, split, root, data_root), listed, row.media, row.labels)
 
 
-def build_places(source: Source, listed: Sequence[Listed], media: str, labels: str) -> BuildResult:
+def build_places(source: Source, listed: Sequence[Listed], media: str, labels: str) -> Clips:
     """Return the clips `listed`, or every folder there is, at the places `media` and `labels` with `{name}`.
 
     A line with two paths says itself where clip and labels are. A clip without labels becomes a row without.
@@ -104,7 +96,7 @@ def build_places(source: Source, listed: Sequence[Listed], media: str, labels: s
             path, label = locate(root, item.media), locate(root, item.labels)
         class_name = item.name.rpartition("/")[0] if source.dataset == "jhmdb" else ""
         clips.append(Clip(item.name, path, class_name or None, label))
-    return build(clips, source)
+    return Clips(clips, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +144,21 @@ class Source:
         return replace(video, n_objects=n_objects, labelled_frames=n_labelled)
 
 
-def build(
-    clips: Sequence[Clip], source: Source, make_video: Callable[[Clip], Video] | None = None
-) -> BuildResult:
-    """Return the rows of `clips`, in order, and a reason for every one that cannot be a row.
+class Clips(NamedTuple):
+    """What a layout found; `make_video` (default `source.video`) makes the row of a clip or raises."""
 
-    `make_video` (default `source.video`) makes one row or raises. Raises `InputError` when no row is left.
+    clips: Sequence[Clip]
+    source: Source
+    make_video: Callable[[Clip], Video] | None = None
+
+
+def _build(found: Clips, sample: int | None = None, seed: int = 0) -> BuildResult:
+    """Return the rows of clips, in order, and a reason for every one that cannot be a row.
+
+    With `sample` clips are looked at as they are drawn, until there are so many rows. Raises `InputError`
+    when no row is left.
     """
+    clips, source, make_video = found
     provenance = made_today(source.dataset, source.relative(source.root), source.split)
     if not clips:
         raise InputError(f"{source.root} holds no clips", wanted=f"the {source.dataset} layout")
@@ -169,14 +169,22 @@ def build(
         except CosettleError as error:
             return _reason(error, clip.path)
 
-    rows = list(map_ahead(attempt, clips, share_of_cores(1)))
-    videos = tuple(row for row in rows if isinstance(row, Video))
-    pairs = zip(clips, rows, strict=True)
+    order, looked_at, n_rows = list(range(len(clips))), dict[int, Video | str](), 0
+    if sample is not None:
+        order.sort(key=lambda index: draw_mark(seed, clips[index].video_id))
+    with closing(map_ahead(attempt, (clips[index] for index in order), share_of_cores(1))) as made:
+        for index, row in zip(order, made, strict=False):
+            looked_at[index] = row
+            n_rows += isinstance(row, Video)
+            if n_rows == sample:
+                break
+    pairs = [(clips[index], row) for index, row in sorted(looked_at.items())]
+    videos = tuple(row for _, row in pairs if isinstance(row, Video))
     failures = {printable(source.relative(clip.path)): row for clip, row in pairs if isinstance(row, str)}
     if not videos:
         details = [f"{media}: {reason}" for media, reason in failures.items()]
         raise InputError(f"{source.root} holds no usable clip", details=details)
-    good = [clip.path for clip, row in zip(clips, rows, strict=True) if isinstance(row, Video)]
+    good = [clip.path for clip, row in pairs if isinstance(row, Video)]
     videos_of = [path for path in good if path != source.root and not is_image_name(path.name)]
     places = {path.parent for path in videos_of if source.dataset != "masks"}
     notes = (*_passed_over(Path(os.path.commonpath(good))), *_beside(places), *_doubts(videos))

@@ -14,10 +14,9 @@ from pathlib import Path, PurePosixPath
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.types import Video
 from cosettle_cache.videos.build import (
-    BuildResult,
     Clip,
+    Clips,
     Source,
-    build,
     choose,
     entries,
     images_in,
@@ -39,14 +38,14 @@ _HMDB_SPLITS = {"0": "", "1": "train", "2": "test"}
 _Lines = list[tuple[str, str]]
 
 
-def build_folder(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
+def build_folder(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> Clips:
     """Return every clip at any depth under `root` in natural order, or those of `names` in theirs.
 
     A clip is a video file, or a folder that holds neither folders nor video files: its images are the frames,
     and without images it counts as a failure. Images beside clips (a contact sheet, say) are no clip.
     """
     clips = choose(name_clips(_find_media(root), root), names, root)
-    return build(clips, Source("folder", split, root, data_root))
+    return Clips(clips, Source("folder", split, root, data_root))
 
 
 def _find_media(folder: Path) -> Iterator[Path]:
@@ -57,7 +56,7 @@ def _find_media(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def build_kinetics(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
+def build_kinetics(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> Clips:
     """Return the clips `class/video/*.jpg` and `class/video.mp4` in natural order or as `names`.
 
     `names` are ids (`class/video`) or videos alone. Without them a class folder without clips, and a video
@@ -71,14 +70,14 @@ def build_kinetics(root: Path, data_root: Path, split: str = "", names: Sequence
         else replace(clip, class_name=clip.path.relative_to(root).parts[0])
         for clip in found
     ]
-    return build(choose(clips, names, root), source, lambda clip: _class_video(clip, source))
+    return Clips(choose(clips, names, root), source, lambda clip: _class_video(clip, source))
 
 
-def build_classes(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
+def build_classes(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> Clips:
     """Return every clip under `root`, its class the folder around it; one in `root` itself is a failure."""
     source = Source("classes", split, root, data_root)
     clips = [_with_class(clip, root) for clip in name_clips(_find_media(root), root)]
-    return build(choose(clips, names, root), source, lambda clip: _class_video(clip, source))
+    return Clips(choose(clips, names, root), source, lambda clip: _class_video(clip, source))
 
 
 def build_images(
@@ -88,11 +87,11 @@ def build_images(
     names: Sequence[str] = (),
     dataset: str = "images",
     folder: str = "",
-) -> BuildResult:
+) -> Clips:
     """Return every image at any depth under `folder` of `root`; its class is the folder that it lies in."""
     inside = root / folder
     clips = [_with_class(clip, inside) for clip in name_clips(images_in(inside), inside)]
-    return build(choose(clips, names, inside), Source(dataset, split, root, data_root))
+    return Clips(choose(clips, names, inside), Source(dataset, split, root, data_root))
 
 
 #: SPair-71k: its images; the pairs are read where they are asked for (`videos.image_pairs`).
@@ -117,7 +116,7 @@ def _build_benchmark(
     data_root: Path,
     split: str | None = None,
     names: Sequence[str] = (),
-) -> BuildResult:
+) -> Clips:
     """Return the clips with the parts of official split `split` (1, 2 or 3) in the column of that name.
 
     Without lists no clip has a part, unless a split was asked for: that raises `InputError`. A listed clip
@@ -144,7 +143,7 @@ def _build_benchmark(
         _, part = listed.get(_key(clip.video_id), ("", ""))
         return replace(_class_video(clip, source), split=part)
 
-    return build(choose(clips, names, classes) + ([] if names else missing), source, make_video)
+    return Clips(choose(clips, names, classes) + ([] if names else missing), source, make_video)
 
 
 def _key(name: str) -> str:

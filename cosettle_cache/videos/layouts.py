@@ -13,13 +13,11 @@ from typing import Any
 
 from cosettle_cache.core.errors import InputError, MediaError, UsageError
 from cosettle_cache.core.files import read_json
-from cosettle_cache.core.settings import draw_mark
 from cosettle_cache.core.types import LabelKind, Video
 from cosettle_cache.videos.build import (
-    BuildResult,
     Clip,
+    Clips,
     Source,
-    build,
     build_places,
     choose,
     count_labels,
@@ -48,7 +46,7 @@ def build_davis(
     names: Sequence[str] = (),
     resolution: str | None = None,
     dataset: str = "davis",
-) -> BuildResult:
+) -> Clips:
     """Return the sequences `names`, or those of `ImageSets/2017/SPLIT.txt`, or all where there are no lists.
 
     Frames are `JPEGImages/480p/NAME/00000.jpg`, masks `Annotations/480p/NAME/00000.png`.
@@ -116,7 +114,7 @@ def _lists_in(folders: Sequence[Path], *patterns: str) -> dict[str, Path]:
 
 def build_davis2016(
     root: Path, data_root: Path, split: str = "val", names: Sequence[str] = (), resolution: str | None = None
-) -> BuildResult:
+) -> Clips:
     """Return the sequences `names`, or those of `ImageSets/480p/SPLIT.txt` or `ImageSets/2016/SPLIT.txt`.
 
     The first list has pairs of frames and masks. Without lists all sequences are taken.
@@ -138,14 +136,11 @@ def build_vos(
     split: str = "valid",
     names: Sequence[str] = (),
     dataset: str = "youtube-vos",
-    sample: int | None = None,
-    seed: int = 0,
-) -> BuildResult:
+) -> Clips:
     """Return the videos `names`, or those of `meta.json`, or all folders, of a data set like YouTube-VOS.
 
     Frames are `JPEGImages/NAME`, masks `Annotations/NAME`, of some frames or of all, in the folder `SPLIT` or
-    in `root` itself; of `sample` videos, those whose SHA-256 with the seed is smallest, whatever else is
-    there. A video begins at its first mask; one that lacks a frame of `meta.json` is a named failure.
+    in `root` itself. A video begins at its first mask; one that lacks a frame of `meta.json` is a failure.
     """
     folder = root / split if (root / split / "JPEGImages").is_dir() else root
     if not (folder / "JPEGImages").is_dir():
@@ -153,9 +148,6 @@ def build_vos(
     meta = read_meta(folder)
     source = Source(dataset, split, folder, data_root)
     found = names or list(meta) or [path.name for path in subfolders(folder / "JPEGImages")]
-    if sample is not None:
-        drawn = sorted(found, key=partial(draw_mark, seed))[:sample]
-        found = [name for name in found if name in set(drawn)]
 
     def row(clip: Clip) -> Video:
         video = replace(source.video(replace(clip, labels=None)), label_kind=LabelKind.MASKS)
@@ -176,7 +168,7 @@ def build_vos(
         return replace(video, n_objects=n_objects, labelled_frames=n_labelled)
 
     places = [(name, folder / "JPEGImages" / name, folder / "Annotations" / name) for name in found]
-    return build([Clip(name, media, None, labels) for name, media, labels in places], source, row)
+    return Clips([Clip(name, media, None, labels) for name, media, labels in places], source, row)
 
 
 build_mose = partial(build_vos, dataset="mose")
@@ -220,7 +212,7 @@ def _parse_meta(path: Path, _changed: int) -> dict[str, dict[str, dict[str, Any]
         raise InputError(f"{path} is no list of objects", wanted=wanted, found=repr(error)) from error
 
 
-def build_vip(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:
+def build_vip(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> Clips:
     """Return the clips `names`, or those of `lists/SPLIT_videos.txt`, or all where there are no lists."""
     listed = _listed(names, root, split, (root / "lists", root), "*_videos.txt", "vip_*list.txt")
     labels = next((name for name in _VIP_LABELS if (root / name).is_dir()), _VIP_LABELS[0])
@@ -228,7 +220,7 @@ def build_vip(root: Path, data_root: Path, split: str = "val", names: Sequence[s
     return build_places(source, listed, DATASETS["vip"].media, f"{labels}/{{name}}")
 
 
-def build_jhmdb(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> BuildResult:
+def build_jhmdb(root: Path, data_root: Path, split: str = "val", names: Sequence[str] = ()) -> Clips:
     """Return the clips `names` (`CLASS/CLIP`), or those of `jhmdb_SPLITlist.txt`, or all without lists."""
     listed = _listed(names, root, split, (root, root / "lists"), "jhmdb_*list.txt")
     source = Source("jhmdb", split if listed else "", root, data_root)
@@ -238,7 +230,7 @@ def build_jhmdb(root: Path, data_root: Path, split: str = "val", names: Sequence
     return build_places(source, listed, DATASETS["jhmdb"].media, DATASETS["jhmdb"].labels)
 
 
-def build_tapvid(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> BuildResult:
+def build_tapvid(root: Path, data_root: Path, split: str = "", names: Sequence[str] = ()) -> Clips:
     """Return the clips of a folder that `manifest unpack` wrote, or `names`; one without tracks fails."""
     if root.is_file():
         raise InputError(
@@ -250,9 +242,7 @@ def build_tapvid(root: Path, data_root: Path, split: str = "", names: Sequence[s
     return build_places(source, [Listed(name) for name in names], "frames/{name}", "tracks/{name}.npz")
 
 
-def build_voc(
-    root: Path, data_root: Path, split: str = "train,val", names: Sequence[str] = ()
-) -> BuildResult:
+def build_voc(root: Path, data_root: Path, split: str = "train,val", names: Sequence[str] = ()) -> Clips:
     """Return the images of the lists `ImageSets/Segmentation/LIST.txt` that `split` names.
 
     Images are `JPEGImages/NAME.jpg`, masks `SegmentationClass/NAME.png`, or those of `SegmentationClassAug`
@@ -271,7 +261,7 @@ def build_voc(
         part = lists.get(clip.video_id, "")
         return replace(source.video(clip), split="train" if part not in ("", "val") else part)
 
-    return build(clips, source, row)
+    return Clips(clips, source, row)
 
 
 def _listed(
@@ -286,7 +276,7 @@ def _listed(
 
 def build_masks(
     root: Path, data_root: Path, split: str = "", names: Sequence[str] = (), mask: Path | None = None
-) -> BuildResult:
+) -> Clips:
     """Return the clips directly in `root`, each with its mask; a clip without one is a named failure.
 
     Where `root` is itself a clip (a folder of images), it is the only one, and its mask is `mask` or the
@@ -308,4 +298,4 @@ def build_masks(
             hint="save object numbers (0 for the background) as a palette or grey PNG",
         )
 
-    return build(choose(name_clips(found, parent), names, parent), source, masked)
+    return Clips(choose(name_clips(found, parent), names, parent), source, masked)

@@ -26,7 +26,7 @@ from cosettle_cache.propagation import PropagationReport
 from cosettle_cache.propagation.labels import decode_classes, name_classes
 from cosettle_cache.propagation.protocols import make_protocol
 from cosettle_cache.store.plan import make_plan
-from cosettle_cache.videos.layouts import build_davis
+from cosettle_cache.videos import build_manifest
 from cosettle_cache.videos.masks import write_mask
 
 #: FAISS is an extra; where it is not installed torch is tested alone.
@@ -185,7 +185,7 @@ def make_squares(root: Path, names: tuple[str, ...] = ("left", "right"), n_frame
             mask = square_mask(4, 6, index).repeat(PATCH, 0).repeat(PATCH, 1)
             Image.fromarray(80 * mask).convert("RGB").save(frames / f"{index:05d}.jpg")
             write_mask(masks / f"{index:05d}.png", mask)
-    manifest = build_davis(root / "DAVIS", root).manifest
+    manifest = build_manifest("davis", root / "DAVIS", root).manifest
     manifest = replace(manifest, videos=tuple(replace(video, fps=12.0) for video in manifest))
     plan = make_plan(manifest, FramesSettings(size="native"), patch=PATCH, dim=3)
     return SquaresCase(manifest, plan)

@@ -16,6 +16,7 @@ from cosettle_cache.core.errors import InputError
 from cosettle_cache.core.types import LabelKind, Manifest, MediaKind, Video
 from cosettle_cache.videos import DATASETS, DataSet, build_manifest, find
 from cosettle_cache.videos.find import benchmark_data, evaluation_data, training_data
+from cosettle_cache.videos.folders import build_folder
 from cosettle_cache.videos.lists import list_manifest
 from cosettle_cache.videos.masks import write_mask
 
@@ -123,7 +124,7 @@ def test_a_video_of_one_frame_is_no_pair(tmp_path, capsys):
 
 def test_a_row_may_bring_its_own_builder(tmp_path, monkeypatch):
     def build_mine(root, data_root, split, names=()):
-        return build_manifest("folder", root, data_root, split=split, names=names)
+        return build_folder(root, data_root, split, names)
 
     monkeypatch.setitem(DATASETS, "mine", DataSet("clips", build_mine, split="all", folders=("Mine/frames",)))
     write_clip(tmp_path / "Mine", "a", masks=False)

@@ -12,7 +12,6 @@ from PIL import Image
 from cosettle_cache.core.errors import InputError, MediaError, OutputError, UsageError
 from cosettle_cache.core.types import LabelKind, MediaKind, Video
 from cosettle_cache.videos import build_manifest, open_sequence
-from cosettle_cache.videos.layouts import build_davis
 from cosettle_cache.videos.masks import PALETTE, read_mask, write_mask
 
 SIZE = (12, 20)
@@ -51,7 +50,7 @@ def root(tmp_path):
 
 
 def open_one(root: Path, name: str = "bmx-trees"):
-    result = build_davis(root, root.parent)
+    result = build_manifest("davis", root, root.parent)
     (video,) = (video for video in result.manifest if video.video_id == name)
     return open_sequence(video, root.parent)
 
@@ -69,7 +68,7 @@ def bare_row(root: Path, name: str = "bmx-trees", n_frames: int = 4) -> Video:
 
 
 def test_rows(root):
-    result = build_davis(root, root.parent)
+    result = build_manifest("davis", root, root.parent)
     assert not result.failures
     video = result.manifest.videos[0]
     expected = replace(bare_row(root), dataset="davis", labelled_frames=4, n_objects=2)
@@ -80,7 +79,7 @@ def test_rows(root):
 @pytest.mark.parametrize("text", ["dog\nbmx-trees\n", "dog\nbmx-trees", "dog\r\n\r\nbmx-trees\r\n"])
 def test_list_order_with_and_without_last_newline(root, text):
     make_list(root, "val", text)
-    result = build_davis(root, root.parent)
+    result = build_manifest("davis", root, root.parent)
     assert [video.video_id for video in result.manifest] == ["dog", "bmx-trees"]
     assert {video.split for video in result.manifest} == {"val"}
 
@@ -88,7 +87,7 @@ def test_list_order_with_and_without_last_newline(root, text):
 def test_without_lists_all_folders_in_natural_order(tmp_path):
     for name in ("clip10", "clip2", "clip1"):
         make_sequence(tmp_path, name)
-    result = build_davis(tmp_path, tmp_path)
+    result = build_manifest("davis", tmp_path, tmp_path)
     assert [video.video_id for video in result.manifest] == ["clip1", "clip2", "clip10"]
     assert {video.split for video in result.manifest} == {""}
 
@@ -96,7 +95,7 @@ def test_without_lists_all_folders_in_natural_order(tmp_path):
 def test_unknown_split_names_the_known_ones(root):
     make_list(root, "train", "dog\n")
     with pytest.raises(UsageError, match="no split val") as caught:
-        build_davis(root, root.parent)
+        build_manifest("davis", root, root.parent)
     assert caught.value.wanted == "train"
 
 
@@ -104,23 +103,23 @@ def test_a_split_without_its_list_is_not_everything(root):
     (root / "ImageSets/2016").mkdir(parents=True)
     (root / "ImageSets/2016/val.txt").write_text("dog\n")
     with pytest.raises(UsageError, match="no split val") as caught:
-        build_davis(root, root.parent)
+        build_manifest("davis", root, root.parent)
     assert (caught.value.wanted, caught.value.found) == ("ImageSets/2017/SPLIT.txt", "2016/val.txt")
 
 
 def test_a_mask_with_soft_edges_is_noted(root):
     soft = np.linspace(0, 66, SIZE[0] * SIZE[1]).reshape(SIZE).astype(np.uint8)
     Image.fromarray(soft).save(root / "Annotations/480p/dog/00000.png")
-    result = build_davis(root, root.parent)
+    result = build_manifest("davis", root, root.parent)
     assert "1 first masks have more than 20 objects: dog (66)" in result.notes[0]
-    assert build_davis(root, root.parent, names=["bmx-trees"]).notes == ()
+    assert build_manifest("davis", root, root.parent, names=["bmx-trees"]).notes == ()
 
 
 def test_what_to_do_about_masks_is_said(root):
     write_mask(root / "Annotations/480p/dog/00000.png", 255 * make_mask(1))
     (root / "Annotations/480p/bmx-trees/00002.png").unlink()
     make_sequence(root, "good")
-    failures = build_davis(root, root.parent).failures
+    failures = build_manifest("davis", root, root.parent).failures
     assert "write the object as 1" in failures["DAVIS/JPEGImages/480p/dog"]
     assert "as in YouTube-VOS" in failures["DAVIS/JPEGImages/480p/bmx-trees"]
 
@@ -128,7 +127,7 @@ def test_what_to_do_about_masks_is_said(root):
 def test_videos_without_a_resolution_are_explained(tmp_path):
     make_sequence(tmp_path, "", resolution="0a1b", n_frames=2)
     with pytest.raises(InputError, match="no single resolution") as caught:
-        build_davis(tmp_path, tmp_path)
+        build_manifest("davis", tmp_path, tmp_path)
     assert "YouTube-VOS" in caught.value.hint
 
 
@@ -136,14 +135,14 @@ def test_suffixes_in_capitals(root):
     for folder, suffix in (("JPEGImages", ".JPG"), ("Annotations", ".PNG")):
         for path in (root / folder / "480p/dog").iterdir():
             path.rename(path.with_suffix(suffix))
-    (video,) = build_davis(root, root.parent, names=["dog"]).manifest
+    (video,) = build_manifest("davis", root, root.parent, names=["dog"]).manifest
     assert (video.n_frames, video.labelled_frames) == (4, 4)
     assert open_sequence(video, root.parent).mask(3).max() == 1
 
 
 def test_listed_but_missing_sequence_is_a_named_failure(root):
     make_list(root, "val", "dog\nghost\n")
-    result = build_davis(root, root.parent)
+    result = build_manifest("davis", root, root.parent)
     assert [video.video_id for video in result.manifest] == ["dog"]
     assert list(result.failures) == ["DAVIS/JPEGImages/480p/ghost"]
     assert "does not exist" in result.failures["DAVIS/JPEGImages/480p/ghost"]
@@ -151,30 +150,30 @@ def test_listed_but_missing_sequence_is_a_named_failure(root):
 
 def test_list_cannot_lead_out_of_the_data_root(root):
     make_list(root, "val", "dog\n../../../../secret\n")
-    result = build_davis(root, root.parent)
+    result = build_manifest("davis", root, root.parent)
     (reason,) = result.failures.values()
     assert "cannot stand in a manifest" in reason
 
 
 def test_other_resolution_folder_is_found(tmp_path):
     make_sequence(tmp_path, "dog", resolution="240p")
-    (video,) = build_davis(tmp_path, tmp_path).manifest
+    (video,) = build_manifest("davis", tmp_path, tmp_path).manifest
     assert video.media == "JPEGImages/240p/dog"
     make_sequence(tmp_path, "dog", resolution="Full-Resolution")
     with pytest.raises(InputError, match="single resolution") as caught:
-        build_davis(tmp_path, tmp_path)
+        build_manifest("davis", tmp_path, tmp_path)
     assert caught.value.found == "240p, Full-Resolution"
-    (video,) = build_davis(tmp_path, tmp_path, resolution="Full-Resolution").manifest
+    (video,) = build_manifest("davis", tmp_path, tmp_path, resolution="Full-Resolution").manifest
     assert video.labels == "Annotations/Full-Resolution/dog"
     make_sequence(tmp_path, "dog", resolution="480p")
-    (video,) = build_davis(tmp_path, tmp_path).manifest
+    (video,) = build_manifest("davis", tmp_path, tmp_path).manifest
     assert video.media == "JPEGImages/480p/dog"
 
 
 def test_sequence_without_annotations_is_a_row_without_labels(root):
     (frames := root / "JPEGImages/480p/plain").mkdir()
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(frames / "00000.jpg")
-    result = build_davis(root, root.parent)
+    result = build_manifest("davis", root, root.parent)
     assert result.notes == ("1 of 3 videos have no labels: plain",)
     video = result.manifest.videos[-1]
     assert (video.video_id, video.labels, video.label_kind, video.n_objects) == ("plain", None, None, 0)
@@ -185,13 +184,13 @@ def test_sequence_without_annotations_is_a_row_without_labels(root):
 def test_folder_outside_the_data_root_is_refused(root, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(InputError, match="outside the data root"):
-        build_davis(root, tmp_path / "elsewhere")
+        build_manifest("davis", root, tmp_path / "elsewhere")
 
 
 def test_linked_folder_keeps_its_place_under_the_data_root(root, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "davis").symlink_to(root)
-    result = build_davis(tmp_path / "links" / "davis", tmp_path / "links")
+    result = build_manifest("davis", tmp_path / "links" / "davis", tmp_path / "links")
     assert result.manifest.videos[0].media == "davis/JPEGImages/480p/bmx-trees"
 
 
@@ -236,7 +235,7 @@ def test_missing_first_annotation(root):
         open_sequence(bare_row(root), root.parent)
     assert caught.value.wanted.endswith("00000.png")
     assert "names of their frames" in caught.value.hint
-    failures = build_davis(root, root.parent).failures
+    failures = build_manifest("davis", root, root.parent).failures
     assert list(failures) == ["DAVIS/JPEGImages/480p/bmx-trees"]
 
 
@@ -259,7 +258,7 @@ def test_object_that_the_first_annotation_lacks(root):
     sequence = open_one(root)
     with pytest.raises(MediaError, match=r"00002\.png has objects") as caught:
         sequence.mask(2)
-    assert (caught.value.wanted, caught.value.found) == ("indices 0 to 2", "3, 4")
+    assert (caught.value.wanted, caught.value.found) == ("0, 1, 2", "3, 4")
 
 
 def test_first_annotation_without_object_hints_at_masks_of_two_values(root):
@@ -274,7 +273,8 @@ def test_truncated_annotation(root):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(MediaError, match=r"00000\.png cannot be decoded"):
         open_sequence(bare_row(root), root.parent)
-    assert "cannot be decoded" in build_davis(root, root.parent).failures["DAVIS/JPEGImages/480p/bmx-trees"]
+    (reason,) = build_manifest("davis", root, root.parent).failures.values()
+    assert "cannot be decoded" in reason
 
 
 def test_fewer_frames_than_the_row_says(root):
@@ -371,7 +371,7 @@ def test_mask_that_cannot_be_written(tmp_path):
 def test_one_builder_for_every_layout(root):
     assert (
         build_manifest("davis", root, root.parent).manifest.videos
-        == build_davis(root, root.parent).manifest.videos
+        == build_manifest("davis", root, root.parent).manifest.videos
     )
     with pytest.raises(UsageError, match="no dataset layout ytvos"):
         build_manifest("ytvos", root, root.parent)
@@ -380,7 +380,7 @@ def test_one_builder_for_every_layout(root):
 @pytest.mark.data
 def test_real_sequences(shared_data):
     root = shared_data("DAVIS")
-    result = build_davis(root, root.parent)
+    result = build_manifest("davis", root, root.parent)
     assert not result.failures
     found = {
         video.video_id: (video.n_frames, video.height, video.width, video.n_objects)
@@ -401,6 +401,6 @@ def test_real_palette_agrees_on_the_objects(shared_data):
 def test_reading_leaves_the_data_alone(shared_data):
     root = shared_data("DAVIS-240p")
     before = sorted(root.rglob("*"))
-    (video,) = build_davis(root, root.parent).manifest
+    (video,) = build_manifest("davis", root, root.parent).manifest
     assert (video.media, video.n_objects) == ("DAVIS-240p/JPEGImages/240p/dogs-jump", 3)
     assert sorted(root.rglob("*")) == before

@@ -19,7 +19,6 @@ from cosettle_cache.core.settings import draw_mark
 from cosettle_cache.core.types import MediaKind
 from cosettle_cache.videos import build_manifest
 from cosettle_cache.videos.build import check_media
-from cosettle_cache.videos.folders import build_folder, build_kinetics
 from cosettle_cache.videos.frames import iter_frames
 from cosettle_cache.videos.manifest import manifest_from_table, manifest_table
 from cosettle_cache.videos.masks import frame_stems
@@ -47,7 +46,7 @@ def test_kinetics_rows(tmp_path):
     make_frames(root / "yoga" / "clip10")
     make_frames(root / "yoga" / "clip2")
     make_file(root / "archery" / "a.b.mp4")
-    result = build_kinetics(root, tmp_path, split="train")
+    result = build_manifest("kinetics", root, tmp_path, split="train")
     assert not result.failures
     rows = [(v.video_id, v.media, v.class_name, v.media_kind, v.n_frames) for v in result.manifest]
     assert rows == [
@@ -64,11 +63,11 @@ def test_kinetics_rows(tmp_path):
 def test_kinetics_class_without_clips_is_a_failure(tmp_path):
     make_frames(tmp_path / "yoga" / "a")
     (tmp_path / "archery").mkdir()
-    result = build_kinetics(tmp_path, tmp_path)
+    result = build_manifest("kinetics", tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["yoga/a"]
     assert "holds no frames" in result.failures["archery"]
     make_file(tmp_path / "loose.mp4")
-    result = build_kinetics(tmp_path, tmp_path)
+    result = build_manifest("kinetics", tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["yoga/a"]
     assert "loose.mp4 lies in no class folder" in result.failures["loose.mp4"]
 
@@ -80,7 +79,7 @@ def test_folder_finds_clips_at_any_depth(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "contact_sheet.png")
     (tmp_path / "notes.txt").write_text("about these clips")
     (tmp_path / ".cache").mkdir()
-    result = build_folder(tmp_path, tmp_path)
+    result = build_manifest("folder", tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["clip2", "clip10", "deep/er/frames"]
     assert not result.failures
     (note,) = result.notes
@@ -95,7 +94,7 @@ def test_what_systems_and_viewers_leave_is_passed_over_with_one_note(tmp_path):
     for name in ("._0.jpg", "._1.jpg", "Thumbs.db"):
         (tmp_path / "clip" / name).write_bytes(b"\0\5\x16\7")
     (tmp_path / "._clip.mp4").write_bytes(b"\0\5\x16\7")
-    result = build_folder(tmp_path, tmp_path)
+    result = build_manifest("folder", tmp_path, tmp_path)
     assert [(v.video_id, v.n_frames, v.height) for v in result.manifest] == [("clip", 3, 8)]
     assert not result.failures
     assert result.notes == ("passed over ._* (2), @eaDir (1), Thumbs.db (1), thumbs (1)",)
@@ -112,7 +111,7 @@ def test_links_to_folders_around_them_are_not_followed(tmp_path):
         ("a/self", "self"),
     ):
         (tmp_path / link).symlink_to(target)
-    result = build_folder(tmp_path, tmp_path)
+    result = build_manifest("folder", tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["a/b/clip", "a/clip", "b/a/clip", "b/clip"]
 
 
@@ -122,13 +121,13 @@ def test_names_keep_their_suffix_where_they_would_collide(tmp_path):
     make_frames(tmp_path / "b")
     make_file(tmp_path / "b.avi")
     make_file(tmp_path / "c.mp4")
-    result = build_folder(tmp_path, tmp_path)
+    result = build_manifest("folder", tmp_path, tmp_path)
     assert sorted(v.video_id for v in result.manifest) == ["a.mkv", "a.mp4", "b", "b.avi", "c"]
 
 
 def test_one_folder_of_frames_is_one_clip(tmp_path):
     make_frames(tmp_path / "mine")
-    (video,) = build_folder(tmp_path / "mine", tmp_path).manifest
+    (video,) = build_manifest("folder", tmp_path / "mine", tmp_path).manifest
     assert (video.video_id, video.media) == ("mine", "mine")
 
 
@@ -143,7 +142,7 @@ def test_every_bad_clip_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / os.fsdecode(b"\xff.mp4")).touch()
     make_frames(tmp_path / "line\nend")
-    result = build_folder(tmp_path, tmp_path)
+    result = build_manifest("folder", tmp_path, tmp_path)
     assert [v.video_id for v in result.manifest] == ["colon:name \\", "good"]
     reasons = {
         "zero.mp4": "is empty",
@@ -162,13 +161,13 @@ def test_every_bad_clip_is_named(tmp_path):
 def test_no_good_clip_at_all_is_an_error(tmp_path):
     (tmp_path / "zero.mp4").touch()
     with pytest.raises(InputError, match="no usable clip") as caught:
-        build_folder(tmp_path, tmp_path)
+        build_manifest("folder", tmp_path, tmp_path)
     assert caught.value.details[0].startswith("zero.mp4: ")
     with pytest.raises(InputError, match="not a folder"):
-        build_kinetics(tmp_path / "missing", tmp_path)
+        build_manifest("kinetics", tmp_path / "missing", tmp_path)
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match="holds no clips"):
-        build_kinetics(tmp_path / "bare", tmp_path)
+        build_manifest("kinetics", tmp_path / "bare", tmp_path)
 
 
 def test_rows_survive_a_manifest_file(tmp_path):
@@ -181,7 +180,7 @@ def test_rows_survive_a_manifest_file(tmp_path):
 @pytest.mark.data
 def test_real_kinetics_folder(shared_data):
     root = shared_data("kinetics400_tiny_frames")
-    result = build_kinetics(root, root.parent)
+    result = build_manifest("kinetics", root, root.parent)
     assert (len(result.manifest), len(result.failures)) == (30, 0)
     assert len({v.class_name for v in result.manifest}) == 2
     assert {v.n_frames for v in result.manifest} == {3}
@@ -192,7 +191,7 @@ def test_real_clips(shared_data, tmp_path):
     source = shared_data("clips/misc")
     for name in ("bird.mkv", "imageio-binaries-newtonscradle.gif"):
         shutil.copy(source / name, tmp_path)
-    result = build_folder(tmp_path, tmp_path)
+    result = build_manifest("folder", tmp_path, tmp_path)
     assert not result.failures
     assert all(v.n_frames > 1 and v.height > 1 for v in result.manifest)
 
@@ -245,3 +244,15 @@ def test_a_sample_is_the_same_whatever_else_is_there(tmp_path):
     assert len(build_manifest("folder", tmp_path, tmp_path, sample=9).manifest) == 6
     (tmp_path / f"{min({*'abcdef'}.difference(names))}.mp4").unlink()
     assert build_manifest("folder", tmp_path, tmp_path, sample=3, seed=1).manifest.videos == drawn.videos
+
+
+def test_only_what_is_drawn_is_read_and_what_fails_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosettle_cache.videos.build.share_of_cores", lambda _: 1)
+    first, *order = sorted("abcdefgh", key=partial(draw_mark, 1))
+    for name in order:
+        make_file(tmp_path / f"{name}.mp4")
+    (tmp_path / f"{first}.mp4").write_bytes(b"no film")
+    (tmp_path / f"{order[-1]}.mp4").write_bytes(b"no film")
+    result = build_manifest("folder", tmp_path, tmp_path, sample=2, seed=1)
+    assert [video.video_id for video in result.manifest] == sorted(order[:2])
+    assert list(result.failures) == [f"{first}.mp4"]
