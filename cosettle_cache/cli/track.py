@@ -73,9 +73,8 @@ def track(
         raise UsageError("which points?", wanted=wanted)
     talk, name = Talk(quiet=mode.quiet), task or FREE
     plan = {"task": name, "settings": asdict(settings)}
-    failures: dict[str, str] = {}
-    made = features is None
-    if features is None:
+    path, failures = features, dict[str, str]()
+    if path is None:
         from cosettle_cache.extraction.jobs import StoreWish, make_store
 
         data = _find_videos(name, data_root)
@@ -83,12 +82,13 @@ def track(
         if mode.dry_run:
             talk.json({**plan, "videos": len(data.manifest), "store_to_make": asdict(wish)})
             return ExitCode.DONE
-        features, failures = make_store(wish, data, talk)
-    store = cache.open(features)
+        path, failures = make_store(wish, data, talk)
+    store = cache.open(path)
     _check_points(name, store)
     failures = {**store.failures, **failures}
     # Beside a store made on the way, the projection that `train` leaves.
-    heads = load_heads(projection or (default_projection(store, talk) if made else []), store)
+    found = default_projection(store, talk) if features is None and not projection else []
+    heads = load_heads(projection or found, store)
     own = None if queries is None else read_queries(queries, store.manifest)
     needs_media = own is None or pictures != "none"
     root = media_root(store.manifest, data_root) if needs_media else None

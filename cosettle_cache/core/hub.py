@@ -109,6 +109,12 @@ def file_beside(path: str | Path, name: str) -> str | Path:
     return str(replace(named, file=file, revision=_commit_of(named), sha256=None))
 
 
+def refetch_hint(path: Path) -> str:
+    """Return what to do about a damaged file: the client does not fetch again what its cache has."""
+    kept = path.resolve()
+    return f"remove {kept}" if kept.parent.name == "blobs" else "download it again and compare the size"
+
+
 def origin_of(path: str | Path) -> str:
     """Return how a file is called where results say what they depend on: by name, on the hub with commit."""
     named = parse_name(path)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import CheckpointError
 from cosettle_cache.core.files import first_bytes, read_json, sha256_file
-from cosettle_cache.core.hub import file_beside, local_file
+from cosettle_cache.core.hub import file_beside, refetch_hint, local_file
 from cosettle_cache.encoders.layouts import bare_name
 
 _STORAGE_DTYPES = {
@@ -234,7 +234,7 @@ def _check_file(path: Path) -> None:
         found = "a folder" if path.is_dir() else "nothing there"
         raise CheckpointError(f"{path} is not a file", wanted=_WANTED, found=found)
     if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty", wanted=_WANTED, found="0 bytes", hint=_again(path))
+        raise CheckpointError(f"{path} is empty", wanted=_WANTED, found="0 bytes", hint=refetch_hint(path))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -312,14 +312,8 @@ def _damaged(path: Path, reason: object) -> CheckpointError:
         f"{path} cannot be read: truncated or damaged",
         wanted=_WANTED,
         found=f"{path.stat().st_size:,} bytes ({lines[0][:120]})",
-        hint=_again(path),
+        hint=refetch_hint(path),
     )
-
-
-def _again(path: Path) -> str:
-    """Return how to have a file anew: the hub's client does not fetch what its cache has."""
-    kept = path.resolve()
-    return f"remove {kept}" if kept.parent.name == "blobs" else "download it again and compare the size"
 
 
 def _unwrapped(path: Path, document: Any, key: str, files: tuple[Path, ...]) -> Checkpoint:

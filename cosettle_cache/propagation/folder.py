@@ -97,7 +97,7 @@ class RunFolder:
             rows, files, labels = mark["scores"], mark["files"], mark["labels"]
             # Version 0.1 wrote rows with a column per figure.
             wide = any("figures" not in row for row in rows)
-            scores = tuple(map(_in_full, rows_of_wide(rows)) if wide else map(Score.from_json, rows))
+            scores = tuple(map(_in_full, rows_of_wide(rows) if wide else map(Score.from_json, rows)))
             there = all((self.path / name).is_file() for name in files)
         except (InputError, AttributeError, KeyError, TypeError, ValueError):
             return None  # no mark, a damaged one, or one of another version: to be done

@@ -138,10 +138,17 @@ class DavisSequence(MaskFiles):
 
         Masks each of which gives new objects are what a server hands out, not the truth that it keeps.
         """
-        if len(self.labelled) < MIN_SCORED_FRAMES or not (self.data_set and self.data_set.sparse):
-            return MIN_SCORED_FRAMES <= len(self.labelled) == self.video.n_frames
-        masks, known = map(self.read, sorted(self.labelled)), set[int]()
-        return any(known == (known := known.union(_objects(mask))) for mask in masks)
+        if len(self.labelled) < MIN_SCORED_FRAMES:
+            return False
+        if self.data_set is None or not self.data_set.sparse:
+            return len(self.labelled) == self.video.n_frames
+        known = set[int]()
+        for index in sorted(self.labelled):
+            found = set(_objects(self.read(index)))
+            if found <= known:
+                return True
+            known |= found
+        return False
 
     @property
     def starts(self) -> dict[int, int]:
@@ -161,7 +168,7 @@ class DavisSequence(MaskFiles):
         if index not in self.labelled:
             return None
         mask = _without_void(self.read(index))
-        is_known = np.isin(np.arange(VOID + 1), [0, *self.begins])[mask]
+        is_known = np.isin(mask, [0, *self.begins])
         if self.later == "ignore":
             return np.where(is_known, mask, np.uint8(0))
         unknown = np.unique(mask[~is_known])
