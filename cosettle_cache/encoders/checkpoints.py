@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cosettle_cache.core.errors import CheckpointError
 from cosettle_cache.core.files import first_bytes, read_json, sha256_file
-from cosettle_cache.core.hub import file_beside, refetch_hint, local_file
+from cosettle_cache.core.hub import file_beside, local_file, refetch_hint
 from cosettle_cache.encoders.layouts import bare_name
 
 _STORAGE_DTYPES = {
