@@ -7,6 +7,8 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -107,6 +109,19 @@ def finish(report: Any, failures: Mapping[str, str]) -> int:
     return ExitCode.DONE
 
 
+_only_checked: ContextVar[bool] = ContextVar("_only_checked", default=False)
+
+
+@contextmanager
+def only_checked() -> Iterator[None]:
+    """Let command lines be read and their options checked, and no command do anything."""
+    before = _only_checked.set(True)
+    try:
+        yield
+    finally:
+        _only_checked.reset(before)
+
+
 def exits(command: Callable[..., int | None]) -> Callable[..., None]:
     """Make a typer command of a function: settings become options, results and known errors exit codes.
 
@@ -121,7 +136,8 @@ def exits(command: Callable[..., int | None]) -> Callable[..., None]:
         try:
             for name, value in values.items():
                 _check_paths(name, value if isinstance(value, list) else [value])
-            code = int(command(*given, **_settings(classes, values)) or ExitCode.DONE)
+            values = _settings(classes, values)
+            code = int((not _only_checked.get() and command(*given, **values)) or ExitCode.DONE)
         except CosettleError as error:
             Talk().error(error)
             code = int(error.exit_code)

@@ -18,9 +18,9 @@ from typing import Annotated, Any, TypeGuard
 
 import typer
 
-from cosettle_cache.cli.options import DataRoot, Mode, Quiet, Weights
+from cosettle_cache.cli.options import DataRoot, Mode, Quiet, Weights, only_checked
 from cosettle_cache.core.console import Talk
-from cosettle_cache.core.errors import CheckpointError, ExitCode, InputError, UncleanError
+from cosettle_cache.core.errors import CheckpointError, ExitCode, InputError, UncleanError, UsageError
 from cosettle_cache.core.files import find_file, our_files, read_json, read_text
 
 #: The recipes that come with the package; `run` takes their names, as `demo` does the first one's.
@@ -164,9 +164,16 @@ def demo(weights: Weights = None, quiet: Quiet = False) -> int:
 
 
 def _run_steps(recipe: Recipe, talk: Talk, *, dry_run: bool = False) -> int:
-    """Run the steps of a recipe in this process; the first that does not end clean ends the run."""
+    """Run the steps of a recipe in this process; the first that does not end clean ends the run.
+
+    Before the first one the options of all are checked: a misspelt one would be found after hours.
+    """
     from cosettle_cache.cli import run_command
 
+    with only_checked():
+        for step in recipe.steps:
+            if run_command(step.arguments):
+                raise UsageError("a step of the recipe cannot be run; nothing was done", found=step.line)
     talk.note(recipe.title)
     for step in recipe.steps:
         talk.note(f"$ {step.line}")

@@ -198,6 +198,13 @@ def explorer_section(
         "patch of the first frame; the later frame shows how much each of its patches resembles it, and "
         f"numbers the nearest. {_KEYS}"
     )
+    heads = {(score.tokens, score.provenance.projection_sha256) for run in runs for score in run.scores}
+    names = {name for name, _ in heads}
+    others = [
+        kind.name for kind in tokens.kinds if kind.name in names and (kind.name, kind.sha256) not in heads
+    ]
+    if others:
+        about += f" Not the projection that was scored under this name: {', '.join(others)}."
     return section("explorer", "Affinity explorer", about, *figures, failures=failed), failed
 
 

@@ -109,6 +109,14 @@ def test_the_page_holds_raw_and_projected_side_by_side(made: Made, tmp_path: Pat
     assert "mine: 0.0" in page.text and f"Later frame of {EVIL}" in str(page.attributes)
 
 
+def test_another_projection_under_a_scored_name_is_named(made: Made, tmp_path: Path) -> None:
+    said = "Not the projection that was scored under this name: mine."
+    assert said not in explorer(made, tmp_path / "r.html", "--projection", made.projection).text
+    other = tmp_path / "mine.safetensors"
+    save_projection(other, Projection(3, seed=2), {"backbone": "tiny", "weights_sha256": "0" * 64})
+    assert said in explorer(made, tmp_path / "r.html", "--projection", other).text
+
+
 def test_a_video_without_frames_is_named_and_the_rest_is_there(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
