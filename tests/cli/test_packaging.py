@@ -50,7 +50,7 @@ def test_a_file_goes_before_a_name_of_ours(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vit_tiny_davis").mkdir()  # a folder is no recipe, and in nobody's way
-    (tmp_path / "sprites").write_text("title = 'mine'\n[[step]]\ncommand = 'train'\n")
+    (tmp_path / "sprites").write_text("title = 'mine'\n[[step]]\ncommand = 'doctor'\n")
     (tmp_path / "mine").mkdir()
     codes = [run_command(["run", name, "--dry-run"]) for name in ("sprites", "vit_tiny_davis", "mine")]
     said = capsys.readouterr().err

@@ -89,6 +89,7 @@ def encode(path: Path, codec: str = "mpeg4", n_frames: int = 30, shift: int = 0,
     with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 10
+        stream.options = {"mbtree": "0"}  # with it x264 writes another file now and then
         pictures = (av.VideoFrame.from_ndarray(picture(n), format="rgb24") for n in range(n_frames))
         packets = [packet for frame in [*pictures, None] for packet in stream.encode(frame)]
         for packet in packets[skip:]:
@@ -100,7 +101,7 @@ def encode(path: Path, codec: str = "mpeg4", n_frames: int = 30, shift: int = 0,
 
 @pytest.mark.parametrize(
     ("name", "codec", "shift", "skip", "wanted"),
-    [("edit_list.mp4", "mpeg4", 4, 0, 26), ("between_keys.mkv", "libx264", 0, 3, 23)],
+    [("edit_list.mp4", "mpeg4", 4, 0, 26), ("between_keys.mkv", "libx264", 0, 3, 21)],
 )
 def test_frames_are_those_that_the_decoder_gives(tmp_path, name, codec, shift, skip, wanted) -> None:
     path = encode(tmp_path / name, codec, shift=shift, skip=skip)
