@@ -137,7 +137,8 @@ def exits(command: Callable[..., int | None]) -> Callable[..., None]:
             for name, value in values.items():
                 _check_paths(name, value if isinstance(value, list) else [value])
             values = _settings(classes, values)
-            code = int((not _only_checked.get() and command(*given, **values)) or ExitCode.DONE)
+            result = None if _only_checked.get() else command(*given, **values)
+            code = int(result or ExitCode.DONE)
         except CosettleError as error:
             Talk().error(error)
             code = int(error.exit_code)

@@ -273,6 +273,7 @@ def test_every_committed_recipe_runs_dry_anywhere(
     assert run_command(["run", str(path), "--dry-run", "--data-root", "/data"]) == 0
     assert capsys.readouterr().err.count("$ cosettle-cache ") == len(recipe.steps)
     for step in recipe.steps:
+        assert run_command([*step.arguments, "--help"]) == 0, step.line  # every option is one
         # A file of weights is found under the data root by a step that is told of it.
         given = step.options.get("weights", "random")
         assert given.startswith(("random", "hf:")) or "data_root" in step.options, step.line

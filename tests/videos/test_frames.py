@@ -84,12 +84,14 @@ def test_a_reader_goes_on_where_it_was_and_starts_again_when_asked_back(file: Pa
         assert all(np.array_equal(f, picture(i)) for f, i in zip(frames, wanted, strict=True))
 
 
-def encode(path: Path, codec: str = "mpeg4", n_frames: int = 30, shift: int = 0, skip: int = 0) -> Path:
+def encode(
+    path: Path, codec: str = "mpeg4", n_frames: int = 30, shift: int = 0, skip: int = 0, **options: str
+) -> Path:
     """Write pictures, a key frame every 10; `shift` frames lie before zero, `skip` packets are lost."""
     with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 10
-        stream.options = {"mbtree": "0"}  # with it x264 writes another file now and then
+        stream.options = options
         pictures = (av.VideoFrame.from_ndarray(picture(n), format="rgb24") for n in range(n_frames))
         packets = [packet for frame in [*pictures, None] for packet in stream.encode(frame)]
         for packet in packets[skip:]:
@@ -101,7 +103,7 @@ def encode(path: Path, codec: str = "mpeg4", n_frames: int = 30, shift: int = 0,
 
 @pytest.mark.parametrize(
     ("name", "codec", "shift", "skip", "wanted"),
-    [("edit_list.mp4", "mpeg4", 4, 0, 26), ("between_keys.mkv", "libx264", 0, 3, 21)],
+    [("edit_list.mp4", "mpeg4", 4, 0, 26), ("between_keys.mkv", "libx264", 0, 3, 23)],
 )
 def test_frames_are_those_that_the_decoder_gives(tmp_path, name, codec, shift, skip, wanted) -> None:
     path = encode(tmp_path / name, codec, shift=shift, skip=skip)
@@ -140,7 +142,8 @@ def test_formats_of_frames(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_damage_that_a_decoder_conceals_is_an_error(tmp_path: Path, codec: str) -> None:
-    path = encode(tmp_path / "clip.mp4", codec)
+    # With mbtree x264 writes another file now and then, in which no decoder can tell some damage.
+    path = encode(tmp_path / "clip.mp4", codec, mbtree="0")
     video, content = video_of(path), bytearray(path.read_bytes())
     at = content.index(b"mdat")
     at += int.from_bytes(content[at - 4 : at]) // 2
